@@ -1,0 +1,87 @@
+"""Patched classes: a subclass in the guise of the original, swapped in through `module.__class__`.
+
+Measured against the alternatives: an instance-level `MethodType` loses the kernel on pickling and to `kernelize()`;
+replacing the module loses forward hooks; a wrapper changes state_dict keys; a closure makes a deepcopy use the
+original's weights. The class swap keeps all of these.
+
+A class is built by a factory from (original class, key). The key is plain data, so that a pickle holds
+(original, role, key) by reference and a fresh process builds the same class again.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import threading
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+import torch.nn as nn
+
+Factory = Callable[[type, Any], "Mapping[str, Any]"]
+
+_FACTORIES: dict[str, Factory] = {}
+_CLASSES: dict[tuple[type, str, Hashable], type] = {}
+_LOCK = threading.Lock()
+
+STATE = "_rmsnorm_patch"
+"""The one `__dict__` entry that a patched module may carry (links to other modules, what was displaced); `revert`
+removes it."""
+
+
+def register_factory(role: str, factory: Factory) -> None:
+    """`factory(original, key)` returns the namespace (methods, class attributes) of the patched subclass."""
+    _FACTORIES[role] = factory
+
+
+def patched_class(original: type, role: str, key: Hashable) -> type:
+    """The one subclass of `original` for (role, key); made on first use, the same object ever after."""
+    if is_patched(original):
+        raise TypeError(f"{original.__qualname__} is already a patched class")
+    with _LOCK:
+        known = _CLASSES.get((original, role, key))
+        if known is not None:
+            return known
+        namespace = dict(_FACTORIES[role](original, key))
+        namespace.update(
+            __module__=original.__module__,
+            __qualname__=original.__qualname__,
+            __doc__=original.__doc__,
+            __reduce_ex__=_reduce_ex,
+            _rmsnorm_patch_original=original,
+            _rmsnorm_patch_role=role,
+            _rmsnorm_patch_key=key,
+        )
+        made = type(original)(original.__name__, (original,), namespace)
+        _CLASSES[(original, role, key)] = made
+        return made
+
+
+def is_patched(cls: type) -> bool:
+    return "_rmsnorm_patch_original" in vars(cls)
+
+
+def original_class(cls: type) -> type:
+    """The class under the patch; `cls` itself where it is not patched."""
+    return vars(cls).get("_rmsnorm_patch_original", cls)
+
+
+def role_of(module: nn.Module) -> str | None:
+    return vars(type(module)).get("_rmsnorm_patch_role")
+
+
+def _reduce_ex(self: nn.Module, protocol: Any) -> Any:
+    cls = type(self)
+    original = original_class(cls)
+    reduced = super(cls, self).__reduce_ex__(protocol)
+    if isinstance(reduced, tuple) and reduced[0] is copyreg.__newobj__ and is_patched(cls):
+        return (_rebuild, (original, cls._rmsnorm_patch_role, cls._rmsnorm_patch_key), *reduced[2:])
+    return reduced
+
+
+def _rebuild(original: type, role: str, key: Hashable) -> nn.Module:
+    """Unpickling and deepcopy: an empty instance of the patched class."""
+    from . import install_factories  # the fresh process may not have imported the rewriter yet
+
+    install_factories()
+    cls = patched_class(original, role, key)
+    return cls.__new__(cls)

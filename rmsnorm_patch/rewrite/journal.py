@@ -1,0 +1,50 @@
+"""The log of what `apply` changed, so that a failure half way undoes all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn as nn
+
+from .classes import STATE
+
+
+class Journal:
+    """Every change to a module goes through here; `rollback` undoes them in reverse."""
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], None]] = []
+
+    def __len__(self) -> int:
+        return len(self._undo)
+
+    def swap_class(self, module: nn.Module, cls: type) -> None:
+        before = type(module)
+        module.__class__ = cls
+        self._undo.append(lambda: setattr(module, "__class__", before))
+
+    def set_state(self, module: nn.Module, name: str, value: object) -> None:
+        """Put `value` under `module.__dict__[STATE][name]`, past `nn.Module.__setattr__`."""
+        created = STATE not in module.__dict__
+        state = module.__dict__.setdefault(STATE, {})
+        missing = object()
+        before = state.get(name, missing)
+        state[name] = value
+
+        def undo() -> None:
+            if created:
+                module.__dict__.pop(STATE, None)
+            elif before is missing:
+                state.pop(name, None)
+            else:
+                state[name] = before
+
+        self._undo.append(undo)
+
+    def record(self, undo: Callable[[], None]) -> None:
+        """For a change that is neither of the above; call it once the change is made."""
+        self._undo.append(undo)
+
+    def rollback(self) -> None:
+        while self._undo:
+            self._undo.pop()()
