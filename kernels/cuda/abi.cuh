@@ -1,0 +1,79 @@
+// The contract between the host (rmsnorm_patch/cuda_backend.py, launcher.c) and every kernel in this folder.
+//
+// COMPILATION. One translation unit per (kernel, configuration), by NVRTC, for the exact architecture, `-std=c++17`,
+// no include path: only the `.cuh` files of this folder can be included (by their bare name), no CUDA or C++ headers.
+//
+// MACROS, all passed as -D integers:
+//   N                row length in elements (columns)
+//   X_T, W_T, OUT_T  dtype codes of x/residual/sum, of the weight, of the normed output (DT_* below)
+//   ROUND_T          dtype that x*rstd is rounded to before the weight multiply (DT_F32: not rounded)
+//   HAS_WEIGHT       0: no weight multiply (args.weight is null, W_T == X_T)
+//   OFFSET           0: w.  1: 1 + float(w) in fp32.  2: 1 + w rounded to W_T
+//   FUSED_ADD        0: rms_norm (residual and total are null).  1: x + residual first
+//   SUM_F32          0: variance and output use the sum rounded to X_T.  1: they use the fp32 sum. The sum stored in
+//                    `total` is rounded to X_T in both cases
+//   WIDTH            columns that enter the variance (== N: all; the mean divides by WIDTH)
+//   GROUP            columns per rstd (== N: one rstd for the row; divides N)
+//   VEC              elements of one logical chunk: thread t of a row owns whole chunks. The reduction tree may depend on
+//                    N, VEC, THREADS, CLUSTER ... but never on ALIGN, STRIDE2, m or the pointers
+//   ALIGN            bytes (power of two, >= sizeof element, <= 32) by which x, residual, normed, total pointers and all
+//                    their row strides are aligned (in the terms of X_T/OUT_T elements: a 4-byte OUT_T with a 2-byte
+//                    X_T has its VEC*4-byte chunks aligned to at least min(2 * ALIGN, 16)). A VEC chunk is accessed in pieces of
+//                    at most ALIGN bytes
+//   W_ALIGN          the same for the weight pointer
+//   STRIDE2          0: row r of x is x + r * x_row_stride. 1: rows are addressed in two levels (below)
+//   THREADS_PER_ROW  threads that share one row in one CTA; CLUSTER: CTAs that share one row (1 = no cluster)
+//   ROWS_PER_CTA     rows of one CTA (of one cluster, if CLUSTER > 1). THREADS = THREADS_PER_ROW * ROWS_PER_CTA = blockDim.x
+//   MIN_CTAS         second argument for __launch_bounds__
+//   any further upper-case key of a registry rule's `defines` table
+//
+// ENTRY. `extern "C" __global__ void <entry>(const __grid_constant__ Args args)`, the name is in registry.toml.
+//
+// GRID. "rows": gridDim.x = CLUSTER * ceil(m / ROWS_PER_CTA), m > 0.  "persistent": the smaller of that and
+// CLUSTER * floor(SMs * MIN_CTAS / CLUSTER); such a kernel strides by gridDim.x. Shared memory: static, plus `smem_bytes`
+// dynamic bytes if the registry row says so.
+//
+// DEPENDENT LAUNCH. On sm_90+ the launch carries programmatic stream serialization. Before `griddepcontrol.wait` a
+// kernel may read the weight and nothing else; every CTA executes the wait before it reads activations, writes or exits.
+// (For a weight that is not a parameter the host launches without the attribute, so an early weight read is safe.)
+//
+// ALIASING. In place: normed == x and total == residual (same strides). Also possible: residual == x (h + h). No
+// `__restrict__` on these four, no `.nc` loads of x or residual. An element is read by the thread that writes it, and a row
+// is fully read by its owner before it is written.
+
+#pragma once
+
+#define DT_F32 0
+#define DT_BF16 1
+#define DT_F16 2
+
+typedef long long i64;
+
+// Strides in elements. Two-level rows (STRIDE2): row r of x starts at
+//   x + (r / inner_rows) * x_outer_stride + (r % inner_rows) * x_row_stride
+// and likewise residual. normed and total always have one level.
+struct Args {
+    const void* x;         // X_T   [m, N]
+    const void* residual;  // X_T   [m, N] or null
+    const void* weight;    // W_T   [N] or null
+    void* normed;          // OUT_T [m, N]
+    void* total;           // X_T   [m, N] or null
+    i64 m;
+    i64 x_row_stride;
+    i64 residual_row_stride;
+    i64 normed_row_stride;
+    i64 total_row_stride;
+    i64 inner_rows;             // STRIDE2 only
+    i64 x_outer_stride;         // STRIDE2 only
+    i64 residual_outer_stride;  // STRIDE2 only
+    // PAIR kernels (q and k norm in one launch): a second, independent rms_norm of m2 rows of the same N and dtypes.
+    const void* x2;
+    const void* weight2;
+    void* normed2;
+    i64 m2;
+    i64 x2_row_stride;
+    i64 normed2_row_stride;
+    i64 inner_rows2;
+    i64 x2_outer_stride;
+    float eps;
+};
