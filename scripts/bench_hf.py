@@ -1,0 +1,170 @@
+"""Tokens per second of a Hugging Face model, stock against patched and the other ways to speed up its norms.
+
+    python scripts/bench_hf.py --shape llama-8b --json out.json
+    python scripts/bench_hf.py --shape llama-8b --layers 8 --compile
+
+Variants share one set of weights and run in alternating rounds, so that clocks and host noise hit all of them. Each is
+checked against stock logits before it is timed; "removed" (no norm at all) is a ceiling and has no right answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from benchlib import models
+
+PROMPT = 128
+MAX_LOGIT_ERROR = 0.06
+"""Relative Frobenius distance from stock logits; bf16 models of 32 random layers that differ in rounding alone measure
+about 0.01 to 0.03, a wrong eps or weight gives 1."""
+
+
+def sync() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def decode(model, batch: int, tokens: int, static: bool) -> float:
+    """Tokens per second of greedy decoding after a short prompt, prefill not counted."""
+    from transformers import DynamicCache, StaticCache
+
+    device = next(model.parameters()).device
+    ids = torch.randint(0, model.config.vocab_size, (batch, PROMPT), device=device)
+    warm = 4
+    if static:
+        cache = StaticCache(config=model.config, max_cache_len=PROMPT + tokens + warm + 1)
+    else:
+        cache = DynamicCache(config=model.config)
+    forward = model._bench_forward if static else model
+    out = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    token = out.logits[:, -1:].argmax(-1)
+    start = 0.0
+    for step in range(tokens + warm):
+        if step == warm:
+            sync()
+            start = time.perf_counter()
+        out = forward(input_ids=token, past_key_values=cache, use_cache=True)
+        token = out.logits[:, -1:].argmax(-1)
+    sync()
+    return batch * tokens / (time.perf_counter() - start)
+
+
+@torch.no_grad()
+def prefill(model, batch: int, length: int, repeats: int, compiled: bool) -> float:
+    """Prompt tokens per second without a cache; only the last position's logits."""
+    device = next(model.parameters()).device
+    ids = torch.randint(0, model.config.vocab_size, (batch, length), device=device)
+    forward = model._bench_forward if compiled else model
+    forward(input_ids=ids, use_cache=False, logits_to_keep=1)
+    sync()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        forward(input_ids=ids, use_cache=False, logits_to_keep=1)
+    sync()
+    return batch * length * repeats / (time.perf_counter() - start)
+
+
+@torch.no_grad()
+def check(variants: dict) -> dict[str, float]:
+    """Relative distance of each variant's logits from stock's; over the limit ends the run."""
+    device = next(variants["stock"].parameters()).device
+    ids = torch.randint(0, variants["stock"].config.vocab_size, (2, 64), device=device)
+    want = variants["stock"](ids, use_cache=False).logits.float()
+    errors = {}
+    for name, model in variants.items():
+        if name == "removed":
+            continue
+        got = model(ids, use_cache=False).logits.float()
+        errors[name] = ((got - want).norm() / want.norm()).item()
+        if not errors[name] <= MAX_LOGIT_ERROR:
+            raise SystemExit(
+                f"bench_hf: {name} differs from stock by {errors[name]:.3g} > {MAX_LOGIT_ERROR}; not timed"
+            )
+    return errors
+
+
+def workloads(args: argparse.Namespace) -> dict[str, Callable]:
+    compiled = args.compile
+    found: dict[str, Callable] = {
+        f"decode {batch}": lambda model, batch=batch: decode(model, batch, args.tokens, static=compiled)
+        for batch in args.batch
+    }
+    if args.prefill:
+        batch, length = args.prefill
+        found[f"prefill {batch}x{length}"] = lambda model: prefill(model, batch, length, args.repeats, compiled)
+    return found
+
+
+def alternate(variants: dict, work: Callable, rounds: int) -> dict[str, list[float]]:
+    samples: dict[str, list[float]] = {name: [] for name in variants}
+    for turn in range(rounds):
+        names = list(variants) if turn % 2 == 0 else list(variants)[::-1]
+        for name in names:
+            samples[name].append(work(variants[name]))
+    return samples
+
+
+def run(args: argparse.Namespace) -> list[dict]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    stock = models.build(args.shape, device, args.layers)
+    variants, missing = models.variants(stock, args.variants)
+    for name, why in missing.items():
+        print(f"{name} is not here: {why}", flush=True)
+    errors = check(variants)
+    print("logits against stock: " + ", ".join(f"{k} {v:.2e}" for k, v in errors.items()), flush=True)
+    for model in variants.values():
+        model._bench_forward = torch.compile(model.forward, dynamic=False) if args.compile else model
+    rows = []
+    for name, work in workloads(args).items():
+        if args.compile:
+            for model in variants.values():
+                work(model)
+        samples = alternate(variants, work, args.rounds)
+        medians = {variant: statistics.median(values) for variant, values in samples.items()}
+        rows.append(
+            {
+                "model": args.shape,
+                "layers": variants["stock"].config.num_hidden_layers,
+                "work": name,
+                "mode": "compiled" if args.compile else "eager",
+                "tokens_per_s": {variant: round(value, 2) for variant, value in medians.items()},
+                "spread": {variant: [round(min(v), 2), round(max(v), 2)] for variant, v in samples.items()},
+                "ratio_to_stock": {variant: round(value / medians["stock"], 4) for variant, value in medians.items()},
+                "logit_error": errors,
+            }
+        )
+        cells = "  ".join(f"{v} {t:.0f} ({t / medians['stock']:.3f}x)" for v, t in medians.items())
+        print(f"{rows[-1]['mode']} {name}: {cells}", flush=True)
+        if args.json:
+            args.json.write_text(json.dumps(rows, indent=1))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=sorted(models.SHAPES), default="llama-8b")
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
+    parser.add_argument("--variants", nargs="+", choices=list(models.VARIANTS), default=list(models.VARIANTS))
+    parser.add_argument("--batch", type=int, nargs="*", default=[1, 32], help="decode batch sizes")
+    parser.add_argument("--tokens", type=int, default=64, help="decoded tokens per round")
+    parser.add_argument("--prefill", type=int, nargs=2, default=[4, 2048], metavar=("BATCH", "LENGTH"))
+    parser.add_argument("--repeats", type=int, default=3, help="prefill forwards per round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="torch.compile every variant; static cache for decode")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    if "stock" not in args.variants:
+        parser.error("--variants must hold stock: every ratio is against it")
+    run(args)
+
+
+if __name__ == "__main__":
+    main()
