@@ -61,6 +61,8 @@ def functional_norm(model: nn.Module) -> None:
 
 def liger_norm(model: nn.Module) -> None:
     """Liger's RMSNorm as its own monkey patch installs it on a Llama instance."""
+    if not next(model.parameters()).is_cuda:
+        raise ImportError("Liger's kernels need a GPU")
     from liger_kernel.transformers import apply_liger_kernel_to_llama
 
     apply_liger_kernel_to_llama(
