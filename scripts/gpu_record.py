@@ -3,8 +3,8 @@
     python scripts/gpu_record.py run --record records/nvidia-h200.json     # on a machine with a GPU
     python scripts/gpu_record.py check                                     # anywhere: non-zero when a record is stale
 
-`run` can be given in parts (`--parts tests`, `--parts kernels --suite decode`): a part replaces its own rows of a record
-with the same digest, and refuses one with another, so that no record mixes two versions of the code.
+`run` can be given in parts (`--parts tests`, `--parts kernels --suite decode`): a part replaces its own rows of a
+record with the same digest, and refuses one with another, so that no record mixes two versions of the code.
 """
 
 from __future__ import annotations
