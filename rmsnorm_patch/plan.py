@@ -27,7 +27,9 @@ class NormSite:
     path: module path from the model's root ("" for the root itself). A module shared at several paths has one site;
         the others are in `shared_paths`.
     spec: the numerics that its own forward matched bitwise, or None where nothing matched.
-    eps_attribute: name of the attribute that holds eps, read again at every call; None where the value is implied.
+    eps_attribute: name of the attribute that holds eps, read again at every call; None where the value is a constant in
+        the class's code, which `spec.eps` then holds.
+    weight_attribute: name of the 1-D parameter (or buffer) that scales the output; None for a weightless norm.
     reason: why the action was chosen, in words a user can act on.
     """
 
@@ -40,6 +42,7 @@ class NormSite:
     weight_dtype: str | None = None
     eps_attribute: str | None = None
     shared_paths: tuple[str, ...] = ()
+    weight_attribute: str | None = None
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,8 @@ _HALF = (torch.bfloat16, torch.float16)
 class NormSpec:
     """One numerics variant of RMSNorm.
 
-    eps: added to the mean square, in fp32. `None` means `torch.finfo(x.dtype).eps` (`torch.nn.RMSNorm(eps=None)`).
+    eps: added to the mean square, in fp32. `None` means the machine epsilon of fp32, also for fp16 and bf16 inputs:
+        what `torch.nn.RMSNorm(eps=None)` computes (its documentation says `finfo(x.dtype).eps`).
         The value used at a call is the module's own at that moment; kernels take it as a run-time argument.
     round_before_weight: the dtype that `x * rstd` (fp32) is rounded to before the weight multiply: "input" = x.dtype
         (HF Llama), "weight" = the weight's dtype where that is fp16 or bf16, else not rounded (T5), "none" (Olmo,
@@ -94,7 +95,7 @@ class NormSpec:
 
     def resolve_eps(self, x: torch.dtype) -> float:
         """The number added to the mean square for an input of dtype `x`."""
-        return torch.finfo(x).eps if self.eps is None else self.eps
+        return torch.finfo(torch.float64 if x == torch.float64 else torch.float32).eps if self.eps is None else self.eps
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
