@@ -1,0 +1,157 @@
+"""Hand-over of a normed tensor from the last add of one layer to the norm that reads its sum.
+
+The layer's contract does not change: it returns the sum. The normed tensor rides on that very tensor object, and the
+next norm takes it only where it is certain to be what it would compute itself: the same tensor object, not written to
+since (version counter), computed for this norm object with the weight (object and version) and eps that it has now.
+Anything else, a layer dropped, reordered, shared or left early, a hook that edits, a copy of the tensor, finds no
+match and computes.
+
+`take` is what a patched norm's forward calls first.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+
+from .. import observe
+from .classes import STATE
+
+CARRIED = "_rmsnorm_patch_normed"
+"""Attribute of a sum tensor that holds its Carry."""
+LINK = "next"
+"""Key in a layer's state that holds its Link."""
+CHAIN = "chain"
+"""Key in the state of the module that runs the layers; holds its Chain."""
+MAX_UNTAKEN = 64
+"""After so many hand-overs in a row that no norm took (its layer was removed, say), a link is given up."""
+
+
+class Carry:
+    """What rides on a sum tensor. Copies and pickles of the tensor carry nothing."""
+
+    __slots__ = ("backend", "eps", "eps_attribute", "link", "norm", "normed", "total", "version", "weight", "weight_attribute", "written")
+
+    def __init__(
+        self,
+        normed: torch.Tensor,
+        total: torch.Tensor,
+        norm: nn.Module,
+        weight_attribute: str | None,
+        weight: torch.Tensor | None,
+        eps_attribute: str | None,
+        eps: float | None,
+        backend: str,
+        link: Link,
+    ) -> None:
+        self.normed = normed
+        self.total = id(total)  # a reference would be a cycle, and keep every layer's sum until the next collection
+        self.version = None if total.is_inference() else total._version
+        self.norm = norm
+        self.weight_attribute = weight_attribute
+        self.weight = weight
+        self.written = None if weight is None or weight.is_inference() else weight._version
+        self.eps_attribute = eps_attribute
+        self.eps = eps
+        self.backend = backend
+        self.link = link
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _nothing, ()
+
+
+def _nothing() -> None:
+    """What a pickled Carry or a copied one comes back as."""
+
+
+def take(norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor | None:
+    """The tensor that `norm` would compute from `hidden_states`, where the layer before left it there; else None.
+
+    Drops it from `hidden_states` in any case, and reports "taken" to an observer. Never call it with grad enabled or
+    inside a compiled region: nothing is left there, and the look-up is not traceable.
+    """
+    carried = hidden_states.__dict__.pop(CARRIED, None)
+    if carried is None:
+        return None
+    if (
+        carried.norm is not norm
+        or carried.total != id(hidden_states)
+        or (carried.version is not None and carried.version != hidden_states._version)
+        or (carried.weight_attribute is not None and carried.weight is not norm._parameters.get(carried.weight_attribute))
+        or (carried.written is not None and carried.written != carried.weight._version)
+        or (carried.eps_attribute is not None and carried.eps != getattr(norm, carried.eps_attribute))
+    ):
+        return None
+    carried.link.untaken = 0
+    if observe.active is not None:
+        observe.active(observe.Event("taken", norm, (hidden_states,), carried.normed, None, carried.backend))
+    return carried.normed
+
+
+class Link:
+    """From a layer to the norm that reads its sum. Weak references: a model must die with its last user.
+
+    passive: the code of the layers and of the model that runs between the add and the norm was read, and does nothing
+        but pass the tensor on. Without it, an inference tensor (which has no version counter) is never handed over.
+    """
+
+    __slots__ = ("norm", "passive", "receiver", "untaken")
+
+    def __init__(self, norm: nn.Module | None = None, receiver: nn.Module | None = None, passive: bool = False) -> None:
+        self.norm = _gone if norm is None else weakref.ref(norm)
+        self.receiver = None if receiver is None else weakref.ref(receiver)
+        self.passive = passive
+        self.untaken = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Link:
+        return Link()  # a layer copied alone has no next one; with its model, the copied Chain links it again
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Link, ()
+
+
+def _gone() -> None:
+    return None
+
+
+class Step(NamedTuple):
+    """One hand-over: the layer whose last add it is, the norm, the layer that calls the norm (None: the model)."""
+
+    layer: nn.Module
+    norm: nn.Module
+    receiver: nn.Module | None
+    passive: bool
+
+
+class Chain:
+    """All hand-overs below one module, kept in its state so that a copy or a pickle of it links its own layers."""
+
+    def __init__(self, steps: Iterable[Step] = ()) -> None:
+        self.steps = tuple(steps)
+
+    def link(self, step: Step) -> Link:
+        return Link(step.norm, step.receiver, step.passive)
+
+    def connect(self) -> None:
+        for step in self.steps:
+            step.layer.__dict__.setdefault(STATE, {})[LINK] = self.link(step)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Chain:
+        made = Chain(copy.deepcopy(step, memo) for step in self.steps)
+        made.connect()
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Chain, (), {"steps": self.steps}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.steps = state["steps"]
+        self.connect()
