@@ -224,18 +224,23 @@ def choose(
     weight_dtype: torch.dtype | None,
     m: int,
     n: int,
-    capability: int | tuple[int, int] | None,
+    capability: int | tuple[int, int] | None = None,
     *,
+    device: torch.device | None = None,
     device_name: str | None = None,
     cuda_unavailable: str = "",
     backend: Backend = "auto",
 ) -> Choice:
-    """The kernel for `m` rows of `n` columns on a device of this compute capability (None: not an NVIDIA GPU).
+    """The kernel for `m` rows of `n` columns on `device`, or on a device of this compute capability (None: no GPU).
 
-    cuda_unavailable: why CUDA kernels cannot be built here ("" if they can), as `cuda_backend.available` says it.
+    cuda_unavailable: why CUDA kernels cannot be built here ("" if they can); asked of `cuda_backend` for a `device`.
     A forced `backend` that cannot serve the call raises KernelBuildError; "auto" falls back and says why.
     """
     _check_dtypes(op, x_dtype, weight_dtype)
+    if device is not None and device.type == "cuda":
+        capability, device_name, cuda_unavailable = _describe(device)
+    elif device is not None and device.type != "cpu":
+        return _fallback(f"device type {device.type!r} has no CUDA kernels")
     if n < 1:
         raise UnsupportedInput(f"{op}: x", f"N={n}", "N >= 1", "check the shape of x")
     if backend == "reference":
@@ -258,6 +263,16 @@ def choose(
         return _fallback(refused)
     config = next(config for config in configs if _within(max(m, 1), config.m))
     return Choice("cuda", config.kernel, config, _reason(config, sm(capability or 0)))
+
+
+@lru_cache(maxsize=64)
+def _describe(device: torch.device) -> tuple[int | None, str, str]:
+    """(sm, name, why CUDA kernels cannot be built for it or "")."""
+    from . import cuda_backend
+
+    _, refused = cuda_backend.available(device)
+    arch = sm(torch.cuda.get_device_capability(device)) if torch.version.hip is None else None
+    return arch, torch.cuda.get_device_name(device), refused
 
 
 def _reason(config: Config, arch: int) -> str:
