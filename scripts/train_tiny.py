@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, MistralConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.llama import LlamaForCausalLM
@@ -122,7 +122,10 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def optimisers(model: nn.Module, steps: int) -> list[tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]]:
+Stepping = list[tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]]
+
+
+def optimisers(model: nn.Module, steps: int) -> Stepping:
     """Muon on the layers' matrices, which learns most from a short run; AdamW on embeddings and norms."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n]
     others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and ".layers." in n)]
@@ -207,7 +210,7 @@ def main() -> None:
     for name in (args.only,) if args.only else NAMES:
         torch.manual_seed(args.seed)
         model = build(name)
-        columns = (TextColumn(name), BarColumn(), TextColumn("{task.fields[loss]:.3f} bits/byte"), TimeRemainingColumn())
+        columns = (TextColumn(name), BarColumn(), TextColumn("{task.fields[loss]:.3f} bits/byte"))
         with Progress(*columns) as progress:
             training_bits = train(model, train_tokens, args.steps, args.seed, progress)
         model = model.to(torch.bfloat16).eval()

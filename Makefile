@@ -1,0 +1,46 @@
+# Needs make and Python 3.10+; everything else is installed into $(VENV) from pyproject.toml.
+#   make demo    build the environment, patch two trained models, prove them, compare text and speed
+#   make test    lint, type check and run every test
+# PYTHON, VENV, TORCH and PIP_ARGS can be set on the command line, e.g. `make test PYTHON=python3.12 VENV=/tmp/v`.
+
+PYTHON ?= python3
+VENV ?= .venv
+# The tests pin bits and code objects of one torch release. A machine with a package index that carries CPU builds
+# gets one of those; elsewhere pip takes the CUDA build. `make demo TORCH="torch==2.13.0+cpu"` insists.
+TORCH ?= torch==2.13.0
+EXTRAS ?= test,cuda
+PIP_ARGS ?=
+PYTEST_ARGS ?= -n 2 --dist worksteal
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+export OMP_NUM_THREADS ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint env train clean
+
+demo: $(INSTALLED)
+	$(BIN)/python scripts/demo.py
+
+test: lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
+
+env: $(INSTALLED)
+
+train: $(INSTALLED)
+	OMP_NUM_THREADS=2 $(BIN)/python scripts/train_tiny.py
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# Debian's python3 may come without ensurepip: then the outer interpreter's pip fills the new environment.
+$(INSTALLED): pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + "; set PYTHON=...")'
+	@$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) && \
+		$(PYTHON) -m pip --python $(BIN)/python install pip; }
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) "$(TORCH)" -e ".[$(EXTRAS)]"
+	@touch $@

@@ -1,0 +1,80 @@
+"""Shared by all tests: the shipped checkpoints, seeded small models, one thread, no network."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+DATA = Path(__file__).resolve().parent / "data"
+
+SMALL = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """Root of the source checkout."""
+    return DATA.parent.parent
+
+
+@pytest.fixture(scope="session", params=["tiny-llama", "tiny-mistral"])
+def checkpoint(request: pytest.FixtureRequest) -> Path:
+    """Folder of a trained byte-level checkpoint (bf16); the test runs once for each."""
+    return DATA / request.param
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> Path:
+    return DATA / "tiny-llama"
+
+
+@pytest.fixture
+def small_model() -> Callable[..., PreTrainedModel]:
+    """`small_model("qwen3", torch.bfloat16, num_hidden_layers=3)`: random weights of a fixed seed, norm weights away
+    from 1, eval mode. Keyword arguments are config fields; None removes a default field."""
+
+    def build(model_type: str, dtype: torch.dtype = torch.float32, seed: int = 0, **fields: object) -> PreTrainedModel:
+        wanted = {name: value for name, value in {**SMALL, **fields}.items() if value is not None}
+        config = AutoConfig.for_model(model_type, **wanted)
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "norm" in name and parameter.ndim == 1:
+                    parameter.uniform_(0.5, 1.5)
+        return model
+
+    return build
