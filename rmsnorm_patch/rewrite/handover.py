@@ -35,30 +35,25 @@ MAX_UNTAKEN = 64
 class Carry:
     """What rides on a sum tensor. Copies and pickles of the tensor carry nothing."""
 
-    __slots__ = ("backend", "eps", "eps_attribute", "link", "norm", "normed", "total", "version", "weight", "weight_attribute", "written")
+    __slots__ = ("eps", "kernel", "link", "norm", "normed", "total", "version", "weight", "written")
 
     def __init__(
         self,
         normed: torch.Tensor,
         total: torch.Tensor,
         norm: nn.Module,
-        weight_attribute: str | None,
-        weight: torch.Tensor | None,
-        eps_attribute: str | None,
-        eps: float | None,
-        backend: str,
+        kernel: Any,
         link: Link,
     ) -> None:
         self.normed = normed
         self.total = id(total)  # a reference would be a cycle, and keep every layer's sum until the next collection
         self.version = None if total.is_inference() else total._version
         self.norm = norm
-        self.weight_attribute = weight_attribute
+        weight = kernel.weight_of(norm)
         self.weight = weight
         self.written = None if weight is None or weight.is_inference() else weight._version
-        self.eps_attribute = eps_attribute
-        self.eps = eps
-        self.backend = backend
+        self.eps = kernel.eps_of(norm)
+        self.kernel = kernel
         self.link = link
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -85,14 +80,15 @@ def take(norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor | None:
         carried.norm is not norm
         or carried.total != id(hidden_states)
         or (carried.version is not None and carried.version != hidden_states._version)
-        or (carried.weight_attribute is not None and carried.weight is not norm._parameters.get(carried.weight_attribute))
+        or carried.weight is not carried.kernel.weight_of(norm)
         or (carried.written is not None and carried.written != carried.weight._version)
-        or (carried.eps_attribute is not None and carried.eps != getattr(norm, carried.eps_attribute))
+        or carried.eps != carried.kernel.eps_of(norm)
     ):
         return None
     carried.link.untaken = 0
     if observe.active is not None:
-        observe.active(observe.Event("taken", norm, (hidden_states,), carried.normed, None, carried.backend))
+        backend = carried.kernel.backend(hidden_states, carried.weight)
+        observe.active(observe.Event("taken", norm, (hidden_states,), carried.normed, None, backend))
     return carried.normed
 
 

@@ -1,0 +1,237 @@
+"""Decoder layers whose residual-adds are fused with the norms that read them: the forward, rewritten by AST.
+
+The original source is parsed, two kinds of statement are replaced, and the result is compiled as the original was:
+same file, same lines (a traceback shows the model's own source), same globals (the live dict; a copy of it breaks
+dynamo), same closure cells plus one cell for each helper, same defaults and decorators.
+
+    x = a + b                    x, _n = in_layer(self._modules["norm"], a, b)
+    residual = x           ->    residual = x
+    y = self.norm(x)             y = _n; del _n
+
+    x = a + b                    x = tail(self, a, b)
+    return x                     return x
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import hashlib
+import types
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch.nn as nn
+
+from ..scan.dataflow import Add, Flow, NormCall, analyse
+from ..scan.source import NoSource, Source, read_forward
+from . import handover, pair_ops
+from .classes import patched_class, register_factory
+from .journal import Journal
+
+ROLE = "layer"
+_HELPERS: dict[str, Any] = {"_rmsnorm_in_layer": pair_ops.in_layer, "_rmsnorm_tail": pair_ops.tail}
+
+
+class LayerKey(NamedTuple):
+    """What is rewritten in a layer class; plain data, so that a pickle can name it.
+
+    norms: the class's norm attributes. in_layer: ranks of the adds fused with their norm. tail: whether the last add
+    hands over. digest: of the source; a process with another version of the model's code keeps its own forward.
+    """
+
+    norms: tuple[str, ...]
+    in_layer: tuple[int, ...]
+    tail: bool
+    digest: str
+
+
+def layer_key(cls: type, norms: frozenset[str], in_layer: frozenset[int], tail: bool) -> LayerKey:
+    """Raises NoSource."""
+    return LayerKey(tuple(sorted(norms)), tuple(sorted(in_layer)), tail, _digest(read_forward(cls)))
+
+
+def _digest(source: Source) -> str:
+    return hashlib.sha256(ast.unparse(source.tree).encode()).hexdigest()[:16]
+
+
+def layer_factory(original: type, key: LayerKey) -> Mapping[str, Any]:
+    """The namespace of the patched class: its `forward`."""
+    key = LayerKey(*key)
+    source = read_forward(original)
+    if _digest(source) != key.digest:
+        return {}
+    return {"forward": rewrite(source, key)}
+
+
+register_factory(ROLE, layer_factory)
+
+
+def rewrite(source: Source, key: LayerKey) -> types.FunctionType:
+    """The forward of `source` with the pairs of `key` fused, under its own decorators. Raises NoSource."""
+    tree = copy.deepcopy(source.tree)
+    flow = analyse(tree, frozenset(key.norms))
+    for number, (add, norm) in enumerate((a, n) for a, n in flow.in_layer if a.index in key.in_layer):
+        _fuse_in_layer(tree, add, norm, f"_rmsnorm_normed_{number}")
+    if key.tail and flow.tail is not None:
+        _fuse_tail(tree, flow)
+    return _decorate(_compile(tree, source.function), source)
+
+
+def _self(tree: ast.FunctionDef) -> ast.expr:
+    return ast.Name((*tree.args.posonlyargs, *tree.args.args)[0].arg, ast.Load())
+
+
+def _fuse_in_layer(tree: ast.FunctionDef, add: Add, norm: NormCall, name: str) -> None:
+    modules = ast.Attribute(_self(tree), "_modules", ast.Load())
+    module = ast.Subscript(modules, ast.Constant(norm.attr), ast.Load())
+    call = ast.Call(ast.Name("_rmsnorm_in_layer", ast.Load()), [module, add.node.left, add.node.right], [])
+    target = add.statement.targets[0] if isinstance(add.statement, ast.Assign) else add.statement.target  # type: ignore[attr-defined]
+    both = ast.Tuple([target, ast.Name(name, ast.Store())], ast.Store())
+    _replace(add.block, add.statement, [ast.Assign([both], call)])
+    _Substitute(norm.node, ast.Name(name, ast.Load())).visit(norm.statement)
+    if not isinstance(norm.statement, ast.Return):
+        drop = ast.Delete([ast.Name(name, ast.Del())])
+        ast.fix_missing_locations(ast.copy_location(drop, norm.statement))
+        add.block.insert(add.block.index(norm.statement) + 1, drop)
+
+
+def _fuse_tail(tree: ast.FunctionDef, flow: Flow) -> None:
+    add = flow.tail
+    assert add is not None
+    call = ast.Call(ast.Name("_rmsnorm_tail", ast.Load()), [_self(tree), add.node.left, add.node.right], [])
+    ast.fix_missing_locations(ast.copy_location(call, add.node))
+    _Substitute(add.node, call).visit(add.statement)
+
+
+def _replace(block: list[ast.stmt], old: ast.stmt, new: list[ast.stmt]) -> None:
+    for statement in new:
+        ast.fix_missing_locations(ast.copy_location(statement, old))
+    at = block.index(old)
+    block[at : at + 1] = new
+
+
+class _Substitute(ast.NodeTransformer):
+    def __init__(self, old: ast.AST, new: ast.expr) -> None:
+        self.old = old
+        self.new = new
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        if node is self.old:
+            return ast.copy_location(self.new, node)
+        return self.generic_visit(node)
+
+
+def _compile(tree: ast.FunctionDef, function: types.FunctionType) -> types.FunctionType:
+    """`tree` as a function with the globals, closure and attributes of `function`."""
+    code = function.__code__
+    tree.decorator_list = []
+    tree.returns = None
+    for argument in ast.walk(tree.args):
+        if isinstance(argument, ast.arg):
+            argument.annotation = None
+    tree.args.defaults = [ast.copy_location(ast.Constant(None), d) for d in tree.args.defaults]
+    tree.args.kw_defaults = [
+        None if d is None else ast.copy_location(ast.Constant(None), d) for d in tree.args.kw_defaults
+    ]
+    cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
+    cells.update({name: types.CellType(helper) for name, helper in _HELPERS.items()})
+    # A class around it keeps private names mangled as they were; the function around that makes the names free.
+    owner = function.__qualname__.rpartition(".")[0].rpartition(".")[2] or "_"
+    scope = ast.parse(f"def {'_scope'}({', '.join(cells)}):\n class {owner}: pass").body[0]
+    assert isinstance(scope, ast.FunctionDef)
+    scope.body[0].body = [tree]  # type: ignore[attr-defined]
+    module = ast.fix_missing_locations(ast.Module([scope], []))
+    flags = code.co_flags & _FUTURES
+    compiled = compile(module, code.co_filename, "exec", flags=flags, dont_inherit=True)
+    made = _find(compiled, code.co_name, tree)
+    missing = [name for name in made.co_freevars if name not in cells]
+    if missing or made.co_varnames[: made.co_argcount] != code.co_varnames[: code.co_argcount]:
+        raise NoSource(f"{function.__qualname__}: its names could not be kept ({', '.join(missing)})")
+    if hasattr(made, "co_qualname"):
+        made = made.replace(co_qualname=code.co_qualname)  # type: ignore[attr-defined]
+    result = types.FunctionType(
+        made, function.__globals__, function.__name__, function.__defaults__, tuple(cells[n] for n in made.co_freevars)
+    )
+    result.__kwdefaults__ = function.__kwdefaults__
+    result.__annotations__ = dict(function.__annotations__)
+    result.__doc__ = function.__doc__
+    result.__module__ = function.__module__
+    result.__qualname__ = function.__qualname__
+    result.__dict__.update({k: v for k, v in function.__dict__.items() if k != "__wrapped__"})
+    return result
+
+
+_FUTURES = 0
+for _name in __import__("__future__").all_feature_names:
+    _FUTURES |= getattr(__import__("__future__"), _name).compiler_flag
+
+
+def _find(compiled: types.CodeType, name: str, tree: ast.FunctionDef) -> types.CodeType:
+    scope = next(c for c in compiled.co_consts if isinstance(c, types.CodeType))
+    owner = next(c for c in scope.co_consts if isinstance(c, types.CodeType))
+    return next(c for c in owner.co_consts if isinstance(c, types.CodeType) and c.co_name == name)
+
+
+def _decorate(function: types.FunctionType, source: Source) -> types.FunctionType:
+    """Copies of the original's decorators around `function`, found as the closure cell that holds what they wrap."""
+    inner: types.FunctionType = source.function
+    made = function
+    for wrapper in reversed(source.wrappers):
+        cells = list(wrapper.__closure__ or ())
+        at = [i for i, cell in enumerate(cells) if _content(cell) is inner]
+        if len(at) != 1:
+            raise NoSource(
+                f"{inner.__qualname__}: a decorator in {wrapper.__module__} cannot be put on another function"
+            )
+        cells[at[0]] = types.CellType(made)
+        outer = types.FunctionType(
+            wrapper.__code__, wrapper.__globals__, wrapper.__name__, wrapper.__defaults__, tuple(cells)
+        )
+        outer.__kwdefaults__ = wrapper.__kwdefaults__
+        outer.__dict__.update(wrapper.__dict__)
+        for name in ("__module__", "__qualname__", "__doc__", "__annotations__"):
+            setattr(outer, name, getattr(wrapper, name))
+        outer.__wrapped__ = made  # type: ignore[attr-defined]
+        inner, made = wrapper, outer
+    return made
+
+
+def _content(cell: types.CellType) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:  # an empty cell
+        return None
+
+
+def install(model: nn.Module, plan: Any, journal: Journal) -> None:
+    """Swap the classes of the layers that hold the plan's fused pairs, and link each to the norm that reads its sum."""
+    from ..scan.pairs import layout
+
+    found = layout(model, plan.norms)
+    fused: set[tuple[str, str, str]] = {(p.kind, p.layer, p.norm) for p in plan.pairs if p.action == "fuse"}
+    for layer in found.layers.values():
+        in_layer = frozenset(
+            add.index
+            for add, norm in layer.live_pairs()
+            if ("in_layer", layer.path, layer.norm_path(norm.attr)) in fused
+        )
+        tail = any(s.layer is layer and (s.kind, layer.path, s.site.path) in fused for s in found.steps)
+        if in_layer or tail:
+            original = type(layer.module)
+            key = layer_key(original, layer.norm_attributes, in_layer, tail)
+            journal.swap_class(layer.module, patched_class(original, ROLE, key))
+            _rebind_accelerate(layer.module, original, journal)
+    for parent, steps in found.chains(fused):
+        chain = handover.Chain(steps)
+        journal.set_state(parent, handover.CHAIN, chain)
+        for step in chain.steps:
+            journal.set_state(step.layer, handover.LINK, chain.link(step))
+
+
+def _rebind_accelerate(module: nn.Module, original: type, journal: Journal) -> None:
+    """accelerate keeps the bound method it found; let it call the rewritten one."""
+    kept = module.__dict__.get("_old_forward")
+    if isinstance(kept, types.MethodType) and kept.__self__ is module and kept.__func__ is original.forward:  # type: ignore[attr-defined]
+        module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)  # type: ignore[attr-defined]
+        journal.record(lambda: module.__dict__.__setitem__("_old_forward", kept))

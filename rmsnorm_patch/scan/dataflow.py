@@ -1,0 +1,320 @@
+"""What a layer's forward does with its residual stream, read from its syntax tree.
+
+Values are numbered as they are assigned; a name that an `if`, loop or `try` may have changed gets a new unknown value
+after it. So a fact found here ("the sum of this add is what that norm reads") holds on every path on which the two
+are reached.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+
+@dataclass(eq=False)
+class Value:
+    """One value of the forward. kind: "param" (its first argument), "add", "norm" (self.<attr>(source)), "other"."""
+
+    kind: str
+    node: ast.AST | None = None
+    attr: str = ""
+    source: Value | None = None
+    operands: tuple[Value, Value] | None = None
+
+
+@dataclass(eq=False)
+class Add:
+    """A statement `x = a + b` (or `return a + b`) of the forward. `index`: its rank among all such statements."""
+
+    index: int
+    statement: ast.stmt
+    node: ast.BinOp
+    block: list[ast.stmt]
+    value: Value
+    unconditional: bool
+
+
+@dataclass(eq=False)
+class NormCall:
+    """`self.<attr>(value)`; `statement` holds it, `first` says that nothing else runs before it in that statement."""
+
+    attr: str
+    node: ast.Call
+    statement: ast.stmt
+    block: list[ast.stmt]
+    source: Value
+    first: bool
+    unconditional: bool
+
+
+@dataclass
+class Flow:
+    """What `analyse` found.
+
+    in_layer: (add, norm call) that can be one fused call. tail: the add whose sum the layer returns as its hidden
+    state; tail_passive: nothing runs after it. entry: the norm that reads the layer's own argument; entry_passive:
+    nothing runs before it. norm_add: (norm attribute, add) of sandwich layouts. refused: (line of the add, norm
+    attribute, why).
+    """
+
+    adds: list[Add] = field(default_factory=list)
+    norms: list[NormCall] = field(default_factory=list)
+    in_layer: list[tuple[Add, NormCall]] = field(default_factory=list)
+    tail: Add | None = None
+    tail_passive: bool = False
+    entry: NormCall | None = None
+    entry_passive: bool = False
+    norm_add: list[tuple[str, Add]] = field(default_factory=list)
+    refused: list[tuple[int, str, str]] = field(default_factory=list)
+
+
+def analyse(tree: ast.FunctionDef, norm_attributes: frozenset[str]) -> Flow:
+    """The flow of a layer whose children named in `norm_attributes` are norms."""
+    return _Reader(tree, norm_attributes).read()
+
+
+_OPAQUE = (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.IfExp, ast.BoolOp)
+
+
+def evaluation_order(node: ast.AST) -> Iterator[ast.AST]:
+    """The nodes of an expression in the order in which Python finishes them."""
+    if isinstance(node, ast.NamedExpr):
+        yield from evaluation_order(node.value)
+    elif isinstance(node, _OPAQUE):
+        pass  # what stands inside may run never or often
+    elif isinstance(node, ast.Dict):
+        for key, value in zip(node.keys, node.values, strict=True):
+            if key is not None:
+                yield from evaluation_order(key)
+            yield from evaluation_order(value)
+    else:
+        for child in ast.iter_child_nodes(node):
+            yield from evaluation_order(child)
+    yield node
+
+
+def is_passive(statement: ast.stmt) -> bool:
+    """True for a statement that runs no code but rebinding names: `a = b`, `a = (b,)`, a docstring, `pass`."""
+    if isinstance(statement, ast.Pass):
+        return True
+    if isinstance(statement, ast.Expr):
+        return isinstance(statement.value, ast.Constant)
+    if isinstance(statement, ast.Assign):
+        named = all(isinstance(target, ast.Name) for target in statement.targets)
+        return named and _only_names(statement.value)
+    if isinstance(statement, ast.AnnAssign):
+        return isinstance(statement.target, ast.Name) and (statement.value is None or _only_names(statement.value))
+    return False
+
+
+def _only_names(node: ast.expr) -> bool:
+    if isinstance(node, ast.Tuple):
+        return all(_only_names(element) for element in node.elts)
+    return isinstance(node, (ast.Name, ast.Constant))
+
+
+def self_attribute(node: ast.AST, self_name: str) -> str | None:
+    """ "x" for the expression `self.x`."""
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == self_name:
+        return node.attr
+    return None
+
+
+def assigned_names(statements: list[ast.stmt]) -> set[str]:
+    """Names that any statement below may bind or delete."""
+    names: set[str] = set()
+    for statement in statements:
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, (ast.Store, ast.Del)):
+                names.add(node.id)
+    return names
+
+
+class _Reader:
+    def __init__(self, tree: ast.FunctionDef, norm_attributes: frozenset[str]) -> None:
+        arguments = [*tree.args.posonlyargs, *tree.args.args]
+        self.tree = tree
+        self.norm_attributes = norm_attributes
+        self.self_name = arguments[0].arg if arguments else ""
+        self.environment: dict[str, Value] = {a.arg: Value("other") for a in arguments[1:]}
+        self.parameter = Value("param")
+        if len(arguments) > 1:
+            self.environment[arguments[1].arg] = self.parameter
+        self.flow = Flow()
+        self.returned: list[Value] = []
+        self.in_place: set[int] = set()
+
+    def read(self) -> Flow:
+        self._block(self.tree.body, unconditional=True)
+        self._match_in_layer()
+        self._match_tail()
+        self._match_entry()
+        for add in self.flow.adds:
+            for operand in add.value.operands or ():
+                if operand.kind == "norm":
+                    self.flow.norm_add.append((operand.attr, add))
+        return self.flow
+
+    # statements
+
+    def _block(self, block: list[ast.stmt], unconditional: bool) -> None:
+        for statement in block:
+            self._statement(statement, block, unconditional)
+            if isinstance(statement, (ast.Return, ast.Raise, ast.Continue, ast.Break)):
+                return
+
+    def _statement(self, statement: ast.stmt, block: list[ast.stmt], unconditional: bool) -> None:
+        if isinstance(statement, (ast.Assign, ast.AnnAssign)) and statement.value is not None:
+            value = self._expression(statement.value, statement, block, unconditional)
+            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+            for target in targets:
+                self._bind(target, value, statement.value)
+        elif isinstance(statement, ast.AugAssign):
+            self._expression(statement.value, statement, block, unconditional)
+            if isinstance(statement.target, ast.Name):
+                if isinstance(statement.op, ast.Add):
+                    self.in_place.add(statement.lineno)
+                self.environment[statement.target.id] = Value("other", statement)
+        elif isinstance(statement, ast.Return):
+            value = Value("other")
+            if statement.value is not None:
+                value = self._expression(statement.value, statement, block, unconditional)
+                if isinstance(statement.value, ast.Tuple) and statement.value.elts:
+                    value = self._first_of(statement.value)
+            self.returned.append(value)
+        elif isinstance(statement, ast.Expr):
+            self._expression(statement.value, statement, block, unconditional)
+        elif isinstance(statement, ast.If):
+            self._expression(statement.test, statement, block, unconditional)
+            self._branches([statement.body, statement.orelse])
+        elif not isinstance(statement, (ast.Pass, ast.Raise, ast.Continue, ast.Break, ast.Assert)):
+            self._forget(assigned_names([statement]))
+            if any(isinstance(node, ast.Return) for node in ast.walk(statement)):
+                self.returned.append(Value("other"))
+
+    def _branches(self, branches: list[list[ast.stmt]]) -> None:
+        before = dict(self.environment)
+        ends: list[dict[str, Value]] = []
+        for branch in branches:
+            self.environment = dict(before)
+            self._block(branch, unconditional=False)
+            if not (branch and isinstance(branch[-1], (ast.Return, ast.Raise))):
+                ends.append(self.environment)
+        if not ends:
+            self.environment = before
+            return
+        merged: dict[str, Value] = {}
+        for name in set().union(*ends):
+            values = [end.get(name) for end in ends]
+            first = values[0]
+            merged[name] = first if first is not None and all(v is first for v in values) else Value("other")
+        self.environment = merged
+
+    def _forget(self, names: set[str]) -> None:
+        for name in names:
+            self.environment[name] = Value("other")
+
+    def _bind(self, target: ast.expr, value: Value, expression: ast.expr) -> None:
+        if isinstance(target, ast.Name):
+            if isinstance(expression, ast.Tuple) and expression.elts:
+                value = Value("tuple", expression, source=self._first_of(expression))
+            self.environment[target.id] = value
+        elif isinstance(target, (ast.Tuple, ast.List)):
+            self._forget({n.id for n in ast.walk(target) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)})
+
+    def _first_of(self, expression: ast.Tuple) -> Value:
+        first = expression.elts[0]
+        if isinstance(first, ast.Name):
+            return self.environment.get(first.id, Value("other"))
+        return Value("other")
+
+    # expressions
+
+    def _expression(
+        self, expression: ast.expr, statement: ast.stmt, block: list[ast.stmt], unconditional: bool
+    ) -> Value:
+        """The value of `expression`; records the adds and norm calls in it."""
+        values: dict[ast.AST, Value] = {}
+        ran = False
+        for node in evaluation_order(expression):
+            if isinstance(node, ast.Name):
+                values[node] = self.environment.get(node.id, Value("other"))
+            elif isinstance(node, ast.NamedExpr):
+                self._forget({node.target.id})
+            elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+                left, right = (values.get(side, Value("other")) for side in (node.left, node.right))
+                values[node] = Value("add", node, operands=(left, right))
+                if node is expression and self._is_plain(statement):
+                    index = len(self.flow.adds)
+                    self.flow.adds.append(Add(index, statement, node, block, values[node], unconditional))
+            elif (norm := self._norm_call(node)) is not None:
+                source = values.get(norm.args[0], Value("other"))
+                attr = self_attribute(norm.func, self.self_name) or ""
+                call = NormCall(attr, norm, statement, block, source, not ran, unconditional)
+                if not isinstance(statement, ast.If):
+                    self.flow.norms.append(call)
+                values[node] = Value("norm", node, attr, source)
+            ran = ran or not isinstance(node, (ast.Name, ast.Attribute, ast.Constant, ast.expr_context))
+        return values.get(expression, Value("other", expression))
+
+    @staticmethod
+    def _is_plain(statement: ast.stmt) -> bool:
+        if isinstance(statement, ast.Assign):
+            return len(statement.targets) == 1 and isinstance(statement.targets[0], ast.Name)
+        if isinstance(statement, ast.AnnAssign):
+            return isinstance(statement.target, ast.Name)
+        return isinstance(statement, ast.Return)
+
+    def _norm_call(self, node: ast.AST) -> ast.Call | None:
+        if not isinstance(node, ast.Call) or len(node.args) != 1 or node.keywords:
+            return None
+        if isinstance(node.args[0], ast.Starred):
+            return None
+        return node if self_attribute(node.func, self.self_name) in self.norm_attributes else None
+
+    # matching
+
+    def _match_in_layer(self) -> None:
+        for add in self.flow.adds:
+            reading = [call for call in self.flow.norms if call.source is add.value]
+            for call in reading[:1]:
+                reason = self._why_not(add, call)
+                if reason:
+                    self.flow.refused.append((add.node.lineno, call.attr, reason))
+                else:
+                    self.flow.in_layer.append((add, call))
+
+    @staticmethod
+    def _why_not(add: Add, call: NormCall) -> str:
+        if call.block is not add.block:
+            return "the add and the norm stand in different branches"
+        begin, end = add.block.index(add.statement), add.block.index(call.statement)
+        if not all(is_passive(statement) for statement in add.block[begin + 1 : end]):
+            return "code runs between the add and the norm"
+        if not call.first:
+            return "code runs in the norm's statement before the norm"
+        return ""
+
+    def _match_tail(self) -> None:
+        values = [v.source if v.kind == "tuple" and v.source is not None else v for v in self.returned]
+        if not values or any(value is not values[0] for value in values):
+            return
+        self.flow.tail = tail = next((add for add in self.flow.adds if add.value is values[0]), None)
+        if tail is not None and not isinstance(tail.statement, ast.Return):
+            after = tail.block[tail.block.index(tail.statement) + 1 :]
+            last = after[-1] if after else None
+            passive = all(is_passive(statement) for statement in after[:-1])
+            self.flow.tail_passive = (
+                passive and isinstance(last, ast.Return) and last.value is not None and _only_names(last.value)
+            )
+        else:
+            self.flow.tail_passive = tail is not None
+
+    def _match_entry(self) -> None:
+        for call in self.flow.norms:
+            if call.source is self.parameter and call.unconditional:
+                self.flow.entry = call
+                before = self.tree.body[: self.tree.body.index(call.statement)]
+                self.flow.entry_passive = call.first and all(is_passive(statement) for statement in before)
+                return

@@ -1,0 +1,229 @@
+"""In which order a module runs its layers, and which norm reads the last one's result: from the module's own forward.
+
+The loop `for layer in self.layers[...]: x = layer(x, ...)` is read from the source; what it runs over is evaluated on
+the live module, so that slices and reversals are the real ones. A loop of another form yields nothing.
+"""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn as nn
+
+from .dataflow import assigned_names, is_passive, self_attribute
+from .source import NoSource, Source, read_forward
+
+_SEQUENCE = (
+    ast.Expression, ast.Attribute, ast.Name, ast.Load, ast.Subscript, ast.Slice, ast.Constant, ast.UnaryOp, ast.USub,
+    ast.BinOp, ast.Add, ast.Sub, ast.Call,
+)  # fmt: skip
+_FUNCTIONS = {"reversed": reversed, "len": len, "list": list}
+
+
+@dataclass(frozen=True)
+class LoopCode:
+    """One loop over layers in a forward.
+
+    layers: the expression that it runs over. state: the name that carries the hidden states. passive: nothing in the
+    body but the call can touch them. final: the attribute of the norm that reads them after the loop, or "".
+    final_passive: nothing runs between the last call and it.
+    """
+
+    layers: ast.expr
+    state: str
+    passive: bool
+    final: str
+    final_passive: bool
+
+
+@dataclass(frozen=True)
+class LayerLoop:
+    """`modules` in the order in which they run; the rest as in LoopCode."""
+
+    modules: tuple[nn.Module, ...]
+    passive: bool
+    final: nn.Module | None
+    final_passive: bool
+
+
+def layer_loops(parent: nn.Module, cls: type) -> list[LayerLoop]:
+    """The loops in the forward of `parent`, whose unpatched class is `cls`."""
+    if not any(isinstance(child, nn.ModuleList) for child in parent.children()):
+        return []
+    try:
+        source = read_forward(cls)
+    except NoSource:
+        return []
+    found = []
+    for code in loops_of(source):
+        modules = _evaluate(code.layers, parent, source)
+        if modules:
+            final = parent._modules.get(code.final) if code.final else None
+            found.append(LayerLoop(modules, code.passive, final, code.final_passive))
+    return found
+
+
+def loops_of(source: Source) -> list[LoopCode]:
+    self_name = source.tree.args.args[0].arg if source.tree.args.args else "self"
+    found = []
+    for block in _blocks(source.tree):
+        for at, statement in enumerate(block):
+            if isinstance(statement, ast.For):
+                for name, expression in _elements(statement.target, statement.iter):
+                    body = _read_body(statement, name)
+                    if body is not None:
+                        state, passive = body
+                        final, quiet = _final_norm(block[at + 1 :], state, self_name)
+                        found.append(LoopCode(expression, state, passive, final, quiet and passive))
+    return found
+
+
+def _blocks(tree: ast.AST) -> list[list[ast.stmt]]:
+    blocks = []
+    for node in ast.walk(tree):
+        for name in ("body", "orelse", "finalbody"):
+            block = getattr(node, name, None)
+            if isinstance(block, list) and block and isinstance(block[0], ast.stmt):
+                blocks.append(block)
+    return blocks
+
+
+def _elements(target: ast.expr, iterable: ast.expr) -> list[tuple[str, ast.expr]]:
+    """(loop variable, what it runs over), through `enumerate` and `zip`."""
+    if isinstance(target, ast.Name):
+        return [(target.id, iterable)]
+    if isinstance(iterable, ast.Call) and isinstance(iterable.func, ast.Name) and isinstance(target, ast.Tuple):
+        if iterable.func.id == "enumerate" and len(target.elts) == 2 and iterable.args:
+            return _elements(target.elts[1], iterable.args[0])
+        if iterable.func.id == "zip" and len(target.elts) == len(iterable.args):
+            pairs = zip(target.elts, iterable.args, strict=True)
+            return [found for element, argument in pairs for found in _elements(element, argument)]
+    return []
+
+
+def _evaluate(expression: ast.expr, parent: nn.Module, source: Source) -> tuple[nn.Module, ...]:
+    """The modules that the loop runs over; () where the expression is more than attributes, slices and `reversed`."""
+    for node in ast.walk(expression):
+        if not isinstance(node, _SEQUENCE) or (isinstance(node, ast.Name) and node.id not in ("self", *_FUNCTIONS)):
+            return ()
+    code = compile(ast.Expression(expression), source.function.__code__.co_filename, "eval")
+    try:
+        modules = tuple(eval(code, {"__builtins__": {}, **_FUNCTIONS}, {"self": parent}))
+    except Exception:  # the model's own attributes: whatever they raise, the order is unknown
+        return ()
+    return modules if all(isinstance(module, nn.Module) for module in modules) else ()
+
+
+def _read_body(loop: ast.For, layer: str) -> tuple[str, bool] | None:
+    """(name of the hidden states, passive) where each turn hands the layer's result to the next one."""
+    reader = _Body(layer)
+    reader.block(loop.body)
+    if reader.state is None or reader.results.get(reader.state) not in ("first", "output"):
+        return None
+    return reader.state, reader.passive
+
+
+class _Body:
+    """Follows `x = layer(x, ...)`, `x, ... = layer(x)`, `out = layer(x); x = out[0]` through one turn of the loop."""
+
+    def __init__(self, layer: str) -> None:
+        self.layer = layer
+        self.state: str | None = None
+        self.results: dict[str, str] = {}
+        self.passive = True
+
+    def block(self, statements: list[ast.stmt]) -> None:
+        for statement in statements:
+            if isinstance(statement, ast.If):
+                self._if(statement)
+            elif isinstance(statement, ast.Assign) and len(statement.targets) == 1:
+                self._assign(statement.targets[0], statement.value)
+            elif isinstance(statement, ast.AnnAssign) and statement.value is not None:
+                self._assign(statement.target, statement.value)
+            elif isinstance(statement, ast.AugAssign):
+                self.passive &= isinstance(statement.value, ast.Tuple) and _harmless(statement.value)
+                self._forget([statement])
+            elif not (is_passive(statement) or isinstance(statement, (ast.Continue, ast.Break))):
+                self.passive = False
+                self._forget([statement])
+
+    def _if(self, statement: ast.If) -> None:
+        self.passive &= _harmless(statement.test)
+        before = dict(self.results)
+        ends = []
+        for branch in (statement.body, statement.orelse):
+            self.results = dict(before)
+            self.block(branch)
+            if not (branch and isinstance(branch[-1], (ast.Continue, ast.Break, ast.Raise, ast.Return))):
+                ends.append(self.results)
+        self.results = {}
+        for name in set().union(*ends):
+            kinds = {end.get(name, "") for end in ends}
+            if len(kinds) > 1:
+                self.passive = False
+            self.results[name] = next(iter(sorted(kinds, reverse=True)))
+
+    def _assign(self, target: ast.expr, value: ast.expr) -> None:
+        kind = self._kind(value)
+        if isinstance(target, ast.Name):
+            self.results[target.id] = kind
+        elif isinstance(target, ast.Tuple) and target.elts and isinstance(target.elts[0], ast.Name):
+            self._forget([ast.Expr(target)])
+            self.results[target.elts[0].id] = "first" if kind == "output" else ""
+        else:
+            self.passive = False
+
+    def _kind(self, value: ast.expr) -> str:
+        if isinstance(value, ast.Name):
+            return self.results.get(value.id, "")
+        if isinstance(value, ast.Subscript) and isinstance(value.slice, ast.Constant) and value.slice.value == 0:
+            return "first" if self._kind(value.value) == "output" else ""
+        if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == self.layer:
+            self.state = self._argument(value)
+            arguments = [*value.args, *(keyword.value for keyword in value.keywords)]
+            self.passive &= all(_harmless(argument) for argument in arguments)
+            return "output"
+        self.passive &= _harmless(value)
+        return ""
+
+    @staticmethod
+    def _argument(call: ast.Call) -> str | None:
+        given = call.args[0] if call.args else None
+        for keyword in call.keywords:
+            if given is None and keyword.arg in ("hidden_states", "x", "hidden_state"):
+                given = keyword.value
+        return given.id if isinstance(given, ast.Name) else None
+
+    def _forget(self, statements: list[Any]) -> None:
+        for name in assigned_names(statements):
+            self.results[name] = ""
+
+
+_CODE = (
+    ast.Call, ast.Await, ast.Yield, ast.YieldFrom, ast.NamedExpr, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp,
+    ast.GeneratorExp,
+)  # fmt: skip
+
+
+def _harmless(expression: ast.expr) -> bool:
+    """True where evaluating it cannot write to a tensor: it calls nothing."""
+    return not any(isinstance(node, _CODE) for node in ast.walk(expression))
+
+
+def _final_norm(statements: list[ast.stmt], state: str, self_name: str) -> tuple[str, bool]:
+    """(attribute of the first module called on `state` alone, nothing ran before it)."""
+    passive = True
+    for statement in statements:
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Call) and len(node.args) == 1 and not node.keywords:
+                attribute = self_attribute(node.func, self_name)
+                given = node.args[0]
+                if attribute and isinstance(given, ast.Name) and given.id == state:
+                    direct = isinstance(statement, ast.Assign) and statement.value is node
+                    return attribute, passive and direct
+        if state in assigned_names([statement]):
+            return "", False
+        passive = passive and is_passive(statement)
+    return "", False

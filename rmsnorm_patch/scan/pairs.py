@@ -1,0 +1,171 @@
+"""Residual-add and norm pairs of a model: within a layer, from a layer to the next, and to the final norm.
+
+A pair is read from the source of the layer's forward (`dataflow`) and confirmed by a trace of it (`trace`); the order
+of the layers is read from the forward that runs them (`loops`). What cannot be read is left alone with a reason.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch.nn as nn
+
+from ..plan import NormSite, PairKind, PairSite
+from ..rewrite.classes import original_class
+from ..rewrite.handover import Step
+from .dataflow import Add, Flow, NormCall, analyse
+from .loops import layer_loops
+from .source import NoSource, Source, read_forward
+
+
+@dataclass
+class Layer:
+    """One module whose forward was read. `norms`: attribute -> site, of its own norm children."""
+
+    path: str
+    module: nn.Module
+    cls: type
+    source: Source
+    flow: Flow
+    norms: dict[str, NormSite]
+    reason: str = ""
+
+    @property
+    def norm_attributes(self) -> frozenset[str]:
+        return frozenset(self.norms)
+
+    def norm_path(self, attribute: str) -> str:
+        return self.norms[attribute].path
+
+    def live_pairs(self) -> list[tuple[Add, NormCall]]:
+        return [] if self.reason else self.flow.in_layer
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """A layer's last add and the norm that reads its sum; `receiver`: the layer that calls the norm, or None."""
+
+    kind: PairKind
+    parent: nn.Module
+    layer: Layer
+    site: NormSite
+    norm: nn.Module
+    receiver: Layer | None
+    passive: bool
+
+
+@dataclass
+class Layout:
+    """What was read from a model."""
+
+    layers: dict[str, Layer] = field(default_factory=dict)
+    steps: list[PlannedStep] = field(default_factory=list)
+    unread: list[tuple[str, str]] = field(default_factory=list)
+
+    def chains(self, fused: set[tuple[str, str, str]]) -> Iterator[tuple[nn.Module, list[Step]]]:
+        """For each module that runs layers: its hand-overs among `fused` (kind, layer path, norm path)."""
+        parents = {id(step.parent): step.parent for step in self.steps}
+        for parent in parents.values():
+            steps = [
+                Step(s.layer.module, s.norm, None if s.receiver is None else s.receiver.module, s.passive)
+                for s in self.steps
+                if s.parent is parent and (s.kind, s.layer.path, s.site.path) in fused
+            ]
+            if steps:
+                yield parent, steps
+
+
+def find_pairs(model: nn.Module, norm_sites: Sequence[NormSite]) -> tuple[PairSite, ...]:
+    """Every pair of `model` whose norm is one of `norm_sites`, in the order of its layers."""
+    found = layout(model, norm_sites)
+    pairs: list[PairSite] = []
+    for layer in found.layers.values():
+        pairs.extend(_in_layer_sites(layer))
+        for step in found.steps:
+            if step.layer is layer:
+                action, reason = _decide(step.site, "its sum is handed to the next norm")
+                tail = layer.flow.tail
+                where = layer.source.where(tail.node) if tail is not None else ""
+                pairs.append(PairSite(step.kind, layer.path, step.site.path, action, reason, where))
+    return tuple(pairs)
+
+
+def _in_layer_sites(layer: Layer) -> Iterator[PairSite]:
+    for add, norm in layer.flow.in_layer:
+        site = layer.norms[norm.attr]
+        action, reason = _decide(site, "add and norm in one call")
+        if layer.reason:
+            action, reason = "leave", layer.reason
+        yield PairSite("in_layer", layer.path, site.path, action, reason, layer.source.where(add.node))
+    for line, attr, why in layer.flow.refused:
+        where = f"{layer.source.where(layer.source.tree).rpartition(':')[0]}:{line}"
+        yield PairSite("in_layer", layer.path, layer.norm_path(attr), "leave", why, where)
+    for attr, add in layer.flow.norm_add:
+        reason = "the norm comes before the add; the norm alone is fused"
+        yield PairSite("norm_add", layer.path, layer.norm_path(attr), "leave", reason, layer.source.where(add.node))
+
+
+def _decide(site: NormSite, reason: str) -> tuple[str, str]:  # type: ignore[type-arg]
+    if site.action != "fuse":
+        return "leave", f"its norm is left alone: {site.reason}"
+    return "fuse", reason
+
+
+def layout(model: nn.Module, norm_sites: Iterable[NormSite]) -> Layout:
+    """Read every layer and loop of `model`."""
+    sites = {}
+    for site in norm_sites:
+        sites[id(model.get_submodule(site.path))] = site
+    found = Layout()
+    by_id: dict[int, Layer] = {}
+    for path, module in model.named_modules():
+        norms = {name: sites[id(child)] for name, child in module._modules.items() if id(child) in sites}
+        if norms:
+            _read_layer(found, by_id, path, module, norms)
+    for _, parent in model.named_modules():
+        _read_loops(found, by_id, sites, parent)
+    return found
+
+
+def _read_layer(
+    found: Layout, by_id: dict[int, Layer], path: str, module: nn.Module, norms: dict[str, NormSite]
+) -> None:
+    cls = original_class(type(module))
+    try:
+        source, flow = _read_class(cls, frozenset(norms))
+    except NoSource as reason:
+        found.unread.append((path, str(reason)))
+        return
+    if flow.in_layer or flow.refused or flow.norm_add or flow.tail is not None or flow.entry is not None:
+        by_id[id(module)] = found.layers[path] = Layer(path, module, cls, source, flow, norms)
+
+
+@functools.lru_cache(maxsize=1024)
+def _read_class(cls: type, norms: frozenset[str]) -> tuple[Source, Flow]:
+    source = read_forward(cls)
+    return source, analyse(source.tree, norms)
+
+
+def _read_loops(found: Layout, by_id: dict[int, Layer], sites: dict[int, NormSite], parent: nn.Module) -> None:
+    for loop in layer_loops(parent, original_class(type(parent))):
+        modules = loop.modules
+        for at, module in enumerate(modules):
+            layer = by_id.get(id(module))
+            if layer is None or layer.flow.tail is None or modules.count(module) > 1:
+                continue
+            passive = layer.flow.tail_passive and not layer.source.wrappers
+            if at + 1 < len(modules):
+                receiver = by_id.get(id(modules[at + 1]))
+                if receiver is None or receiver.flow.entry is None:
+                    continue
+                attr = receiver.flow.entry.attr
+                quiet = passive and loop.passive and receiver.flow.entry_passive and not receiver.source.wrappers
+                norm = receiver.module._modules[attr]
+                assert norm is not None
+                step = PlannedStep("cross_layer", parent, layer, receiver.norms[attr], norm, receiver, quiet)
+                found.steps.append(step)
+            elif loop.final is not None and id(loop.final) in sites:
+                quiet = passive and loop.final_passive
+                found.steps.append(PlannedStep("final", parent, layer, sites[id(loop.final)], loop.final, None, quiet))

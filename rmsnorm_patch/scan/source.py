@@ -1,0 +1,76 @@
+"""The source of a module class's `forward`: the innermost function under its decorators, and its syntax tree."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+import types
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Source:
+    """`function`: the plain function at the bottom. `wrappers`: decorators around it, outermost first.
+    `tree`: its FunctionDef with the line numbers of its own file."""
+
+    function: types.FunctionType
+    wrappers: tuple[types.FunctionType, ...]
+    tree: ast.FunctionDef
+
+    def where(self, node: ast.AST) -> str:
+        return f"{self.function.__code__.co_filename.rpartition('/')[2]}:{getattr(node, 'lineno', 0)}"
+
+
+class NoSource(Exception):
+    """The forward cannot be read or rebuilt; the message says why."""
+
+
+def read_forward(cls: type) -> Source:
+    """The forward that instances of `cls` run, inherited or not. Raises NoSource."""
+    outermost = getattr(cls, "forward", None)
+    if not isinstance(outermost, types.FunctionType):
+        raise NoSource(f"{cls.__qualname__}.forward is {type(outermost).__name__}, not a Python function")
+    chain = [outermost]
+    while isinstance(inner := getattr(chain[-1], "__wrapped__", None), types.FunctionType):
+        if inner in chain:
+            raise NoSource(f"{cls.__qualname__}.forward: its decorators wrap each other in a circle")
+        chain.append(inner)
+    function = chain[-1]
+    wrappers = tuple(w for w in chain[:-1] if not _rewrapped_by_subclassing(cls, w))
+    return Source(function, wrappers, _parse(function))
+
+
+def _rewrapped_by_subclassing(cls: type, wrapper: types.FunctionType) -> bool:
+    """True where an `__init_subclass__` of `cls` made the wrapper: a new subclass gets its own
+    (`GradientCheckpointingLayer`)."""
+    for base in cls.__mro__:
+        hook = vars(base).get("__init_subclass__")
+        code = getattr(getattr(hook, "__func__", None), "__code__", None)
+        if code is not None and wrapper.__code__ in code.co_consts:
+            return True
+    return False
+
+
+def _parse(function: types.FunctionType) -> ast.FunctionDef:
+    try:
+        lines, first = inspect.getsourcelines(function)
+        module = ast.parse(textwrap.dedent("".join(lines)))
+    except (OSError, TypeError, SyntaxError, IndentationError) as error:
+        raise NoSource(f"{function.__qualname__}: its source cannot be read ({type(error).__name__})") from error
+    ast.increment_lineno(module, first - 1)
+    found = [n for n in module.body if isinstance(n, ast.FunctionDef) and n.name == function.__code__.co_name]
+    if len(found) != 1:
+        raise NoSource(f"{function.__qualname__}: its source is not one plain function")
+    _check_is_the_running_code(function, found[0])
+    return found[0]
+
+
+def _check_is_the_running_code(function: types.FunctionType, tree: ast.FunctionDef) -> None:
+    """A file edited after its import would give another function: the names must be those of the running code."""
+    arguments = tree.args
+    names = [a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+    names += [a.arg for a in (arguments.vararg, arguments.kwarg) if a is not None]
+    code = function.__code__
+    if tuple(names) != code.co_varnames[: len(names)]:
+        raise NoSource(f"{function.__qualname__}: the source on disk is not the code that runs")
