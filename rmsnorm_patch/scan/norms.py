@@ -1,0 +1,229 @@
+"""Find the norm modules of a model and say what each computes."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch.nn as nn
+
+from ..errors import UnsupportedModel
+from ..plan import NormSite
+from ..rewrite.classes import original_class
+from ..semantics import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, T5, NormSpec
+from .diagnose import explain
+from .probe import WEIGHTLESS, Found, find_spec, undisturbed
+from .subject import Rejected, Subject, examine
+
+_NAMED_LIKE_A_NORM = re.compile(r"rms|norm", re.IGNORECASE)
+_NAMES = {
+    LLAMA: "llama",
+    FP32_WEIGHT_MULTIPLY: "fp32-weight-multiply",
+    GEMMA: "gemma",
+    T5: "t5",
+    WEIGHTLESS: "weightless",
+}
+
+Cache = dict[Hashable, "Found | str"]
+_BY_CLASS: WeakKeyDictionary[type, Cache] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Match:
+    """What one module computes.
+
+    spec: None where nothing matched, and `reason` says why. eps_attribute, weight_attribute: names found by behaviour;
+        None for an eps that is a constant in the code, and for a norm that uses no weight.
+    """
+
+    spec: NormSpec | None
+    reason: str
+    eps_attribute: str | None = None
+    weight_attribute: str | None = None
+    hidden_size: int | None = None
+
+
+def variant_name(spec: NormSpec) -> str:
+    """A short name for a spec's numerics, e.g. "llama", "gemma", "weightless"; the differing fields otherwise."""
+    base = replace(spec, eps=LLAMA.eps, sum=LLAMA.sum, width=None, group=None)
+    parts = [_NAMES[base]] if base in _NAMES else [
+        f"round={spec.round_before_weight}",
+        f"offset={spec.weight_offset}",
+        f"output={spec.output}",
+        *([] if spec.has_weight else ["weightless"]),
+    ]
+    parts += [f"width={spec.width}"] * (spec.width is not None) + [f"group={spec.group}"] * (spec.group is not None)
+    return " ".join(parts)
+
+
+def infer_spec(module: nn.Module, _shared: Cache | None = None) -> Match:
+    """The NormSpec whose reference arithmetic equals `module`'s own forward bit for bit, found by running it.
+
+    The module itself is neither called nor changed: a throwaway instance of its class runs on the CPU, so weights may
+    be on any device, meta, sharded or quantised. Modules of one class and configuration are probed once.
+    """
+    try:
+        subject = examine(module)
+        found = _find(subject, module, _shared)
+    except Rejected as rejection:
+        return Match(None, str(rejection))
+    spec = found.spec
+    if found.eps_attribute is not None:
+        spec = replace(spec, eps=getattr(module, found.eps_attribute))
+    reason = f"computes {variant_name(spec)} numerics, bit for bit in {found.pairs} dtype pairs"
+    return Match(
+        spec=spec,
+        reason="; ".join(filter(None, (reason, subject.note))),
+        eps_attribute=found.eps_attribute,
+        weight_attribute=subject.weight_attribute if spec.has_weight else None,
+        hidden_size=subject.columns[0] if subject.weight_attribute else None,
+    )
+
+
+def _find(subject: Subject, module: nn.Module, shared: Cache | None) -> Found:
+    """Probe, or take what the same class and configuration gave before; raises `Rejected`."""
+    key: Hashable = subject.key
+    cache = _BY_CLASS.setdefault(subject.cls, {})
+    if key is None and shared is not None:
+        # Attributes such as a config object: equal only while they are the very same objects, so for one scan.
+        cache = shared
+        key = (subject.cls, subject.columns, tuple((name, id(v)) for name, v in sorted(subject.attributes.items())))
+    known = None if key is None else cache.get(key)
+    if known is None:
+        known = _probe(subject, module)
+        if key is not None:
+            cache[key] = known
+    if isinstance(known, str):
+        raise Rejected(known)
+    return known
+
+
+def _probe(subject: Subject, module: nn.Module) -> Found | str:
+    with undisturbed():
+        try:
+            return find_spec(subject, module) or explain(subject)
+        except Rejected as rejection:
+            return str(rejection)
+
+
+def scan_norms(
+    model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> tuple[NormSite, ...]:
+    """One site for every module of `model` that looks like a norm, in the order of `named_modules`.
+
+    include, exclude: `fnmatch` patterns on module paths ("*" also spans dots); sites outside them are listed as
+        "leave". A module shared at several paths is selected by any of its paths.
+    Raises `UnsupportedModel` for an object that is no module, a model without any RMSNorm, and a pattern that matches
+    no norm.
+    """
+    if not isinstance(model, nn.Module):
+        got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise UnsupportedModel("model", got, "a torch.nn.Module", "pass the model object itself (pipeline.model, say)")
+    shared: Cache = {}
+    sites = []
+    for module, paths in _modules_with_paths(model):
+        match = _match_if_norm(module, shared)
+        if match is not None:
+            sites.append(_site(module, paths, match))
+    _check_holds_rms_norm(model, sites)
+    _check_patterns(sites, include, exclude)
+    return tuple(_selected(site, include, exclude) for site in sites)
+
+
+def _modules_with_paths(model: nn.Module) -> Iterator[tuple[nn.Module, list[str]]]:
+    """Each module once, with every path that leads to it; a cycle is cut where it closes."""
+    found: dict[nn.Module, list[str]] = {}
+
+    def walk(module: nn.Module, path: str, above: tuple[nn.Module, ...]) -> None:
+        found.setdefault(module, []).append(path)
+        for name, child in module._modules.items():
+            if child is not None and not any(child is m for m in above):
+                walk(child, f"{path}.{name}" if path else name, (*above, child))
+
+    walk(model, "", (model,))
+    yield from found.items()
+
+
+def _match_if_norm(module: nn.Module, shared: Cache) -> Match | None:
+    """None for a module that does not look like a norm: by its class's name, or by a structure that then matches."""
+    name = original_class(type(module)).__name__
+    leaf = all(child is None for child in module._modules.values())
+    if "rms" in name.lower() or (leaf and _NAMED_LIKE_A_NORM.search(name)):
+        return infer_spec(module, shared)
+    if not leaf or not _built_like_a_norm(module):
+        return None
+    match = infer_spec(module, shared)
+    return match if match.spec is not None else None
+
+
+def _built_like_a_norm(module: nn.Module) -> bool:
+    tensors = [t for store in (module._parameters, module._buffers) for t in store.values() if t is not None]
+    if len(tensors) == 1:
+        return not nn.parameter.is_lazy(tensors[0]) and tensors[0].dim() == 1
+    return not tensors and any("eps" in name.lower() for name in module.__dict__)
+
+
+def _site(module: nn.Module, paths: list[str], match: Match) -> NormSite:
+    weight: Any = None
+    if match.weight_attribute is not None:
+        weight = module._parameters.get(match.weight_attribute, module._buffers.get(match.weight_attribute))
+    return NormSite(
+        path=paths[0],
+        class_name=original_class(type(module)).__name__,
+        spec=match.spec,
+        action="leave" if match.spec is None else "fuse",
+        reason=match.reason,
+        hidden_size=match.hidden_size,
+        weight_dtype=None if weight is None else str(weight.dtype).removeprefix("torch."),
+        eps_attribute=match.eps_attribute,
+        shared_paths=tuple(paths[1:]),
+        weight_attribute=match.weight_attribute,
+    )
+
+
+def _check_holds_rms_norm(model: nn.Module, sites: list[NormSite]) -> None:
+    if any(site.spec is not None for site in sites):
+        return
+    held = Counter((site.class_name, site.reason) for site in sites)
+    listed = "; ".join(f"{count} x {name}: {reason}" for (name, reason), count in held.most_common(4))
+    raise UnsupportedModel(
+        type(model).__name__,
+        f"no module that computes an RMSNorm ({listed or 'no norm module at all'})",
+        "models with RMSNorm modules",
+        "nothing can be fused here; use the model as it is",
+    )
+
+
+def _matches(site: NormSite, pattern: str) -> bool:
+    return any(fnmatchcase(path, pattern) for path in (site.path, *site.shared_paths))
+
+
+def _check_patterns(sites: list[NormSite], include: Sequence[str], exclude: Sequence[str]) -> None:
+    for option, patterns in (("include", include), ("exclude", exclude)):
+        if isinstance(patterns, str):
+            raise UnsupportedModel(option, f"the string {patterns!r}", "a sequence of patterns", f"pass [{patterns!r}]")
+        for pattern in patterns:
+            if not any(_matches(site, pattern) for site in sites):
+                raise UnsupportedModel(
+                    f"{option}={pattern!r}",
+                    "a pattern that matches no norm of this model",
+                    f"fnmatch patterns on norm paths such as {sites[0].path!r} and {sites[-1].path!r}",
+                    "correct the pattern, or drop it; for all norms under a module write 'path.to.module.*'",
+                )
+
+
+def _selected(site: NormSite, include: Sequence[str], exclude: Sequence[str]) -> NormSite:
+    if site.action == "leave":
+        return site
+    if include and not any(_matches(site, pattern) for pattern in include):
+        return replace(site, action="leave", reason=f"not in include={list(include)}; {site.reason}")
+    for pattern in exclude:
+        if _matches(site, pattern):
+            return replace(site, action="leave", reason=f"excluded by {pattern!r}; {site.reason}")
+    return site
+

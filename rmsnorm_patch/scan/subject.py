@@ -1,0 +1,264 @@
+"""What of a module the scan looks at, and a throwaway twin to run: the module itself is never called or written to.
+
+A twin is an empty instance of the module's own class with the plain attributes that the class's code names, and a
+weight of the scan's choosing. So the scan works on meta, offloaded, quantised and sharded weights alike, and under
+accelerate's or anybody else's hooks.
+"""
+
+from __future__ import annotations
+
+import copy
+import dis
+import inspect
+import types
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from ..rewrite.classes import original_class
+
+_PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+_BY_REFERENCE = (types.FunctionType, types.BuiltinFunctionType, type)
+_MODULE_INTERNALS = frozenset(nn.Module().__dict__) | {"forward"}
+_KERNEL_PACKAGES = ("liger_kernel", "kernels")
+
+
+class Rejected(Exception):
+    """The module is not an RMSNorm that can be served; the message says why, in words for the plan's table."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One module, reduced to what decides how it computes.
+
+    weight_attribute: the one 1-D parameter or buffer, or None. columns: lengths of the last dimension to probe with,
+        best guess first. attributes: what a twin carries. codes: code objects that forward can reach. note: what
+        stands over the class's own forward on this instance.
+    """
+
+    cls: type[nn.Module]
+    weight_attribute: str | None
+    weight_is_parameter: bool
+    columns: tuple[int, ...]
+    attributes: dict[str, Any]
+    codes: tuple[types.CodeType, ...]
+    note: str
+
+    @property
+    def key(self) -> Hashable | None:
+        """Equal keys compute alike; None where an attribute is not plain data and nothing can be said."""
+        if not all(_is_plain(value) for value in self.attributes.values()):
+            return None
+        values = tuple((name, type(value), value) for name, value in sorted(self.attributes.items()))
+        return self.weight_attribute, self.weight_is_parameter, self.columns, values, self.codes
+
+    def twin(self, weight: torch.Tensor | None) -> nn.Module:
+        made = self.cls.__new__(self.cls)
+        nn.Module.__init__(made)
+        for name, value in self.attributes.items():
+            made.__dict__[name] = value if _is_plain(value) else _copied(name, value)
+        if self.weight_attribute is not None and weight is not None:
+            if self.weight_is_parameter:
+                made._parameters[self.weight_attribute] = nn.Parameter(weight, requires_grad=False)
+            else:
+                made._buffers[self.weight_attribute] = weight
+        return made.eval()
+
+
+def examine(module: nn.Module) -> Subject:
+    """The `Subject` of a module whose structure is a norm's; raises `Rejected` otherwise."""
+    cls = original_class(type(module))
+    if isinstance(module, torch.jit.ScriptModule):
+        raise Rejected("it is compiled by TorchScript, so its code cannot be run on probes")
+    if cls.__call__ is not nn.Module.__call__:
+        raise Rejected(f"{cls.__name__} overrides __call__")
+    children = [name for name, child in module._modules.items() if child is not None]
+    if children:
+        raise Rejected(f"it has sub-modules ({', '.join(children[:4])})")
+    weight_attribute, weight = _weight_of(module)
+    codes = reachable_codes(cls)
+    _check_signature(cls)
+    names = _names_in(codes)
+    attributes = {
+        name: value
+        for name, value in module.__dict__.items()
+        if name in names and name not in _MODULE_INTERNALS and name != weight_attribute
+    }
+    # Registered but absent (`bias=None`): the code may look at them.
+    absent = (*module._parameters.items(), *module._buffers.items())
+    attributes.update((name, None) for name, value in absent if value is None)
+    for name, value in attributes.items():
+        if not _is_plain(value) and _holds_tensors(value, depth=4):
+            raise Rejected(f"its forward reads {name!r}, which holds tensors or modules")
+    return Subject(
+        cls=cls,
+        weight_attribute=weight_attribute,
+        weight_is_parameter=weight_attribute in module._parameters,
+        columns=(weight.shape[0],) if weight is not None else _widths_named_by(module),
+        attributes=attributes,
+        codes=codes,
+        note=_instance_forward_note(module, cls),
+    )
+
+
+def _weight_of(module: nn.Module) -> tuple[str | None, torch.Tensor | None]:
+    tensors = {name: t for store in (module._parameters, module._buffers) for name, t in store.items() if t is not None}
+    biases = [name for name in tensors if "bias" in name.lower() or name == "beta"]
+    if biases:
+        raise Rejected(f"it has a bias ({biases[0]})")
+    if len(tensors) > 1:
+        raise Rejected(f"it has more than one tensor ({', '.join(tensors)}); an RMSNorm has one weight or none")
+    if not tensors:
+        return None, None
+    [(name, tensor)] = tensors.items()
+    if nn.parameter.is_lazy(tensor):
+        raise Rejected(f"its {name} is not initialised yet")
+    if tensor.dim() != 1:
+        raise Rejected(f"its {name} has {tensor.dim()} dimensions ({list(tensor.shape)}); an RMSNorm's weight has 1")
+    if tensor.numel() == 0:
+        raise Rejected(f"its {name} is empty in this process (a ZeRO-3 shard?)")
+    return name, tensor
+
+
+def _widths_named_by(module: nn.Module) -> tuple[int, ...]:
+    """For a weightless norm: the integers that its attributes hold, then a width of our own."""
+    found: list[int] = []
+    for value in module.__dict__.values():
+        shape = (value,) if isinstance(value, int) else value
+        if isinstance(shape, tuple) and shape and all(type(size) is int for size in shape):
+            if len(shape) > 1:
+                raise Rejected(f"it normalises over {len(shape)} dimensions ({shape}); an RMSNorm takes the last one")
+            if 1 < shape[0] <= 1 << 16:
+                found.append(shape[0])
+    return (*dict.fromkeys(found), 64)
+
+
+def _check_signature(cls: type[nn.Module]) -> None:
+    """forward takes exactly one tensor; further arguments have defaults and are never read."""
+    try:
+        parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
+    except (TypeError, ValueError):
+        raise Rejected("its forward has no signature that Python can read") from None
+    required = [
+        p.name
+        for p in parameters
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    if not required:
+        raise Rejected("its forward does not name the one tensor that it takes")
+    if len(required) > 1:
+        raise Rejected(f"its forward needs further arguments ({', '.join(required[1:])}), as a gated norm does")
+    code = inspect.unwrap(cls.forward).__code__
+    read = [p.name for p in parameters if p.name != required[0] and _reads(code, p.name)]
+    if read:
+        raise Rejected(f"its forward takes an optional argument that changes the result ({', '.join(read)})")
+
+
+def _reads(code: types.CodeType, name: str) -> bool:
+    for instruction in dis.get_instructions(code):
+        names = instruction.argval if isinstance(instruction.argval, tuple) else (instruction.argval,)
+        if name in names and instruction.opname.startswith("LOAD"):
+            return True
+    return any(_reads(const, name) for const in code.co_consts if isinstance(const, types.CodeType))
+
+
+def reachable_codes(cls: type[nn.Module]) -> tuple[types.CodeType, ...]:
+    """Code of `forward` and of every method or property of the class that it names, directly or through another."""
+    methods: dict[str, list[types.CodeType]] = {}
+    for base in cls.__mro__:
+        if base is nn.Module:
+            break
+        for name, value in vars(base).items():
+            methods.setdefault(name, []).extend(_codes_of(value))
+    if not methods.get("forward"):
+        raise Rejected(f"{cls.__name__} has no forward in Python")
+    found: dict[types.CodeType, None] = {}
+    pending = list(methods["forward"])
+    while pending:
+        code = pending.pop(0)
+        if code in found:
+            continue
+        found[code] = None
+        pending.extend(const for const in code.co_consts if isinstance(const, types.CodeType))
+        for name in code.co_names:
+            pending.extend(methods.get(name, ()))
+    return tuple(found)
+
+
+def _codes_of(value: object) -> Iterator[types.CodeType]:
+    if isinstance(value, property):
+        value = value.fget
+    if isinstance(value, (staticmethod, classmethod)):
+        value = value.__func__
+    if not callable(value):
+        return
+    while value is not None:
+        code = getattr(value, "__code__", None)
+        if isinstance(code, types.CodeType):
+            yield code
+        value = getattr(value, "__wrapped__", None)
+
+
+def _names_in(codes: tuple[types.CodeType, ...]) -> set[str]:
+    names: set[str] = set()
+    for code in codes:
+        names.update(code.co_names)
+        names.update(const for const in code.co_consts if isinstance(const, str))  # getattr(self, "eps")
+    return names
+
+
+def class_forward(cls: type[nn.Module]) -> Callable[..., Any]:
+    """The class's own forward, from under `torch.compile` (which would compile each probe)."""
+    forward = cls.forward
+    return getattr(forward, "_torchdynamo_orig_callable", forward)
+
+
+def _instance_forward_note(module: nn.Module, cls: type[nn.Module]) -> str:
+    """Says what an instance-level `forward` is; `Rejected` where nobody known put it there."""
+    forward = module.__dict__.get("forward")
+    if forward is None:
+        return ""
+    notes = []
+    if "_hf_hook" in module.__dict__ and "_old_forward" in module.__dict__:
+        notes.append("under accelerate's hooks")
+        forward = module.__dict__["_old_forward"]
+    function = getattr(forward, "__func__", None)
+    if function is not None and function in (cls.forward, type(module).forward):
+        return ", ".join(notes)
+    origin = f"{getattr(function, '__module__', None)}.{getattr(function, '__qualname__', forward)}"
+    if origin.split(".")[0] not in _KERNEL_PACKAGES and not hasattr(cls, "kernel_layer_name"):
+        raise Rejected(
+            f"an instance-level forward ({origin}) stands over {cls.__name__}.forward, and what it computes is unknown;"
+            " delete it from the module to have the class's own forward considered"
+        )
+    notes.append(f"its class's own forward was read from under the instance-level {origin}")
+    return ", ".join(notes)
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, _PLAIN) or (type(value) is tuple and all(_is_plain(item) for item in value))
+
+
+def _copied(name: str, value: object) -> object:
+    if isinstance(value, _BY_REFERENCE):
+        return value
+    try:
+        return copy.deepcopy(value)
+    except Exception as error:
+        raise Rejected(f"its forward reads {name!r}, which cannot be copied ({type(error).__name__})") from error
+
+
+def _holds_tensors(value: object, depth: int) -> bool:
+    if isinstance(value, (torch.Tensor, nn.Module)):
+        return True
+    if depth == 0 or isinstance(value, (*_PLAIN, *_BY_REFERENCE)):
+        return False
+    items = list(vars(value).values()) if hasattr(value, "__dict__") else []
+    if isinstance(value, dict):
+        items += [*value.keys(), *value.values()]
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        items += list(value)
+    return any(_holds_tensors(item, depth - 1) for item in items)
