@@ -13,7 +13,9 @@
 //   SUM_F32          0: variance and output use the sum rounded to X_T.  1: they use the fp32 sum. The sum stored in
 //                    `total` is rounded to X_T in both cases
 //   WIDTH            columns that enter the variance (== N: all; the mean divides by WIDTH)
-//   GROUP            columns per rstd (== N: one rstd for the row; divides N)
+//   WEIGHT_ROWS      1, or the rows of the weight [WEIGHT_ROWS, N]: row r uses weight row r % WEIGHT_ROWS. A grouped norm
+//                    (NormSpec.group) is launched as N = group, WEIGHT_ROWS = groups per row, m = rows * groups; a strided x
+//                    with STRIDE2, inner_rows = groups, row stride = group, outer stride = the row stride
 //   VEC              elements of one logical chunk: thread t of a row owns whole chunks. The reduction tree may depend on
 //                    N, VEC, THREADS, CLUSTER ... but never on ALIGN, STRIDE2, m or the pointers
 //   ALIGN            bytes (power of two, >= sizeof element, <= 32) by which x, residual, normed, total pointers and all
@@ -23,7 +25,11 @@
 //   W_ALIGN          the same for the weight pointer
 //   STRIDE2          0: row r of x is x + r * x_row_stride. 1: rows are addressed in two levels (below)
 //   THREADS_PER_ROW  threads that share one row in one CTA; CLUSTER: CTAs that share one row (1 = no cluster)
-//   ROWS_PER_CTA     rows of one CTA (of one cluster, if CLUSTER > 1). THREADS = THREADS_PER_ROW * ROWS_PER_CTA = blockDim.x
+//   ROWS_PER_CTA     rows of one CTA (of one cluster, if CLUSTER > 1)
+//   ROWS_PER_THREAD  rows that one thread serves (divides ROWS_PER_CTA).
+//                    blockDim.x = THREADS_PER_ROW * ROWS_PER_CTA / ROWS_PER_THREAD
+//   TREE_THREADS     0: the reduction tree depends on N and VEC alone. 1: on the schedule (reduce.cuh); CLUSTER > 1 needs 1
+//   WEIGHT_AT        when the weight is read: 0 above the dependency wait, 1 with x, 2 after the reduction
 //   MIN_CTAS         second argument for __launch_bounds__
 //   any further upper-case key of a registry rule's `defines` table
 //

@@ -1,0 +1,159 @@
+// Sums of squares over a row, in an order that is fixed by N and VEC ("lanes") or by the schedule ("threads").
+//
+// "lanes" (TREE_THREADS == 0): chunks are taken 32 at a time; each group of 32 is summed by a butterfly, the group sums by
+// four interleaved running sums. Which thread held a chunk does not enter, so schedules for few and for many rows that
+// differ in THREADS_PER_ROW give the same bits.
+// "threads" (TREE_THREADS == 1): each thread first adds up its own chunks. Cheaper for long rows; one schedule per N.
+
+#pragma once
+
+#include "memory.cuh"
+
+__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+constexpr int TPR = THREADS_PER_ROW;
+constexpr int LANES = TPR < 32 ? TPR : 32;  // lanes of one warp that share a row
+constexpr int WARPS = ceil_div(TPR, 32);    // warps that share a row
+constexpr int SLOTS = ROWS_PER_CTA / ROWS_PER_THREAD;
+constexpr int CHUNKS = ceil_div(N, VEC);
+constexpr int CHUNKS_PER_THREAD = ceil_div(CHUNKS, TPR * CLUSTER);
+constexpr int SUMS_PER_THREAD = TREE_THREADS ? 1 : CHUNKS_PER_THREAD;
+// Sums that meet at the end: one per 32 chunks (lanes tree) or one per warp (threads tree).
+constexpr int SUMS = TREE_THREADS ? WARPS : ceil_div(CHUNKS, 32);
+
+static_assert(TPR % 32 == 0 || (TPR < 32 && (TPR & (TPR - 1)) == 0), "a row takes a power of two of lanes or whole warps");
+static_assert(ROWS_PER_CTA % ROWS_PER_THREAD == 0, "each thread serves the same number of rows");
+static_assert(TREE_THREADS || CLUSTER == 1, "a cluster's order of summation depends on its schedule");
+static_assert(SLOTS == 1 || TPR <= 32 || SLOTS < 16, "a row group of several warps needs one of 15 named barriers");
+
+template <int LANES_>
+__device__ __forceinline__ float butterfly(float sum) {
+#pragma unroll
+    for (int mask = LANES_ / 2; mask > 0; mask /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, mask);
+    return sum;
+}
+
+__host__ __device__ constexpr int power_of_two_at_least(int n) { return n <= 1 ? 1 : 2 * power_of_two_at_least((n + 1) / 2); }
+
+// COUNT butterflies at once. A lane ends with the sum of index lane / (32 / padded COUNT), each added in the order of
+// `butterfly`, with COUNT + log2(32 / COUNT) shuffles in place of 5 * COUNT.
+template <int COUNT>
+__device__ __forceinline__ float butterflies(const float (&sums)[COUNT], int lane) {
+    constexpr int PADDED = power_of_two_at_least(COUNT);
+    float s[PADDED];
+#pragma unroll
+    for (int i = 0; i < PADDED; ++i) s[i] = i < COUNT ? sums[i] : 0.0f;
+    int mask = 16;
+#pragma unroll
+    for (int half = PADDED / 2; half > 0; half /= 2, mask /= 2) {
+        bool upper = lane & mask;
+#pragma unroll
+        for (int i = 0; i < half; ++i) {
+            float mine = upper ? s[i + half] : s[i];
+            float other = upper ? s[i] : s[i + half];
+            s[i] = mine + __shfl_xor_sync(0xffffffffu, other, mask);
+        }
+    }
+#pragma unroll
+    for (; mask > 0; mask /= 2) s[0] += __shfl_xor_sync(0xffffffffu, s[0], mask);
+    return s[0];
+}
+
+__device__ __forceinline__ void row_group_barrier(int slot) {
+    if constexpr (SLOTS == 1) {
+        __syncthreads();
+    } else {
+        asm volatile("bar.sync %0, %1;" ::"r"(slot + 1), "n"(TPR) : "memory");
+    }
+}
+
+// Adds `SUMS` values in four interleaved running sums; `get(i)` gives four neighbours.
+template <int COUNT, typename Get4>
+__device__ __forceinline__ float add_up(Get4 get4) {
+    float running[4];
+#pragma unroll
+    for (int i = 0; i < COUNT; i += 4) {
+        float4 next = get4(i);
+        float values[4] = {next.x, next.y, next.z, next.w};
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+            if (i + k < COUNT) running[k] = i == 0 ? values[k] : running[k] + values[k];
+    }
+    if constexpr (COUNT == 1) return running[0];
+    if constexpr (COUNT == 2) return running[0] + running[1];
+    if constexpr (COUNT == 3) return (running[0] + running[1]) + running[2];
+    return (running[0] + running[1]) + (running[2] + running[3]);
+}
+
+#if CLUSTER > 1
+__device__ __forceinline__ u32 cluster_rank() {
+    u32 rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// The CTAs of a cluster write their sums into one another's shared memory; each adds them in rank order.
+// The caller arrived once at the cluster barrier before: no CTA writes into one that has not started.
+template <int ROWS>
+__device__ __forceinline__ void add_across_cluster(float (&sums)[ROWS], int slot, int thread) {
+    __shared__ float from_rank[SLOTS][ROWS][CLUSTER];
+    cluster_wait();
+    if (thread < CLUSTER) {
+#pragma unroll
+        for (int u = 0; u < ROWS; ++u) {
+            u32 here = (u32)__cvta_generic_to_shared(&from_rank[slot][u][cluster_rank()]);
+            u32 there;
+            asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(thread));
+            asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(sums[u]) : "memory");
+        }
+    }
+    cluster_arrive();
+    cluster_wait();
+#pragma unroll
+    for (int u = 0; u < ROWS; ++u) {
+        float sum = from_rank[slot][u][0];
+#pragma unroll
+        for (int rank = 1; rank < CLUSTER; ++rank) sum += from_rank[slot][u][rank];
+        sums[u] = sum;
+    }
+}
+#endif
+
+// In: each thread's sums of squares, [row][chunk of the thread] (lanes tree) or [row][0] (threads tree).
+// Out: the whole row's sum, the same in all threads of the row.
+template <int ROWS>
+__device__ __forceinline__ void sum_rows(const float (&partial)[ROWS * SUMS_PER_THREAD], float (&sums)[ROWS], int slot,
+                                         int thread) {
+    const int lane = threadIdx.x % 32;
+    if constexpr (TPR <= 32) {
+#pragma unroll
+        for (int u = 0; u < ROWS; ++u) {
+            float group[(SUMS_PER_THREAD + 3) / 4 * 4];
+#pragma unroll
+            for (int j = 0; j < SUMS_PER_THREAD; ++j) group[j] = butterfly<LANES>(partial[u * SUMS_PER_THREAD + j]);
+            sums[u] = add_up<SUMS_PER_THREAD>([&](int i) {
+                return make_float4(group[i], group[i + 1], group[i + 2], group[i + 3]);
+            });
+        }
+    } else {
+        constexpr int COUNT = ROWS * SUMS_PER_THREAD;
+        constexpr int PADDED = power_of_two_at_least(COUNT);
+        static_assert(PADDED <= 32, "one lane for each sum of a thread");
+        __shared__ float4 shared_sums[SLOTS][ROWS][ceil_div(SUMS, 4)];
+        float sum = butterflies<COUNT>(partial, lane);
+        const int index = lane / (32 / PADDED);
+        const int row = index / SUMS_PER_THREAD, group = index % SUMS_PER_THREAD * WARPS + thread / 32;
+        if (lane % (32 / PADDED) == 0 && index < COUNT && group < SUMS) ((float*)shared_sums[slot][row])[group] = sum;
+        row_group_barrier(slot);
+#pragma unroll
+        for (int u = 0; u < ROWS; ++u) {
+            const float4* row_sums = shared_sums[slot][u];
+            sums[u] = add_up<SUMS>([&](int i) { return row_sums[i / 4]; });
+        }
+    }
+#if CLUSTER > 1
+    add_across_cluster<ROWS>(sums, slot, thread);
+#endif
+}
