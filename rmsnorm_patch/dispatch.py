@@ -44,6 +44,7 @@ class Config:
     vec: int
     threads_per_row: int
     rows_per_cta: int
+    rows_per_thread: int
     cluster: int
     min_ctas: int
     smem_bytes: int
@@ -54,7 +55,7 @@ class Config:
 
     @property
     def threads(self) -> int:
-        return self.threads_per_row * self.rows_per_cta
+        return self.threads_per_row * self.rows_per_cta // self.rows_per_thread
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ def _configure(kernel: Kernel, rule: Rule, tuned: tuple[Override, ...], op: Op, 
         "threads_per_row": rule.threads_per_row,
         "chunks_per_thread": rule.chunks_per_thread,
         "rows_per_cta": rule.rows_per_cta,
+        "rows_per_thread": rule.rows_per_thread,
         "cluster": rule.cluster,
         "min_ctas": rule.min_ctas,
     }
@@ -150,6 +152,7 @@ def _configure(kernel: Kernel, rule: Rule, tuned: tuple[Override, ...], op: Op, 
         vec=vec,
         threads_per_row=threads_per_row,
         rows_per_cta=int(values["rows_per_cta"] or 1),
+        rows_per_thread=int(values["rows_per_thread"] or 1),
         cluster=cluster,
         min_ctas=int(values["min_ctas"] or 1),
         smem_bytes=rule.smem_bytes,

@@ -56,6 +56,7 @@ class Build:
             "STRIDE2": int(self.two_level),
             "THREADS_PER_ROW": config.threads_per_row,
             "ROWS_PER_CTA": config.rows_per_cta,
+            "ROWS_PER_THREAD": config.rows_per_thread,
             "THREADS": config.threads,
             "CLUSTER": config.cluster,
             "MIN_CTAS": config.min_ctas,

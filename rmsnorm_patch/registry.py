@@ -37,6 +37,7 @@ class Rule:
     threads_per_row: int | None
     chunks_per_thread: int | None
     rows_per_cta: int
+    rows_per_thread: int
     cluster: int
     min_ctas: int
     smem_bytes: int
@@ -74,7 +75,15 @@ class Override:
     reason: str
 
 
-TUNABLE = ("vec_bytes", "threads_per_row", "chunks_per_thread", "rows_per_cta", "cluster", "min_ctas")
+TUNABLE = (
+    "vec_bytes",
+    "threads_per_row",
+    "chunks_per_thread",
+    "rows_per_cta",
+    "rows_per_thread",
+    "cluster",
+    "min_ctas",
+)
 
 
 class _Table:
@@ -166,6 +175,7 @@ def _rule(table: _Table) -> Rule:
         threads_per_row=_launch_values(table, "threads_per_row", None) if explicit else None,
         chunks_per_thread=None if explicit else _launch_values(table, "chunks_per_thread", None),
         rows_per_cta=_launch_values(table, "rows_per_cta", 1),
+        rows_per_thread=_launch_values(table, "rows_per_thread", 1),
         cluster=_launch_values(table, "cluster", 1),
         min_ctas=_launch_values(table, "min_ctas", 1),
         smem_bytes=_launch_values(table, "smem_bytes", 0),

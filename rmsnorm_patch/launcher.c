@@ -1,0 +1,566 @@
+/* Launches the kernels of kernels/cuda with little host work, and is the hot path of every eager call.
+ *
+ * Compiled once per user with the system's C compiler (launcher.py), without any header beyond the C library: only functions of
+ * Python's stable ABI and of the CUDA driver are used, declared here, so that neither Python's nor CUDA's headers are
+ * needed and one binary serves every Python from 3.10 on. Loaded by ctypes; `rp_functions` returns its Python functions.
+ *
+ * new_kernel(...) -> address of a Kernel; launch(kernel, ...) starts one; make_callable(op, has_weight, slow, torch...)
+ * returns the op itself: it takes tensors, checks what must be checked in every call, allocates the results and launches
+ * the plan that add_plan registered for (dtype, weight dtype, N, device). Whatever it is not sure of goes to `slow`.
+ */
+#include <dlfcn.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef int64_t i64;
+typedef intptr_t Py_ssize_t;
+typedef struct _object PyObject;
+typedef PyObject *(*PyCFunction)(PyObject *, PyObject *);
+typedef struct {
+    const char *name;
+    PyCFunction function;
+    int flags;
+    const char *doc;
+} PyMethodDef;
+#define METH_FASTCALL 0x0080
+#define Py_EQ 2
+
+extern PyObject *PyCFunction_NewEx(PyMethodDef *, PyObject *, PyObject *);
+extern PyObject *PyCapsule_New(void *, const char *, void (*)(PyObject *));
+extern void *PyCapsule_GetPointer(PyObject *, const char *);
+extern PyObject *PyTuple_New(Py_ssize_t);
+extern int PyTuple_SetItem(PyObject *, Py_ssize_t, PyObject *);
+extern PyObject *PyTuple_GetItem(PyObject *, Py_ssize_t);
+extern Py_ssize_t PyTuple_Size(PyObject *);
+extern PyObject *PyLong_FromLongLong(long long);
+extern PyObject *PyLong_FromUnsignedLongLong(unsigned long long);
+extern long long PyLong_AsLongLong(PyObject *);
+extern unsigned long long PyLong_AsUnsignedLongLong(PyObject *);
+extern double PyFloat_AsDouble(PyObject *);
+extern PyObject *PyUnicode_InternFromString(const char *);
+extern PyObject *PyObject_GetAttr(PyObject *, PyObject *);
+extern PyObject *PyObject_CallMethodObjArgs(PyObject *, PyObject *, ...);
+extern PyObject *PyObject_CallFunctionObjArgs(PyObject *, ...);
+extern PyObject *PyObject_CallObject(PyObject *, PyObject *);
+extern PyObject *PyObject_Type(PyObject *);
+extern int PyObject_RichCompareBool(PyObject *, PyObject *, int);
+extern int PyObject_IsTrue(PyObject *);
+extern PyObject *PyErr_Occurred(void);
+extern void PyErr_Clear(void);
+extern void PyErr_SetString(PyObject *, const char *);
+extern PyObject *PyExc_TypeError;
+extern void Py_IncRef(PyObject *);
+extern void Py_DecRef(PyObject *);
+extern PyObject _Py_NoneStruct;
+extern void *PyEval_SaveThread(void);
+extern void PyEval_RestoreThread(void *);
+#define NONE ((PyObject *)&_Py_NoneStruct)
+
+/* The driver's launch structures (cuda.h); each attribute is 8 bytes of header and a 64-byte value. */
+typedef struct {
+    int id;
+    char pad[4];
+    union {
+        char bytes[64];
+        struct {
+            unsigned x, y, z;
+        } cluster;
+        int flag;
+    } value;
+} LaunchAttribute;
+typedef struct {
+    unsigned grid_x, grid_y, grid_z, block_x, block_y, block_z, shared_bytes;
+    void *stream;
+    LaunchAttribute *attributes;
+    unsigned attribute_count;
+} LaunchConfig;
+enum { ATTRIBUTE_CLUSTER = 4, ATTRIBUTE_PROGRAMMATIC_SERIALIZATION = 6 };
+
+static int (*cuLaunchKernelEx)(const LaunchConfig *, void *, void **, void **);
+static int (*cuCtxGetCurrent)(void **);
+static int (*cuCtxPushCurrent)(void *);
+static int (*cuCtxPopCurrent)(void **);
+
+/* `struct Args` of kernels/cuda/abi.cuh. */
+typedef struct {
+    uint64_t x, residual, weight, normed, total;
+    i64 m, x_row_stride, residual_row_stride, normed_row_stride, total_row_stride;
+    i64 inner_rows, x_outer_stride, residual_outer_stride;
+    uint64_t x2, weight2, normed2;
+    i64 m2, x2_row_stride, normed2_row_stride, inner_rows2, x2_outer_stride;
+    float eps;
+} Args;
+
+typedef struct Kernel {
+    void *function, *context;
+    i64 n, m_max, rows_per_cta, max_groups; /* max_groups: persistent grid, in groups of `cluster` CTAs; 0: no bound */
+    unsigned cluster, threads, shared_bytes;
+    int dependent; /* the device knows programmatic dependent launch */
+    uint64_t mask, weight_mask;
+    struct Kernel *next; /* the kernel for more than m_max rows; same reduction tree */
+} Kernel;
+
+#define TOO_MANY_ROWS 1000001
+
+static int start(const Kernel *kernel, void *stream, int dependent, Args *args) {
+    i64 groups = (args->m + args->m2 + kernel->rows_per_cta - 1) / kernel->rows_per_cta;
+    if (args->m2) /* a CTA of a pair kernel works on one of its two problems only */
+        groups = (args->m + kernel->rows_per_cta - 1) / kernel->rows_per_cta +
+                 (args->m2 + kernel->rows_per_cta - 1) / kernel->rows_per_cta;
+    if (groups == 0)
+        return 0;
+    if (kernel->max_groups && groups > kernel->max_groups)
+        groups = kernel->max_groups;
+    if (groups * kernel->cluster > 2147483647LL)
+        return TOO_MANY_ROWS;
+    LaunchAttribute attributes[2];
+    LaunchConfig config = {(unsigned)groups * kernel->cluster, 1, 1, kernel->threads, 1, 1,
+                           kernel->shared_bytes, stream, attributes, 0};
+    if (kernel->cluster > 1) {
+        LaunchAttribute *attribute = &attributes[config.attribute_count++];
+        attribute->id = ATTRIBUTE_CLUSTER;
+        attribute->value.cluster.x = kernel->cluster;
+        attribute->value.cluster.y = attribute->value.cluster.z = 1;
+    }
+    if (dependent && kernel->dependent) {
+        LaunchAttribute *attribute = &attributes[config.attribute_count++];
+        attribute->id = ATTRIBUTE_PROGRAMMATIC_SERIALIZATION;
+        attribute->value.flag = 1;
+    }
+    void *parameters[] = {args};
+    void *current = 0;
+    cuCtxGetCurrent(&current);
+    int pushed = current != kernel->context;
+    if (pushed) { /* another device is current, or this thread has not used CUDA yet */
+        int error = cuCtxPushCurrent(kernel->context);
+        if (error)
+            return error;
+    }
+    /* A full queue blocks; a host callback in it may need the interpreter. */
+    void *thread = PyEval_SaveThread();
+    int error = cuLaunchKernelEx(&config, kernel->function, parameters, 0);
+    PyEval_RestoreThread(thread);
+    if (pushed)
+        cuCtxPopCurrent(&current);
+    return error;
+}
+
+/* new_kernel(function, context, n, m_max, rows_per_cta, cluster, threads, shared_bytes, max_groups, dependent, align,
+ *            weight_align, next) -> address. Lives as long as the process, as its module does. */
+static PyObject *new_kernel(PyObject *self, PyObject *const *a, Py_ssize_t count) {
+    if (count != 13) {
+        PyErr_SetString(PyExc_TypeError, "new_kernel takes 13 integers");
+        return 0;
+    }
+    uint64_t v[13];
+    for (int i = 0; i < 13; i++)
+        v[i] = PyLong_AsUnsignedLongLong(a[i]);
+    if (PyErr_Occurred())
+        return 0;
+    Kernel *kernel = calloc(1, sizeof *kernel);
+    kernel->function = (void *)v[0];
+    kernel->context = (void *)v[1];
+    kernel->n = (i64)v[2];
+    kernel->m_max = (i64)v[3];
+    kernel->rows_per_cta = (i64)v[4];
+    kernel->cluster = (unsigned)v[5];
+    kernel->threads = (unsigned)v[6];
+    kernel->shared_bytes = (unsigned)v[7];
+    kernel->max_groups = (i64)v[8];
+    kernel->dependent = (int)v[9];
+    kernel->mask = v[10] - 1;
+    kernel->weight_mask = v[11] - 1;
+    kernel->next = (Kernel *)v[12];
+    return PyLong_FromUnsignedLongLong((uint64_t)(uintptr_t)kernel);
+}
+
+/* launch(kernel, stream, dependent, eps, x, residual, weight, normed, total, m[, x_row_stride, residual_row_stride,
+ *        normed_row_stride, total_row_stride[, inner_rows, x_outer_stride, residual_outer_stride[, x2, weight2, normed2,
+ *        m2, x2_row_stride, normed2_row_stride, inner_rows2, x2_outer_stride]]]) -> CUresult */
+static PyObject *launch(PyObject *self, PyObject *const *a, Py_ssize_t count) {
+    Args args;
+    memset(&args, 0, sizeof args);
+    if (count < 10 || count > 4 + 21) {
+        PyErr_SetString(PyExc_TypeError, "launch takes 10 to 25 arguments");
+        return 0;
+    }
+    Kernel *kernel = (Kernel *)PyLong_AsUnsignedLongLong(a[0]);
+    void *stream = (void *)PyLong_AsUnsignedLongLong(a[1]);
+    int dependent = PyObject_IsTrue(a[2]);
+    args.eps = (float)PyFloat_AsDouble(a[3]);
+    uint64_t *fields = (uint64_t *)&args;
+    for (Py_ssize_t i = 4; i < count; i++)
+        fields[i - 4] = PyLong_AsUnsignedLongLong(a[i]);
+    if (PyErr_Occurred())
+        return 0;
+    if (count == 10)
+        args.x_row_stride = args.residual_row_stride = args.normed_row_stride = args.total_row_stride = kernel->n;
+    return PyLong_FromLongLong(start(kernel, stream, dependent, &args));
+}
+
+enum { RMS_NORM, FUSED_ADD, FUSED_ADD_IN_PLACE };
+enum { MAX_PLANS = 64, MAX_DIMS = 16 };
+
+typedef struct {
+    PyObject *dtype, *weight_dtype, *out_dtype; /* weight_dtype: None without a weight */
+    i64 n, device;
+    i64 itemsize, weight_itemsize;
+    PyObject *device_object; /* the device index, for the stream query */
+    double finfo_eps;
+    Kernel *kernel;
+    PyObject *shape, *size, *strides; /* of the last allocation */
+} Plan;
+
+typedef struct {
+    int op, has_weight, count;
+    PyObject *slow, *tensor_type, *parameter_type, *empty_strided, *raw_stream, *bump;
+    Plan plans[MAX_PLANS];
+} Table;
+
+static PyObject *s_dtype, *s_shape, *s_get_device, *s_is_contiguous, *s_data_ptr;
+
+static int is_type(PyObject *object, PyObject *a, PyObject *b) {
+    PyObject *type = PyObject_Type(object);
+    int same = type == a || type == b;
+    Py_DecRef(type);
+    return same;
+}
+
+static int same_attribute(PyObject *object, PyObject *name, PyObject *expected) {
+    PyObject *value = PyObject_GetAttr(object, name);
+    if (!value)
+        return 0;
+    int same = value == expected;
+    Py_DecRef(value);
+    return same;
+}
+
+static int method_true(PyObject *object, PyObject *name) {
+    PyObject *value = PyObject_CallMethodObjArgs(object, name, 0);
+    if (!value)
+        return 0;
+    int result = PyObject_IsTrue(value);
+    Py_DecRef(value);
+    return result == 1;
+}
+
+static int method_integer(PyObject *object, PyObject *name, uint64_t *result) {
+    PyObject *value = PyObject_CallMethodObjArgs(object, name, 0);
+    if (!value)
+        return 0;
+    *result = (uint64_t)PyLong_AsLongLong(value);
+    if (*result == (uint64_t)-1 && PyErr_Occurred()) {
+        PyErr_Clear();
+        *result = PyLong_AsUnsignedLongLong(value);
+    }
+    Py_DecRef(value);
+    return 1;
+}
+
+static int on_device(PyObject *tensor, i64 device) {
+    uint64_t value;
+    return method_integer(tensor, s_get_device, &value) && (i64)value == device;
+}
+
+/* A contiguous tensor's sizes as an exact tuple, and its strides: what the allocator takes. */
+static int remember_shape(Plan *plan, PyObject *shape, const i64 *sizes, Py_ssize_t dims) {
+    PyObject *size = PyTuple_New(dims), *strides = PyTuple_New(dims);
+    if (!size || !strides)
+        return 0;
+    i64 stride = 1;
+    for (Py_ssize_t d = dims - 1; d >= 0; d--) {
+        PyTuple_SetItem(size, d, PyLong_FromLongLong(sizes[d]));
+        PyTuple_SetItem(strides, d, PyLong_FromLongLong(stride));
+        stride *= sizes[d] > 1 ? sizes[d] : 1;
+    }
+    PyObject *old[3] = {plan->shape, plan->size, plan->strides};
+    Py_IncRef(shape);
+    plan->shape = shape;
+    plan->size = size;
+    plan->strides = strides;
+    for (int i = 0; i < 3; i++)
+        if (old[i])
+            Py_DecRef(old[i]);
+    return 1;
+}
+
+static int overlap(uint64_t a, uint64_t a_bytes, uint64_t b, uint64_t b_bytes) {
+    return a < b + b_bytes && b < a + a_bytes;
+}
+
+static PyObject *allocate(const Table *table, PyObject *size, PyObject *strides, PyObject *dtype, uint64_t *address) {
+    PyObject *tensor = PyObject_CallFunctionObjArgs(table->empty_strided, size, strides, dtype, 0);
+    if (tensor && !method_integer(tensor, s_data_ptr, address)) {
+        Py_DecRef(tensor);
+        return 0;
+    }
+    return tensor;
+}
+
+/* The op. Sets *sure to 0 and returns 0 where the slow path has to decide; nothing has happened then. */
+static PyObject *fast(Table *table, PyObject *const *a, int *sure) {
+    const int fused = table->op != RMS_NORM, in_place = table->op == FUSED_ADD_IN_PLACE;
+    PyObject *x = a[0], *residual = fused ? a[1] : 0, *weight = a[1 + fused], *eps_object = a[2 + fused];
+    PyObject *shape = 0, *dtype = 0, *weight_dtype = NONE, *result = 0;
+    Plan *plan = 0;
+    Args args;
+    memset(&args, 0, sizeof args);
+    *sure = 0;
+
+    if (!table->has_weight)
+        weight = NONE;
+    if (!is_type(x, table->tensor_type, table->parameter_type))
+        return 0;
+    if (weight != NONE) {
+        if (!is_type(weight, table->parameter_type, table->tensor_type))
+            return 0;
+        weight_dtype = PyObject_GetAttr(weight, s_dtype);
+        if (!weight_dtype)
+            return 0;
+        Py_DecRef(weight_dtype); /* dtypes live for ever */
+    }
+    dtype = PyObject_GetAttr(x, s_dtype);
+    shape = PyObject_GetAttr(x, s_shape);
+    if (!dtype || !shape)
+        goto end;
+    Py_ssize_t dims = PyTuple_Size(shape);
+    if (dims < 1 || dims > MAX_DIMS)
+        goto end;
+    i64 sizes[MAX_DIMS], rows = 1;
+    for (Py_ssize_t d = 0; d < dims; d++) {
+        sizes[d] = PyLong_AsLongLong(PyTuple_GetItem(shape, d));
+        if (d < dims - 1)
+            rows *= sizes[d];
+    }
+    uint64_t device;
+    if (!method_integer(x, s_get_device, &device))
+        goto end;
+    for (int i = 0; i < table->count; i++) {
+        Plan *candidate = &table->plans[i];
+        if (candidate->dtype == dtype && candidate->weight_dtype == weight_dtype &&
+            candidate->n == sizes[dims - 1] && candidate->device == (i64)device) {
+            plan = candidate;
+            break;
+        }
+    }
+    void *context = 0;
+    cuCtxGetCurrent(&context);
+    if (!plan || rows == 0 || context != plan->kernel->context)
+        goto end;
+
+    if (!method_true(x, s_is_contiguous) || !method_integer(x, s_data_ptr, &args.x))
+        goto end;
+    uint64_t addresses = args.x;
+    if (fused) {
+        if (residual != x) {
+            PyObject *other = is_type(residual, table->tensor_type, table->parameter_type)
+                                  ? PyObject_GetAttr(residual, s_shape) : 0;
+            int same = other && PyObject_RichCompareBool(shape, other, Py_EQ) == 1;
+            if (other)
+                Py_DecRef(other);
+            if (!same || !same_attribute(residual, s_dtype, dtype) || !on_device(residual, plan->device) ||
+                !method_true(residual, s_is_contiguous) || !method_integer(residual, s_data_ptr, &args.residual))
+                goto end;
+        } else {
+            args.residual = args.x;
+        }
+        addresses |= args.residual;
+    }
+    if (weight != NONE) {
+        PyObject *other = PyObject_GetAttr(weight, s_shape);
+        int same = other && PyTuple_Size(other) == 1 && PyLong_AsLongLong(PyTuple_GetItem(other, 0)) == plan->n;
+        if (other)
+            Py_DecRef(other);
+        if (!same || !on_device(weight, plan->device) || !method_true(weight, s_is_contiguous) ||
+            !method_integer(weight, s_data_ptr, &args.weight))
+            goto end;
+    }
+    double eps = plan->finfo_eps;
+    if (eps_object != NONE) {
+        eps = PyFloat_AsDouble(eps_object);
+        if (eps == -1.0 && PyErr_Occurred())
+            goto end;
+    }
+    const Kernel *kernel = plan->kernel;
+    while (rows > kernel->m_max && kernel->next)
+        kernel = kernel->next;
+    if ((addresses & kernel->mask) || (args.weight & kernel->weight_mask))
+        goto end;
+    if (in_place) {
+        uint64_t bytes = (uint64_t)(rows * plan->n * plan->itemsize);
+        uint64_t weight_bytes = (uint64_t)(plan->n * plan->weight_itemsize);
+        if (overlap(args.x, bytes, args.residual, bytes) ||
+            (weight != NONE && (overlap(args.x, bytes, args.weight, weight_bytes) ||
+                                overlap(args.residual, bytes, args.weight, weight_bytes))))
+            goto end;
+    }
+    PyObject *stream_object = PyObject_CallFunctionObjArgs(table->raw_stream, plan->device_object, 0);
+    if (!stream_object)
+        goto end;
+    void *stream = (void *)PyLong_AsUnsignedLongLong(stream_object);
+    Py_DecRef(stream_object);
+
+    /* From here on the call is ours: errors are raised, not handed to the slow path. */
+    *sure = 1;
+    args.m = rows;
+    args.x_row_stride = args.residual_row_stride = args.normed_row_stride = args.total_row_stride = plan->n;
+    args.eps = (float)eps;
+    PyObject *normed = 0, *total = 0;
+    if (in_place) {
+        args.normed = args.x;
+        args.total = args.residual;
+    } else {
+        if (!(plan->shape && PyObject_RichCompareBool(plan->shape, shape, Py_EQ) == 1) &&
+            !remember_shape(plan, shape, sizes, dims))
+            goto end;
+        PyObject *size = plan->size, *strides = plan->strides;
+        Py_IncRef(size);
+        Py_IncRef(strides);
+        normed = allocate(table, size, strides, plan->out_dtype, &args.normed);
+        if (normed && fused)
+            total = allocate(table, size, strides, dtype, &args.total);
+        Py_DecRef(size);
+        Py_DecRef(strides);
+        if (!normed || (fused && !total)) {
+            if (normed)
+                Py_DecRef(normed);
+            goto end;
+        }
+    }
+    PyObject *parameter_class = weight == NONE ? 0 : PyObject_Type(weight);
+    int dependent = weight == NONE || parameter_class == table->parameter_type;
+    if (parameter_class)
+        Py_DecRef(parameter_class);
+    int error = start(kernel, stream, dependent, &args);
+    if (error) { /* the slow path repeats the launch and words the error */
+        if (normed)
+            Py_DecRef(normed);
+        if (total)
+            Py_DecRef(total);
+        *sure = 0;
+    } else if (in_place) {
+        result = PyObject_CallFunctionObjArgs(table->bump, x, residual, 0);
+    } else if (fused) {
+        result = PyTuple_New(2);
+        PyTuple_SetItem(result, 0, normed);
+        PyTuple_SetItem(result, 1, total);
+    } else {
+        result = normed;
+    }
+end:
+    if (dtype)
+        Py_DecRef(dtype);
+    if (shape)
+        Py_DecRef(shape);
+    return result;
+}
+
+static PyObject *call(PyObject *self, PyObject *const *a, Py_ssize_t count) {
+    Table *table = PyCapsule_GetPointer(self, "rmsnorm_patch.table");
+    if (!table)
+        return 0;
+    int sure = 0;
+    PyObject *result = 0;
+    if (count == 3 + (table->op != RMS_NORM)) {
+        result = fast(table, a, &sure);
+        if (sure)
+            return result;
+        PyErr_Clear();
+    }
+    PyObject *arguments = PyTuple_New(count);
+    if (!arguments)
+        return 0;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        Py_IncRef(a[i]);
+        PyTuple_SetItem(arguments, i, a[i]);
+    }
+    result = PyObject_CallObject(table->slow, arguments);
+    Py_DecRef(arguments);
+    return result;
+}
+
+static PyMethodDef call_definition = {"call", (PyCFunction)(void *)call, METH_FASTCALL, 0};
+
+/* make_callable(op, has_weight, slow, Tensor, Parameter, empty_strided_cuda, raw_stream, bump) -> (table, callable) */
+static PyObject *make_callable(PyObject *self, PyObject *const *a, Py_ssize_t count) {
+    if (count != 8) {
+        PyErr_SetString(PyExc_TypeError, "make_callable takes 8 arguments");
+        return 0;
+    }
+    Table *table = calloc(1, sizeof *table);
+    table->op = (int)PyLong_AsLongLong(a[0]);
+    table->has_weight = PyObject_IsTrue(a[1]);
+    PyObject **slots[] = {&table->slow, &table->tensor_type, &table->parameter_type, &table->empty_strided,
+                          &table->raw_stream, &table->bump};
+    for (int i = 0; i < 6; i++) {
+        Py_IncRef(a[2 + i]);
+        *slots[i] = a[2 + i];
+    }
+    PyObject *capsule = PyCapsule_New(table, "rmsnorm_patch.table", 0);
+    PyObject *result = PyTuple_New(2);
+    PyTuple_SetItem(result, 1, PyCFunction_NewEx(&call_definition, capsule, 0));
+    PyTuple_SetItem(result, 0, capsule);
+    return result;
+}
+
+/* add_plan(table, kernel, dtype, weight_dtype, out_dtype, n, device, itemsize, weight_itemsize, finfo_eps) -> 1, or 0 if the
+ * table is full (the slow path then serves these calls). */
+static PyObject *add_plan(PyObject *self, PyObject *const *a, Py_ssize_t count) {
+    if (count != 10) {
+        PyErr_SetString(PyExc_TypeError, "add_plan takes 10 arguments");
+        return 0;
+    }
+    Table *table = PyCapsule_GetPointer(a[0], "rmsnorm_patch.table");
+    if (!table)
+        return 0;
+    if (table->count == MAX_PLANS)
+        return PyLong_FromLongLong(0);
+    Plan plan;
+    memset(&plan, 0, sizeof plan);
+    plan.kernel = (Kernel *)PyLong_AsUnsignedLongLong(a[1]);
+    plan.dtype = a[2];
+    plan.weight_dtype = a[3];
+    plan.out_dtype = a[4];
+    plan.n = PyLong_AsLongLong(a[5]);
+    plan.device = PyLong_AsLongLong(a[6]);
+    plan.itemsize = PyLong_AsLongLong(a[7]);
+    plan.weight_itemsize = PyLong_AsLongLong(a[8]);
+    plan.finfo_eps = PyFloat_AsDouble(a[9]);
+    if (PyErr_Occurred())
+        return 0;
+    plan.device_object = a[6];
+    for (int i = 2; i < 7; i++)
+        Py_IncRef(a[i]);
+    table->plans[table->count] = plan;
+    table->count++;
+    return PyLong_FromLongLong(1);
+}
+
+/* (new_kernel, launch, make_callable, add_plan), or the name of what the driver lacks. */
+PyObject *rp_functions(const char *driver) {
+    void *library = dlopen(driver, RTLD_NOW | RTLD_GLOBAL);
+    if (!library)
+        return PyUnicode_InternFromString("libcuda");
+    cuLaunchKernelEx = (int (*)(const LaunchConfig *, void *, void **, void **))dlsym(library, "cuLaunchKernelEx");
+    cuCtxGetCurrent = (int (*)(void **))dlsym(library, "cuCtxGetCurrent");
+    cuCtxPushCurrent = (int (*)(void *))dlsym(library, "cuCtxPushCurrent_v2");
+    cuCtxPopCurrent = (int (*)(void **))dlsym(library, "cuCtxPopCurrent_v2");
+    if (!cuLaunchKernelEx || !cuCtxGetCurrent || !cuCtxPushCurrent || !cuCtxPopCurrent)
+        return PyUnicode_InternFromString("cuLaunchKernelEx");
+    s_dtype = PyUnicode_InternFromString("dtype");
+    s_shape = PyUnicode_InternFromString("shape");
+    s_get_device = PyUnicode_InternFromString("get_device");
+    s_is_contiguous = PyUnicode_InternFromString("is_contiguous");
+    s_data_ptr = PyUnicode_InternFromString("data_ptr");
+    static PyMethodDef definitions[] = {
+        {"new_kernel", (PyCFunction)(void *)new_kernel, METH_FASTCALL, 0},
+        {"launch", (PyCFunction)(void *)launch, METH_FASTCALL, 0},
+        {"make_callable", (PyCFunction)(void *)make_callable, METH_FASTCALL, 0},
+        {"add_plan", (PyCFunction)(void *)add_plan, METH_FASTCALL, 0},
+    };
+    PyObject *functions = PyTuple_New(4);
+    for (int i = 0; i < 4; i++)
+        PyTuple_SetItem(functions, i, PyCFunction_NewEx(&definitions[i], 0, 0));
+    return functions;
+}
