@@ -1,0 +1,82 @@
+"""Carry out a plan on a model, and undo it.
+
+What a patched model needs at run time lives in its modules' classes and in one `__dict__` entry (`classes.STATE`), so
+that copies and pickles are patched models of their own. `revert_model` reads only that: it undoes a deepcopy or an
+unpickled model, which never had a journal, just as well.
+"""
+
+from __future__ import annotations
+
+import threading
+from importlib import import_module
+
+import torch.nn as nn
+
+from ..errors import RMSNormPatchError, UnsupportedModel
+from ..plan import Plan
+from . import instance_forward
+from .classes import STATE, is_patched, original_class, role_of
+from .journal import Journal
+from .report import Report
+
+LOCK = threading.RLock()
+"""Held while a model is being changed; models may share modules, so one lock for all."""
+
+APPLIED = "applied"
+"""Key in the state of the module that was given to `apply`; holds its Report."""
+
+
+def install_factories() -> None:
+    """Make every patched class buildable in this process; what unpickling a patched model calls."""
+    for name in ("norms", "layers"):
+        import_module(f"{__name__}.{name}")  # each registers its factory
+
+
+def apply_plan(model: nn.Module, plan: Plan) -> Report:
+    """Patch `model` as `plan` says, wholly or not at all."""
+    from . import layers, norms
+
+    with LOCK:
+        journal = Journal()
+        try:
+            for site in plan.fused_norms():
+                norms.install(model.get_submodule(site.path), site, plan.backend, journal)
+            layers.install(model, plan, journal)
+            report = Report(plan, *patched_paths(model))
+            journal.set_state(model, APPLIED, report)
+        except BaseException as error:
+            journal.rollback()
+            if isinstance(error, RMSNormPatchError) or not isinstance(error, Exception):
+                raise
+            raise UnsupportedModel(
+                plan.model_class,
+                f"{type(error).__name__}: {error}",
+                "models whose modules can be given another class",
+                "the model is as it was; leave the module out with exclude=, or report this with the traceback",
+            ) from error
+        return report
+
+
+def revert_model(model: nn.Module) -> None:
+    """Give every module below `model` its class, bound forwards and `__dict__` back; nothing to undo is no error."""
+    with LOCK:
+        for module in list(model.modules()):
+            patched = type(module)
+            if is_patched(patched):
+                module.__class__ = original_class(patched)
+                instance_forward.release(module, patched)
+            module.__dict__.pop(STATE, None)
+
+
+def applied_report(model: nn.Module) -> Report | None:
+    """The report that `apply` left on `model` itself."""
+    return model.__dict__.get(STATE, {}).get(APPLIED)
+
+
+def patched_paths(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Module paths of the patched norms and of the patched layers that are in `model` now."""
+    roles = {path: role_of(module) for path, module in model.named_modules()}
+    return (
+        tuple(path for path, role in roles.items() if role == "norm"),
+        tuple(path for path, role in roles.items() if role == "layer"),
+    )

@@ -1,0 +1,102 @@
+"""When a kernel may serve a call; anything else runs the original arithmetic.
+
+`servable` is on the path of every eager decode step, so it is one expression of cheap reads (about 0.5 us on a slow
+core); `reason` says afterwards, for an observer, which of them failed.
+
+A launcher reads raw pointers. Whatever gives a tensor a meaning beyond its memory (a subclass such as DTensor, a
+quantised or fake tensor, a tracer or dispatch mode that must see the aten ops, vmap and forward-mode differentiation,
+autograd) therefore goes to the original arithmetic.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+from ..semantics import SUPPORTED_DTYPES
+
+_PLAIN = frozenset((torch.Tensor, Parameter))
+_DTYPES = frozenset(SUPPORTED_DTYPES)
+_float32 = torch.float32
+
+_is_grad_enabled = torch.is_grad_enabled
+_is_autocast_enabled = torch._C._is_any_autocast_enabled
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_functorch_level = torch._C._functorch.maybe_current_level
+_is_jit_tracing = torch._C._is_tracing
+
+
+def servable(x: torch.Tensor, weight: torch.Tensor | None) -> bool:
+    """Whether a kernel may compute the norm of `x` [..., N] with `weight` [N] or None in eager mode."""
+    return (
+        type(x) in _PLAIN
+        and x.dtype in _DTYPES
+        and (
+            weight is None
+            or (
+                type(weight) in _PLAIN
+                and (weight.dtype is x.dtype or weight.dtype is _float32)
+                and weight.get_device() == x.get_device()
+                and weight.shape == x.shape[-1:]
+            )
+        )
+        and not (_is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)))
+        and x.layout is torch.strided
+        and not ambient()
+    )
+
+
+def ambient() -> bool:
+    """Whether something around the call must see aten ops: a dispatch mode, functorch, autocast, tracing."""
+    return (
+        _dispatch_modes() > 0
+        or _functorch_level() is not None
+        or forward_ad._current_level >= 0
+        or _is_autocast_enabled()
+        or _is_jit_tracing()
+    )
+
+
+def traceable(x: torch.Tensor, weight: torch.Tensor | None) -> bool:
+    """`servable` inside `torch.compile`: reads that dynamo turns into guards; it handles modes and autocast itself."""
+    if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
+        return False
+    if torch.is_autocast_enabled(x.device.type) or type(x) is not torch.Tensor or x.dtype not in SUPPORTED_DTYPES:
+        return False
+    return weight is None or (
+        type(weight) in (torch.Tensor, Parameter)
+        and (weight.dtype == x.dtype or weight.dtype == torch.float32)
+        and weight.device == x.device
+        and weight.shape == x.shape[-1:]
+    )
+
+
+def reason(x: torch.Tensor, weight: torch.Tensor | None) -> str:
+    """Why `servable(x, weight)` is False, in words; "" where it is True."""
+    if type(x) not in _PLAIN:
+        return f"input is a {type(x).__name__}"
+    if x.dtype not in _DTYPES:
+        return f"input dtype {x.dtype}"
+    if x.layout is not torch.strided:
+        return f"input layout {x.layout}"
+    if weight is not None:
+        if type(weight) not in _PLAIN:
+            return f"weight is a {type(weight).__name__}"
+        if weight.dtype is not x.dtype and weight.dtype is not _float32:
+            return f"weight dtype {weight.dtype} for input dtype {x.dtype}"
+        if weight.device != x.device:
+            return f"weight on {weight.device}, input on {x.device}"
+        if weight.shape != x.shape[-1:]:
+            return f"weight of shape {tuple(weight.shape)} for rows of {x.shape[-1] if x.ndim else 1}"
+    if _is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
+        return "a gradient is wanted"
+    if _dispatch_modes() > 0:
+        return "a torch dispatch mode is active"
+    if _functorch_level() is not None or forward_ad._current_level >= 0:
+        return "a function transform is active"
+    if _is_autocast_enabled():
+        return "autocast is active"
+    if _is_jit_tracing():
+        return "torch.jit is tracing"
+    return ""

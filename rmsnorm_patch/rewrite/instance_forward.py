@@ -1,0 +1,115 @@
+"""Instance-level forwards: what accelerate's hooks, `kernelize`, Liger and others leave in a module's `__dict__`.
+
+They hold methods bound when the module had another class, so a class swap alone would be without effect: accelerate
+calls `_old_forward`, the others put an own `forward`. `adopt` follows a swap, `release` follows its undoing.
+
+A kernel that `kernelize` or Liger put there computes what the class's own forward computes; ours takes its place, and
+`revert` puts it back. Whatever else stands there computes something unknown, and is left alone (`foreign`).
+"""
+
+from __future__ import annotations
+
+import sys
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch.nn as nn
+
+from .classes import STATE
+from .journal import Journal
+
+SLOTS = ("forward", "_old_forward")
+DISPLACED = "displaced"
+"""Key in a module's state: {slot: Displaced}."""
+
+
+class Displaced:
+    """The function that a slot held before. Pickles and deep copies keep none of a hub kernel's code by value."""
+
+    __slots__ = ("function",)
+
+    def __init__(self, function: FunctionType | None) -> None:
+        self.function = function
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Displaced:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Displaced, (None,)
+
+
+def foreign(module: nn.Module) -> str | None:
+    """Who else replaced this module's forward, in words; None where its class's own code or a known kernel runs."""
+    own = _class_forward(type(module))
+    for slot in SLOTS:
+        method = module.__dict__.get(slot)
+        if method is None or (slot == "forward" and "_hf_hook" in module.__dict__):
+            continue
+        function = getattr(method, "__func__", None)
+        bound_here = isinstance(method, MethodType) and method.__self__ is module
+        if not bound_here or not (function is own or _is_known_kernel(module, function)):
+            return f"an instance-level {slot} ({_name(function or method)}), and what it computes is unknown"
+    return None
+
+
+def adopt(module: nn.Module, before: type, journal: Journal) -> None:
+    """`module` was of class `before`: make its bound forwards those of its class now, and remember kernels displaced."""
+    own, ours = _class_forward(before), _class_forward(type(module))
+    displaced: dict[str, Displaced] = {}
+    for slot in SLOTS:
+        method = module.__dict__.get(slot)
+        if not isinstance(method, MethodType) or method.__self__ is not module:
+            continue
+        if method.__func__ is not own:
+            if not _is_known_kernel(module, method.__func__):
+                continue
+            displaced[slot] = Displaced(method.__func__)
+        _bind(module, slot, ours, journal)
+    if displaced:
+        journal.set_state(module, DISPLACED, displaced)
+
+
+def release(module: nn.Module, patched: type) -> None:
+    """`module` was of class `patched` and is its original's again, with its state still in place."""
+    ours, own = vars(patched).get("forward"), _class_forward(type(module))
+    displaced = module.__dict__.get(STATE, {}).get(DISPLACED, {})
+    for slot in SLOTS:
+        method = module.__dict__.get(slot)
+        # accelerate's wrapper remembers the method it wraps for `inspect` too
+        for holder in (module.__dict__, getattr(method, "__dict__", None)):
+            name = slot if holder is module.__dict__ else "__wrapped__"
+            bound = None if holder is None else holder.get(name)
+            if isinstance(bound, MethodType) and bound.__self__ is module and bound.__func__ is ours:
+                kept = displaced.get(slot)
+                function = own if kept is None or kept.function is None else kept.function
+                holder[name] = MethodType(function, module)
+
+
+def _bind(module: nn.Module, slot: str, function: Any, journal: Journal) -> None:
+    before = module.__dict__[slot]
+    module.__dict__[slot] = MethodType(function, module)
+    journal.record(lambda: module.__dict__.__setitem__(slot, before))
+
+
+def _class_forward(cls: type) -> Any:
+    return cls.forward  # type: ignore[attr-defined]
+
+
+def _is_known_kernel(module: nn.Module, function: Any) -> bool:
+    """Whether `function` stands for the class's own arithmetic: a layer that `kernels.kernelize` loaded, or Liger's
+    RMSNorm with the settings that Liger itself gives to a class."""
+    layers = getattr(sys.modules.get("kernels.layer.layer"), "_CACHED_LAYER", {})
+    if any(getattr(layer, "forward", None) is function for layer in list(layers.values())):
+        return True
+    liger = sys.modules.get("liger_kernel.transformers.rms_norm")
+    if liger is None or function is not liger.LigerRMSNorm.forward:
+        return False
+    # Gemma's (1 + w) with Gemma's rounding, or Llama's: any other combination was somebody's own choice.
+    settings = module.__dict__.get("offset"), module.__dict__.get("casting_mode")
+    gemma = "gemma" in type(module).__name__.lower()
+    return settings == ((1.0, "gemma") if gemma else (0.0, "llama"))
+
+
+def _name(function: Any) -> str:
+    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
+    return f"{module}.{name}" if module and name else type(function).__name__

@@ -1,0 +1,137 @@
+"""The patched class of a norm module: take what the layer before handed over, else one kernel call, else the original.
+
+Nothing of ours is kept on the module but its class, so a copy, a pickle, another dtype or device and new weights need
+no care: weight and eps are read from the module at every call.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+
+from .. import observe, ops
+from ..errors import PatchConflict
+from ..plan import Backend, NormSite
+from ..semantics import NormSpec
+from . import guards, instance_forward
+from .classes import is_patched, patched_class, register_factory
+from .handover import take
+from .journal import Journal
+
+ROLE = "norm"
+
+_is_grad_enabled = torch.is_grad_enabled
+_is_dynamo_tracing = torch.compiler.is_dynamo_compiling
+_ABSENT: Any = object()
+_EPS_OF_NONE = torch.finfo(torch.float32).eps
+"""What `torch.nn.RMSNorm(eps=None)` adds, whatever the input's dtype (`NormSpec.eps`)."""
+
+
+class Key(NamedTuple):
+    """What a patched norm class is specialised on; plain data, it travels in pickles."""
+
+    spec: NormSpec
+    weight_attribute: str | None
+    eps_attribute: str | None
+    backend: Backend
+
+
+def key_of(site: NormSite, backend: Backend) -> Key:
+    """Modules that differ in nothing but the value of an eps attribute share a class."""
+    assert site.spec is not None
+    spec = site.spec.variant if site.eps_attribute is not None else site.spec
+    return Key(spec, site.weight_attribute, site.eps_attribute, backend)
+
+
+def namespace(original: type, key: Key) -> dict[str, Any]:
+    """Factory of `classes`: methods and attributes of the patched subclass of `original`."""
+    key = Key(*key)
+    return {
+        "forward": _forward_of(original, key),
+        # A later `kernelize` would put its kernel over this class, instance by instance.
+        "kernel_condition": staticmethod(lambda module: False),
+        "_rmsnorm_patch_run": ops.bind_rms_norm(key.spec, key.backend),
+    }
+
+
+def install(module: nn.Module, site: NormSite, backend: Backend, journal: Journal) -> None:
+    """Swap the class of `module`, the one at `site`."""
+    original = type(module)
+    if is_patched(original):
+        raise PatchConflict(
+            site.path, f"a {original.__name__} that is patched already", "unpatched modules", "call revert(model) first"
+        )
+    journal.swap_class(module, patched_class(original, ROLE, key_of(site, backend)))
+    instance_forward.adopt(module, original, journal)
+
+
+def _forward_of(original: type, key: Key) -> Callable[..., Any]:
+    run = ops.bind_rms_norm(key.spec, key.backend)
+    weight_name, eps_name, backend = key.weight_attribute, key.eps_attribute, key.backend
+    implied_eps = key.spec.eps
+    weightless = weight_name is None
+    argument = list(inspect.signature(original.forward).parameters)[1]  # after self
+    reference_only = backend == "reference"
+    automatic = backend == "auto"
+
+    def forward(self, hidden_states=_ABSENT, *rest, **named):  # type: ignore[no-untyped-def]
+        if rest or named:
+            if hidden_states is _ABSENT and len(named) == 1 and argument in named:
+                hidden_states = named[argument]
+            else:
+                return original.forward(self, hidden_states, *rest, **named)
+        if _is_dynamo_tracing():
+            return traced(self, hidden_states)
+        if not _is_grad_enabled():
+            handed_over = take(self, hidden_states)
+            if handed_over is not None:
+                return handed_over
+        if reference_only or (automatic and not hidden_states.is_cuda):
+            normed = original.forward(self, hidden_states)
+            if observe.active is not None:
+                report(self, hidden_states, normed, "reference")
+            return normed
+        weight = self._parameters.get(weight_name)
+        if weight is None:
+            weight = self._buffers.get(weight_name)
+        eps = implied_eps if eps_name is None else getattr(self, eps_name)
+        if eps is None:
+            eps = _EPS_OF_NONE
+        if (weight is None) is weightless and type(eps) is float and guards.servable(hidden_states, weight):
+            normed = run(hidden_states, weight, eps)
+            if observe.active is not None:
+                report(self, hidden_states, normed, run.backend_for(hidden_states, weight))
+            return normed
+        normed = original.forward(self, hidden_states)
+        if observe.active is not None:
+            why = guards.reason(hidden_states, weight) or f"weight or eps is not where it was (eps is {eps!r})"
+            report(self, hidden_states, normed, "original", why)
+        return normed
+
+    def traced(self, hidden_states):  # type: ignore[no-untyped-def]
+        """Inside `torch.compile`: the op where a kernel would run, else the original arithmetic in the graph."""
+        if reference_only or (automatic and hidden_states.device.type != "cuda"):
+            return original.forward(self, hidden_states)
+        weight = self._parameters.get(weight_name)
+        if weight is None:
+            weight = self._buffers.get(weight_name)
+        eps = implied_eps if eps_name is None else getattr(self, eps_name)
+        if (weight is None) is weightless and guards.traceable(hidden_states, weight):
+            return run(hidden_states, weight, _EPS_OF_NONE if eps is None else eps)
+        return original.forward(self, hidden_states)
+
+    def report(self, hidden_states, normed, backend, why=""):  # type: ignore[no-untyped-def]
+        observe.active(observe.Event("norm", self, (hidden_states,), normed, None, backend, why))
+
+    functools.update_wrapper(forward, original.forward, assigned=("__doc__", "__name__", "__qualname__", "__module__"))
+    forward.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]
+    del forward.__wrapped__
+    return forward
+
+
+register_factory(ROLE, namespace)

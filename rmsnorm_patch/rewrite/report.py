@@ -1,0 +1,78 @@
+"""What `apply` did to a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..plan import Plan
+
+
+@dataclass(frozen=True)
+class Report:
+    """The sites that were patched, in the plan's order.
+
+    plan: what was asked for and what the scan found, the sites left alone and why among it.
+    norms: module paths of the norms whose class was swapped. layers: module paths of the layers whose forward now
+        calls a fused op. notes: what a user should know beside that.
+    proof: the report of `verify`, where `apply` was asked to prove itself. It is not kept on the model.
+    """
+
+    plan: Plan
+    norms: tuple[str, ...]
+    layers: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    proof: Any = field(default=None, compare=False)
+
+    @property
+    def backend(self) -> str:
+        """The backend asked for; "auto" chooses at each call, by device and capability."""
+        return self.plan.backend
+
+    @property
+    def settings(self) -> Settings:
+        return Settings(self.plan.backend, self.plan.include, self.plan.exclude)
+
+    def counts(self) -> dict[str, int]:
+        """Sites per kind and action, as in `Plan.counts`."""
+        return self.plan.counts()
+
+    def with_proof(self, proof: Any) -> Report:
+        return replace(self, proof=proof)
+
+    def to_dict(self) -> dict[str, Any]:
+        found = {
+            "model_class": self.plan.model_class,
+            "backend": self.backend,
+            "counts": self.counts(),
+            "norms": list(self.norms),
+            "layers": list(self.layers),
+            "notes": list(self.notes),
+            "plan": self.plan.to_dict(),
+        }
+        if self.proof is not None:
+            found["proof"] = _plain(self.proof)
+        return found
+
+    def to_json(self, indent: int | None = None) -> str:
+        return json.dumps(self.to_dict(), indent=indent)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of `apply` that decide what a patched model computes."""
+
+    backend: str
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"backend={self.backend!r}, include={list(self.include)}, exclude={list(self.exclude)}"
+
+
+def _plain(proof: Any) -> Any:
+    if hasattr(proof, "to_dict"):
+        return proof.to_dict()
+    return dict(proof) if isinstance(proof, Mapping) else repr(proof)
