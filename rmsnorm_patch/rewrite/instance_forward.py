@@ -10,7 +10,8 @@ A kernel that `kernelize` or Liger put there computes what the class's own forwa
 from __future__ import annotations
 
 import sys
-from types import FunctionType, MethodType
+from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch.nn as nn
@@ -28,7 +29,7 @@ class Displaced:
 
     __slots__ = ("function",)
 
-    def __init__(self, function: FunctionType | None) -> None:
+    def __init__(self, function: Callable[..., Any] | None) -> None:
         self.function = function
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Displaced:
@@ -53,7 +54,7 @@ def foreign(module: nn.Module) -> str | None:
 
 
 def adopt(module: nn.Module, before: type, journal: Journal) -> None:
-    """`module` was of class `before`: make its bound forwards those of its class now, and remember kernels displaced."""
+    """`module` was of class `before`: bind its forwards to those of its class now, and remember kernels displaced."""
     own, ours = _class_forward(before), _class_forward(type(module))
     displaced: dict[str, Displaced] = {}
     for slot in SLOTS:
@@ -74,14 +75,13 @@ def release(module: nn.Module, patched: type) -> None:
     ours, own = vars(patched).get("forward"), _class_forward(type(module))
     displaced = module.__dict__.get(STATE, {}).get(DISPLACED, {})
     for slot in SLOTS:
-        method = module.__dict__.get(slot)
-        # accelerate's wrapper remembers the method it wraps for `inspect` too
-        for holder in (module.__dict__, getattr(method, "__dict__", None)):
-            name = slot if holder is module.__dict__ else "__wrapped__"
-            bound = None if holder is None else holder.get(name)
+        kept = displaced.get(slot)
+        function = own if kept is None or kept.function is None else kept.function
+        # accelerate's wrapper remembers the method that it wraps for `inspect`, too
+        wrapper = getattr(module.__dict__.get(slot), "__dict__", {})
+        for holder, name in ((wrapper, "__wrapped__"), (module.__dict__, slot)):
+            bound = holder.get(name)
             if isinstance(bound, MethodType) and bound.__self__ is module and bound.__func__ is ours:
-                kept = displaced.get(slot)
-                function = own if kept is None or kept.function is None else kept.function
                 holder[name] = MethodType(function, module)
 
 

@@ -48,7 +48,7 @@ def key_of(site: NormSite, backend: Backend) -> Key:
     return Key(spec, site.weight_attribute, site.eps_attribute, backend)
 
 
-def namespace(original: type, key: Key) -> dict[str, Any]:
+def namespace(original: type[nn.Module], key: Key) -> dict[str, Any]:
     """Factory of `classes`: methods and attributes of the patched subclass of `original`."""
     key = Key(*key)
     return {
@@ -70,7 +70,7 @@ def install(module: nn.Module, site: NormSite, backend: Backend, journal: Journa
     instance_forward.adopt(module, original, journal)
 
 
-def _forward_of(original: type, key: Key) -> Callable[..., Any]:
+def _forward_of(original: type[nn.Module], key: Key) -> Callable[..., Any]:
     run = ops.bind_rms_norm(key.spec, key.backend)
     weight_name, eps_name, backend = key.weight_attribute, key.eps_attribute, key.backend
     implied_eps = key.spec.eps
@@ -130,7 +130,7 @@ def _forward_of(original: type, key: Key) -> Callable[..., Any]:
 
     functools.update_wrapper(forward, original.forward, assigned=("__doc__", "__name__", "__qualname__", "__module__"))
     forward.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]
-    del forward.__wrapped__
+    del forward.__wrapped__  # type: ignore[attr-defined]
     return forward
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..plan import Plan
+from ..plan import Backend, Plan
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Report:
     proof: Any = field(default=None, compare=False)
 
     @property
-    def backend(self) -> str:
+    def backend(self) -> Backend:
         """The backend asked for; "auto" chooses at each call, by device and capability."""
         return self.plan.backend
 
@@ -64,7 +64,7 @@ class Report:
 class Settings:
     """The options of `apply` that decide what a patched model computes."""
 
-    backend: str
+    backend: Backend
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
 
