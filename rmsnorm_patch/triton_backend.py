@@ -17,6 +17,7 @@ from .errors import UnsupportedInput
 from .semantics import NormSpec
 
 MINIMUM_CAPABILITY = (8, 0)
+_IMPLIED_EPS = NormSpec(eps=None).resolve_eps(torch.float32)
 
 
 def available(device: torch.device | str) -> tuple[bool, str]:
@@ -93,7 +94,7 @@ class _Op:
         key = (x.dtype, x.shape[-1], None if weight is None else weight.dtype)
         layout = self._layouts.get(key)
         if layout is None:
-            layout = self._layouts[key] = make_layout(self.spec, *key)
+            layout = self._layouts[key] = make_layout(self.spec, *key, warp_size=_warp_size(x.device))
         return layout
 
     def _launch(
@@ -128,7 +129,7 @@ class RMSNorm(_Op):
             return y
         (x,), (rows,) = place_rows(layout, self.spec, x)
         weight = _aligned(weight, layout)
-        eps = torch.finfo(x.dtype).eps if eps is None else float(eps)
+        eps = _IMPLIED_EPS if eps is None else float(eps)
         args = (x, x if weight is None else weight, y, eps, num_rows, rows.inner)
         strides = (rows.stride // layout.vec, rows.inner_stride // layout.vec)
         self._launch("rms_norm", x, layout, num_rows, args + strides, NESTED=rows.inner > 1)
@@ -163,7 +164,7 @@ class FusedAddRMSNorm(_Op):
         num_rows = x.numel() // layout.columns
         (x, residual), (x_rows, residual_rows) = place_rows(layout, self.spec, x, residual)
         weight = _aligned(weight, layout)
-        eps = torch.finfo(x.dtype).eps if eps is None else float(eps)
+        eps = _IMPLIED_EPS if eps is None else float(eps)
         in_place = y is None
         args = (x, residual, x if weight is None else weight, x if y is None else y)
         args += (residual if total is None else total, eps, num_rows, x_rows.inner)
@@ -194,11 +195,17 @@ class FusedAddRMSNormInPlace(FusedAddRMSNorm):
             residual.copy_(total)
 
 
-def make_layout(spec: NormSpec, dtype: torch.dtype, n: int, weight_dtype: torch.dtype | None) -> Layout:
+def _warp_size(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
+
+
+def make_layout(
+    spec: NormSpec, dtype: torch.dtype, n: int, weight_dtype: torch.dtype | None, warp_size: int = 32
+) -> Layout:
     """Schedule and compile-time constants for rows of `n` elements of `dtype`."""
     schedules = triton_loader.load("schedule", interpreted=False)
     columns = spec.group or n
-    schedule = schedules.schedule(columns, dtype.itemsize)
+    schedule = schedules.schedule(columns, dtype.itemsize, warp_size)
     vec = schedules.vector_elements(columns, dtype.itemsize)
     out_dtype = spec.output_dtype(dtype, weight_dtype)
     rounded = spec.rounded_dtype(dtype, weight_dtype)

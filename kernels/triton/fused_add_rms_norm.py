@@ -1,10 +1,12 @@
 """total = x + residual; y = rms_norm(total): two reads, two writes.
 
-`fused_add_rms_norm` holds its rows in registers (CHUNKS vectors of BLOCK columns); `fused_add_rms_norm_long` writes the
-sum, then reads it back (from L2). Every program handles ROWS whole rows. The schedule depends on N and the dtypes, never
-on the number of rows. IN_PLACE: total goes to `residual`, y to `x`, with their strides; else both are contiguous.
+`fused_add_rms_norm` holds its rows in registers (CHUNKS chunks of BLOCK columns); `fused_add_rms_norm_long` writes the
+sum, then reads it back (from L2). Every program handles ROWS whole rows; the schedule depends on N and the dtypes,
+never on the number of rows. IN_PLACE: total goes to `residual` and y to `x`, with their strides; else both are
+contiguous.
 """
 
+# ruff: noqa: RUF005 - Triton knows `xs + (x,)` and not `(*xs, x)`
 import triton
 import triton.language as tl
 

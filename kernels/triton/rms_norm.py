@@ -1,9 +1,10 @@
 """y = rms_norm(x): one read of x, one write of y.
 
-`rms_norm` holds its rows in registers (CHUNKS vectors of BLOCK columns); `rms_norm_long` reads a row twice.
+`rms_norm` holds its rows in registers (CHUNKS chunks of BLOCK columns); `rms_norm_long` reads a row twice.
 Every program handles ROWS whole rows. The schedule depends on N and the dtypes, never on the number of rows.
 """
 
+# ruff: noqa: RUF005 - Triton knows `xs + (x,)` and not `(*xs, x)`
 import triton
 import triton.language as tl
 

@@ -32,8 +32,12 @@ def square(h, cols, WIDTH: tl.constexpr, N: tl.constexpr):
 @triton.jit
 def reciprocal_rms(squares, eps, WIDTH: tl.constexpr):
     """[ROWS, BLOCK] partial sums of squares -> rstd [ROWS, 1], fp32."""
-    mean = tl.reduce(squares, 1, _sum_combine)[:, None] / WIDTH
-    return tl.rsqrt(mean + eps)
+    mean = tl.reduce(squares, 1, _sum_combine)[:, None] / WIDTH + eps
+    # `tl.rsqrt` is rsqrt.approx.ftz: a subnormal mean (eps = 0, values near 1e-20) would give inf. Scaled by 2^48 it is
+    # normal, and the root of that scale comes off exactly.
+    subnormal = mean < 1.1754943508222875e-38
+    rstd = tl.rsqrt(tl.where(subnormal, mean * 281474976710656.0, mean))
+    return tl.where(subnormal, rstd * 16777216.0, rstd)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ REGISTER_ROWS_UP_TO = 32768
 
 class Schedule(NamedTuple):
     """rows: rows of one program. block: columns of one chunk (a power of two). chunks: ceil(N / block).
-    num_warps: 32 threads each. long: the row is read twice instead of held in registers."""
+    num_warps: of one program. long: the row is read twice instead of held in registers."""
 
     rows: int
     block: int
@@ -26,18 +26,17 @@ def vector_elements(n: int, itemsize: int) -> int:
     return min(16 // itemsize, n & -n)
 
 
-def schedule(n: int, itemsize: int) -> Schedule:
-    """The schedule for rows of `n` elements of `itemsize` bytes."""
+def schedule(n: int, itemsize: int, warp_size: int = 32) -> Schedule:
+    """The schedule for rows of `n` elements of `itemsize` bytes on a device with warps of `warp_size` threads."""
     per_thread = 16 // itemsize
     if n <= 64 * per_thread:
         block = max(per_thread, 1 << (n - 1).bit_length())
-        return Schedule(max(1, 128 * per_thread // block), block, 1, 4, False)
+        return Schedule(max(1, 128 * per_thread // block), block, 1, 128 // warp_size, False)
     if n * itemsize > REGISTER_ROWS_UP_TO * 2:
         block = 1024 * per_thread
-        return Schedule(1, block, -(-n // block), 32, True)
-    vectors = -(-n // per_thread)
-    num_warps = 4
-    while num_warps < 32 and vectors > num_warps * 32 * 8:
-        num_warps *= 2
-    block = num_warps * 32 * per_thread
-    return Schedule(1, block, -(-n // block), num_warps, False)
+        return Schedule(1, block, -(-n // block), 1024 // warp_size, True)
+    threads = 128
+    while threads < 1024 and n > threads * per_thread * 8:
+        threads *= 2
+    block = threads * per_thread
+    return Schedule(1, block, -(-n // block), threads // warp_size, False)
