@@ -25,7 +25,7 @@ import torch.nn as nn
 
 from ..scan.dataflow import Add, Flow, NormCall, analyse
 from ..scan.source import NoSource, Source, read_forward
-from . import handover, pair_ops
+from . import handover, instance_forward, pair_ops
 from .classes import patched_class, register_factory
 from .journal import Journal
 
@@ -221,17 +221,9 @@ def install(model: nn.Module, plan: Any, journal: Journal) -> None:
             original = type(layer.module)
             key = layer_key(original, layer.norm_attributes, in_layer, tail)
             journal.swap_class(layer.module, patched_class(original, ROLE, key))
-            _rebind_accelerate(layer.module, original, journal)
+            instance_forward.adopt(layer.module, original, journal)
     for parent, steps in found.chains(fused):
         chain = handover.Chain(steps)
         journal.set_state(parent, handover.CHAIN, chain)
         for step in chain.steps:
             journal.set_state(step.layer, handover.LINK, chain.link(step))
-
-
-def _rebind_accelerate(module: nn.Module, original: type, journal: Journal) -> None:
-    """accelerate keeps the bound method it found; let it call the rewritten one."""
-    kept = module.__dict__.get("_old_forward")
-    if isinstance(kept, types.MethodType) and kept.__self__ is module and kept.__func__ is original.forward:  # type: ignore[attr-defined]
-        module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)  # type: ignore[attr-defined]
-        journal.record(lambda: module.__dict__.__setitem__("_old_forward", kept))

@@ -54,7 +54,7 @@ class Flow:
 
     in_layer: (add, norm call) that can be one fused call. tail: the add whose sum the layer returns as its hidden
     state; tail_passive: nothing runs after it. entry: the norm that reads the layer's own argument; entry_passive:
-    nothing runs before it. norm_add: (norm attribute, add) of sandwich layouts. refused: (line of the add, norm
+    nothing runs before it. norm_add: (norm attribute, add) of sandwich layouts. refused: (the add, norm
     attribute, why).
     """
 
@@ -66,7 +66,7 @@ class Flow:
     entry: NormCall | None = None
     entry_passive: bool = False
     norm_add: list[tuple[str, Add]] = field(default_factory=list)
-    refused: list[tuple[int, str, str]] = field(default_factory=list)
+    refused: list[tuple[ast.AST, str, str]] = field(default_factory=list)
 
 
 def analyse(tree: ast.FunctionDef, norm_attributes: frozenset[str]) -> Flow:
@@ -281,7 +281,7 @@ class _Reader:
             for call in reading[:1]:
                 reason = self._why_not(add, call)
                 if reason:
-                    self.flow.refused.append((add.node.lineno, call.attr, reason))
+                    self.flow.refused.append((add.node, call.attr, reason))
                 else:
                     self.flow.in_layer.append((add, call))
 

@@ -18,6 +18,7 @@ from ..rewrite.handover import Step
 from .dataflow import Add, Flow, NormCall, analyse
 from .loops import layer_loops
 from .source import NoSource, Source, read_forward
+from .trace import Trace, holds, trace_layer
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Layer:
     source: Source
     flow: Flow
     norms: dict[str, NormSite]
+    trace: Trace | None = None
     reason: str = ""
 
     @property
@@ -40,7 +42,38 @@ class Layer:
         return self.norms[attribute].path
 
     def live_pairs(self) -> list[tuple[Add, NormCall]]:
-        return [] if self.reason else self.flow.in_layer
+        """The in-layer pairs that this instance runs (an `if` on its attributes may leave some out)."""
+        return [] if self.reason else [pair for pair in self.flow.in_layer if self._ran(*pair)]
+
+    def live_tail(self) -> Add | None:
+        tail = self.flow.tail
+        ran = not self.reason and self.trace is not None and tail is not None and holds(tail.node, self.trace.tail)
+        return tail if ran else None
+
+    def live_entry(self) -> NormCall | None:
+        entry = self.flow.entry
+        ran = not self.reason and self.trace is not None and entry is not None and self.trace.entry == entry.attr
+        return entry if ran else None
+
+    def confirm(self) -> None:
+        """Ask the trace; where it and the source do not name the same pairs, `reason` says so."""
+        try:
+            self.trace = trace_layer(self.module, self.cls, self.source, self.norm_attributes)
+        except NoSource as reason:
+            self.reason = str(reason)
+            return
+        for add, norm in self.flow.in_layer:
+            if add.unconditional and norm.unconditional and not self._ran(add, norm):
+                self.reason = f"a trace of its forward did not confirm the pair of line {add.node.lineno}"
+        known = [(add.node, norm.attr) for add, norm in self.flow.in_layer]
+        known += [(node, attr) for node, attr, _ in self.flow.refused]
+        for line, attr in self.trace.pairs:
+            if not any(attr == known_attr and holds(node, line) for node, known_attr in known):
+                self.reason = f"a trace of its forward found a pair at line {line} that its source does not show"
+
+    def _ran(self, add: Add, norm: NormCall) -> bool:
+        pairs = () if self.trace is None else self.trace.pairs
+        return any(norm.attr == attr and holds(add.node, line) for line, attr in pairs)
 
 
 @dataclass(frozen=True)
@@ -93,15 +126,14 @@ def find_pairs(model: nn.Module, norm_sites: Sequence[NormSite]) -> tuple[PairSi
 
 
 def _in_layer_sites(layer: Layer) -> Iterator[PairSite]:
-    for add, norm in layer.flow.in_layer:
+    for add, norm in layer.flow.in_layer if layer.reason else layer.live_pairs():
         site = layer.norms[norm.attr]
         action, reason = _decide(site, "add and norm in one call")
         if layer.reason:
             action, reason = "leave", layer.reason
         yield PairSite("in_layer", layer.path, site.path, action, reason, layer.source.where(add.node))
-    for line, attr, why in layer.flow.refused:
-        where = f"{layer.source.where(layer.source.tree).rpartition(':')[0]}:{line}"
-        yield PairSite("in_layer", layer.path, layer.norm_path(attr), "leave", why, where)
+    for node, attr, why in layer.flow.refused:
+        yield PairSite("in_layer", layer.path, layer.norm_path(attr), "leave", why, layer.source.where(node))
     for attr, add in layer.flow.norm_add:
         reason = "the norm comes before the add; the norm alone is fused"
         yield PairSite("norm_add", layer.path, layer.norm_path(attr), "leave", reason, layer.source.where(add.node))
@@ -139,7 +171,9 @@ def _read_layer(
         found.unread.append((path, str(reason)))
         return
     if flow.in_layer or flow.refused or flow.norm_add or flow.tail is not None or flow.entry is not None:
-        by_id[id(module)] = found.layers[path] = Layer(path, module, cls, source, flow, norms)
+        layer = Layer(path, module, cls, source, flow, norms)
+        layer.confirm()
+        by_id[id(module)] = found.layers[path] = layer
 
 
 @functools.lru_cache(maxsize=1024)
@@ -153,14 +187,15 @@ def _read_loops(found: Layout, by_id: dict[int, Layer], sites: dict[int, NormSit
         modules = loop.modules
         for at, module in enumerate(modules):
             layer = by_id.get(id(module))
-            if layer is None or layer.flow.tail is None or modules.count(module) > 1:
+            if layer is None or layer.live_tail() is None or modules.count(module) > 1:
                 continue
             passive = layer.flow.tail_passive and not layer.source.wrappers
             if at + 1 < len(modules):
                 receiver = by_id.get(id(modules[at + 1]))
-                if receiver is None or receiver.flow.entry is None:
+                entry = None if receiver is None else receiver.live_entry()
+                if receiver is None or entry is None:
                     continue
-                attr = receiver.flow.entry.attr
+                attr = entry.attr
                 quiet = passive and loop.passive and receiver.flow.entry_passive and not receiver.source.wrappers
                 norm = receiver.module._modules[attr]
                 assert norm is not None
