@@ -72,7 +72,7 @@ def _wrote(x: torch.Tensor, residual: torch.Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
     """A tensor [..., N] as rows: row r starts at (r // inner) * outer + (r % inner) * stride elements (one level: inner
     is the number of rows)."""
 
@@ -86,7 +86,7 @@ class _Rows:
         return self.outer != 0
 
 
-def rows_of(x: torch.Tensor) -> _Rows:
+def rows_of(x: torch.Tensor) -> Rows:
     """The rows of `x`, of a contiguous copy where no kernel can address them in place."""
     n = x.shape[-1]
     if n > 1 and x.stride(-1) != 1:
@@ -100,11 +100,11 @@ def rows_of(x: torch.Tensor) -> _Rows:
         else:
             levels.append([size, stride])
     if not levels:
-        return _Rows(x, n, 1, 0)
+        return Rows(x, n, 1, 0)
     if len(levels) == 1:
-        return _Rows(x, levels[0][1], levels[0][0], 0)
+        return Rows(x, levels[0][1], levels[0][0], 0)
     if len(levels) == 2 and levels[0][1] != 0:
-        return _Rows(x, levels[1][1], levels[1][0], levels[0][1])
+        return Rows(x, levels[1][1], levels[1][0], levels[0][1])
     return rows_of(x.contiguous())
 
 
@@ -136,7 +136,7 @@ class BoundOp:
         weight = weight if self.spec.has_weight else None
         self._check(x, residual, weight)
         eps = replace(self.spec, eps=None).resolve_eps(x.dtype) if eps is None else float(eps)
-        if self.in_place and x.numel() and not (_one_level(x) and _one_level(residual)):
+        if self.in_place and x.numel() and not (self._writable(x) and self._writable(residual)):
             return self._through_copies(x, residual, weight, eps)
         normed, total = self._outputs(x, residual, weight)
         if x.numel():
@@ -163,6 +163,14 @@ class BoundOp:
         residual.copy_(total)
         x.copy_(normed)
 
+    def _rows(self, x: torch.Tensor) -> Rows:
+        return rows_of(x if self.spec.group is None else x.unflatten(-1, (-1, self.spec.group)))
+
+    def _writable(self, x: torch.Tensor | None) -> bool:
+        """Whether the kernels can write a result to where `x` lies: they write rows of one level."""
+        rows = self._rows(x)  # type: ignore[arg-type]
+        return not rows.two_level and rows.tensor.data_ptr() == x.data_ptr()  # type: ignore[union-attr]
+
     def _outputs(
         self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -181,19 +189,19 @@ class BoundOp:
         normed: torch.Tensor,
         total: torch.Tensor | None,
     ) -> None:
-        n = x.shape[-1]
-        m = x.numel() // n
-        rows = rows_of(x)
-        other = rows_of(residual) if residual is not None else None
+        columns = self.spec.group or x.shape[-1]
+        m = x.numel() // columns
+        rows = self._rows(x)
+        other = self._rows(residual) if residual is not None else None
         if other is not None and rows.two_level and other.two_level and rows.inner != other.inner:
-            other = rows_of(residual.contiguous())  # type: ignore[union-attr]
+            other = self._rows(residual.contiguous())  # type: ignore[union-attr]
         two_level = rows.two_level or (other is not None and other.two_level)
         inner = rows.inner if rows.two_level or other is None else other.inner
         if weight is not None and not weight.is_contiguous():
             weight = weight.contiguous()
         size = x.element_size()
         written = (normed, total) if self.in_place else ()
-        strides = [rows_of(tensor).stride for tensor in written] if written else [n, n]  # type: ignore[arg-type]
+        strides = [self._rows(tensor).stride for tensor in written] if written else [columns, columns]  # type: ignore[arg-type]
         offsets = [rows.tensor.data_ptr(), rows.stride * size, rows.outer * size]
         if other is not None:
             offsets += [other.tensor.data_ptr(), other.stride * size, other.outer * size]
@@ -240,9 +248,9 @@ class BoundOp:
         self, x: torch.Tensor, weight: torch.Tensor | None, align: int, weight_align: int, two_level: bool
     ) -> list[tuple[int, int]]:
         """[(largest m, launcher handle)], ascending, for these types; compiled now if they are new."""
-        n, index = x.shape[-1], x.get_device()
+        n, index = self.spec.group or x.shape[-1], x.get_device()
         weight_dtype = None if weight is None else weight.dtype
-        configs = schedules(self.op, x.dtype, n, _capability(index), _device_name(index))
+        configs = _schedules(self.op, x.dtype, n, index)
         if not configs:
             raise KernelBuildError(
                 site=f"{self.op}: N={n}, {x.dtype}",
@@ -255,7 +263,7 @@ class BoundOp:
         align = min(align, vec * size)
         full_weight_align = min(vec * weight_size, MAX_ALIGN)
         weight_align = min(weight_align, full_weight_align)
-        key = (x.dtype, weight_dtype, n, index, align, weight_align, two_level)
+        key = (x.dtype, weight_dtype, x.shape[-1], index, align, weight_align, two_level)
         chain = self._kernels.get(key)
         if chain is None:
             chain = self._build(configs, x, weight_dtype, align, weight_align, two_level)
@@ -274,7 +282,7 @@ class BoundOp:
         weight_align: int,
         two_level: bool,
     ) -> list[tuple[int, int]]:
-        index, n = x.get_device(), x.shape[-1]
+        index, n = x.get_device(), self.spec.group or x.shape[-1]
         chain: list[tuple[int, int]] = []
         following = 0
         for config in reversed(configs):
@@ -283,6 +291,7 @@ class BoundOp:
                 spec=self.spec,
                 fused_add=self.fused,
                 n=n,
+                weight_rows=x.shape[-1] // n,
                 x_dtype=x.dtype,
                 weight_dtype=weight_dtype,
                 align=align,
@@ -329,16 +338,7 @@ class BoundOp:
         )
 
 
-def _one_level(x: torch.Tensor | None) -> bool:
-    return x is not None and (x.stride(-1) == 1 or x.shape[-1] == 1) and _levels(x) <= 1
-
-
-def _levels(x: torch.Tensor) -> int:
-    rows = rows_of(x)
-    return 2 if rows.two_level or rows.tensor is not x else 1
-
-
-def _outer(rows: _Rows, inner: int) -> int:
+def _outer(rows: Rows, inner: int) -> int:
     return rows.outer if rows.two_level else rows.stride * inner
 
 
@@ -347,9 +347,9 @@ def _capability(index: int) -> int:
     return sm(torch.cuda.get_device_capability(index))
 
 
-@lru_cache(maxsize=64)
-def _device_name(index: int) -> str:
-    return torch.cuda.get_device_name(index)
+@lru_cache(maxsize=1024)
+def _schedules(op: Op, x_dtype: torch.dtype, n: int, index: int) -> tuple[Config, ...]:
+    return schedules(op, x_dtype, n, _capability(index), torch.cuda.get_device_name(index))
 
 
 @cache

@@ -240,6 +240,7 @@ def choose(
     A forced `backend` that cannot serve the call raises KernelBuildError; "auto" falls back and says why.
     """
     _check_dtypes(op, x_dtype, weight_dtype)
+    n = spec.group or n  # a grouped norm is one of shorter rows
     if device is not None and device.type == "cuda":
         capability, device_name, cuda_unavailable = _describe(device)
     elif device is not None and device.type != "cpu":

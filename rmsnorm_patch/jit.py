@@ -21,6 +21,7 @@ _OFFSETS = {"none": 0, "fp32": 1, "weight_dtype": 2}
 class Build:
     """Everything that decides the machine code of one kernel.
 
+    n: columns that share an rstd (the group of a grouped norm, of which a row has `weight_rows`).
     align, weight_align: bytes, see ALIGN and W_ALIGN in `kernels/cuda/abi.cuh`. arch: the device's sm number.
     """
 
@@ -28,6 +29,7 @@ class Build:
     spec: NormSpec
     fused_add: bool
     n: int
+    weight_rows: int
     x_dtype: torch.dtype
     weight_dtype: torch.dtype | None
     align: int
@@ -48,8 +50,8 @@ class Build:
             "OFFSET": _OFFSETS[spec.weight_offset] if weight is not None else 0,
             "FUSED_ADD": int(self.fused_add),
             "SUM_F32": int(self.fused_add and spec.sum == "fp32"),
-            "WIDTH": spec.width or self.n,
-            "GROUP": spec.group or self.n,
+            "WIDTH": self.n if spec.group else spec.width or self.n,
+            "WEIGHT_ROWS": self.weight_rows if weight is not None else 1,
             "VEC": config.vec,
             "ALIGN": self.align,
             "W_ALIGN": self.weight_align,

@@ -383,12 +383,14 @@ static PyObject *fast(Table *table, PyObject *const *a, int *sure) {
             goto end;
     }
     const Kernel *kernel = plan->kernel;
+    const i64 columns = kernel->n; /* of a group, where the norm is grouped: a row is then several rows to the kernel */
+    rows *= plan->n / columns;
     while (rows > kernel->m_max && kernel->next)
         kernel = kernel->next;
     if ((addresses & kernel->mask) || (args.weight & kernel->weight_mask))
         goto end;
     if (in_place) {
-        uint64_t bytes = (uint64_t)(rows * plan->n * plan->itemsize);
+        uint64_t bytes = (uint64_t)(rows * columns * plan->itemsize);
         uint64_t weight_bytes = (uint64_t)(plan->n * plan->weight_itemsize);
         if (overlap(args.x, bytes, args.residual, bytes) ||
             (weight != NONE && (overlap(args.x, bytes, args.weight, weight_bytes) ||
@@ -404,7 +406,7 @@ static PyObject *fast(Table *table, PyObject *const *a, int *sure) {
     /* From here on the call is ours: errors are raised, not handed to the slow path. */
     *sure = 1;
     args.m = rows;
-    args.x_row_stride = args.residual_row_stride = args.normed_row_stride = args.total_row_stride = plan->n;
+    args.x_row_stride = args.residual_row_stride = args.normed_row_stride = args.total_row_stride = columns;
     args.eps = (float)eps;
     PyObject *normed = 0, *total = 0;
     if (in_place) {

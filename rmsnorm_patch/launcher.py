@@ -55,7 +55,7 @@ def functions() -> Functions:
     if wanted == "python":
         return _python(f"{VARIABLE}=python")
     try:
-        loaded = _load(_shared_object())
+        new_kernel, launch, make_callable, add_plan = _load(_shared_object())
     except UnsafeCacheError:
         raise
     except (OSError, KernelBuildError, subprocess.SubprocessError) as error:
@@ -68,7 +68,7 @@ def functions() -> Functions:
             stacklevel=2,
         )
         return _python(str(error))
-    return Functions(*loaded, kind="c", reason="")
+    return Functions(new_kernel, launch, make_callable, add_plan, kind="c", reason="")
 
 
 def compiler() -> list[str]:
