@@ -14,7 +14,7 @@ import torch.nn as nn
 from .errors import PatchConflict, UnsupportedInput, UnsupportedModel
 from .plan import BACKENDS, Backend, NormSite, Plan
 from .rewrite import LOCK, applied_report, apply_plan, patched_paths, revert_model
-from .rewrite.classes import is_patched
+from .rewrite.classes import derives_from_patched
 from .rewrite.report import Report, Settings
 
 
@@ -137,7 +137,7 @@ def _earlier(model: nn.Module, settings: Settings) -> Report | None:
                     "call revert(model) first, or pass the settings that it has",
                 )
             covered.append(path)
-        elif is_patched(type(module)) and not any(path == c or path.startswith(f"{c}." if c else "") for c in covered):
+        elif derives_from_patched(type(module)) and not any(_is_below(path, root) for root in covered):
             raise PatchConflict(
                 path or type(model).__name__,
                 "a module that was patched as part of a larger model",
@@ -148,6 +148,10 @@ def _earlier(model: nn.Module, settings: Settings) -> Report | None:
     if report is None or (report.norms, report.layers) != patched_paths(model):
         return None
     return report
+
+
+def _is_below(path: str, root: str) -> bool:
+    return root == "" or path == root or path.startswith(f"{root}.")
 
 
 def _check_something_to_do(wanted: Plan) -> None:

@@ -15,7 +15,7 @@ import torch.nn as nn
 from ..errors import RMSNormPatchError, UnsupportedModel
 from ..plan import Plan
 from . import instance_forward
-from .classes import STATE, is_patched, original_class, role_of
+from .classes import STATE, derives_from_patched, role_of, unpatched_class
 from .journal import Journal
 from .report import Report
 
@@ -62,8 +62,8 @@ def revert_model(model: nn.Module) -> None:
     with LOCK:
         for module in list(model.modules()):
             patched = type(module)
-            if is_patched(patched):
-                module.__class__ = original_class(patched)
+            if derives_from_patched(patched):
+                module.__class__ = unpatched_class(patched)
                 instance_forward.release(module, patched)
             module.__dict__.pop(STATE, None)
 

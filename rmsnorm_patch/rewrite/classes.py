@@ -46,12 +46,12 @@ def patched_class(original: type, role: str, key: Hashable) -> type:
             __module__=original.__module__,
             __qualname__=original.__qualname__,
             __doc__=original.__doc__,
-            __reduce_ex__=_reduce_ex,
             _rmsnorm_patch_original=original,
             _rmsnorm_patch_role=role,
             _rmsnorm_patch_key=key,
         )
         made = type(original)(original.__name__, (original,), namespace)
+        type.__setattr__(made, "__reduce_ex__", _reduce_ex_of(made))
         _CLASSES[(original, role, key)] = made
         return made
 
@@ -69,13 +69,29 @@ def role_of(module: nn.Module) -> str | None:
     return vars(type(module)).get("_rmsnorm_patch_role")
 
 
-def _reduce_ex(self: nn.Module, protocol: Any) -> Any:
-    cls = type(self)
-    original = original_class(cls)
-    reduced = super(cls, self).__reduce_ex__(protocol)
-    if isinstance(reduced, tuple) and reduced[0] is copyreg.__newobj__ and is_patched(cls):
-        return (_rebuild, (original, cls._rmsnorm_patch_role, cls._rmsnorm_patch_key), *reduced[2:])
-    return reduced
+def unpatched_class(cls: type) -> type:
+    """`original_class`, also for a class that somebody derived from a patched one (FSDP2 and parametrisations do so,
+    module by module): then the same class derived from the original."""
+    if is_patched(cls) or not derives_from_patched(cls):
+        return original_class(cls)
+    namespace = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, tuple(unpatched_class(base) for base in cls.__bases__), namespace)
+
+
+def derives_from_patched(cls: type) -> bool:
+    return any(is_patched(base) for base in cls.__mro__)
+
+
+def _reduce_ex_of(patched: type) -> Callable[[Any, Any], Any]:
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
+        reduced: Any = super(patched, self).__reduce_ex__(protocol)  # type: ignore[arg-type, misc]
+        if type(self) is patched and isinstance(reduced, tuple) and reduced[0] is copyreg.__newobj__:  # type: ignore[attr-defined]
+            key = vars(patched)
+            original, role = key["_rmsnorm_patch_original"], key["_rmsnorm_patch_role"]
+            return (_rebuild, (original, role, key["_rmsnorm_patch_key"]), *reduced[2:])
+        return reduced
+
+    return __reduce_ex__
 
 
 def _rebuild(original: type, role: str, key: Hashable) -> nn.Module:
@@ -84,4 +100,5 @@ def _rebuild(original: type, role: str, key: Hashable) -> nn.Module:
 
     install_factories()
     cls = patched_class(original, role, key)
-    return cls.__new__(cls)
+    made: nn.Module = cls.__new__(cls)  # type: ignore[call-overload]
+    return made

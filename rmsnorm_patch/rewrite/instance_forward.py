@@ -72,7 +72,7 @@ def adopt(module: nn.Module, before: type, journal: Journal) -> None:
 
 def release(module: nn.Module, patched: type) -> None:
     """`module` was of class `patched` and is its original's again, with its state still in place."""
-    ours, own = vars(patched).get("forward"), _class_forward(type(module))
+    ours, own = _class_forward(patched), _class_forward(type(module))
     displaced = module.__dict__.get(STATE, {}).get(DISPLACED, {})
     for slot in SLOTS:
         kept = displaced.get(slot)

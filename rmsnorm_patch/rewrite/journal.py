@@ -46,5 +46,12 @@ class Journal:
         self._undo.append(undo)
 
     def rollback(self) -> None:
+        """Undo everything, whatever single steps say; the first of their errors is raised at the end."""
+        failed: Exception | None = None
         while self._undo:
-            self._undo.pop()()
+            try:
+                self._undo.pop()()
+            except Exception as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
