@@ -15,6 +15,7 @@ from .probe import (
     ROWS,
     Case,
     candidate_specs,
+    check_behaviour,
     eps_attributes,
     expected,
     probe_cases,
@@ -80,13 +81,12 @@ _HALF_ROUNDINGS: tuple[tuple[str, Formula], ...] = (
 
 
 def explain(subject: Subject) -> str:
-    """One sentence on how the subject differs from every NormSpec."""
+    """One sentence on how the subject differs from every NormSpec; `Rejected` where its behaviour says it."""
     columns = working_columns(subject)
+    check_behaviour(subject, columns)
     eps_attribute = next(iter(eps_attributes(subject)), None)
     case = next(c for c in probe_cases(columns) if _is_fp32(c) and c.eps == PROBE_EPS[1])
     got = run(subject, case, eps_attribute)
-    if not isinstance(got, torch.Tensor):
-        return f"its forward returns a {type(got).__name__}, not one tensor"
     if got.shape == case.x.shape:
         want = expected(case, _nearest(subject, case, got), case.eps)
         differing = _rows_where(got, want, same_bits)

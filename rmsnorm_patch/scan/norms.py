@@ -18,9 +18,10 @@ from ..rewrite.classes import original_class
 from ..semantics import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, T5, NormSpec
 from .diagnose import explain
 from .probe import WEIGHTLESS, Found, find_spec, undisturbed
-from .subject import Rejected, Subject, examine
+from .subject import Rejected, Subject, examine, reachable_codes
 
 _NAMED_LIKE_A_NORM = re.compile(r"rms|norm", re.IGNORECASE)
+_REDUCTIONS = {"mean", "sum", "norm", "vector_norm", "rms_norm", "einsum", "var"}
 _NAMES = {
     LLAMA: "llama",
     FP32_WEIGHT_MULTIPLY: "fp32-weight-multiply",
@@ -162,6 +163,13 @@ def _match_if_norm(module: nn.Module, shared: Cache) -> Match | None:
 
 
 def _built_like_a_norm(module: nn.Module) -> bool:
+    """Worth running on probes: one 1-D tensor, or none but an eps, and code that takes some mean."""
+    try:
+        named = {name for code in reachable_codes(original_class(type(module))) for name in code.co_names}
+    except Rejected:
+        return False
+    if not named & _REDUCTIONS:
+        return False
     tensors = [t for store in (module._parameters, module._buffers) for t in store.values() if t is not None]
     if len(tensors) == 1:
         return not nn.parameter.is_lazy(tensors[0]) and tensors[0].dim() == 1

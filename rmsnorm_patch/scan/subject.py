@@ -52,7 +52,10 @@ class Subject:
         """Equal keys compute alike; None where an attribute is not plain data and nothing can be said."""
         if not all(_is_plain(value) for value in self.attributes.values()):
             return None
-        values = tuple((name, type(value), value) for name, value in sorted(self.attributes.items()))
+        named = {name for code in self.codes for name in code.co_names}
+        inherited = {name: getattr(self.cls, name, None) for name in named}
+        read = {name: value for name, value in inherited.items() if _is_plain(value)} | self.attributes
+        values = tuple((name, type(value), value) for name, value in sorted(read.items()))
         return self.weight_attribute, self.weight_is_parameter, self.columns, values, self.codes
 
     def twin(self, weight: torch.Tensor | None) -> nn.Module:
