@@ -1,7 +1,9 @@
 """The portable backend: Triton kernels for CUDA and ROCm devices, and for CPU tensors under TRITON_INTERPRET=1.
 
 `bind(op, spec)` returns a callable with the signature of `ops.bind_*`. Per (dtype, N, weight dtype) it keeps the
-schedule and the compile-time constants; per call it checks shapes, looks at strides and launches.
+schedule, the compile-time constants and the compiled kernel; per call it checks shapes, looks at strides and launches.
+Calling the compiled kernel directly, in place of `kernel[grid](...)` with its two dozen arguments to hash, took the
+host cost of a call from 44 us to HOSTCOST.
 """
 
 from __future__ import annotations
@@ -73,66 +75,111 @@ class Rows(NamedTuple):
     inner_stride: int
 
 
-class Layout(NamedTuple):
-    """Compile-time constants of one (dtype, N, weight dtype), and what the host must know of them."""
+class Layout:
+    """What one (dtype, N, weight dtype) fixes: the kernel's compile-time constants, and its compiled variants."""
 
-    columns: int
-    vec: int
-    rows_per_program: int
-    long: bool
-    constants: dict[str, Any]
-    out_dtype: torch.dtype
+    def __init__(
+        self, spec: NormSpec, dtype: torch.dtype, n: int, weight_dtype: torch.dtype | None, warp_size: int = 32
+    ) -> None:
+        schedules = triton_loader.load("schedule", interpreted=False)
+        self.columns = spec.group or n
+        """Elements that share one rstd: what the kernels call a row."""
+        self.schedule = schedules.schedule(self.columns, dtype.itemsize, warp_size)
+        self.vec = schedules.vector_elements(self.columns, dtype.itemsize)
+        self.groups = n // self.columns
+        self.out_dtype = spec.output_dtype(dtype, weight_dtype)
+        rounded = spec.rounded_dtype(dtype, weight_dtype)
+        product = rounded
+        if weight_dtype is not None:
+            product = torch.promote_types(rounded, torch.float32 if spec.weight_offset == "fp32" else weight_dtype)
+        self.constants = {
+            "N": self.columns,
+            "WIDTH": spec.width or self.columns,
+            "VEC": self.vec,
+            "ROWS": self.schedule.rows,
+            "BLOCK": self.schedule.block,
+            "CHUNKS": self.schedule.chunks,
+            "GROUPS": self.groups,
+            "HAS_WEIGHT": weight_dtype is not None,
+            "OFFSET": spec.weight_offset,
+            "ROUNDED": triton_dtype(rounded),
+            "PRODUCT": triton_dtype(product),
+            "OUT": triton_dtype(self.out_dtype),
+        }
+        self.compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
 class _Op:
+    """One op of one spec; subclasses are called like `ops.bind_*`."""
+
     def __init__(self, op: str, spec: NormSpec) -> None:
         self.op = op
         self.spec = spec
         self._layouts: dict[tuple[Any, ...], Layout] = {}
 
     def _layout(self, x: torch.Tensor, weight: torch.Tensor | None) -> Layout:
-        key = (x.dtype, x.shape[-1], None if weight is None else weight.dtype)
-        layout = self._layouts.get(key)
-        if layout is None:
-            layout = self._layouts[key] = make_layout(self.spec, *key, warp_size=_warp_size(x.device))
-        return layout
+        weight_dtype = None if weight is None else weight.dtype
+        layout = Layout(self.spec, x.dtype, x.shape[-1], weight_dtype, _warp_size(x.device))
+        return self._layouts.setdefault((x.dtype, x.shape[-1:], weight_dtype), layout)
 
     def _launch(
-        self, name: str, x: torch.Tensor, layout: Layout, num_rows: int, args: tuple[Any, ...], **constants: Any
+        self,
+        name: str,
+        layout: Layout,
+        tensors: tuple[torch.Tensor, ...],
+        eps: float | None,
+        numbers: tuple[int, ...],
+        constants: dict[str, Any],
     ) -> None:
-        if not x.is_cuda and not triton_loader.interpreting():
+        """Launch on `tensors`' device and its current stream; `numbers` (rows, inner, strides) follow eps."""
+        x = tensors[0]
+        args = (*tensors, _IMPLIED_EPS if eps is None else float(eps), *numbers)
+        grid = (-(-numbers[0] // layout.schedule.rows), 1, 1)
+        device = x.get_device()
+        if x.is_cuda and torch.cuda.current_device() != device:
+            with torch.cuda.device(device):
+                return self._launch(name, layout, tensors, eps, numbers, constants)
+        # What Triton specialises on: alignment (where the layout does not demand it) and the width of integers.
+        aligned = layout.vec > 1 or tuple(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+        variant = (device, aligned, max(numbers) > 0x7FFFFFFF, *constants.values())
+        known = layout.compiled.get(variant)
+        if known is not None:
+            kernel, values = known
+            kernel[grid](*args, *values, stream=torch._C._cuda_getCurrentRawStream(device))
+            return None
+        usable, reason = available(x.device)
+        if not usable:
             raise UnsupportedInput(
                 self.op,
-                f"x on {x.device} for backend='triton'",
-                "CUDA and ROCm tensors; CPU tensors under TRITON_INTERPRET=1",
-                "use backend='auto', which runs the reference on a CPU",
+                f"x on {x.device} for backend='triton': {reason}",
+                "CUDA devices from sm_80 on and ROCm devices; CPU tensors under TRITON_INTERPRET=1",
+                "use backend='auto', which takes the reference where no kernel runs",
             )
         module = triton_loader.load(name, interpreted=not x.is_cuda)
-        kernel = getattr(module, f"{name}_long" if layout.long else name)
-        grid = (-(-num_rows // layout.rows_per_program), 1, 1)
-        if x.is_cuda and torch.cuda.current_device() != x.get_device():
-            with torch.cuda.device(x.get_device()):
-                kernel[grid](*args, **layout.constants, **constants)
-        else:
-            kernel[grid](*args, **layout.constants, **constants)
+        function = getattr(module, f"{name}_long" if layout.schedule.long else name)
+        values = {**layout.constants, **constants}
+        kernel = function[grid](*args, **values, num_warps=layout.schedule.num_warps)
+        if kernel is not None and max(numbers) <= 0x7FFFFFFF:
+            layout.compiled[variant] = kernel, tuple(values[name] for name in function.arg_names[len(args) :])
+        return None
 
 
 class RMSNorm(_Op):
     def __call__(self, x: torch.Tensor, weight: torch.Tensor | None, eps: float | None) -> torch.Tensor:
         if not self.spec.has_weight:
             weight = None
-        validate.check_rms_norm(x, weight, self.spec, self.op)
-        layout = self._layout(x, weight)
+        layout = self._layouts.get((x.dtype, x.shape[-1:], None if weight is None else weight.dtype))
+        if layout is None or not validate.weight_fits(x, weight):
+            validate.check_rms_norm(x, weight, self.spec, self.op)
+            layout = self._layout(x, weight)
         y = torch.empty(x.shape, dtype=layout.out_dtype, device=x.device)
         num_rows = x.numel() // layout.columns
         if num_rows == 0:
             return y
-        (x,), (rows,) = place_rows(layout, self.spec, x)
-        weight = _aligned(weight, layout)
-        eps = _IMPLIED_EPS if eps is None else float(eps)
-        args = (x, x if weight is None else weight, y, eps, num_rows, rows.inner)
-        strides = (rows.stride // layout.vec, rows.inner_stride // layout.vec)
-        self._launch("rms_norm", x, layout, num_rows, args + strides, NESTED=rows.inner > 1)
+        (x,), (rows,) = place_rows(layout, x)
+        numbers = (num_rows, rows.inner, rows.stride // layout.vec, rows.inner_stride // layout.vec)
+        tensors = (x, x if weight is None else _aligned(weight, layout), y)
+        self._launch("rms_norm", layout, tensors, eps, numbers, {"NESTED": rows.inner > 1})
         return y
 
 
@@ -142,12 +189,14 @@ class FusedAddRMSNorm(_Op):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.spec.has_weight:
             weight = None
-        validate.check_fused_add(x, residual, weight, self.spec, self.op)
-        layout = self._layout(x, weight)
+        layout = self._layouts.get((x.dtype, x.shape[-1:], None if weight is None else weight.dtype))
+        if layout is None or not (validate.weight_fits(x, weight) and validate.alike(x, residual)):
+            validate.check_fused_add(x, residual, weight, self.spec, self.op)
+            layout = self._layout(x, weight)
         y = torch.empty(x.shape, dtype=layout.out_dtype, device=x.device)
         total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         if x.numel():
-            self._run(layout, x, residual, weight, y, total, eps)
+            self._run(layout, x, residual, weight, (y, total), eps)
         return y, total
 
     def _run(
@@ -156,21 +205,26 @@ class FusedAddRMSNorm(_Op):
         x: torch.Tensor,
         residual: torch.Tensor,
         weight: torch.Tensor | None,
-        y: torch.Tensor | None,
-        total: torch.Tensor | None,
+        outputs: tuple[torch.Tensor, torch.Tensor] | None,
         eps: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Launch; without `y` and `total` in place. Returns x and residual, or the copies that were taken of them."""
-        num_rows = x.numel() // layout.columns
-        (x, residual), (x_rows, residual_rows) = place_rows(layout, self.spec, x, residual)
-        weight = _aligned(weight, layout)
-        eps = _IMPLIED_EPS if eps is None else float(eps)
-        in_place = y is None
-        args = (x, residual, x if weight is None else weight, x if y is None else y)
-        args += (residual if total is None else total, eps, num_rows, x_rows.inner)
-        args += tuple(stride // layout.vec for rows in (x_rows, residual_rows) for stride in rows[1:])
-        constants = {"NESTED": x_rows.inner > 1, "ROUND_SUM": self.spec.sum == "rounded", "IN_PLACE": in_place}
-        self._launch("fused_add_rms_norm", x, layout, num_rows, args, **constants)
+        """Launch; in place where `outputs` is None. Returns x and residual, or the copies that were taken of them."""
+        (x, residual), (x_rows, residual_rows) = place_rows(layout, x, residual)
+        numbers = (
+            x.numel() // layout.columns,
+            x_rows.inner,
+            x_rows.stride // layout.vec,
+            x_rows.inner_stride // layout.vec,
+            residual_rows.stride // layout.vec,
+            residual_rows.inner_stride // layout.vec,
+        )
+        constants = {
+            "NESTED": x_rows.inner > 1,
+            "ROUND_SUM": self.spec.sum == "rounded",
+            "IN_PLACE": outputs is None,
+        }
+        tensors = (x, residual, x if weight is None else _aligned(weight, layout), *(outputs or (x, residual)))
+        self._launch("fused_add_rms_norm", layout, tensors, eps, numbers, constants)
         return x, residual
 
 
@@ -183,12 +237,14 @@ class FusedAddRMSNormInPlace(FusedAddRMSNorm):
         validate.check_in_place(x, residual, weight, self.spec, self.op)
         if not x.numel():
             return
-        layout = self._layout(x, weight)
-        if layout.long and self.spec.sum == "fp32":
+        layout = self._layouts.get((x.dtype, x.shape[-1:], None if weight is None else weight.dtype))
+        if layout is None:
+            layout = self._layout(x, weight)
+        if layout.schedule.long and self.spec.sum == "fp32":
             # The long kernel would overwrite the residual before other threads have read it a second time.
             normed, total = bind("fused_add_rms_norm", self.spec)(x, residual, weight, eps)
         else:
-            normed, total = self._run(layout, x, residual, weight, None, None, eps)
+            normed, total = self._run(layout, x, residual, weight, None, eps)
         if normed is not x:
             x.copy_(normed)
         if total is not residual:
@@ -199,73 +255,37 @@ def _warp_size(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
 
 
-def make_layout(
-    spec: NormSpec, dtype: torch.dtype, n: int, weight_dtype: torch.dtype | None, warp_size: int = 32
-) -> Layout:
-    """Schedule and compile-time constants for rows of `n` elements of `dtype`."""
-    schedules = triton_loader.load("schedule", interpreted=False)
-    columns = spec.group or n
-    schedule = schedules.schedule(columns, dtype.itemsize, warp_size)
-    vec = schedules.vector_elements(columns, dtype.itemsize)
-    out_dtype = spec.output_dtype(dtype, weight_dtype)
-    rounded = spec.rounded_dtype(dtype, weight_dtype)
-    product = rounded
-    if weight_dtype is not None:
-        product = torch.promote_types(rounded, torch.float32 if spec.weight_offset == "fp32" else weight_dtype)
-    constants = {
-        "N": columns,
-        "WIDTH": spec.width or columns,
-        "VEC": vec,
-        "ROWS": schedule.rows,
-        "BLOCK": schedule.block,
-        "CHUNKS": schedule.chunks,
-        "GROUPED": spec.group is not None and weight_dtype is not None,
-        "HAS_WEIGHT": weight_dtype is not None,
-        "OFFSET": spec.weight_offset,
-        "ROUNDED": triton_dtype(rounded),
-        "PRODUCT": triton_dtype(product),
-        "OUT": triton_dtype(out_dtype),
-        "num_warps": schedule.num_warps,
-    }
-    return Layout(columns, vec, schedule.rows, schedule.long, constants, out_dtype)
-
-
 def triton_dtype(dtype: torch.dtype) -> Any:
     import triton.language as tl
 
     return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
 
 
-def place_rows(
-    layout: Layout, spec: NormSpec, *tensors: torch.Tensor
-) -> tuple[tuple[torch.Tensor, ...], tuple[Rows, ...]]:
+def place_rows(layout: Layout, *tensors: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[Rows, ...]]:
     """The rows of each tensor with one common `inner`; a tensor that two strides cannot describe, or that is less
     aligned than its row length promises, is copied."""
-    placed = [_rows(x, layout, spec) for x in tensors]
+    placed = [_rows(x, layout) for x in tensors]
     inner = max((rows.inner for rows in placed if rows is not None), default=1)
     result = []
     for x, rows in zip(tensors, placed, strict=True):
         if rows is None or (rows.inner != inner and rows.inner != 1):
-            x = x.contiguous().clone() if x.is_contiguous() else x.contiguous()
-            rows = Rows(1, layout.columns, 0)
+            x, rows = x.clone(memory_format=torch.contiguous_format), Rows(1, layout.columns, 0)
         if rows.inner != inner:
             rows = Rows(inner, rows.stride * inner, rows.stride)
         result.append((x, rows))
     return tuple(x for x, _ in result), tuple(rows for _, rows in result)
 
 
-def _rows(x: torch.Tensor, layout: Layout, spec: NormSpec) -> Rows | None:
+def _rows(x: torch.Tensor, layout: Layout) -> Rows | None:
     if layout.vec > 1 and x.data_ptr() % 16:
         return None
     if x.is_contiguous():
-        if spec.group is None or spec.group == x.shape[-1]:
-            return Rows(1, layout.columns, 0)
-        return Rows(x.shape[-1] // spec.group, x.shape[-1], spec.group)
+        return Rows(1, layout.columns, 0)
     if x.shape[-1] > 1 and x.stride(-1) != 1:
         return None
     dims: list[tuple[int, int]] = []
-    if spec.group is not None and spec.group != x.shape[-1]:
-        dims.append((x.shape[-1] // spec.group, spec.group))
+    if layout.groups > 1:
+        dims.append((layout.groups, layout.columns))
     for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
         if size == 1:
             continue
@@ -280,8 +300,6 @@ def _rows(x: torch.Tensor, layout: Layout, spec: NormSpec) -> Rows | None:
     return Rows(1, dims[0][1] if dims else layout.columns, 0)
 
 
-def _aligned(weight: torch.Tensor | None, layout: Layout) -> torch.Tensor | None:
-    if weight is None:
-        return None
+def _aligned(weight: torch.Tensor, layout: Layout) -> torch.Tensor:
     weight = weight.contiguous()
     return weight.clone() if layout.vec > 1 and weight.data_ptr() % 16 else weight

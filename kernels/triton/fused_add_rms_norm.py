@@ -36,7 +36,7 @@ def fused_add_rms_norm(
     BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr,
     NESTED: tl.constexpr,
-    GROUPED: tl.constexpr,
+    GROUPS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     OFFSET: tl.constexpr,
     ROUNDED: tl.constexpr,
@@ -58,8 +58,8 @@ def fused_add_rms_norm(
     else:
         y_row = y_ptr + rows.to(tl.int64) * N
         total_row = total_ptr + rows.to(tl.int64) * N
-    if GROUPED:
-        weight_ptr += (rows % inner) * N
+    if GROUPS > 1:
+        weight_ptr += (rows % GROUPS) * N
 
     # All loads stand before the first store: the compiler may not move a load above a store that could alias it.
     xs = ()
@@ -124,7 +124,7 @@ def fused_add_rms_norm_long(
     BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr,
     NESTED: tl.constexpr,
-    GROUPED: tl.constexpr,
+    GROUPS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     OFFSET: tl.constexpr,
     ROUNDED: tl.constexpr,
@@ -145,8 +145,8 @@ def fused_add_rms_norm_long(
     else:
         y_row = y_ptr + rows.to(tl.int64) * N
         total_row = total_ptr + rows.to(tl.int64) * N
-    if GROUPED:
-        weight_ptr += (rows % inner) * N
+    if GROUPS > 1:
+        weight_ptr += (rows % GROUPS) * N
 
     squares = tl.full([1, BLOCK], 0.0, tl.float32)
     for c in range(CHUNKS):

@@ -28,7 +28,7 @@ def rms_norm(
     BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr,
     NESTED: tl.constexpr,
-    GROUPED: tl.constexpr,
+    GROUPS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     OFFSET: tl.constexpr,
     ROUNDED: tl.constexpr,
@@ -40,8 +40,8 @@ def rms_norm(
     live = rows < num_rows
     x_row = x_ptr + row_offset(rows, inner, x_stride, x_inner_stride, NESTED, VEC)
     y_row = y_ptr + rows.to(tl.int64) * N
-    if GROUPED:
-        weight_ptr += (rows % inner) * N
+    if GROUPS > 1:
+        weight_ptr += (rows % GROUPS) * N
 
     xs = ()
     for c in tl.static_range(CHUNKS):
@@ -85,7 +85,7 @@ def rms_norm_long(
     BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr,
     NESTED: tl.constexpr,
-    GROUPED: tl.constexpr,
+    GROUPS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     OFFSET: tl.constexpr,
     ROUNDED: tl.constexpr,
@@ -96,8 +96,8 @@ def rms_norm_long(
     cols = tl.arange(0, BLOCK)[None, :]
     x_row = x_ptr + row_offset(rows, inner, x_stride, x_inner_stride, NESTED, VEC)
     y_row = y_ptr + rows.to(tl.int64) * N
-    if GROUPED:
-        weight_ptr += (rows % inner) * N
+    if GROUPS > 1:
+        weight_ptr += (rows % GROUPS) * N
 
     squares = tl.full([1, BLOCK], 0.0, tl.float32)
     for c in range(CHUNKS):
