@@ -386,7 +386,7 @@ LOOK_ALIKES = [
     (Gated, r"needs further arguments \(gate\)"),
     (OptionallyGated, r"optional argument that changes the result \(gate\)"),
     (HeadWeights, "has 2 dimensions"),
-    (AcrossTokens, "2-D input"),
+    (AcrossTokens, "something other than an RMSNorm"),
     (RankDependent, "2-D input"),
     (ZeroEpsMeansDefault, r"its own eps=0\.0 does not enter"),
     (TensorAttribute, "'table', which holds tensors"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dis
 import inspect
+import math
 import types
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
@@ -127,7 +128,8 @@ def _weight_of(module: nn.Module) -> tuple[str | None, torch.Tensor | None]:
 
 
 def _widths_named_by(module: nn.Module) -> tuple[int, ...]:
-    """For a weightless norm: the integers that its attributes hold, then a width of our own."""
+    """Widths to try for a weightless norm, which fixes none: first a common multiple of its integers (a width that no
+    attribute can mean, and that every group divides), then those integers, then a width of our own."""
     found: list[int] = []
     for value in module.__dict__.values():
         shape = (value,) if isinstance(value, int) else value
@@ -136,7 +138,8 @@ def _widths_named_by(module: nn.Module) -> tuple[int, ...]:
                 raise Rejected(f"it normalises over {len(shape)} dimensions ({shape}); an RMSNorm takes the last one")
             if 1 < shape[0] <= 1 << 16:
                 found.append(shape[0])
-    return (*dict.fromkeys(found), 64)
+    common = 2 * math.lcm(*found)
+    return (*([common] if found and common <= 1 << 14 else []), *sorted(set(found), reverse=True), 64)
 
 
 def _check_signature(cls: type[nn.Module]) -> None:
