@@ -87,8 +87,8 @@ def release(module: nn.Module, patched: type) -> None:
 
 def _bind(module: nn.Module, slot: str, function: Any, journal: Journal) -> None:
     before = module.__dict__[slot]
-    module.__dict__[slot] = MethodType(function, module)
     journal.record(lambda: module.__dict__.__setitem__(slot, before))
+    module.__dict__[slot] = MethodType(function, module)
 
 
 def _class_forward(cls: type) -> Any:

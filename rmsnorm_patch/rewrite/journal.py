@@ -20,29 +20,29 @@ class Journal:
 
     def swap_class(self, module: nn.Module, cls: type) -> None:
         before = type(module)
-        module.__class__ = cls
         self._undo.append(lambda: setattr(module, "__class__", before))
+        module.__class__ = cls
 
     def set_state(self, module: nn.Module, name: str, value: object) -> None:
         """Put `value` under `module.__dict__[STATE][name]`, past `nn.Module.__setattr__`."""
         created = STATE not in module.__dict__
-        state = module.__dict__.setdefault(STATE, {})
         missing = object()
-        before = state.get(name, missing)
-        state[name] = value
+        before = module.__dict__.get(STATE, {}).get(name, missing)
 
         def undo() -> None:
             if created:
                 module.__dict__.pop(STATE, None)
             elif before is missing:
-                state.pop(name, None)
+                module.__dict__[STATE].pop(name, None)
             else:
-                state[name] = before
+                module.__dict__[STATE][name] = before
 
         self._undo.append(undo)
+        module.__dict__.setdefault(STATE, {})[name] = value
 
     def record(self, undo: Callable[[], None]) -> None:
-        """For a change that is neither of the above; call it once the change is made."""
+        """For a change that is neither of the above. Call it before the change, so that nothing, not even an interrupt,
+        falls between; `undo` must then do no harm where the change did not happen."""
         self._undo.append(undo)
 
     def rollback(self) -> None:

@@ -25,6 +25,7 @@ from .journal import Journal
 
 ROLE = "norm"
 
+_Tensor = torch.Tensor
 _is_grad_enabled = torch.is_grad_enabled
 _is_dynamo_tracing = torch.compiler.is_dynamo_compiling
 _ABSENT: Any = object()
@@ -80,13 +81,16 @@ def _forward_of(original: type[nn.Module], key: Key) -> Callable[..., Any]:
     automatic = backend == "auto"
 
     def forward(self, hidden_states=_ABSENT, *rest, **named):  # type: ignore[no-untyped-def]
-        if rest or named:
-            if hidden_states is _ABSENT and len(named) == 1 and argument in named:
-                hidden_states = named[argument]
-            else:
+        if rest or named or hidden_states is _ABSENT:
+            if hidden_states is not _ABSENT:
                 return original.forward(self, hidden_states, *rest, **named)
+            if len(named) != 1 or argument not in named:
+                return original.forward(self, **named)
+            hidden_states = named[argument]
         if _is_dynamo_tracing():
             return traced(self, hidden_states)
+        if type(hidden_states) is not _Tensor:  # a subclass, or no tensor at all (`torch.fx` traces with proxies)
+            return original.forward(self, hidden_states)
         if not _is_grad_enabled():
             handed_over = take(self, hidden_states)
             if handed_over is not None:
