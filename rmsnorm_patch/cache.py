@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-import platformdirs
 
 from .errors import KernelBuildError, RMSNormPatchError, UnsafeCacheError, UnsupportedInput
 
@@ -53,7 +52,11 @@ def directory() -> Path:
     chosen = os.environ.get(DIRECTORY_VARIABLE)
     if chosen is not None and (not chosen.strip() or "\0" in chosen):
         raise UnsupportedInput(DIRECTORY_VARIABLE, repr(chosen), "a path", "set it to a private folder, or unset it")
-    return Path(chosen).expanduser().absolute() if chosen else Path(platformdirs.user_cache_dir("rmsnorm_patch"))
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    import platformdirs  # only here: a machine that sets the variable does not need it
+
+    return Path(platformdirs.user_cache_dir("rmsnorm_patch"))
 
 
 def lock_timeout() -> float:

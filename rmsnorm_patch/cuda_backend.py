@@ -268,9 +268,8 @@ class BoundOp:
         if chain is None:
             chain = self._build(configs, x, weight_dtype, align, weight_align, two_level)
             self._kernels[key] = chain
-            contiguous_align = min(_power_of_two(n * size), vec * size)
-            if align == contiguous_align and weight_align == full_weight_align and not two_level:
-                self._register(x, weight, chain[0][1])
+            if align == min(_power_of_two(n * size), vec * size) and weight_align == full_weight_align:
+                self._register(x, weight, chain[0][1], two_level)
         return chain
 
     def _build(
@@ -319,14 +318,22 @@ class BoundOp:
             chain.insert(0, (config.m[1], following))
         return chain
 
-    def _register(self, x: torch.Tensor, weight: torch.Tensor | None, handle: int) -> None:
+    def _register(self, x: torch.Tensor, weight: torch.Tensor | None, handle: int, two_level: bool) -> None:
+        """Let launcher.c serve such calls from now on, rows as aligned as contiguous ones are."""
         add_plan = launcher.functions().add_plan
         if self.table is None or add_plan is None:
             return
         weight_dtype = None if weight is None else weight.dtype
+        if two_level:  # the plan itself is that of contiguous rows
+            size = x.element_size()
+            align = min(_power_of_two((self.spec.group or x.shape[-1]) * size), MAX_ALIGN)
+            one_level = self._chain(x, weight, align, MAX_ALIGN, False)[0][1]
+        else:
+            one_level = handle
         add_plan(
             self.table,
-            handle,
+            one_level,
+            handle if two_level else 0,
             x.dtype,
             weight_dtype,
             self.spec.output_dtype(x.dtype, weight_dtype),

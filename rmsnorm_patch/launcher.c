@@ -207,8 +207,8 @@ typedef struct {
     i64 n, device;
     i64 itemsize, weight_itemsize;
     PyObject *device_object; /* the device index, for the stream query */
-    double finfo_eps;
-    Kernel *kernel;
+    double default_eps;
+    Kernel *kernel, *two_level; /* two_level: for x [.., inner, N] whose leading dimensions cannot be merged */
     PyObject *shape, *size, *strides; /* of the last allocation */
 } Plan;
 
@@ -218,7 +218,7 @@ typedef struct {
     Plan plans[MAX_PLANS];
 } Table;
 
-static PyObject *s_dtype, *s_shape, *s_get_device, *s_is_contiguous, *s_data_ptr;
+static PyObject *s_dtype, *s_shape, *s_get_device, *s_is_contiguous, *s_data_ptr, *s_stride;
 
 static int is_type(PyObject *object, PyObject *a, PyObject *b) {
     PyObject *type = PyObject_Type(object);
@@ -289,6 +289,39 @@ static int overlap(uint64_t a, uint64_t a_bytes, uint64_t b, uint64_t b_bytes) {
     return a < b + b_bytes && b < a + a_bytes;
 }
 
+/* Where the rows of a tensor lie: row r at (r / inner) * outer + (r % inner) * stride; inner == 0: one level. */
+typedef struct {
+    i64 stride, inner, outer;
+} Rows;
+
+/* The rows of a tensor that is not contiguous; 0 where no kernel can address them. */
+static int strided_rows(PyObject *tensor, const i64 *sizes, Py_ssize_t dims, Rows *rows) {
+    PyObject *strides = PyObject_CallMethodObjArgs(tensor, s_stride, 0);
+    if (!strides)
+        return 0;
+    i64 size[2] = {1, 1}, stride[2] = {0, 0}; /* levels from the innermost, after merging what lies evenly */
+    int levels = 0, addressable = 1;
+    for (Py_ssize_t d = dims - 1; d >= 0 && addressable; d--) {
+        i64 step = PyLong_AsLongLong(PyTuple_GetItem(strides, d));
+        if (d == dims - 1)
+            addressable = step == 1 || sizes[d] == 1;
+        else if (sizes[d] == 1)
+            continue;
+        else if (levels && step == size[levels - 1] * stride[levels - 1])
+            size[levels - 1] *= sizes[d];
+        else if (levels < 2 && (levels == 0 || step != 0)) {
+            size[levels] = sizes[d];
+            stride[levels++] = step;
+        } else
+            addressable = 0;
+    }
+    Py_DecRef(strides);
+    rows->stride = levels ? stride[0] : sizes[dims - 1];
+    rows->inner = levels == 2 ? size[0] : 0;
+    rows->outer = stride[1];
+    return addressable;
+}
+
 static PyObject *allocate(const Table *table, PyObject *size, PyObject *strides, PyObject *dtype, uint64_t *address) {
     PyObject *tensor = PyObject_CallFunctionObjArgs(table->empty_strided, size, strides, dtype, 0);
     if (tensor && !method_integer(tensor, s_data_ptr, address)) {
@@ -349,9 +382,14 @@ static PyObject *fast(Table *table, PyObject *const *a, int *sure) {
     if (!plan || rows == 0 || context != plan->kernel->context)
         goto end;
 
-    if (!method_true(x, s_is_contiguous) || !method_integer(x, s_data_ptr, &args.x))
+    const i64 columns = plan->kernel->n; /* of a group, where the norm is grouped: a row is then several rows to the kernel */
+    Rows x_rows = {columns, 0, 0}, residual_rows = {columns, 0, 0};
+    int packed = method_true(x, s_is_contiguous);
+    if (!packed && (columns != plan->n || !strided_rows(x, sizes, dims, &x_rows)))
         goto end;
-    uint64_t addresses = args.x;
+    if (!method_integer(x, s_data_ptr, &args.x))
+        goto end;
+    uint64_t addresses = args.x | (uint64_t)((x_rows.stride | x_rows.outer) * plan->itemsize);
     if (fused) {
         if (residual != x) {
             PyObject *other = is_type(residual, table->tensor_type, table->parameter_type)
@@ -359,13 +397,20 @@ static PyObject *fast(Table *table, PyObject *const *a, int *sure) {
             int same = other && PyObject_RichCompareBool(shape, other, Py_EQ) == 1;
             if (other)
                 Py_DecRef(other);
-            if (!same || !same_attribute(residual, s_dtype, dtype) || !on_device(residual, plan->device) ||
-                !method_true(residual, s_is_contiguous) || !method_integer(residual, s_data_ptr, &args.residual))
+            if (!same || !same_attribute(residual, s_dtype, dtype) || !on_device(residual, plan->device))
+                goto end;
+            if (!method_true(residual, s_is_contiguous)) {
+                packed = 0;
+                if (columns != plan->n || !strided_rows(residual, sizes, dims, &residual_rows))
+                    goto end;
+            }
+            if (!method_integer(residual, s_data_ptr, &args.residual))
                 goto end;
         } else {
             args.residual = args.x;
+            residual_rows = x_rows;
         }
-        addresses |= args.residual;
+        addresses |= args.residual | (uint64_t)((residual_rows.stride | residual_rows.outer) * plan->itemsize);
     }
     if (weight != NONE) {
         PyObject *other = PyObject_GetAttr(weight, s_shape);
@@ -376,26 +421,36 @@ static PyObject *fast(Table *table, PyObject *const *a, int *sure) {
             !method_integer(weight, s_data_ptr, &args.weight))
             goto end;
     }
-    double eps = plan->finfo_eps;
+    double eps = plan->default_eps;
     if (eps_object != NONE) {
         eps = PyFloat_AsDouble(eps_object);
         if (eps == -1.0 && PyErr_Occurred())
             goto end;
     }
     const Kernel *kernel = plan->kernel;
-    const i64 columns = kernel->n; /* of a group, where the norm is grouped: a row is then several rows to the kernel */
+    if (x_rows.inner || residual_rows.inner) {
+        kernel = plan->two_level;
+        if (!kernel || in_place || (x_rows.inner && residual_rows.inner && x_rows.inner != residual_rows.inner))
+            goto end;
+        args.inner_rows = x_rows.inner ? x_rows.inner : residual_rows.inner;
+        args.x_outer_stride = x_rows.inner ? x_rows.outer : x_rows.stride * args.inner_rows;
+        args.residual_outer_stride =
+            residual_rows.inner ? residual_rows.outer : residual_rows.stride * args.inner_rows;
+    }
     rows *= plan->n / columns;
     while (rows > kernel->m_max && kernel->next)
         kernel = kernel->next;
     if ((addresses & kernel->mask) || (args.weight & kernel->weight_mask))
         goto end;
-    if (in_place) {
+    if (in_place && packed) {
         uint64_t bytes = (uint64_t)(rows * columns * plan->itemsize);
         uint64_t weight_bytes = (uint64_t)(plan->n * plan->weight_itemsize);
         if (overlap(args.x, bytes, args.residual, bytes) ||
             (weight != NONE && (overlap(args.x, bytes, args.weight, weight_bytes) ||
                                 overlap(args.residual, bytes, args.weight, weight_bytes))))
             goto end;
+    } else if (in_place) {
+        goto end; /* whether strided tensors overlap takes a closer look */
     }
     PyObject *stream_object = PyObject_CallFunctionObjArgs(table->raw_stream, plan->device_object, 0);
     if (!stream_object)
@@ -406,7 +461,9 @@ static PyObject *fast(Table *table, PyObject *const *a, int *sure) {
     /* From here on the call is ours: errors are raised, not handed to the slow path. */
     *sure = 1;
     args.m = rows;
-    args.x_row_stride = args.residual_row_stride = args.normed_row_stride = args.total_row_stride = columns;
+    args.x_row_stride = x_rows.stride;
+    args.residual_row_stride = residual_rows.stride;
+    args.normed_row_stride = args.total_row_stride = columns;
     args.eps = (float)eps;
     PyObject *normed = 0, *total = 0;
     if (in_place) {
@@ -506,33 +563,44 @@ static PyObject *make_callable(PyObject *self, PyObject *const *a, Py_ssize_t co
     return result;
 }
 
-/* add_plan(table, kernel, dtype, weight_dtype, out_dtype, n, device, itemsize, weight_itemsize, finfo_eps) -> 1, or 0 if the
- * table is full (the slow path then serves these calls). */
+/* add_plan(table, kernel, two_level kernel or 0, dtype, weight_dtype, out_dtype, n, device, itemsize, weight_itemsize,
+ * default_eps) -> 1, or 0 if the table is full (the slow path then serves these calls). Again with the same key: sets the
+ * two-level kernel. */
 static PyObject *add_plan(PyObject *self, PyObject *const *a, Py_ssize_t count) {
-    if (count != 10) {
-        PyErr_SetString(PyExc_TypeError, "add_plan takes 10 arguments");
+    if (count != 11) {
+        PyErr_SetString(PyExc_TypeError, "add_plan takes 11 arguments");
         return 0;
     }
     Table *table = PyCapsule_GetPointer(a[0], "rmsnorm_patch.table");
     if (!table)
         return 0;
-    if (table->count == MAX_PLANS)
-        return PyLong_FromLongLong(0);
     Plan plan;
     memset(&plan, 0, sizeof plan);
     plan.kernel = (Kernel *)PyLong_AsUnsignedLongLong(a[1]);
-    plan.dtype = a[2];
-    plan.weight_dtype = a[3];
-    plan.out_dtype = a[4];
-    plan.n = PyLong_AsLongLong(a[5]);
-    plan.device = PyLong_AsLongLong(a[6]);
-    plan.itemsize = PyLong_AsLongLong(a[7]);
-    plan.weight_itemsize = PyLong_AsLongLong(a[8]);
-    plan.finfo_eps = PyFloat_AsDouble(a[9]);
+    plan.two_level = (Kernel *)PyLong_AsUnsignedLongLong(a[2]);
+    plan.dtype = a[3];
+    plan.weight_dtype = a[4];
+    plan.out_dtype = a[5];
+    plan.n = PyLong_AsLongLong(a[6]);
+    plan.device = PyLong_AsLongLong(a[7]);
+    plan.itemsize = PyLong_AsLongLong(a[8]);
+    plan.weight_itemsize = PyLong_AsLongLong(a[9]);
+    plan.default_eps = PyFloat_AsDouble(a[10]);
     if (PyErr_Occurred())
         return 0;
-    plan.device_object = a[6];
-    for (int i = 2; i < 7; i++)
+    for (int i = 0; i < table->count; i++) {
+        Plan *known = &table->plans[i];
+        if (known->dtype == plan.dtype && known->weight_dtype == plan.weight_dtype && known->n == plan.n &&
+            known->device == plan.device) {
+            if (plan.two_level)
+                known->two_level = plan.two_level;
+            return PyLong_FromLongLong(1);
+        }
+    }
+    if (table->count == MAX_PLANS)
+        return PyLong_FromLongLong(0);
+    plan.device_object = a[7];
+    for (int i = 3; i < 8; i++)
         Py_IncRef(a[i]);
     table->plans[table->count] = plan;
     table->count++;
@@ -554,6 +622,7 @@ PyObject *rp_functions(const char *driver) {
     s_shape = PyUnicode_InternFromString("shape");
     s_get_device = PyUnicode_InternFromString("get_device");
     s_is_contiguous = PyUnicode_InternFromString("is_contiguous");
+    s_stride = PyUnicode_InternFromString("stride");
     s_data_ptr = PyUnicode_InternFromString("data_ptr");
     static PyMethodDef definitions[] = {
         {"new_kernel", (PyCFunction)(void *)new_kernel, METH_FASTCALL, 0},
