@@ -108,6 +108,17 @@ def threads_for(n: int, vec: int, chunks_per_thread: int, cluster: int) -> int:
     return 1 << (threads - 1).bit_length() if threads <= 32 else -(-threads // 32) * 32
 
 
+def rows_for(threads_per_row: int, cta_threads: int) -> int:
+    """Rows side by side in a CTA of about `cta_threads` threads: rows of several warps each need a named barrier."""
+    rows = max(1, cta_threads // threads_per_row)
+    return min(rows, 15) if threads_per_row > 32 else rows
+
+
+def resident_ctas(threads: int, registers: int) -> int:
+    """CTAs that one multiprocessor of 65536 registers and 2048 threads holds at this register bound."""
+    return max(1, min(65536 // (threads * registers), 2048 // threads))
+
+
 def _within(value: int, span: Range) -> bool:
     return span[0] <= value <= span[1]
 
@@ -118,9 +129,11 @@ def _configure(kernel: Kernel, rule: Rule, tuned: tuple[Override, ...], op: Op, 
         "threads_per_row": rule.threads_per_row,
         "chunks_per_thread": rule.chunks_per_thread,
         "rows_per_cta": rule.rows_per_cta,
+        "cta_threads": rule.cta_threads,
         "rows_per_thread": rule.rows_per_thread,
         "cluster": rule.cluster,
         "min_ctas": rule.min_ctas,
+        "registers": rule.registers,
     }
     reason = rule.reason or kernel.reason
     for override in tuned:
@@ -133,6 +146,10 @@ def _configure(kernel: Kernel, rule: Rule, tuned: tuple[Override, ...], op: Op, 
                 values["chunks_per_thread"] = None
             elif "chunks_per_thread" in chosen:
                 values["threads_per_row"] = None
+            if "cta_threads" in chosen:
+                values["rows_per_cta"] = None
+            if "registers" in chosen:
+                values["min_ctas"] = None
             values.update(chosen)
             reason = override.reason or reason
             break
@@ -140,6 +157,10 @@ def _configure(kernel: Kernel, rule: Rule, tuned: tuple[Override, ...], op: Op, 
     cluster = int(values["cluster"] or 1)
     threads_per_row = values["threads_per_row"] or threads_for(n, vec, int(values["chunks_per_thread"] or 1), cluster)
     chunks_per_thread = -(-n // (vec * threads_per_row * cluster))
+    rows_per_thread = values["rows_per_thread"] or 1
+    rows_per_cta = values["rows_per_cta"] or rows_for(threads_per_row, values["cta_threads"] or 1) * rows_per_thread
+    threads = threads_per_row * rows_per_cta // rows_per_thread
+    min_ctas = values["min_ctas"] or (resident_ctas(threads, values["registers"]) if values["registers"] else 1)
     tree = kernel.tree.format(
         vec=vec, threads_per_row=threads_per_row, cluster=cluster, chunks_per_thread=chunks_per_thread
     )
@@ -151,10 +172,10 @@ def _configure(kernel: Kernel, rule: Rule, tuned: tuple[Override, ...], op: Op, 
         tree=tree,
         vec=vec,
         threads_per_row=threads_per_row,
-        rows_per_cta=int(values["rows_per_cta"] or 1),
-        rows_per_thread=int(values["rows_per_thread"] or 1),
+        rows_per_cta=rows_per_cta,
+        rows_per_thread=rows_per_thread,
         cluster=cluster,
-        min_ctas=int(values["min_ctas"] or 1),
+        min_ctas=min_ctas,
         smem_bytes=rule.smem_bytes,
         arch_suffix=kernel.arch_suffix,
         defines=rule.defines,
@@ -185,6 +206,7 @@ def schedules(
             continue
         for rule in kernel.rules:
             fits = itemsize in rule.itemsize and _within(n, rule.n) and _within(arch, rule.capability)
+            fits = fits and n * itemsize % rule.row_bytes_multiple_of == 0
             if fits and rule.m[0] <= next_m <= rule.m[1]:
                 found.append(_configure(kernel, rule, tuned, op, n, itemsize))
                 next_m = rule.m[1] + 1

@@ -33,13 +33,16 @@ class Rule:
     m: Range
     capability: Range
     itemsize: tuple[int, ...]
+    row_bytes_multiple_of: int
     vec_bytes: int
     threads_per_row: int | None
     chunks_per_thread: int | None
-    rows_per_cta: int
+    rows_per_cta: int | None
+    cta_threads: int | None
     rows_per_thread: int
     cluster: int
-    min_ctas: int
+    min_ctas: int | None
+    registers: int | None
     smem_bytes: int
     defines: tuple[tuple[str, int], ...]
     reason: str
@@ -80,9 +83,11 @@ TUNABLE = (
     "threads_per_row",
     "chunks_per_thread",
     "rows_per_cta",
+    "cta_threads",
     "rows_per_thread",
     "cluster",
     "min_ctas",
+    "registers",
 )
 
 
@@ -157,6 +162,10 @@ def _launch_values(table: _Table, key: str, default: int | None) -> int:
     return table.integer(key, default, allowed, low=0 if key == "smem_bytes" else 1)
 
 
+def _optional(table: _Table, key: str) -> int | None:
+    return _launch_values(table, key, None) if key in table.values else None
+
+
 def _rule(table: _Table) -> Rule:
     explicit = "threads_per_row" in table.values
     if explicit == ("chunks_per_thread" in table.values):
@@ -171,18 +180,21 @@ def _rule(table: _Table) -> Rule:
         m=table.span("m", (1, UNBOUNDED)),
         capability=table.span("capability", (0, UNBOUNDED), low=0),
         itemsize=table.itemsizes(),
+        row_bytes_multiple_of=table.integer("row_bytes_multiple_of", 1, (1, 2, 4, 8, 16, 32)),
         vec_bytes=_launch_values(table, "vec_bytes", 16),
         threads_per_row=_launch_values(table, "threads_per_row", None) if explicit else None,
         chunks_per_thread=None if explicit else _launch_values(table, "chunks_per_thread", None),
-        rows_per_cta=_launch_values(table, "rows_per_cta", 1),
+        rows_per_cta=_optional(table, "rows_per_cta"),
+        cta_threads=_optional(table, "cta_threads"),
         rows_per_thread=_launch_values(table, "rows_per_thread", 1),
         cluster=_launch_values(table, "cluster", 1),
-        min_ctas=_launch_values(table, "min_ctas", 1),
+        min_ctas=_optional(table, "min_ctas"),
+        registers=_optional(table, "registers"),
         smem_bytes=_launch_values(table, "smem_bytes", 0),
         defines=tuple(sorted(defines.items())),
         reason=table.text("reason", ""),
     )
-    table.done("n, m, capability, itemsize, defines, reason, smem_bytes, " + ", ".join(TUNABLE))
+    table.done("n, m, capability, itemsize, row_bytes_multiple_of, defines, reason, smem_bytes, " + ", ".join(TUNABLE))
     return rule
 
 

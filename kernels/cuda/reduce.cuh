@@ -23,7 +23,7 @@ constexpr int SUMS = TREE_THREADS ? WARPS : ceil_div(CHUNKS, 32);
 
 static_assert(TPR % 32 == 0 || (TPR < 32 && (TPR & (TPR - 1)) == 0), "a row takes a power of two of lanes or whole warps");
 static_assert(ROWS_PER_CTA % ROWS_PER_THREAD == 0, "each thread serves the same number of rows");
-static_assert(TREE_THREADS || CLUSTER == 1, "a cluster's order of summation depends on its schedule");
+static_assert(CLUSTER == 1 || TPR > 32, "a cluster shares rows that need several warps");
 static_assert(SLOTS == 1 || TPR <= 32 || SLOTS < 16, "a row group of several warps needs one of 15 named barriers");
 
 template <int LANES_>
@@ -94,20 +94,20 @@ __device__ __forceinline__ u32 cluster_rank() {
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
-// The CTAs of a cluster write their sums into one another's shared memory; each adds them in rank order.
-// The caller arrived once at the cluster barrier before: no CTA writes into one that has not started.
+// Writes `value` to the place of `here` (a shared variable) in the CTA of that rank.
+__device__ __forceinline__ void store_in_cta(float* here, u32 rank, float value) {
+    u32 there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"((u32)__cvta_generic_to_shared(here)), "r"(rank));
+    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(value) : "memory");
+}
+
+// The CTAs of a cluster write their row sums into one another's shared memory; each adds them in rank order.
 template <int ROWS>
 __device__ __forceinline__ void add_across_cluster(float (&sums)[ROWS], int slot, int thread) {
     __shared__ float from_rank[SLOTS][ROWS][CLUSTER];
-    cluster_wait();
     if (thread < CLUSTER) {
 #pragma unroll
-        for (int u = 0; u < ROWS; ++u) {
-            u32 here = (u32)__cvta_generic_to_shared(&from_rank[slot][u][cluster_rank()]);
-            u32 there;
-            asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(thread));
-            asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(sums[u]) : "memory");
-        }
+        for (int u = 0; u < ROWS; ++u) store_in_cta(&from_rank[slot][u][cluster_rank()], thread, sums[u]);
     }
     cluster_arrive();
     cluster_wait();
@@ -123,6 +123,7 @@ __device__ __forceinline__ void add_across_cluster(float (&sums)[ROWS], int slot
 
 // In: each thread's sums of squares, [row][chunk of the thread] (lanes tree) or [row][0] (threads tree).
 // Out: the whole row's sum, the same in all threads of the row.
+// In a cluster the caller arrived once at the cluster barrier before: no CTA writes into one that has not started.
 template <int ROWS>
 __device__ __forceinline__ void sum_rows(const float (&partial)[ROWS * SUMS_PER_THREAD], float (&sums)[ROWS], int slot,
                                          int thread) {
@@ -144,9 +145,30 @@ __device__ __forceinline__ void sum_rows(const float (&partial)[ROWS * SUMS_PER_
         __shared__ float4 shared_sums[SLOTS][ROWS][ceil_div(SUMS, 4)];
         float sum = butterflies<COUNT>(partial, lane);
         const int index = lane / (32 / PADDED);
-        const int row = index / SUMS_PER_THREAD, group = index % SUMS_PER_THREAD * WARPS + thread / 32;
-        if (lane % (32 / PADDED) == 0 && index < COUNT && group < SUMS) ((float*)shared_sums[slot][row])[group] = sum;
-        row_group_barrier(slot);
+        const int row = index / SUMS_PER_THREAD;
+        int group = index % SUMS_PER_THREAD * WARPS + thread / 32;
+#if CLUSTER > 1
+        cluster_wait();
+        if constexpr (!TREE_THREADS) group += cluster_rank() * (SUMS_PER_THREAD * WARPS);
+#endif
+        const bool writes = lane % (32 / PADDED) == 0 && index < COUNT && group < SUMS;
+        float* here = (float*)shared_sums[slot][writes ? row : 0] + group;
+#if CLUSTER > 1
+        if constexpr (!TREE_THREADS) {
+            if constexpr (COUNT == 1) {  // every lane has the sum: one lane per CTA
+                if (lane < CLUSTER && group < SUMS) store_in_cta(here, lane, sum);
+            } else if (writes) {
+#pragma unroll
+                for (int rank = 0; rank < CLUSTER; ++rank) store_in_cta(here, rank, sum);
+            }
+            cluster_arrive();
+            cluster_wait();
+        } else
+#endif
+        {
+            if (writes) *here = sum;
+            row_group_barrier(slot);
+        }
 #pragma unroll
         for (int u = 0; u < ROWS; ++u) {
             const float4* row_sums = shared_sums[slot][u];
@@ -154,6 +176,6 @@ __device__ __forceinline__ void sum_rows(const float (&partial)[ROWS * SUMS_PER_
         }
     }
 #if CLUSTER > 1
-    add_across_cluster<ROWS>(sums, slot, thread);
+    if constexpr (TREE_THREADS) add_across_cluster<ROWS>(sums, slot, thread);
 #endif
 }

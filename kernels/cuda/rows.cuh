@@ -8,9 +8,6 @@
 
 #include "reduce.cuh"
 
-#ifndef WEIGHT_AT
-#define WEIGHT_AT 0
-#endif
 
 constexpr bool HOLD_F32 = X_T == DT_F32 || (FUSED_ADD && SUM_F32);
 constexpr int X_WORDS = CHUNK_WORDS<X_T>;
@@ -100,6 +97,30 @@ __device__ __forceinline__ Rows first_rows(const Args& args) {
 
 __device__ __forceinline__ int valid_elements(int chunk) { return N % VEC == 0 ? VEC : smaller(VEC, N - chunk * VEC); }
 
+// Asks for this CTA's part of its rows to come from memory to L2 while the previous kernel still runs. It reads nothing: L2 is
+// where both kernels' accesses meet, so a line that the previous kernel writes later is written there.
+__device__ __forceinline__ void prefetch_rows(const Rows& rows, i64 first, int slot, int thread, int first_byte) {
+#if __CUDA_ARCH__ >= 900
+    constexpr int SIZE = size_of(X_T), PART = TPR * CHUNKS_PER_THREAD * VEC * SIZE;
+    static_assert(ALIGN >= 16 && N * SIZE % 16 == 0, "bulk prefetches take multiples of 16 bytes");
+    if (thread != 0) return;
+    const int bytes = smaller(PART, N * SIZE - first_byte);
+#pragma unroll
+    for (int u = 0; u < ROWS_PER_THREAD; ++u) {
+        const i64 row = first + slot + u * SLOTS;
+        if (row >= rows.m || bytes <= 0) return;
+        const char* x = rows.x + row_offset(row, rows.inner_rows, rows.x_outer_stride, rows.x_row_stride) * SIZE + first_byte;
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(x), "r"(bytes));
+        if constexpr (FUSED_ADD) {
+            const char* residual =
+                rows.residual +
+                row_offset(row, rows.inner_rows, rows.residual_outer_stride, rows.residual_row_stride) * SIZE + first_byte;
+            asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(residual), "r"(bytes));
+        }
+    }
+#endif
+}
+
 // Rows [first, first + ROWS_PER_CTA) of `rows`.
 __device__ __forceinline__ void norm_rows(const Rows& rows, i64 first, float eps) {
     constexpr int K = CHUNKS_PER_THREAD, U = ROWS_PER_THREAD;
@@ -108,11 +129,12 @@ __device__ __forceinline__ void norm_rows(const Rows& rows, i64 first, float eps
     const int thread = SLOTS == 1 ? threadIdx.x : threadIdx.x % TPR;
 #if CLUSTER > 1
     cluster_arrive();
-    const int first_chunk = cluster_rank() * (TPR * K) + thread;
+    const int first_of_cta = cluster_rank() * (TPR * K);
 #else
-    const int first_chunk = thread;
+    const int first_of_cta = 0;
 #endif
-    launch_next_kernel();
+    const int first_chunk = first_of_cta + thread;
+    if constexpr (LAUNCH_AT == 0) launch_next_kernel();
 
     // Chunk j of this thread exists: known at compile time for all but the last.
     auto exists = [&](int j) {
@@ -131,81 +153,72 @@ __device__ __forceinline__ void norm_rows(const Rows& rows, i64 first, float eps
         }
     };
     if constexpr (WEIGHT_AT == 0 && WEIGHT_ROWS == 1) load_weights(0);
+    if constexpr (PREFETCH) prefetch_rows(rows, first, slot, thread, first_of_cta * VEC * X_SIZE);
     wait_for_previous_kernel();
+    if constexpr (LAUNCH_AT == 1) launch_next_kernel();
 
-    u32 held[U][K][HELD_WORDS];
-    {
-        u32 x[U][K][X_WORDS];
-        u32 residual[FUSED_ADD ? U : 1][FUSED_ADD ? K : 1][X_WORDS];
+    u32 held[U * K][HELD_WORDS];
+    // A few chunks at a time are loaded, then added: that bounds the registers of long rows.
 #pragma unroll
-        for (int u = 0; u < U; ++u) {
-            const i64 row = first + slot + u * SLOTS;
-            const bool live = row < rows.m;
-            const char* x_row = rows.x + row_offset(row, rows.inner_rows, rows.x_outer_stride, rows.x_row_stride) * X_SIZE;
-            const char* residual_row =
-                FUSED_ADD ? rows.residual + row_offset(row, rows.inner_rows, rows.residual_outer_stride,
-                                                       rows.residual_row_stride) * X_SIZE
-                          : nullptr;
+    for (int stage = 0; stage < U * K; stage += STAGE) {
+        u32 x[STAGE][X_WORDS];
+        u32 residual[STAGE][X_WORDS];
 #pragma unroll
-            for (int j = 0; j < K; ++j) {
-                const int chunk = first_chunk + j * TPR;
-                const i64 offset = (i64)chunk * (VEC * X_SIZE);
-                if (live && exists(j)) {
-                    load_chunk<X_T, ALIGN>(x[u][j], x_row + offset, valid_elements(chunk));
-                    if constexpr (FUSED_ADD)
-                        load_chunk<X_T, ALIGN>(residual[u][j], residual_row + offset, valid_elements(chunk));
-                } else {
-#pragma unroll
-                    for (int i = 0; i < X_WORDS; ++i) {
-                        x[u][j][i] = 0;
-                        if constexpr (FUSED_ADD) residual[u][j][i] = 0;
-                    }
+        for (int i = stage; i < smaller(stage + STAGE, U * K); ++i) {
+            const i64 row = first + slot + i / K * SLOTS;
+            const int chunk = first_chunk + i % K * TPR;
+            const i64 offset = (i64)chunk * (VEC * X_SIZE);
+            if (row < rows.m && exists(i % K)) {
+                const char* x_row = rows.x + row_offset(row, rows.inner_rows, rows.x_outer_stride, rows.x_row_stride) * X_SIZE;
+                load_chunk<X_T, ALIGN>(x[i - stage], x_row + offset, valid_elements(chunk));
+                if constexpr (FUSED_ADD) {
+                    const char* residual_row =
+                        rows.residual +
+                        row_offset(row, rows.inner_rows, rows.residual_outer_stride, rows.residual_row_stride) * X_SIZE;
+                    load_chunk<X_T, ALIGN>(residual[i - stage], residual_row + offset, valid_elements(chunk));
                 }
+            } else {
+#pragma unroll
+                for (int word = 0; word < X_WORDS; ++word) x[i - stage][word] = residual[i - stage][word] = 0;
             }
         }
-        if constexpr (WEIGHT_AT == 1 && WEIGHT_ROWS == 1) load_weights(0);
+        if constexpr (LAUNCH_AT == 2)
+            if (stage + STAGE >= U * K) launch_next_kernel();
+        if constexpr (WEIGHT_AT == 1 && WEIGHT_ROWS == 1)
+            if (stage + STAGE >= U * K) load_weights(0);
 #pragma unroll
-        for (int u = 0; u < U; ++u) {
-            const i64 row = first + slot + u * SLOTS;
-            char* total_row = FUSED_ADD ? rows.total + row * rows.total_row_stride * X_SIZE : nullptr;
+        for (int i = stage; i < smaller(stage + STAGE, U * K); ++i) {
+            if constexpr (FUSED_ADD) {
+                const i64 row = first + slot + i / K * SLOTS;
+                const int chunk = first_chunk + i % K * TPR;
+                u32 total[X_WORDS];
+                add_chunk(x[i - stage], residual[i - stage], held[i], total);
+                char* total_row = rows.total + row * rows.total_row_stride * X_SIZE;
+                if (row < rows.m && exists(i % K))
+                    store_chunk<X_T, ALIGN>(total_row + (i64)chunk * (VEC * X_SIZE), total, valid_elements(chunk));
+            } else {
 #pragma unroll
-            for (int j = 0; j < K; ++j) {
-                const int chunk = first_chunk + j * TPR;
-                if constexpr (FUSED_ADD) {
-                    u32 total[X_WORDS];
-                    add_chunk(x[u][j], residual[u][j], held[u][j], total);
-                    if (row < rows.m && exists(j))
-                        store_chunk<X_T, ALIGN>(total_row + (i64)chunk * (VEC * X_SIZE), total, valid_elements(chunk));
-                } else {
-#pragma unroll
-                    for (int i = 0; i < HELD_WORDS; ++i) held[u][j][i] = x[u][j][i];
-                }
+                for (int word = 0; word < HELD_WORDS; ++word) held[i][word] = x[i - stage][word];
             }
         }
     }
 
     float partial[U * SUMS_PER_THREAD], sums[U];
 #pragma unroll
-    for (int u = 0; u < U; ++u) {
-#pragma unroll
-        for (int j = 0; j < K; ++j) {
-            float sum = sum_of_squares(held[u][j], (first_chunk + j * TPR) * VEC);
-            if constexpr (TREE_THREADS) {
-                partial[u] = j == 0 ? sum : __fadd_rn(partial[u], sum);
-            } else {
-                partial[u * SUMS_PER_THREAD + j] = sum;
-            }
+    for (int i = 0; i < U * K; ++i) {
+        float sum = sum_of_squares(held[i], (first_chunk + i % K * TPR) * VEC);
+        if constexpr (TREE_THREADS) {
+            partial[i / K] = i % K == 0 ? sum : __fadd_rn(partial[i / K], sum);
+        } else {
+            partial[i] = sum;
         }
     }
     sum_rows<U>(partial, sums, slot, thread);
     // Without this the compiler keeps the unpacked fp32 values across the reduction: twice the registers.
 #pragma unroll
-    for (int u = 0; u < U; ++u) {
+    for (int i = 0; i < U * K; ++i) {
 #pragma unroll
-        for (int j = 0; j < K; ++j) {
-#pragma unroll
-            for (int i = 0; i < HELD_WORDS; ++i) asm volatile("" : "+r"(held[u][j][i]));
-        }
+        for (int word = 0; word < HELD_WORDS; ++word) asm volatile("" : "+r"(held[i][word]));
     }
 
     if constexpr (WEIGHT_AT == 2 && WEIGHT_ROWS == 1) load_weights(0);
@@ -221,7 +234,7 @@ __device__ __forceinline__ void norm_rows(const Rows& rows, i64 first, float eps
             const int chunk = first_chunk + j * TPR;
             if (!exists(j)) continue;
             u32 normed[CHUNK_WORDS<OUT_T>];
-            normalise_chunk(held[u][j], rstd, weights[j], normed);
+            normalise_chunk(held[u * K + j], rstd, weights[j], normed);
             store_chunk<OUT_T, OUT_ALIGN>(normed_row + (i64)chunk * (VEC * OUT_SIZE), normed, valid_elements(chunk));
         }
     }
