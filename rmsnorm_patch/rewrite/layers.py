@@ -149,7 +149,7 @@ def _compile(tree: ast.FunctionDef, function: types.FunctionType) -> types.Funct
     if missing or made.co_varnames[: made.co_argcount] != code.co_varnames[: code.co_argcount]:
         raise NoSource(f"{function.__qualname__}: its names could not be kept ({', '.join(missing)})")
     if hasattr(made, "co_qualname"):
-        made = made.replace(co_qualname=code.co_qualname)  # type: ignore[attr-defined]
+        made = made.replace(co_qualname=code.co_qualname)  # type: ignore[call-arg,attr-defined]
     result = types.FunctionType(
         made, function.__globals__, function.__name__, function.__defaults__, tuple(cells[n] for n in made.co_freevars)
     )

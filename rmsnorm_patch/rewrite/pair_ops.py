@@ -16,7 +16,7 @@ from torch.nn.modules import module as _module
 from .. import observe, ops
 from . import guards
 from .classes import STATE, original_class, role_of
-from .handover import CARRIED, LINK, MAX_UNTAKEN, Carry
+from .handover import CARRIED, LINK, MAX_UNTAKEN, Carry, Link
 
 _is_tracing = torch.compiler.is_dynamo_compiling
 _is_grad_enabled = torch.is_grad_enabled
@@ -84,8 +84,22 @@ def in_layer(norm: nn.Module, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.T
                     backend = kernel.backend(a, weight)
                     observe.active(observe.Event("in_layer", norm, (a, b), normed, total, backend))
                 return total, normed
+        if observe.active is not None:
+            return _in_layer_observed(norm, kernel, a, b)
     total = a + b
     return total, norm(total)
+
+
+def _in_layer_observed(
+    norm: nn.Module, kernel: NormKernel | None, a: torch.Tensor, b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The original arithmetic, and why."""
+    total = a + b
+    normed = norm(total)
+    if observe.active is not None:
+        reason = why_not(norm, kernel, a, b)
+        observe.active(observe.Event("in_layer", norm, (a, b), normed, total, "original", reason))
+    return total, normed
 
 
 def _in_layer_reference(
@@ -103,8 +117,10 @@ def tail(layer: nn.Module, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if _is_tracing() or _is_grad_enabled():
         return a + b
     state = layer.__dict__.get(STATE)
-    link = None if state is None else state.get(LINK)
-    norm = None if link is None else link.norm()
+    link: Link | None = None if state is None else state.get(LINK)
+    if link is None:
+        return a + b
+    norm = link.norm()
     if norm is None or link.untaken >= MAX_UNTAKEN:
         return a + b
     kernel = _KERNELS.get(norm.__class__) or kernel_of(norm)
@@ -142,6 +158,21 @@ def _pair_servable(kernel: NormKernel, a: torch.Tensor, b: torch.Tensor, weight:
     )
 
 
+def why_not(norm: nn.Module, kernel: NormKernel | None, a: torch.Tensor, b: torch.Tensor) -> str:
+    """Why an add and its norm are not one call here, in words."""
+    if kernel is None:
+        return f"the norm is a {type(norm).__name__} that is not patched"
+    if not _unhooked(norm):
+        return "the norm has hooks or a forward of its own: it is called as a module"
+    if type(a) is not type(b) or a.dtype is not b.dtype or a.shape != b.shape or a.device != b.device:
+        sides = (f"{type(x).__name__} {x.dtype} {tuple(x.shape)} on {x.device}" for x in (a, b))
+        return f"the operands differ: {', '.join(sides)}"
+    weight = kernel.weight_of(norm)
+    if weight is None and kernel.weight_attribute is not None:
+        return f"the norm's {kernel.weight_attribute} is not a parameter or buffer of its own"
+    return guards.reason(a, weight) or guards.reason(b, weight)
+
+
 def _unhooked(norm: nn.Module) -> bool:
     """False where somebody watches or wraps the norm: it is then called as a module."""
     return not (
@@ -157,7 +188,7 @@ def _unhooked(norm: nn.Module) -> bool:
     )
 
 
-def _undisturbed(layer: nn.Module, link: Any) -> bool:
+def _undisturbed(layer: nn.Module, link: Link) -> bool:
     """True where no foreign code can see the sum between the add and the norm that reads it."""
     for hook in layer._forward_hooks.values():
         if getattr(hook, "__module__", "") != _OUTPUT_RECORDER:

@@ -53,9 +53,8 @@ class Flow:
     """What `analyse` found.
 
     in_layer: (add, norm call) that can be one fused call. tail: the add whose sum the layer returns as its hidden
-    state; tail_passive: nothing runs after it. entry: the norm that reads the layer's own argument; entry_passive:
-    nothing runs before it. norm_add: (norm attribute, add) of sandwich layouts. refused: (the add, norm
-    attribute, why).
+    state; tail_passive: nothing runs after it. entries: norm calls that read the layer's own argument.
+    norm_add: (norm attribute, add) of sandwich layouts. refused: (the add, norm attribute, why).
     """
 
     adds: list[Add] = field(default_factory=list)
@@ -63,8 +62,7 @@ class Flow:
     in_layer: list[tuple[Add, NormCall]] = field(default_factory=list)
     tail: Add | None = None
     tail_passive: bool = False
-    entry: NormCall | None = None
-    entry_passive: bool = False
+    entries: list[NormCall] = field(default_factory=list)
     norm_add: list[tuple[str, Add]] = field(default_factory=list)
     refused: list[tuple[ast.AST, str, str]] = field(default_factory=list)
 
@@ -72,6 +70,13 @@ class Flow:
 def analyse(tree: ast.FunctionDef, norm_attributes: frozenset[str]) -> Flow:
     """The flow of a layer whose children named in `norm_attributes` are norms."""
     return _Reader(tree, norm_attributes).read()
+
+
+def runs_first(tree: ast.FunctionDef, call: NormCall) -> bool:
+    """True where nothing but rebinding names happens in the forward before `call`."""
+    if not (call.first and call.unconditional):
+        return False
+    return all(is_passive(statement) for statement in tree.body[: tree.body.index(call.statement)])
 
 
 _OPAQUE = (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.IfExp, ast.BoolOp)
@@ -149,7 +154,7 @@ class _Reader:
         self._block(self.tree.body, unconditional=True)
         self._match_in_layer()
         self._match_tail()
-        self._match_entry()
+        self.flow.entries = [call for call in self.flow.norms if call.source is self.parameter]
         for add in self.flow.adds:
             for operand in add.value.operands or ():
                 if operand.kind == "norm":
@@ -255,7 +260,7 @@ class _Reader:
                 if not isinstance(statement, ast.If):
                     self.flow.norms.append(call)
                 values[node] = Value("norm", node, attr, source)
-            ran = ran or not isinstance(node, (ast.Name, ast.Attribute, ast.Constant, ast.expr_context))
+            ran = ran or (isinstance(node, ast.expr) and not isinstance(node, (ast.Name, ast.Attribute, ast.Constant)))
         return values.get(expression, Value("other", expression))
 
     @staticmethod
@@ -310,11 +315,3 @@ class _Reader:
             )
         else:
             self.flow.tail_passive = tail is not None
-
-    def _match_entry(self) -> None:
-        for call in self.flow.norms:
-            if call.source is self.parameter and call.unconditional:
-                self.flow.entry = call
-                before = self.tree.body[: self.tree.body.index(call.statement)]
-                self.flow.entry_passive = call.first and all(is_passive(statement) for statement in before)
-                return

@@ -6,16 +6,17 @@ of the layers is read from the forward that runs them (`loops`). What cannot be 
 
 from __future__ import annotations
 
+import ast
 import functools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch.nn as nn
 
-from ..plan import NormSite, PairKind, PairSite
+from ..plan import Action, NormSite, PairKind, PairSite
 from ..rewrite.classes import original_class
 from ..rewrite.handover import Step
-from .dataflow import Add, Flow, NormCall, analyse
+from .dataflow import Add, Flow, NormCall, analyse, runs_first
 from .loops import layer_loops
 from .source import NoSource, Source, read_forward
 from .trace import Trace, holds, trace_layer
@@ -51,9 +52,9 @@ class Layer:
         return tail if ran else None
 
     def live_entry(self) -> NormCall | None:
-        entry = self.flow.entry
-        ran = not self.reason and self.trace is not None and entry is not None and self.trace.entry == entry.attr
-        return entry if ran else None
+        if self.reason or self.trace is None:
+            return None
+        return next((call for call in self.flow.entries if call.attr == self.trace.entry), None)
 
     def confirm(self) -> None:
         """Ask the trace; where it and the source do not name the same pairs, `reason` says so."""
@@ -65,7 +66,7 @@ class Layer:
         for add, norm in self.flow.in_layer:
             if add.unconditional and norm.unconditional and not self._ran(add, norm):
                 self.reason = f"a trace of its forward did not confirm the pair of line {add.node.lineno}"
-        known = [(add.node, norm.attr) for add, norm in self.flow.in_layer]
+        known: list[tuple[ast.AST, str]] = [(add.node, norm.attr) for add, norm in self.flow.in_layer]
         known += [(node, attr) for node, attr, _ in self.flow.refused]
         for line, attr in self.trace.pairs:
             if not any(attr == known_attr and holds(node, line) for node, known_attr in known):
@@ -139,7 +140,7 @@ def _in_layer_sites(layer: Layer) -> Iterator[PairSite]:
         yield PairSite("norm_add", layer.path, layer.norm_path(attr), "leave", reason, layer.source.where(add.node))
 
 
-def _decide(site: NormSite, reason: str) -> tuple[str, str]:  # type: ignore[type-arg]
+def _decide(site: NormSite, reason: str) -> tuple[Action, str]:
     if site.action != "fuse":
         return "leave", f"its norm is left alone: {site.reason}"
     return "fuse", reason
@@ -158,7 +159,20 @@ def layout(model: nn.Module, norm_sites: Iterable[NormSite]) -> Layout:
             _read_layer(found, by_id, path, module, norms)
     for _, parent in model.named_modules():
         _read_loops(found, by_id, sites, parent)
+    found.steps = _settled(found.steps)
     return found
+
+
+def _settled(steps: list[PlannedStep]) -> list[PlannedStep]:
+    """One hand-over for each layer: a layer whose sum different norms may read (two loops over it) has none."""
+    by_layer: dict[str, list[PlannedStep]] = {}
+    for step in steps:
+        by_layer.setdefault(step.layer.path, []).append(step)
+    settled = []
+    for same in by_layer.values():
+        if all(step.norm is same[0].norm and step.parent is same[0].parent for step in same):
+            settled.append(replace(same[0], passive=all(step.passive for step in same)))
+    return settled
 
 
 def _read_layer(
@@ -170,7 +184,7 @@ def _read_layer(
     except NoSource as reason:
         found.unread.append((path, str(reason)))
         return
-    if flow.in_layer or flow.refused or flow.norm_add or flow.tail is not None or flow.entry is not None:
+    if flow.in_layer or flow.refused or flow.norm_add or flow.tail is not None or flow.entries:
         layer = Layer(path, module, cls, source, flow, norms)
         layer.confirm()
         by_id[id(module)] = found.layers[path] = layer
@@ -196,7 +210,8 @@ def _read_loops(found: Layout, by_id: dict[int, Layer], sites: dict[int, NormSit
                 if receiver is None or entry is None:
                     continue
                 attr = entry.attr
-                quiet = passive and loop.passive and receiver.flow.entry_passive and not receiver.source.wrappers
+                quiet = passive and loop.passive and runs_first(receiver.source.tree, entry)
+                quiet = quiet and not receiver.source.wrappers
                 norm = receiver.module._modules[attr]
                 assert norm is not None
                 step = PlannedStep("cross_layer", parent, layer, receiver.norms[attr], norm, receiver, quiet)

@@ -44,7 +44,7 @@ class Trace:
 def trace_layer(module: nn.Module, cls: type, source: Source, norms: frozenset[str]) -> Trace:
     """Run the forward of `module`, whose unpatched class is `cls`, on proxies. Raises NoSource where it cannot be."""
     recorder = _Recorder(source.function.__code__)
-    stand_in = cls.__new__(cls)
+    stand_in = object.__new__(cls)
     stand_in.__dict__.update(module.__dict__)
     for name in ("_parameters", "_buffers"):
         stand_in.__dict__[name] = dict(module.__dict__[name])
@@ -71,7 +71,8 @@ def _arguments(recorder: _Recorder, source: Source) -> list[Proxy]:
 
 
 def _read(recorder: _Recorder, argument: Proxy, returned: Any, norms: frozenset[str]) -> Trace:
-    pairs, readers = set(), {}
+    pairs: set[tuple[int, str]] = set()
+    readers: dict[Any, str] = {}
     for node in recorder.graph.nodes:
         if node.op == "call_module" and node.target in norms and len(node.args) == 1:
             readers.setdefault(node.args[0], node.target)
@@ -125,7 +126,7 @@ class _Leaf:
         self.__dict__.update(_recorder=recorder, _path=path, _module=module)
 
     @property
-    def __class__(self) -> type:  # type: ignore[override]
+    def __class__(self) -> type:  # type: ignore[misc,override]
         return type(self._module)
 
     def __call__(self, *arguments: Any, **named: Any) -> Proxy:
