@@ -1,0 +1,372 @@
+"""`rmsnorm-patch`: the API on a checkpoint folder, for people and, with --json, for programs.
+
+Exit status: 0 done; 1 a proof failed or a text differs; 2 wrong usage, no such folder; 3 a model that cannot be
+patched; 4 a damaged checkpoint; 5 kernels or their cache cannot be used here.
+
+Nothing here reaches the network, and code that a checkpoint brings runs only with --trust-remote-code. With --json,
+stdout holds one JSON document; tables, progress and warnings go to stderr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+if TYPE_CHECKING:
+    from .checkpoint import Loaded
+
+FAILED, USAGE, UNSUPPORTED, DAMAGED, UNUSABLE = 1, 2, 3, 4, 5
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__, rich_markup_mode=None
+)
+cache_app = typer.Typer(no_args_is_help=True, help="Look at, check or empty the cache of compiled kernels.")
+app.add_typer(cache_app, name="cache")
+
+
+class Dtype(str, Enum):
+    auto, float32, bfloat16, float16 = "auto", "float32", "bfloat16", "float16"
+
+
+class BackendName(str, Enum):
+    auto, reference, triton, cuda = "auto", "reference", "triton", "cuda"
+
+
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder with config.json and *.safetensors.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout and nothing else.")]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="auto: as the checkpoint was saved.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N; auto prefers a GPU.")]
+BackendOption = Annotated[BackendName, typer.Option("--backend", help="auto: chosen per call by device and shape.")]
+Include = Annotated[list[str] | None, typer.Option("--include", help="Pattern on norm paths; may be repeated.")]
+Exclude = Annotated[list[str] | None, typer.Option("--exclude", help="Pattern on norm paths; may be repeated.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let the checkpoint's own Python code run.")]
+Prompt = Annotated[str | None, typer.Option("--prompt", help="Text to run on; a fixed English text by default.")]
+NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to generate.")]
+Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Timed rounds, stock and patched in turn.")]
+
+
+class Output:
+    """Where a command prints: tables for people, or one document for programs."""
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+        self.stdout = sys.stdout
+        self.console = Console(file=sys.stderr) if as_json else Console()
+        self.progress_console = Console(stderr=True)
+
+    def document(self, value: dict[str, Any]) -> None:
+        if self.as_json:
+            print(json.dumps(value, indent=2), file=self.stdout)
+
+    @contextlib.contextmanager
+    def progress(self, total: int | None, text: str) -> Iterator[Any]:
+        """A bar on stderr; yields step(text). total None: a spinner with the step's name."""
+        counted = () if total is None else (BarColumn(), MofNCompleteColumn())
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), *counted, TimeElapsedColumn())
+        with Progress(*columns, console=self.progress_console, transient=True) as bar:
+            task = bar.add_task(text, total=total)
+
+            def step(text: str | None = None) -> None:
+                bar.update(task, advance=1, description=text)
+
+            yield step
+
+
+@contextlib.contextmanager
+def output(as_json: bool) -> Iterator[Output]:
+    """Errors of this package become a message, an exit status and, with --json, a document."""
+    from .errors import RMSNormPatchError
+
+    out = Output(as_json)
+    keep_stdout = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+    try:
+        with keep_stdout:
+            yield out
+    except RMSNormPatchError as error:
+        status = exit_status(error)
+        proof = getattr(error, "proof", None)
+        described = {
+            "type": type(error).__name__,
+            "site": error.site,
+            "got": error.got,
+            "supported": error.supported,
+            "next_step": error.next_step,
+        }
+        out.document({"error": described, "exit_status": status, **({"proof": proof.to_dict()} if proof else {})})
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(status) from error
+
+
+def exit_status(error: Exception) -> int:
+    from . import checkpoint, errors
+
+    table: tuple[tuple[type[Exception], int], ...] = (
+        (errors.VerificationFailed, FAILED),
+        (checkpoint.BrokenCheckpoint, DAMAGED),
+        (errors.UnsupportedInput, USAGE),
+        (errors.UnsupportedModel, UNSUPPORTED),
+        (errors.PatchConflict, UNSUPPORTED),
+    )
+    return next((status for kind, status in table if isinstance(error, kind)), UNUSABLE)
+
+
+def _load(out: Output, model: Path, dtype: Dtype, device: str, trust: bool) -> Loaded:
+    with out.progress(None, f"loading {model}"):
+        from .checkpoint import load
+
+        return load(model, dtype.value, device, trust)
+
+
+@app.command()
+def env(as_json: Json = False) -> None:
+    """Show versions, devices, which backends run on them and why not, the kernel cache and the vLLM plugin."""
+    with output(as_json) as out:
+        from . import env as environment
+        from .tables import environment_tables
+
+        found = environment.report()
+        out.document(found.to_dict())
+        if not as_json:
+            for table in environment_tables(found):
+                out.console.print(table)
+
+
+@app.command()
+def plan(
+    model: Model,
+    backend: BackendOption = BackendName.auto,
+    include: Include = None,
+    exclude: Exclude = None,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = "auto",
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Show every norm and residual-add that would be fused, and why the others would not. Changes nothing."""
+    with output(as_json) as out:
+        loaded = _load(out, model, dtype, device, trust_remote_code)
+        from . import api
+        from .tables import plan_table
+
+        with out.progress(None, "scanning"):
+            found = api.plan(loaded.model, include=include or (), exclude=exclude or (), backend=backend.value)
+        out.document(found.to_dict())
+        if not as_json:
+            out.console.print(plan_table(found))
+            for note in found.notes:
+                out.console.print(f"note: {escape(note)}")
+
+
+@app.command()
+def verify(
+    model: Model,
+    prompt: Prompt = None,
+    backend: BackendOption = BackendName.auto,
+    include: Include = None,
+    exclude: Exclude = None,
+    site: Annotated[list[str] | None, typer.Option("--site", help="Judge this norm alone; may be repeated.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the made operands.")] = 0,
+    strict: Annotated[bool, typer.Option("--strict", help="Fallbacks and near-ties are failures too.")] = False,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=0, help="Greedy tokens to compare.")] = 16,
+    record: Annotated[Path | None, typer.Option("--record", help="Write logits to this safetensors file.")] = None,
+    compare: Annotated[Path | None, typer.Option("--compare", help="Hold logits against this file.")] = None,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = "auto",
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Patch the model and prove it against the original: per site, data flow, logits, greedy text, calls that ran."""
+    with output(as_json) as out:
+        loaded = _load(out, model, dtype, device, trust_remote_code)
+        from . import api
+
+        api.apply(loaded.model, include=include or (), exclude=exclude or (), backend=backend.value)
+        with out.progress(None, "proving") as step:
+            proof = api.verify(
+                loaded.model,
+                loaded.encode(prompt),
+                sites=site or None,
+                seed=seed,
+                strict=strict,
+                greedy_tokens=max_new_tokens,
+                record=record,
+                compare=compare,
+                source=str(model),
+                progress=step,
+            )
+        out.document(proof.to_dict())
+        if not as_json:
+            out.console.print(proof.explain(), markup=False, highlight=False)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Prompt = None,
+    max_new_tokens: NewTokens = 64,
+    stock: Annotated[bool, typer.Option("--stock", help="Do not patch.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Run stock too; status 1 if tokens differ.")] = False,
+    backend: BackendOption = BackendName.auto,
+    include: Include = None,
+    exclude: Exclude = None,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = "auto",
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt greedily with the patched model."""
+    with output(as_json) as out:
+        loaded = _load(out, model, dtype, device, trust_remote_code)
+        from . import api, speed
+
+        ids = loaded.encode(prompt)
+        wanted = None
+        with out.progress(None, "generating"):
+            if compare:
+                wanted, _ = speed.generate(loaded.model, ids, max_new_tokens)
+            if not stock:
+                api.apply(loaded.model, include=include or (), exclude=exclude or (), backend=backend.value)
+            tokens, rate = speed.generate(loaded.model, ids, max_new_tokens)
+        equal = None if wanted is None else bool((wanted == tokens).all())
+        text = loaded.decode(tokens[0])
+        found = {"tokens": tokens[0].tolist(), "text": text, "tokens_per_second": rate, "patched": not stock}
+        out.document({**found, "equal_to_stock": equal})
+        if not as_json:
+            out.console.print(text or " ".join(map(str, tokens[0].tolist())), markup=False, highlight=False)
+            compared = "" if equal is None else f", equal to stock: {'yes' if equal else 'NO'}"
+            out.progress_console.print(f"{rate:,.1f} tokens/s{compared}", style="dim")
+        if equal is False:
+            raise typer.Exit(FAILED)
+
+
+@app.command()
+def bench(
+    model: Model,
+    prompt: Prompt = None,
+    max_new_tokens: NewTokens = 64,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Sequences at once.")] = 1,
+    rounds: Rounds = 5,
+    backend: BackendOption = BackendName.auto,
+    include: Include = None,
+    exclude: Exclude = None,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = "auto",
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Time decode and prefill, stock and patched in alternating rounds."""
+    with output(as_json) as out:
+        loaded = _load(out, model, dtype, device, trust_remote_code)
+        from . import speed
+        from .tables import speed_table
+
+        ids = loaded.encode(prompt).repeat(batch_size, 1)
+        with out.progress(2 * (rounds + 1), "timing") as step:
+            only = {"include": tuple(include or ()), "exclude": tuple(exclude or ())}
+            rows = speed.compare(loaded.model, ids, max_new_tokens, rounds, backend.value, advance=step, **only)
+        note = speed.CPU_NOTE if loaded.device.type == "cpu" else ""
+        found = {"device": str(loaded.device), "dtype": str(loaded.dtype).removeprefix("torch.")}
+        found |= {"batch_size": batch_size, "prompt_tokens": ids.shape[1], "note": note}
+        out.document({**found, "results": [row.to_dict() for row in rows]})
+        if not as_json:
+            out.console.print(speed_table(rows))
+            out.console.print(note, style="dim")
+
+
+@app.command()
+def demo(
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="Checkpoint folders.")],
+    prompt: Annotated[str, typer.Option("--prompt", help="Text to continue.")] = "The statement ",
+    max_new_tokens: NewTokens = 96,
+    rounds: Rounds = 3,
+    backend: BackendOption = BackendName.auto,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = "auto",
+    as_json: Json = False,
+) -> None:
+    """Plan, patch, prove, compare text and speed, and undo, on one checkpoint after the other."""
+    with output(as_json) as out:
+        from .demo import tell
+
+        with contextlib.ExitStack() as stack:
+            step = stack.enter_context(out.progress(len(models), "demo")) if len(models) > 1 else None
+            stories = []
+            for folder in models:
+                stories.append(
+                    tell(folder, prompt, max_new_tokens, out.console, backend.value, dtype.value, device, rounds)
+                )
+                if step is not None:
+                    step()
+        passed = all(story.passed for story in stories)
+        out.document({"passed": passed, "checkpoints": [story.to_dict() for story in stories]})
+        for story in stories:
+            verdict = "[green]PASSED[/]" if story.passed else "[red]FAILED[/]"
+            out.console.print(f"{verdict} {escape(story.checkpoint)}")
+        if not passed:
+            raise typer.Exit(FAILED)
+
+
+@cache_app.command("show")
+def cache_show(as_json: Json = False) -> None:
+    """List the compiled kernels on disk."""
+    with output(as_json) as out:
+        from . import cache
+
+        entries = cache.entries()
+        listed = [{"key": e.key, "size_bytes": e.size, "state": e.state, "meta": e.meta} for e in entries]
+        out.document({"directory": str(cache.directory()), "kernels": listed})
+        if not as_json:
+            out.console.print(f"{cache.directory()}: {len(entries)} kernels")
+            for entry in entries:
+                out.console.print(f"  {entry.key}  {entry.size:>8} B  {entry.state}  {entry.meta}", markup=False)
+
+
+@cache_app.command("verify")
+def cache_verify(as_json: Json = False) -> None:
+    """Check every digest; damaged kernels go into quarantine and the exit status is 1."""
+    with output(as_json) as out:
+        from . import cache
+
+        damaged = cache.verify()
+        out.document({"damaged": [{"key": e.key, "state": e.state} for e in damaged]})
+        for entry in damaged:
+            out.console.print(f"damaged: {entry.path} ({entry.state})", markup=False)
+        if damaged:
+            raise typer.Exit(FAILED)
+        if not as_json:
+            out.console.print("every kernel is as it was written")
+
+
+@cache_app.command("clear")
+def cache_clear(as_json: Json = False) -> None:
+    """Remove every compiled kernel; they are built again when needed."""
+    with output(as_json) as out:
+        from . import cache
+
+        removed = cache.clear()
+        out.document({"removed": removed})
+        if not as_json:
+            out.console.print(f"removed {removed} kernels from {cache.directory()}")
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point of the console script; `args` default to the command line's."""
+    # Set before transformers is imported, which reads them once. Nothing here may fetch a checkpoint.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    app(args=None if args is None else list(args), prog_name="rmsnorm-patch")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""What this installation can do, and why not more: the report behind `rmsnorm-patch env`."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from . import cache, cuda_backend, dispatch, triton_backend
+from ._paths import kernels_dir
+from .errors import RMSNormPatchError
+from .semantics import LLAMA
+
+PACKAGES = ("rmsnorm_patch", "torch", "transformers", "triton", "nvidia-cuda-nvrtc", "accelerate", "kernels", "vllm")
+PROBED_HIDDEN_SIZE = 4096
+
+
+@dataclass(frozen=True)
+class BackendState:
+    """Whether a backend runs on a device; `reason` says why not, or in which way."""
+
+    name: str
+    available: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class DeviceState:
+    """One device. auto: the backend that `auto` gives a bf16 row of 4096 elements there, and why."""
+
+    device: str
+    name: str
+    capability: str | None
+    memory_gib: float | None
+    backends: tuple[BackendState, ...]
+    auto: str
+    auto_reason: str
+
+
+@dataclass(frozen=True)
+class CacheState:
+    """The on-disk kernel cache. state: "ok", "empty", or why it cannot be used."""
+
+    directory: str
+    artefacts: int
+    size_bytes: int
+    state: str
+
+
+@dataclass(frozen=True)
+class VllmState:
+    """version: None = not installed. entry_point: our plugin as vLLM will find it, "" where it is not registered."""
+
+    version: str | None
+    entry_point: str
+    allowed_plugins: str | None
+
+
+@dataclass(frozen=True)
+class Environment:
+    python: str
+    system: str
+    versions: dict[str, str | None]
+    devices: tuple[DeviceState, ...]
+    kernels: str
+    cache: CacheState
+    vllm: VllmState
+    variables: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _device(device: torch.device) -> DeviceState:
+    is_gpu = device.type == "cuda"
+    backends = [BackendState("reference", True, "the model's own arithmetic")]
+    for name, module in (("triton", triton_backend), ("cuda", cuda_backend)):
+        if name == "cuda" and not is_gpu:
+            backends.append(BackendState("cuda", False, "not a CUDA device"))
+            continue
+        runs, reason = module.available(device)
+        backends.append(BackendState(name, runs, reason))
+    try:
+        choice = dispatch.choose(
+            "fused_add_rms_norm", LLAMA, torch.bfloat16, torch.bfloat16, 1, PROBED_HIDDEN_SIZE, device=device
+        )
+        auto, reason = str(choice.backend), choice.reason
+    except RMSNormPatchError as error:
+        auto, reason = "none", str(error)
+    if not is_gpu:
+        return DeviceState("cpu", platform.machine(), None, None, tuple(backends), auto, reason)
+    properties = torch.cuda.get_device_properties(device)
+    return DeviceState(
+        str(device),
+        properties.name,
+        f"{properties.major}.{properties.minor}",
+        round(properties.total_memory / 2**30, 1),
+        tuple(backends),
+        auto,
+        reason,
+    )
+
+
+def _cache() -> CacheState:
+    try:
+        folder = str(cache.directory())
+    except RMSNormPatchError as error:
+        return CacheState("", 0, 0, str(error))
+    try:
+        found = cache.entries()
+    except (RMSNormPatchError, OSError) as error:
+        return CacheState(folder, 0, 0, str(error))
+    damaged = sum(entry.state != "ok" for entry in found)
+    state = f"{damaged} damaged, see `rmsnorm-patch cache verify`" if damaged else "ok" if found else "empty"
+    return CacheState(folder, len(found), sum(entry.size for entry in found), state)
+
+
+def _vllm() -> VllmState:
+    ours = [p.value for p in metadata.entry_points(group="vllm.general_plugins") if p.value.startswith("rmsnorm_patch")]
+    return VllmState(_version("vllm"), ", ".join(sorted(set(ours))), os.environ.get("VLLM_PLUGINS"))
+
+
+def report() -> Environment:
+    """Look at packages, devices, cache and variables. Starts CUDA where there is a GPU; builds nothing."""
+    gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    try:
+        kernels = str(kernels_dir())
+    except RMSNormPatchError as error:
+        kernels = str(error)
+    versions = {package: _version(package) for package in PACKAGES}
+    versions["torch"] = torch.__version__
+    if versions["rmsnorm_patch"] is None:  # run from a checkout that is not installed
+        from . import __version__
+
+        versions["rmsnorm_patch"] = __version__
+    return Environment(
+        python=platform.python_version(),
+        system=platform.platform(),
+        versions=versions,
+        devices=tuple(map(_device, [torch.device("cpu"), *gpus])),
+        kernels=kernels,
+        cache=_cache(),
+        vllm=_vllm(),
+        variables={k: v for k, v in sorted(os.environ.items()) if k.startswith("RMSNORM_PATCH_")},
+    )
