@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 
 from . import reference, validate
-from .errors import UnsupportedInput
+from .errors import KernelBuildError, UnsupportedInput
 from .plan import BACKENDS, Backend
 from .semantics import NormSpec
 
@@ -40,6 +40,7 @@ SCHEMAS = {
 CompileForm = Literal["op", "decomposed"]
 COMPILE_VARIABLE = "RMSNORM_PATCH_COMPILE"
 
+_is_compiling = torch.compiler.is_compiling
 _BOUND: dict[tuple[str, NormSpec, str], Bound] = {}
 
 
@@ -51,9 +52,9 @@ def compile_form(device_type: str) -> CompileForm:
     decode they are faster than Inductor's. `RMSNORM_PATCH_COMPILE=op|decomposed` overrides.
     """
     forced = os.environ.get(COMPILE_VARIABLE, "")
-    if forced == "op" or forced == "decomposed":
-        return forced
-    return "op" if device_type == "cuda" else "decomposed"
+    if forced not in ("", "op", "decomposed"):
+        raise UnsupportedInput(COMPILE_VARIABLE, repr(forced), "'op', 'decomposed' or unset", "correct the variable")
+    return "op" if (forced or ("op" if device_type == "cuda" else "decomposed")) == "op" else "decomposed"
 
 
 def spec_args(spec: NormSpec, backend: str = "auto") -> tuple[str, str, str, str, int | None, int | None, str]:
@@ -100,27 +101,35 @@ class Bound:
     An instance, not a function: held as a class attribute it does not turn into a method.
     """
 
-    __slots__ = ("_args", "_reference", "_routes", "backend", "op", "spec")
+    __slots__ = ("_args", "_device_call", "_reference", "_routes", "backend", "op", "spec")
 
     def __init__(self, op: str, spec: NormSpec, backend: str) -> None:
         self.op = op
         self.spec = spec
         self.backend = backend
         self._args = spec_args(spec, backend)
-        self._routes: dict[tuple[Any, ...], tuple[str, Callable[..., Any]]] = {}
         self._reference = _reference_function(op, spec)
+        self._routes: dict[tuple[Any, ...], tuple[str, Callable[..., Any]]] = {}
+        self._device_call: Callable[..., Any] | None = None
+        """The CUDA backend's own callable once a call has been routed there: it knows what it serves, and says
+        KernelBuildError to the rest, so that the usual call pays for no look-up here."""
 
     def __call__(self, *args: Any) -> Any:
-        x = args[0]
-        if torch.compiler.is_compiling():
+        if _is_compiling():
             return self._traced(*args)
-        if not x.is_cuda and self.backend in ("auto", "reference"):
+        call = self._device_call
+        if call is not None and args[0].is_cuda:
+            try:
+                return call(*args)
+            except KernelBuildError:
+                name, other = self._route(args[0], args[-2])
+                if name == "cuda":
+                    raise
+                return other(*args)
+        x = args[0]
+        if self.backend == "reference" or (self.backend == "auto" and not x.is_cuda):
             return self._reference(*args)
-        weight = args[-2]
-        route = self._routes.get((x.dtype, x.shape[-1:], None if weight is None else weight.dtype, x.device))
-        if route is None:
-            route = self._route(x, weight)
-        return route[1](*args)
+        return self._route(x, args[-2])[1](*args)
 
     def _traced(self, *args: Any) -> Any:
         x, weight, eps = args[0], args[-2], args[-1]
@@ -136,41 +145,42 @@ class Bound:
         """ "reference", "triton" or "cuda": what a call with `x` runs (in eager mode)."""
         if self.backend == "reference" or (self.backend == "auto" and not x.is_cuda):
             return "reference"
-        key = (x.dtype, x.shape[-1:], None if weight is None else weight.dtype, x.device)
-        return (self._routes.get(key) or self._route(x, weight))[0]
+        return self._route(x, weight)[0]
 
     def _route(self, x: torch.Tensor, weight: torch.Tensor | None) -> tuple[str, Callable[..., Any]]:
         """Choose for this (dtype, N, weight dtype, device), never by the number of rows: a row's result must not
         depend on its batch."""
+        key = (x.dtype, x.shape[-1:], None if weight is None else weight.dtype, x.device)
+        route = self._routes.get(key)
+        if route is None:
+            route = self._routes[key] = self._new_route(x, weight)
+        return route
+
+    def _new_route(self, x: torch.Tensor, weight: torch.Tensor | None) -> tuple[str, Callable[..., Any]]:
         validate.check_rms_norm(x, weight, self.spec, self.op)
         name = self.backend if self.backend != "auto" else _choose(self.op, self.spec, x, weight)
-        call = self._reference
         if name == "triton":
             from . import triton_backend
 
-            call = triton_backend.bind(self.op, self.spec)
-        elif name == "cuda":
-            if not x.is_cuda:
-                raise UnsupportedInput(self.op, f"x on {x.device}", "CUDA tensors for backend='cuda'", "use 'auto'")
+            return name, triton_backend.bind(self.op, self.spec)
+        if name == "cuda":
             from . import cuda_backend
 
-            call = cuda_backend.bind(self.op, self.spec)
-        key = (x.dtype, x.shape[-1:], None if weight is None else weight.dtype, x.device)
-        self._routes[key] = name, call
-        return name, call
+            call = cuda_backend.bind(self.op, self.spec)  # type: ignore[arg-type]
+            self._device_call = self._device_call or call
+            return name, self._device_call
+        return name, self._reference
 
     def __repr__(self) -> str:
         return f"Bound({self.op!r}, {self.spec!r}, backend={self.backend!r})"
 
 
 def _choose(op: str, spec: NormSpec, x: torch.Tensor, weight: torch.Tensor | None) -> str:
-    try:
-        from . import dispatch
-    except ImportError:
-        return "reference"
+    from . import dispatch
+
     weight_dtype = None if weight is None else weight.dtype
     m = x.numel() // x.shape[-1]
-    return dispatch.choose(op, spec, x.dtype, weight_dtype, m, x.shape[-1], device=x.device).backend
+    return dispatch.choose(op, spec, x.dtype, weight_dtype, m, x.shape[-1], device=x.device).backend  # type: ignore[arg-type]
 
 
 def _reference_function(op: str, spec: NormSpec) -> Callable[..., Any]:
@@ -197,7 +207,12 @@ def _reference_function(op: str, spec: NormSpec) -> Callable[..., Any]:
         residual.copy_(total)
         x.copy_(normed)
 
-    return {"rms_norm": rms_norm, "fused_add_rms_norm": fused_add_rms_norm}.get(op, fused_add_rms_norm_)
+    functions: dict[str, Callable[..., Any]] = {
+        "rms_norm": rms_norm,
+        "fused_add_rms_norm": fused_add_rms_norm,
+        "fused_add_rms_norm_": fused_add_rms_norm_,
+    }
+    return functions[op]
 
 
 _IMPLIED_EPS = NormSpec(eps=None).resolve_eps(torch.float32)
@@ -283,7 +298,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
 def _register() -> torch.library.Library:
     library = torch.library.Library(NAMESPACE, "DEF")
-    implementations = {
+    implementations: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         "rms_norm": (_rms_norm, _fake_rms_norm),
         "fused_add_rms_norm": (_fused_add_rms_norm, _fake_fused_add_rms_norm),
         "fused_add_rms_norm_": (_fused_add_rms_norm_, _fake_fused_add_rms_norm_),

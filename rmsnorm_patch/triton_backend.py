@@ -48,7 +48,12 @@ def bind(op: str, spec: NormSpec) -> Callable[..., Any]:
 
 @cache
 def _bind(op: str, spec: NormSpec) -> Callable[..., Any]:
-    return {"rms_norm": RMSNorm, "fused_add_rms_norm": FusedAddRMSNorm}.get(op, FusedAddRMSNormInPlace)(op, spec)
+    classes: dict[str, Callable[[str, NormSpec], Callable[..., Any]]] = {
+        "rms_norm": RMSNorm,
+        "fused_add_rms_norm": FusedAddRMSNorm,
+        "fused_add_rms_norm_": FusedAddRMSNormInPlace,
+    }
+    return classes[op](op, spec)
 
 
 def warmup(
@@ -144,8 +149,8 @@ class _Op:
         variant = (device, aligned, max(numbers) > 0x7FFFFFFF, *constants.values())
         known = layout.compiled.get(variant)
         if known is not None:
-            kernel, values = known
-            kernel[grid](*args, *values, stream=torch._C._cuda_getCurrentRawStream(device))
+            kernel, rest = known
+            kernel[grid](*args, *rest, stream=torch._C._cuda_getCurrentRawStream(device))
             return None
         usable, reason = available(x.device)
         if not usable:
@@ -249,6 +254,9 @@ class FusedAddRMSNormInPlace(FusedAddRMSNorm):
             x.copy_(normed)
         if total is not residual:
             residual.copy_(total)
+        for written in (x, residual):
+            if not written.is_inference():
+                torch.autograd.graph.increment_version(written)
 
 
 def _warp_size(device: torch.device) -> int:
