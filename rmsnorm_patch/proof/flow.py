@@ -1,0 +1,164 @@
+"""Layer 1b: the original model in lockstep with the patched run.
+
+The patched run is recorded at every norm: a digest of the norm's input, and its output. Then the original model runs
+with its norms made to return those outputs. All other code is the same code on the same bits, so every norm must meet
+the recorded input and the run must end in the recorded result, bit for bit. What the per-site layer says of each
+norm and what this says of everything between them is, together, the whole model.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from .. import observe
+from ..tolerances import SITE
+from .difference import bit_mismatches, bits, digest
+
+CALLS = frozenset(("norm", "in_layer", "taken"))
+"""Kinds of event that stand for a call of the norm in the original model; "cross_layer" computes for a later one."""
+
+
+@dataclass
+class Call:
+    path: str
+    digest: int
+    normed: torch.Tensor
+
+
+@dataclass
+class Tape:
+    """The norm calls of one run, in order. space: bytes of normed tensors it may hold. wanted: bytes that came."""
+
+    space: int
+    calls: list[Call] = field(default_factory=list)
+    outputs: tuple[torch.Tensor, ...] = ()
+    wanted: int = 0
+
+    def add(self, path: str, event: observe.Event) -> bool:
+        """False, and nothing is kept from then on, where the recording does not fit."""
+        self.wanted += event.normed.numel() * event.normed.element_size()
+        if self.wanted > self.space:
+            self.calls.clear()
+            return False
+        entered = event.total if event.total is not None else event.operands[0]
+        self.calls.append(Call(path, digest(entered), event.normed.detach().to("cpu", copy=True)))
+        return True
+
+    def observe(self, paths: Mapping[int, str], event: observe.Event) -> None:
+        if event.kind in CALLS:
+            self.add(paths.get(id(event.norm), ""), event)
+
+
+@dataclass
+class Replay:
+    """What the original model did against a tape. first_difference: "" where all of it was bit-equal."""
+
+    calls: int = 0
+    first_difference: str = ""
+    site: str = ""
+
+
+def replay(
+    model: nn.Module, run: Callable[[nn.Module], tuple[torch.Tensor, ...]], tape: Tape, paths: Mapping[str, nn.Module]
+) -> Replay:
+    """Run the original `model`, its norms at `paths` returning what `tape` holds."""
+    done = Replay()
+
+    def feed(path: str, entered: torch.Tensor, output: torch.Tensor) -> torch.Tensor | None:
+        if done.first_difference:
+            return None
+        if done.calls >= len(tape.calls):
+            return _differ(done, path, f"{path}: called by the original, not by the patched model")
+        call = tape.calls[done.calls]
+        if call.path != path:
+            return _differ(done, path, f"norm call {done.calls}: {call.path} in place of {path}")
+        if call.digest != digest(entered):
+            return _differ(done, path, f"{path}: its input is not the original's (norm call {done.calls})")
+        done.calls += 1
+        return call.normed.to(output.device)
+
+    with hooked(paths, feed):
+        outputs = run(model)
+    if not done.first_difference and done.calls < len(tape.calls):
+        path = tape.calls[done.calls].path
+        _differ(done, path, f"{path}: called by the patched model, not by the original")
+    if not done.first_difference:
+        for number, (left, right) in enumerate(zip(tape.outputs, outputs, strict=True)):
+            if mismatches := bit_mismatches(left, right):
+                last = tape.calls[-1].path if tape.calls else ""
+                _differ(done, last, f"output {number} after {last}: {mismatches} of {right.numel()} elements differ")
+                break
+    return done
+
+
+def reproducible(model: nn.Module, run: Callable[[nn.Module], tuple[torch.Tensor, ...]]) -> bool:
+    """Whether the model gives the same bits twice."""
+    return all(not bit_mismatches(a, b) for a, b in zip(run(model), run(model), strict=True))
+
+
+def _differ(done: Replay, path: str, text: str) -> None:
+    done.first_difference, done.site = text, path
+
+
+@contextmanager
+def hooked(
+    paths: Mapping[str, nn.Module], see: Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor | None]
+) -> Iterator[None]:
+    """`see(path, input, output)` at every call of these modules; what it returns, if anything, is the output."""
+    handles = []
+
+    def hook_at(path: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> torch.Tensor | None:
+            entered = args[0] if args else next(iter(kwargs.values()))
+            return see(path, entered, output)
+
+        return hook
+
+    try:
+        for path, module in paths.items():
+            handles.append(module.register_forward_hook(hook_at(path), with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def counting(paths: Mapping[str, nn.Module]) -> Iterator[tuple[Counter[str], list[str]]]:
+    """(calls by path, paths in the order of their calls) of these modules."""
+    calls: Counter[str] = Counter()
+    order: list[str] = []
+
+    def count(path: str, entered: torch.Tensor, output: torch.Tensor) -> None:
+        calls[path] += 1
+        order.append(path)
+
+    with hooked(paths, count):
+        yield calls, order
+
+
+@contextmanager
+def permitted_rounding(paths: Mapping[str, nn.Module], seed: int) -> Iterator[None]:
+    """The norms' outputs off by one ulp in as many elements as the per-site tolerance allows: the noise that a kernel
+    may make, and with it what of the logits' distance says nothing about a kernel."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def disturb(path: str, entered: torch.Tensor, output: torch.Tensor) -> torch.Tensor | None:
+        tolerance = SITE.get(output.dtype)
+        if tolerance is None or not output.numel():
+            return None
+        draw = torch.rand(output.shape, generator=generator).to(output.device)
+        step = torch.where(draw < tolerance.fraction / 2, -1, torch.where(draw < tolerance.fraction, 1, 0))
+        step = torch.where(torch.isfinite(output) & (output != 0), step, 0)
+        raw = bits(output)
+        return (raw + step.to(raw.dtype)).view(output.dtype)
+
+    with hooked(paths, disturb):
+        yield

@@ -1,0 +1,337 @@
+"""`verify`: run the patched and the original model on the same inputs and judge all layers."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn as nn
+
+from .. import observe
+from ..errors import UnsupportedInput, UnsupportedModel, VerificationFailed
+from ..plan import NormSite, Plan
+from ..rewrite import applied_report
+from . import driven, fired, flow, logits, wide
+from .original import unpatched
+from .report import FlowProof, GreedyProof, LogitProof, Proof
+from .runs import FORWARD, GREEDY, Inputs, Run, can_generate, device_of, dtype_of, evaluating, normalise
+from .sites import SiteWatcher
+
+Reference = Literal["auto", "wide", "original"]
+REFERENCES: tuple[Reference, ...] = ("auto", "wide", "original")
+DEFAULT_SPACE = 2 << 30
+
+
+def verify(
+    model: nn.Module,
+    inputs: Inputs,
+    *,
+    sites: Sequence[str] | None = None,
+    seed: int = 0,
+    reference: Reference = "auto",
+    greedy_tokens: int = 16,
+    strict: bool = False,
+    record: str | Path | None = None,
+    compare: str | Path | None = None,
+    save_failure: str | Path | None = None,
+    raise_on_failure: bool = True,
+    space: int = DEFAULT_SPACE,
+    source: str = "",
+    progress: Callable[[str], None] | None = None,
+) -> Proof:
+    """Prove a patched model against its unpatched self. `model` comes back exactly as it was given, patched.
+
+    An unpatched model is refused: a proof is about the object that will run, and patching here would prove another.
+
+    inputs: keyword arguments as a dict of tensors, a tensor of token ids, or a list of those; a few hundred tokens say
+        as much as many. Logits of three runs are kept on the CPU.
+    sites: module paths of norms to judge one by one; the rest is still counted. seed: of the made operands.
+    reference: what logits are measured from. "wide": a copy of the weights in fp32 (fp64 for an fp32 model), made for
+        that run alone, twice the model's memory. "original": the original under permitted rounding. "auto": "wide"
+        where memory and weights allow, else "original" with a note.
+    greedy_tokens: generated from the first input by causal models; 0 leaves greedy out.
+    strict: red also where a call fell back with a stated reason, and where a greedy token turned on a near-tie.
+    record, compare: safetensors file to write this model's logits to, or to hold them against (`record_logits`).
+    save_failure: safetensors file for the failing rows of the worst site, written only when the proof is red.
+    space: bytes of norm outputs kept (on the CPU) for the data-flow layer; a longer input is shortened for it.
+    source: checkpoint folder or name, for the command that repeats the proof. progress: called with each step's name.
+
+    Raises UnsupportedModel (not patched), UnsupportedInput, and VerificationFailed, whose `proof` is the report, unless
+    `raise_on_failure` is False.
+    """
+    _check_choice("reference", reference, REFERENCES)
+    plan, prefix = applied_plan(model)
+    work = _Work(model, plan, prefix, seed, strict, space, progress or (lambda step: None), sites)
+    with evaluating(model):
+        proof = work.proof(normalise(inputs, model), reference, greedy_tokens, source)
+        if save_failure is not None and not proof.passed:
+            proof = work.save_failure(proof, Path(save_failure))
+        if record is not None or compare is not None:
+            from .recorded import compare_logits, record_logits
+
+            if record is not None:
+                record_logits(model, inputs, record)
+            if compare is not None:
+                compare_logits(model, compare)
+    if raise_on_failure and not proof.passed:
+        raise VerificationFailed(
+            proof.red_site or proof.model_class,
+            proof.explain(),
+            "the tolerances of rmsnorm_patch.tolerances",
+            f"revert the model, leave the site out with exclude=, and report this; again with: {proof.command()}",
+            proof,
+        )
+    return proof
+
+
+def applied_plan(model: nn.Module) -> tuple[Plan, str]:
+    """(plan that was carried out, prefix of its paths below `model`). Raises UnsupportedModel."""
+    for path, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        report = applied_report(module)
+        if report is not None:
+            return report.plan, f"{path}." if path else ""
+    raise UnsupportedModel(
+        type(model).__name__,
+        "a model that is not patched",
+        "models that rmsnorm_patch.apply has patched",
+        "call rmsnorm_patch.apply(model) first, or rmsnorm_patch.apply(model, verify=inputs)",
+    )
+
+
+@dataclass
+class _Seen:
+    """What the runs of one proof left behind."""
+
+    original: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
+    patched: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
+    tapes: list[tuple[Run, flow.Tape]] = field(default_factory=list)
+    calls: Counter[str] = field(default_factory=Counter)
+    orders: tuple[list[str], list[str]] = field(default_factory=lambda: ([], []))
+    wide: list[torch.Tensor] | None = None
+    permitted: list[torch.Tensor] | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Work:
+    """One proof in the making."""
+
+    model: nn.Module
+    plan: Plan
+    prefix: str
+    seed: int
+    strict: bool
+    space: int
+    progress: Callable[[str], None]
+    only: Sequence[str] | None
+
+    def __post_init__(self) -> None:
+        self.sites: dict[str, NormSite] = {self.prefix + site.path: site for site in self.plan.fused_norms()}
+        if self.only is not None and (unknown := [path for path in self.only if path not in self.sites]):
+            raise UnsupportedInput(
+                f"sites: {unknown[0]}", "a path that the plan does not fuse", ", ".join(self.sites), "pass one of these"
+            )
+        chosen = None if self.only is None else frozenset(self.only)
+        self.watcher = SiteWatcher(self.model, self.sites, self.plan.backend, self.seed, chosen)
+        self.norms = {path: self.model.get_submodule(path) for path in self.sites}
+        self.seen = _Seen()
+
+    def proof(self, items: list[dict[str, Any]], reference: Reference, tokens: int, source: str) -> Proof:
+        runs = [Run(f"{FORWARD} {number}", item) for number, item in enumerate(items)]
+        greedy = Run(GREEDY, items[0], tokens) if tokens and can_generate(self.model, items[0]) else None
+        everything = [*runs, greedy] if greedy is not None else runs
+        self._original(everything, runs, reference)
+        self._patched(everything)
+        self._driven(runs[0])
+        flow_proof = self._flow()
+        logit_proof = self._judge_logits(runs)
+        greedy_proof = self._judge_greedy(greedy, logit_proof)
+        sites = self.watcher.proofs()
+        return Proof(
+            model_class=type(self.model).__name__,
+            source=source or str(getattr(getattr(self.model, "config", None), "_name_or_path", "") or ""),
+            dtype=str(dtype_of(self.model)).removeprefix("torch."),
+            device=_device_name(self.model),
+            backend=self.plan.backend,
+            seed=self.seed,
+            versions=versions(),
+            sites=sites,
+            flow=flow_proof,
+            logits=logit_proof,
+            greedy=greedy_proof,
+            fired=fired.judge(
+                self.model, self.plan, self.prefix, sites, self.seen.calls, len(runs), self.seen.orders, self.strict
+            ),
+            notes=tuple(self.seen.notes),
+        )
+
+    def save_failure(self, proof: Proof, path: Path) -> Proof:
+        from dataclasses import replace
+
+        from safetensors.torch import save_file
+
+        kept = self.watcher.failing_inputs(proof.red_site)
+        if not kept:
+            return proof
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(kept, path, metadata={"site": proof.red_site, "model_class": proof.model_class, **proof.versions})
+        return replace(proof, saved_failure=str(path))
+
+    def _original(self, everything: list[Run], forwards: list[Run], reference: Reference) -> None:
+        """Runs of the original model: outputs, norm calls, and what logits are measured from."""
+        with unpatched(self.model):
+            for run in everything:
+                self.progress(f"original: {run.name}")
+                with flow.counting(self.norms) as (calls, order):
+                    self.seen.original.append(run(self.model))
+                if not run.tokens:
+                    self.seen.calls.update(calls)
+                    self.seen.orders[0].extend(order)
+            if reference != "original":
+                self.progress(f"original in {wide.wide_dtype(self.model)}")
+                try:
+                    self.seen.wide = wide.wide_outputs(self.model, forwards)
+                except wide.Unavailable as why:
+                    if reference == "wide":
+                        raise UnsupportedInput(
+                            "reference='wide'", str(why), "models with room for a copy", "pass reference='original'"
+                        ) from why
+                    self.seen.notes.append(f"logits are measured from the original, not from a wider run: {why}")
+            if self.seen.wide is None or logits.routes_to_experts(self.model):
+                self.progress("original under permitted rounding")
+                with flow.permitted_rounding(self.norms, self.seed):
+                    self.seen.permitted = [run(self.model)[0] for run in forwards]
+
+    def _patched(self, everything: list[Run]) -> None:
+        for run in everything:
+            self.progress(f"patched: {run.name}")
+            self.watcher.run = "decode" if run.tokens else "captured"
+            order: list[str] = []
+            tape = flow.Tape(self.space)
+            full = False
+
+            def listen(path: str, event: observe.Event, order: list[str] = order, tape: flow.Tape = tape) -> None:
+                nonlocal full
+                if event.kind in flow.CALLS:
+                    order.append(path)
+                    full = full or not tape.add(path, event)
+
+            self.watcher.listener = listen
+            with observe.observing(self.watcher):
+                outputs = run(self.model)
+            self.seen.patched.append(outputs)
+            if not run.tokens:
+                self.seen.orders[1].extend(order)
+            tape.outputs = outputs
+            if full:
+                run, tape = self._shorter(run, tape)
+            if tape.calls:
+                self.seen.tapes.append((run, tape))
+        self.watcher.listener = None
+
+    def _shorter(self, run: Run, full: flow.Tape) -> tuple[Run, flow.Tape]:
+        """The same run over as many leading tokens as fit the tape, and its tape."""
+        ids = run.inputs.get("input_ids")
+        share = self.space / max(full.wanted, 1) / 2
+        if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or int(ids.shape[1] * share * ids.shape[0]) < 1:
+            self.seen.notes.append(f"data flow of {run.name} not judged: its norms' outputs are {full.wanted} bytes")
+            return run, flow.Tape(0)
+        batch, length = ids.shape
+        keep = max(1, min(length, int(length * share * batch)))
+        cut = {
+            name: value[:1, :keep] if isinstance(value, torch.Tensor) and value.shape[:2] == ids.shape else value
+            for name, value in run.inputs.items()
+        }
+        self.seen.notes.append(f"data flow of {run.name} judged on 1 sequence of {keep} tokens, {batch} x {length} do not fit")
+        shorter, tape = Run(run.name, cut, min(run.tokens, keep)), flow.Tape(self.space)
+        with observe.observing(lambda event: tape.observe(self.watcher.paths, event)):
+            tape.outputs = shorter(self.model)
+        return shorter, tape
+
+    def _driven(self, run: Run) -> None:
+        """The probe families through the patched layers; see `driven`."""
+        layers = {self.prefix + pair.layer for pair in self.plan.fused_pairs()}
+        size = next((site.hidden_size for site in self.sites.values() if site.hidden_size), None)
+        scales = self.watcher.sum_rms
+        if not layers or not scales:
+            return
+        embedding = _embedding(self.model)
+        hidden = self.watcher.sum_width or size or 0
+        dtype, eps = dtype_of(self.model), self.watcher.eps
+        modules = [self.model.get_submodule(path) for path in sorted(layers)]
+        self.watcher.listener = None
+        for family in driven.FAMILIES:
+            self.progress(f"patched, driven: {family}")
+            self.watcher.run = f"driven:{family}"
+            factor = driven.factors(family, hidden, dtype, eps, statistics.median(scales.values()))
+            with driven.scaled(embedding, modules, self.norms.values(), factor), observe.observing(self.watcher):
+                run(self.model)
+
+    def _flow(self) -> FlowProof:
+        """The original in lockstep with each tape."""
+        calls, first, site, reproducible, note = 0, "", "", True, ""
+        with unpatched(self.model):
+            for run, tape in self.seen.tapes:
+                self.progress(f"data flow: {run.name}")
+                done = flow.replay(self.model, run, tape, self.norms)
+                calls += done.calls
+                if done.first_difference and not first:
+                    first, site = f"{run.name}: {done.first_difference}", done.site
+                    reproducible = flow.reproducible(self.model, run)
+        names = tuple(run.name for run, _ in self.seen.tapes)
+        return FlowProof(calls, names, first, site, reproducible, note)
+
+    def _judge_logits(self, runs: list[Run]) -> LogitProof | None:
+        def positions(outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+            return [logits.rows(out, run.inputs) for out, run in zip(outputs, runs, strict=True)]
+
+        seen = self.seen
+        return logits.judge(
+            positions([out[0] for out in seen.original[: len(runs)]]),
+            positions([out[0] for out in seen.patched[: len(runs)]]),
+            None if seen.wide is None else positions(seen.wide),
+            None if seen.permitted is None else positions(seen.permitted),
+            "original" if seen.wide is None else str(wide.wide_dtype(self.model)).removeprefix("torch."),
+            logits.routes_to_experts(self.model),
+            "",
+        )
+
+    def _judge_greedy(self, run: Run | None, found: LogitProof | None) -> GreedyProof | None:
+        if run is None or found is None:
+            return None
+        return logits.judge_greedy(self.seen.original[-1], self.seen.patched[-1], found.own_max_abs, self.strict)
+
+
+def versions() -> dict[str, str]:
+    """Versions that decide what numbers come out."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in ("transformers", "triton", "rmsnorm_patch"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _device_name(model: nn.Module) -> str:
+    device = device_of(model)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def _embedding(model: nn.Module) -> nn.Module | None:
+    try:
+        return model.get_input_embeddings()  # type: ignore[operator, no-any-return]
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
+
+
+def _check_choice(option: str, got: object, allowed: Sequence[str]) -> None:
+    if got not in allowed:
+        raise UnsupportedInput(option, repr(got), ", ".join(map(repr, allowed)), "pass one of these")

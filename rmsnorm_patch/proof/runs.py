@@ -1,0 +1,115 @@
+"""What a proof runs: teacher-forced forwards and a short greedy generation, each giving tensors to compare."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from ..errors import UnsupportedInput
+
+Inputs = Mapping[str, Any] | torch.Tensor | Sequence["Mapping[str, Any] | torch.Tensor"]
+FORWARD = "forward"
+GREEDY = "greedy"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One thing to do with a model. tokens: how many to generate, 0 for a forward."""
+
+    name: str
+    inputs: Mapping[str, Any]
+    tokens: int = 0
+
+    def __call__(self, model: nn.Module) -> tuple[torch.Tensor, ...]:
+        """(logits,) [batch, sequence, vocabulary] of a forward; (sequences, logits) of a generation; on the CPU."""
+        with torch.no_grad():
+            if self.tokens:
+                return _generate(model, self.inputs, self.tokens)
+            return (main_output(model(**self.inputs)).detach().cpu(),)
+
+
+def normalise(inputs: Inputs, model: nn.Module) -> list[dict[str, Any]]:
+    """`inputs` as a list of keyword arguments, tensors on the model's device. Raises UnsupportedInput."""
+    given = [inputs] if isinstance(inputs, (torch.Tensor, Mapping)) or hasattr(inputs, "keys") else inputs
+    device = device_of(model)
+    made = []
+    for item in given if isinstance(given, Sequence) else [given]:
+        if isinstance(item, torch.Tensor):
+            item = {"input_ids": item if item.dim() > 1 else item.unsqueeze(0)}
+        if not hasattr(item, "keys") or not any(isinstance(item[name], torch.Tensor) for name in item.keys()):  # noqa: SIM118
+            raise UnsupportedInput(
+                "inputs",
+                f"{type(item).__name__}",
+                "a dict of tensors (input_ids, attention_mask, ...), a tensor of token ids, or a list of those",
+                "pass tokenizer(text, return_tensors='pt')",
+            )
+        moved = {n: item[n].to(device) if isinstance(item[n], torch.Tensor) else item[n] for n in item.keys()}  # noqa: SIM118
+        made.append({name: value for name, value in moved.items() if name != "labels"})
+    if not made:
+        raise UnsupportedInput("inputs", "an empty list", "at least one input", "pass one prompt")
+    return made
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Device of the first parameter that is really there."""
+    devices = (parameter.device for parameter in model.parameters())
+    return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The dtype of most of the model's floating-point parameters."""
+    sizes: dict[torch.dtype, int] = {}
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
+    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
+
+
+def main_output(output: Any) -> torch.Tensor:
+    """The logits, or the last hidden state, or the first tensor there is."""
+    for name in ("logits", "last_hidden_state"):
+        found = getattr(output, name, None)
+        if isinstance(found, torch.Tensor):
+            return found
+    if isinstance(output, torch.Tensor):
+        return output
+    values = output.values() if isinstance(output, Mapping) else output
+    for value in values if isinstance(values, (tuple, list)) or isinstance(output, Mapping) else ():
+        if isinstance(value, torch.Tensor):
+            return value
+    raise UnsupportedInput("model output", type(output).__name__, "logits or a hidden state", "verify the inner model")
+
+
+def can_generate(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    return "input_ids" in inputs and bool(getattr(model, "can_generate", bool)())
+
+
+def _generate(model: nn.Module, inputs: Mapping[str, Any], tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Greedy, whatever the checkpoint's own sampling settings say."""
+    config = copy.deepcopy(model.generation_config)
+    config.update(do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, max_length=None)
+    config.update(max_new_tokens=tokens, return_dict_in_generate=True, output_logits=True, output_scores=False)
+    if config.pad_token_id is None:
+        ends = config.eos_token_id
+        config.pad_token_id = (ends[0] if isinstance(ends, list) else ends) if ends is not None else 0
+    made = model.generate(**inputs, generation_config=config)  # type: ignore[operator]
+    return made.sequences.cpu(), torch.stack([step.detach().cpu() for step in made.logits], dim=1)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off for the block; every module's own `training` flag comes back."""
+    before = [(module, module.training) for module in model.modules()]
+    for module, _ in before:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training

@@ -1,0 +1,234 @@
+"""Layer 1, per site: every fused call is judged while it happens, against the original class on the same operands.
+
+Judging inside the call has three merits: the norm's weights are there (an offloaded module has them only then), the
+operands are the real ones, and no tensor has to be kept: beside one call's temporaries, a site costs a checksum per
+distinct row.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn as nn
+
+from .. import observe, ops, reference
+from ..plan import Backend, NormSite
+from ..rewrite import classes
+from ..tolerances import EXACT, EXACT_ERROR_RATIO, SITE, SiteTolerance
+from . import probes
+from .difference import Difference, compare, compare_sum, row_keys
+from .report import Measurement, SiteProof
+
+_KEPT_ROWS = 16
+"""Rows of failing operands kept for a site, so that the failure can be replayed elsewhere."""
+
+
+@dataclass
+class _Site:
+    """What is known so far about one norm."""
+
+    plan: NormSite | None
+    calls: Counter[str] = field(default_factory=Counter)
+    backends: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    found: dict[tuple[str, str, torch.dtype], Difference] = field(default_factory=dict)
+    exact_errors: dict[str, tuple[float, float]] = field(default_factory=dict)
+    probed: set[str] = field(default_factory=set)
+    failing: dict[str, torch.Tensor] = field(default_factory=dict)
+    rows: dict[str, set[int]] = field(default_factory=dict)
+
+
+class SiteWatcher:
+    """The observer of a proof. `run` names the measurement that calls are put under.
+
+    sites: path -> NormSite of the plan. only: paths to judge; None = all. Calls at other sites are counted alone.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Mapping[str, NormSite],
+        backend: Backend,
+        seed: int,
+        only: frozenset[str] | None = None,
+    ) -> None:
+        self.paths = {id(module): path for path, module in model.named_modules()}
+        self.run = "captured"
+        self.listener: Callable[[str, observe.Event], None] | None = None
+        self._plan = sites
+        self._backend = backend
+        self._seed = seed
+        self._only = only
+        self._sites: dict[str, _Site] = {}
+        self.sum_rms: dict[str, float] = {}
+        self.sum_width = 0
+        self.eps = 1e-6
+
+    def __call__(self, event: observe.Event) -> None:
+        with observe.observing(_ignore):
+            path = self.paths.get(id(event.norm), f"<{type(event.norm).__name__} outside the model>")
+            site = self._sites.setdefault(path, _Site(self._plan.get(path)))
+            self._count(site, event)
+            if self.listener is not None:
+                self.listener(path, event)
+            if self._only is None or path in self._only:
+                self._judge(site, event)
+                if event.backend != "original":
+                    self._probe(site, path, event)
+
+    def _count(self, site: _Site, event: observe.Event) -> None:
+        if self.run != "captured":
+            return
+        site.calls[event.kind] += event.backend != "original"
+        site.calls["original"] += event.backend == "original"
+        site.backends[event.backend] += 1
+        if event.reason:
+            site.reasons[event.reason] += 1
+
+    def _judge(self, site: _Site, event: observe.Event) -> None:
+        """The event's own results against the original arithmetic on the event's operands."""
+        left = event.operands[0]
+        found = Difference()
+        total = left
+        if len(event.operands) == 2:
+            total = left + event.operands[1]
+            self._measure_sum(site, total)
+            found = Difference(error="no residual sum returned") if event.total is None else compare_sum(event.total, total)
+        expected = _original(event.norm, total)
+        dtype = expected.dtype
+        kept = self._new_rows(site, total, event.normed)
+        named = {"total_expected": total, "normed": event.normed, "normed_expected": expected}
+        named |= dict(zip(("left", "right"), event.operands, strict=False))
+        if event.total is not None:
+            named["total"] = event.total
+        if kept is not None:
+            named = {name: tensor.detach().reshape(-1, tensor.shape[-1])[kept] for name, tensor in named.items()}
+        found = found + compare(named["normed"], named["normed_expected"])
+        self._put(site, self.run, event.backend, dtype, found)
+        if not site.failing and found.violations(_tolerance(event.backend, dtype), dtype):
+            site.failing = _excerpt(named, event.norm, found.worst_row)
+
+    def _new_rows(self, site: _Site, total: torch.Tensor, normed: torch.Tensor) -> torch.Tensor | None:
+        """Indices of the rows whose bits, before and after, this run has not brought to the site yet.
+
+        A token that occurs ten times brings the first norm one row ten times, and its one rounding flip is no ten
+        flips. None: rows that cannot be told apart this way, all count.
+        """
+        if total.shape != normed.shape or total.dim() < 1 or not total.numel():
+            return None
+        width = total.shape[-1]
+        keys = row_keys(total.reshape(-1, width)) * 31 + row_keys(normed.reshape(-1, width))
+        seen = site.rows.setdefault(self.run, set())
+        new = []
+        for index, key in enumerate(keys.tolist()):
+            if key not in seen:
+                seen.add(key)
+                new.append(index)
+        return None if len(new) == keys.numel() else torch.tensor(new, dtype=torch.int64, device=total.device)
+
+    def _measure_sum(self, site: _Site, total: torch.Tensor) -> None:
+        """How large the model's own residual sums are: the driven runs scale them."""
+        if self.run == "captured" and site.plan is not None and total.numel():
+            self.sum_rms[site.plan.path] = float(total.to(torch.float64).pow(2).mean().sqrt())
+            self.sum_width = total.shape[-1]
+
+    def _put(self, site: _Site, name: str, backend: str, dtype: torch.dtype, found: Difference) -> None:
+        key = (name, backend, dtype)
+        site.found[key] = site.found.get(key, Difference()) + found
+
+    def _probe(self, site: _Site, path: str, event: observe.Event) -> None:
+        """Once per site and form of call: the four families through the patched norm, or through the bound op."""
+        form = "norm" if len(event.operands) == 1 else "pair"
+        if site.plan is None or site.plan.spec is None or form in site.probed:
+            return
+        site.probed.add(form)
+        x, spec = event.operands[0], site.plan.spec
+        weight = getattr(event.norm, site.plan.weight_attribute) if site.plan.weight_attribute else None
+        eps = getattr(event.norm, site.plan.eps_attribute) if site.plan.eps_attribute else spec.eps
+        self.eps = spec.resolve_eps(x.dtype) if eps is None else eps
+        for family in probes.FAMILIES:
+            seed = probes.site_seed(self._seed, path, family)
+            made = probes.operands(
+                family, len(event.operands), x.shape[-1], x.dtype, x.device, self.eps, seed
+            )
+            if form == "norm":
+                total, found, actual = made[0], Difference(), type(event.norm).forward(event.norm, made[0])
+            else:
+                total = made[0] + made[1]
+                actual, returned = ops.bind_fused_add_rms_norm(spec, self._backend)(*made, weight, self.eps)
+                found = compare_sum(returned, total)
+            expected = _original(event.norm, total)
+            found = found + compare(actual, expected)
+            name = f"{form}:{family}"
+            self._put(site, name, event.backend, expected.dtype, found)
+            exact = reference.rms_norm_fp64(total, weight, spec, self.eps)
+            site.exact_errors[name] = (_relative_error(actual, exact), _relative_error(expected, exact))
+
+    def proofs(self) -> tuple[SiteProof, ...]:
+        return tuple(self._proof(path, site) for path, site in self._sites.items())
+
+    def failing_inputs(self, path: str) -> dict[str, torch.Tensor]:
+        """A few rows of the operands of the first failing call at `path`, with the weight and both results."""
+        return dict(self._sites[path].failing) if path in self._sites else {}
+
+    def _proof(self, path: str, site: _Site) -> SiteProof:
+        by_design = site.plan is not None and site.plan.spec is not None and site.plan.spec.sum == "fp32"
+        measured = []
+        for (name, backend, dtype), found in site.found.items():
+            tolerance = _tolerance(backend, dtype)
+            violations = found.violations(tolerance, dtype)
+            fused_error, original_error = site.exact_errors.get(name, (None, None))
+            if by_design and name.startswith("pair:") and fused_error is not None and original_error is not None:
+                violations = _exact_violations(found, fused_error, original_error)
+            measured.append(
+                Measurement.of(name, backend, dtype, found, tolerance, violations, fused_error, original_error)
+            )
+        return SiteProof(
+            path=path,
+            class_name=site.plan.class_name if site.plan is not None else "",
+            calls=dict(site.calls),
+            backends=dict(site.backends),
+            reasons=dict(site.reasons),
+            measurements=tuple(measured),
+        )
+
+
+def _ignore(event: observe.Event) -> None:
+    """Calls that the proof itself makes are not the model's."""
+
+
+def _original(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return classes.original_class(type(norm)).forward(norm, x)
+
+
+def _tolerance(backend: str, dtype: torch.dtype) -> SiteTolerance:
+    return EXACT if backend in ("reference", "original") else SITE.get(dtype, EXACT)
+
+
+def _relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    size = float(exact.pow(2).mean().sqrt())
+    return float((actual.to(torch.float64) - exact).pow(2).mean().sqrt()) / size if size else 0.0
+
+
+def _exact_violations(found: Difference, fused_error: float, original_error: float) -> tuple[str, ...]:
+    violations = [found.error] if found.error else []
+    if found.sum_mismatches:
+        violations.append(f"residual sum: {found.sum_mismatches} of {found.sum_elements} elements not bit-equal to a + b")
+    if not fused_error <= EXACT_ERROR_RATIO * original_error:
+        violations.append(f"error against fp64 {fused_error:.3e}, the original's is {original_error:.3e}")
+    return tuple(violations)
+
+
+def _excerpt(named: dict[str, torch.Tensor], norm: nn.Module, worst: int) -> dict[str, torch.Tensor]:
+    """The rows about `worst`, and the norm's parameters: what a replay needs."""
+    kept = {}
+    for name, tensor in named.items():
+        rows = tensor.detach().reshape(-1, tensor.shape[-1])
+        start = max(0, min(worst - _KEPT_ROWS // 2, rows.shape[0] - _KEPT_ROWS))
+        kept[name] = rows[start : start + _KEPT_ROWS].cpu().clone()
+    for name, parameter in norm.named_parameters(recurse=False):
+        kept[name] = parameter.detach().cpu().clone()
+    return kept
