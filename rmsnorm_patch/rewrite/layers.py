@@ -13,6 +13,7 @@ dynamo), same closure cells plus one cell for each helper, same defaults and dec
 """
 
 from __future__ import annotations
+import __future__
 
 import ast
 import copy
@@ -30,6 +31,7 @@ from .classes import patched_class, register_factory
 from .journal import Journal
 
 ROLE = "layer"
+_FUTURE_FLAGS = sum({getattr(__future__, name).compiler_flag for name in __future__.all_feature_names})
 _HELPERS: dict[str, Any] = {"_rmsnorm_in_layer": pair_ops.in_layer, "_rmsnorm_tail": pair_ops.tail}
 
 
@@ -137,14 +139,14 @@ def _compile(tree: ast.FunctionDef, function: types.FunctionType) -> types.Funct
     cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
     cells.update({name: types.CellType(helper) for name, helper in _HELPERS.items()})
     # A class around it keeps private names mangled as they were; the function around that makes the names free.
-    owner = function.__qualname__.rpartition(".")[0].rpartition(".")[2] or "_"
-    scope = ast.parse(f"def {'_scope'}({', '.join(cells)}):\n class {owner}: pass").body[0]
+    owner = function.__qualname__.rpartition(".")[0].rpartition(".")[2]
+    scope = ast.parse(f"def _scope({', '.join(cells)}):\n class {owner if owner.isidentifier() else '_'}: pass").body[0]
     assert isinstance(scope, ast.FunctionDef)
     scope.body[0].body = [tree]  # type: ignore[attr-defined]
     module = ast.fix_missing_locations(ast.Module([scope], []))
-    flags = code.co_flags & _FUTURES
+    flags = code.co_flags & _FUTURE_FLAGS
     compiled = compile(module, code.co_filename, "exec", flags=flags, dont_inherit=True)
-    made = _find(compiled, code.co_name, tree)
+    made = _code_below(_code_below(_code_below(compiled)), code.co_name)
     missing = [name for name in made.co_freevars if name not in cells]
     if missing or made.co_varnames[: made.co_argcount] != code.co_varnames[: code.co_argcount]:
         raise NoSource(f"{function.__qualname__}: its names could not be kept ({', '.join(missing)})")
@@ -162,15 +164,9 @@ def _compile(tree: ast.FunctionDef, function: types.FunctionType) -> types.Funct
     return result
 
 
-_FUTURES = 0
-for _name in __import__("__future__").all_feature_names:
-    _FUTURES |= getattr(__import__("__future__"), _name).compiler_flag
-
-
-def _find(compiled: types.CodeType, name: str, tree: ast.FunctionDef) -> types.CodeType:
-    scope = next(c for c in compiled.co_consts if isinstance(c, types.CodeType))
-    owner = next(c for c in scope.co_consts if isinstance(c, types.CodeType))
-    return next(c for c in owner.co_consts if isinstance(c, types.CodeType) and c.co_name == name)
+def _code_below(code: types.CodeType, name: str | None = None) -> types.CodeType:
+    """The code object of the function or class defined directly in `code`."""
+    return next(c for c in code.co_consts if isinstance(c, types.CodeType) and name in (None, c.co_name))
 
 
 def _decorate(function: types.FunctionType, source: Source) -> types.FunctionType:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch.nn as nn
 
 from ..plan import Action, NormSite, PairKind, PairSite
+from ..rewrite import instance_forward
 from ..rewrite.classes import original_class
 from ..rewrite.handover import Step
 from .dataflow import Add, Flow, NormCall, analyse, runs_first
@@ -58,6 +59,10 @@ class Layer:
 
     def confirm(self) -> None:
         """Ask the trace; where it and the source do not name the same pairs, `reason` says so."""
+        foreign = instance_forward.foreign(self.module)
+        if foreign is not None:
+            self.reason = f"its forward is not its class's: {foreign}"
+            return
         try:
             self.trace = trace_layer(self.module, self.cls, self.source, self.norm_attributes)
         except NoSource as reason:
@@ -180,20 +185,29 @@ def _read_layer(
 ) -> None:
     cls = original_class(type(module))
     try:
-        source, flow = _read_class(cls, frozenset(norms))
+        source, flow, obstacle = _read_class(cls, frozenset(norms))
     except NoSource as reason:
         found.unread.append((path, str(reason)))
         return
     if flow.in_layer or flow.refused or flow.norm_add or flow.tail is not None or flow.entries:
-        layer = Layer(path, module, cls, source, flow, norms)
-        layer.confirm()
+        layer = Layer(path, module, cls, source, flow, norms, reason=obstacle)
+        if not obstacle:
+            layer.confirm()
         by_id[id(module)] = found.layers[path] = layer
 
 
 @functools.lru_cache(maxsize=1024)
-def _read_class(cls: type, norms: frozenset[str]) -> tuple[Source, Flow]:
+def _read_class(cls: type, norms: frozenset[str]) -> tuple[Source, Flow, str]:
+    """Source and flow, and why the forward cannot be rewritten, or ""."""
+    from ..rewrite.layers import LayerKey, rewrite
+
     source = read_forward(cls)
-    return source, analyse(source.tree, norms)
+    flow = analyse(source.tree, norms)
+    try:
+        rewrite(source, LayerKey(tuple(norms), tuple(add.index for add, _ in flow.in_layer), True, ""))
+    except (NoSource, SyntaxError) as error:
+        return source, flow, f"its forward cannot be rewritten: {error}"
+    return source, flow, ""
 
 
 def _read_loops(found: Layout, by_id: dict[int, Layer], sites: dict[int, NormSite], parent: nn.Module) -> None:

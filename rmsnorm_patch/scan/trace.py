@@ -44,7 +44,7 @@ class Trace:
 def trace_layer(module: nn.Module, cls: type, source: Source, norms: frozenset[str]) -> Trace:
     """Run the forward of `module`, whose unpatched class is `cls`, on proxies. Raises NoSource where it cannot be."""
     recorder = _Recorder(source.function.__code__)
-    stand_in = object.__new__(cls)
+    stand_in: Any = object.__new__(cls)
     stand_in.__dict__.update(module.__dict__)
     for name in ("_parameters", "_buffers"):
         stand_in.__dict__[name] = dict(module.__dict__[name])
@@ -125,8 +125,8 @@ class _Leaf:
     def __init__(self, recorder: _Recorder, path: str, module: nn.Module) -> None:
         self.__dict__.update(_recorder=recorder, _path=path, _module=module)
 
-    @property
-    def __class__(self) -> type:  # type: ignore[misc,override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # type: ignore[override]
         return type(self._module)
 
     def __call__(self, *arguments: Any, **named: Any) -> Proxy:
