@@ -44,13 +44,33 @@ def bind(op: Op, spec: NormSpec) -> Callable[..., Any]:
     x, residual: [..., N], fp16/bf16/fp32 on one CUDA device, any strides; weight: [N] or None. Raises
     UnsupportedInput for what cannot be served and KernelBuildError where a kernel cannot be built or launched.
     """
-    bound = BoundOp(op, spec.variant)
+    return _bound(op, spec.variant)[1]
+
+
+def warmup(
+    op: Op,
+    spec: NormSpec,
+    n: int,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype | None,
+    device: torch.device | str = "cuda",
+) -> None:
+    """Compile and load every kernel that `op` uses for contiguous rows of `n` columns; launches nothing."""
+    x = torch.empty(1, n, dtype=dtype, device=device)
+    weight = None if weight_dtype is None or not spec.has_weight else torch.empty(n, dtype=weight_dtype, device=device)
+    bound, _ = _bound(op, spec.variant)
+    validate.check_rms_norm(x, weight, spec, op)
+    bound.prepare(x, weight)
+
+
+@cache
+def _bound(op: Op, spec: NormSpec) -> tuple[BoundOp, Callable[..., Any]]:
+    bound = BoundOp(op, spec)
     functions = launcher.functions()
-    if functions.make_callable is None:
-        return bound
     empty_strided = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
-    if empty_strided is None:
-        return bound
+    if empty_strided is None:  # torch without Inductor's allocation entry: 0.8 us instead of 1.4 us a tensor
+        functions = launcher.python_functions("torch has no _empty_strided_cuda")
+    bound.functions = functions
     bound.table, call = functions.make_callable(
         _OP_CODES[op],
         spec.has_weight,
@@ -61,7 +81,7 @@ def bind(op: Op, spec: NormSpec) -> Callable[..., Any]:
         torch._C._cuda_getCurrentRawStream,
         _wrote,
     )
-    return call
+    return bound, call
 
 
 def _wrote(x: torch.Tensor, residual: torch.Tensor) -> None:
@@ -124,6 +144,7 @@ class BoundOp:
         self.spec = spec
         self.fused = op != "rms_norm"
         self.in_place = op == "fused_add_rms_norm_"
+        self.functions: launcher.Functions
         self.table: object = None
         self._kernels: dict[tuple[Any, ...], list[tuple[int, int]]] = {}
 
@@ -225,7 +246,7 @@ class BoundOp:
         if two_level:
             arguments += [inner, _outer(rows, inner), 0 if other is None else _outer(other, inner)]
         index = x.get_device()
-        code = launcher.functions().launch(
+        code = self.functions.launch(
             handle,
             torch._C._cuda_getCurrentRawStream(index),
             weight is None or type(weight) is torch.nn.Parameter,
@@ -272,6 +293,12 @@ class BoundOp:
                 self._register(x, weight, chain[0][1], two_level)
         return chain
 
+    def prepare(self, x: torch.Tensor, weight: torch.Tensor | None) -> list[tuple[int, int]]:
+        """The kernels for contiguous rows like those of `x`, from an allocation of their own."""
+        return self._chain(
+            x, weight, _power_of_two((self.spec.group or x.shape[-1]) * x.element_size()), MAX_ALIGN, False
+        )
+
     def _build(
         self,
         configs: tuple[Config, ...],
@@ -300,7 +327,7 @@ class BoundOp:
             )
             function = _function(build, index)
             groups = driver.multiprocessors(index) * config.min_ctas // config.cluster
-            following = launcher.functions().new_kernel(
+            following = self.functions.new_kernel(
                 function,
                 driver.primary_context(index),
                 n,
@@ -320,17 +347,10 @@ class BoundOp:
 
     def _register(self, x: torch.Tensor, weight: torch.Tensor | None, handle: int, two_level: bool) -> None:
         """Let launcher.c serve such calls from now on, rows as aligned as contiguous ones are."""
-        add_plan = launcher.functions().add_plan
-        if self.table is None or add_plan is None:
-            return
         weight_dtype = None if weight is None else weight.dtype
-        if two_level:  # the plan itself is that of contiguous rows
-            size = x.element_size()
-            align = min(_power_of_two((self.spec.group or x.shape[-1]) * size), MAX_ALIGN)
-            one_level = self._chain(x, weight, align, MAX_ALIGN, False)[0][1]
-        else:
-            one_level = handle
-        add_plan(
+        # A two-level kernel belongs to the plan of contiguous rows.
+        one_level = self.prepare(x, weight)[0][1] if two_level else handle
+        self.functions.add_plan(
             self.table,
             one_level,
             handle if two_level else 0,

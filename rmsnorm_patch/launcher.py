@@ -1,7 +1,6 @@
 """The two ways to start a kernel: launcher.c, compiled on first use, or the same calls through ctypes.
 
-`functions()` gives (new_kernel, launch, make_callable, add_plan) from C; `make_callable` and `add_plan` are None in the
-ctypes form. `launch` has one signature in both; it is documented in launcher.c. RMSNORM_PATCH_LAUNCHER chooses.
+Both give the same four functions, documented in launcher.c. RMSNORM_PATCH_LAUNCHER chooses.
 """
 
 from __future__ import annotations
@@ -12,12 +11,10 @@ import os
 import platform
 import shlex
 import shutil
-import struct
 import subprocess
 import sys
 import sysconfig
 import tempfile
-import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,12 +22,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from . import cache, driver
+from . import cache, driver, launcher_ctypes
 from .errors import KernelBuildError, UnsafeCacheError, UnsupportedInput
 
 VARIABLE = "RMSNORM_PATCH_LAUNCHER"
 CHOICES = ("auto", "c", "python")
-TOO_MANY_ROWS = 1000001
+TOO_MANY_ROWS = launcher_ctypes.TOO_MANY_ROWS
+_SOURCES = ("launcher.c", "launcher_start.h", "launcher_abi.h")
 _FLAGS = ("-O2", "-shared", "-fPIC", "-std=gnu11")
 
 
@@ -40,8 +38,8 @@ class Functions:
 
     new_kernel: Callable[..., int]
     launch: Callable[..., int]
-    make_callable: Callable[..., Any] | None
-    add_plan: Callable[..., Any] | None
+    make_callable: Callable[..., Any]
+    add_plan: Callable[..., int]
     kind: str
     reason: str
 
@@ -53,7 +51,7 @@ def functions() -> Functions:
     if wanted not in CHOICES:
         raise UnsupportedInput(VARIABLE, repr(wanted), ", ".join(CHOICES), "set it to one of these, or unset it")
     if wanted == "python":
-        return _python(f"{VARIABLE}=python")
+        return python_functions(f"{VARIABLE}=python")
     try:
         new_kernel, launch, make_callable, add_plan = _load(_shared_object())
     except UnsafeCacheError:
@@ -67,7 +65,7 @@ def functions() -> Functions:
             RuntimeWarning,
             stacklevel=2,
         )
-        return _python(str(error))
+        return python_functions(str(error))
     return Functions(new_kernel, launch, make_callable, add_plan, kind="c", reason="")
 
 
@@ -83,18 +81,21 @@ def compiler() -> list[str]:
 def _shared_object() -> bytes:
     if sys.platform == "win32" or sysconfig.get_config_var("Py_GIL_DISABLED"):
         raise KernelBuildError("C launcher", platform.platform(), "Linux with a GIL build", "nothing: ctypes is used")
-    source = Path(__file__).with_name("launcher.c").read_bytes()
-    key = cache.key_of(launcher=hashlib.sha256(source).hexdigest(), flags=_FLAGS, machine=platform.machine())
-    return cache.get_or_build(key, lambda: _compile(source), {"kernel": "launcher.c", "options": _FLAGS})
+    sources = {name: Path(__file__).with_name(name).read_bytes() for name in _SOURCES}
+    key = cache.key_of(
+        launcher=hashlib.sha256(b"\0".join(sources.values())).hexdigest(), flags=_FLAGS, machine=platform.machine()
+    )
+    return cache.get_or_build(key, lambda: _compile(sources), {"kernel": "launcher.c", "options": _FLAGS})
 
 
-def _compile(source: bytes) -> bytes:
+def _compile(sources: dict[str, bytes]) -> bytes:
     command = compiler()
     if not command:
         raise KernelBuildError("C launcher", "no C compiler", "cc, gcc, clang or $CC", "install one of them")
     with tempfile.TemporaryDirectory(prefix="rmsnorm_patch-") as folder:
-        path, result = Path(folder, "launcher.c"), Path(folder, "launcher.so")
-        path.write_bytes(source)
+        for name, content in sources.items():
+            Path(folder, name).write_bytes(content)
+        path, result = Path(folder, _SOURCES[0]), Path(folder, "launcher.so")
         line = [*command, *_FLAGS, str(path), "-o", str(result), "-ldl"]
         done = subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
         if done.returncode:
@@ -130,89 +131,7 @@ def _open(path: str) -> tuple[Any, ...]:
     return loaded
 
 
-class _Attribute(ctypes.Structure):
-    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_uint * 16))
-
-
-class _Config(ctypes.Structure):
-    _fields_ = (
-        ("grid", ctypes.c_uint * 3),
-        ("block", ctypes.c_uint * 3),
-        ("shared_bytes", ctypes.c_uint),
-        ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.POINTER(_Attribute)),
-        ("count", ctypes.c_uint),
-    )
-
-
-_CLUSTER, _PROGRAMMATIC = 4, 6
-_WORDS = struct.Struct("=21Qfxxxx")
-
-
-class _Kernel:
-    """One kernel with its launch structures; `lock` makes them safe to share between threads."""
-
-    def __init__(self, values: tuple[int, ...]) -> None:
-        (self.function, self.context, self.n, self.m_max, self.rows_per_cta, self.cluster, threads) = values[:7]
-        self.shared_bytes, self.max_groups, self.dependent, self.align, self.weight_align, self.next = values[7:]
-        self.lock = threading.Lock()
-        self.args = ctypes.create_string_buffer(_WORDS.size)
-        self.params = (ctypes.c_void_p * 1)(ctypes.addressof(self.args))
-        self.attributes = (_Attribute * 2)()
-        self.config = _Config(shared_bytes=self.shared_bytes, attributes=self.attributes)
-        self.config.grid[:] = (1, 1, 1)
-        self.config.block[:] = (threads, 1, 1)
-        # With a cluster its attribute comes first; the programmatic one is last, so `count` switches it on and off.
-        self.fixed = 0
-        if self.cluster > 1:
-            self.attributes[0].id = _CLUSTER
-            self.attributes[0].value[:3] = (self.cluster, 1, 1)
-            self.fixed = 1
-        self.attributes[self.fixed].id = _PROGRAMMATIC
-        self.attributes[self.fixed].value[0] = 1
-        self.grid_x = ctypes.cast(ctypes.addressof(self.config), ctypes.POINTER(ctypes.c_uint))
-        self.call = (ctypes.byref(self.config), ctypes.c_void_p(self.function), self.params, None)
-
-    def groups(self, m: int, m2: int) -> int:
-        groups = -(-m // self.rows_per_cta) + -(-m2 // self.rows_per_cta)
-        return min(groups, self.max_groups) if self.max_groups else groups
-
-
-_kernels: list[_Kernel] = []
-
-
-def _python(reason: str) -> Functions:
-    library = driver.library()
-    launch_kernel, get_context = library.cuLaunchKernelEx, library.cuCtxGetCurrent
-    push, pop = library.cuCtxPushCurrent_v2, library.cuCtxPopCurrent_v2
-
-    def new_kernel(*values: int) -> int:
-        _kernels.append(_Kernel(values))
-        return len(_kernels)
-
-    def launch(handle: int, stream: int, dependent: bool, eps: float, *words: int) -> int:
-        kernel = _kernels[handle - 1]
-        if len(words) == 6:
-            words = (*words, kernel.n, kernel.n, kernel.n, kernel.n)
-        words = words + (0,) * (21 - len(words))
-        groups = kernel.groups(words[5], words[16])
-        if groups == 0:
-            return 0
-        if groups * kernel.cluster > 2**31 - 1:
-            return TOO_MANY_ROWS
-        current = ctypes.c_void_p()
-        get_context(ctypes.byref(current))
-        pushed = current.value != kernel.context
-        if pushed and (code := push(ctypes.c_void_p(kernel.context))):
-            return code
-        with kernel.lock:
-            _WORDS.pack_into(kernel.args, 0, *words, eps)
-            kernel.config.stream = stream
-            kernel.grid_x[0] = groups * kernel.cluster
-            kernel.config.count = kernel.fixed + (1 if dependent and kernel.dependent else 0)
-            code = launch_kernel(*kernel.call)
-        if pushed:
-            pop(ctypes.byref(current))
-        return code
-
-    return Functions(new_kernel, launch, None, None, kind="python", reason=reason)
+def python_functions(reason: str) -> Functions:
+    """The launcher through ctypes."""
+    new_kernel, launch, make_callable, add_plan = launcher_ctypes.functions()
+    return Functions(new_kernel, launch, make_callable, add_plan, kind="python", reason=reason)
