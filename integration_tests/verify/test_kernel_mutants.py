@@ -53,7 +53,9 @@ NORMS: dict[str, Norm] = {
     "last_column_missed": with_mean(lambda h: h[..., :-1].pow(2).sum(-1, keepdim=True) / h.shape[-1]),
     "bf16_accumulation": with_mean(lambda h: h.bfloat16().pow(2).mean(-1, keepdim=True).float()),
     "mean_not_squared": with_mean(lambda h: h.abs().mean(-1, keepdim=True).pow(2)),
-    "no_weight": lambda x, w, s, e: honest(x, torch.zeros_like(w) if s.weight_offset != "none" else torch.ones_like(w), s, e),
+    "no_weight": lambda x, w, s, e: honest(
+        x, torch.zeros_like(w) if s.weight_offset != "none" else torch.ones_like(w), s, e
+    ),
     "offset_flipped": lambda x, w, s, e: honest(
         x, w, replace(s, weight_offset="fp32" if s.weight_offset == "none" else "none"), e
     ).to(x.dtype),
@@ -99,7 +101,12 @@ def test_an_honest_kernel_is_green(kind: str, dtype: torch.dtype, kernel: Callab
     assert proof.passed
     assert all(set(site.backends) == {"triton"} for site in proof.sites)
     names = {m.name for site in proof.sites for m in site.measurements}
-    assert names >= {"captured", "decode", *(f"{form}:{f}" for form in ("norm", "pair") for f in FAMILIES), "driven:tiny"}
+    assert names >= {
+        "captured",
+        "decode",
+        *(f"{form}:{f}" for form in ("norm", "pair") for f in FAMILIES),
+        "driven:tiny",
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -132,7 +139,9 @@ def test_wrong_pair_everywhere(name: str, kernel: Callable) -> None:
     assert not any(site.passed for site in paired)
 
 
-@pytest.mark.parametrize("path", ["model.layers.1.post_attention_layernorm", "model.layers.2.input_layernorm", "model.norm"])
+@pytest.mark.parametrize(
+    "path", ["model.layers.1.post_attention_layernorm", "model.layers.2.input_layernorm", "model.norm"]
+)
 @pytest.mark.parametrize("name", sorted(NORMS))
 def test_one_bad_layer_is_found_and_named(name: str, path: str, kernel: Callable) -> None:
     model = build("gemma2" if name == "offset_flipped" else "llama", torch.bfloat16)

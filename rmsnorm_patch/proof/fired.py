@@ -50,7 +50,7 @@ def judge(
         pairs_expected += wanted
         paired += min(got, wanted)
         if got < wanted:
-            why = _why_apart(model, prefix, pairs[path], calls)
+            why = "; ".join(ran[path].reasons) if calls["apart"] else _why_apart(model, prefix, pairs[path], calls)
             text = f"{path}: {wanted - got} of {wanted} residual-adds outside the norm's call"
             if why:
                 fallbacks.append(f"{text}, {why}")

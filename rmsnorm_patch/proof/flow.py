@@ -21,8 +21,11 @@ from .. import observe
 from ..tolerances import SITE
 from .difference import bit_mismatches, bits, digest
 
-CALLS = frozenset(("norm", "in_layer", "taken"))
-"""Kinds of event that stand for a call of the norm in the original model; "cross_layer" computes for a later one."""
+
+def is_call(event: observe.Event) -> bool:
+    """Whether `event` stands for one call of its norm in the original model. "cross_layer" computes for a later call, and
+    a pair that fell back reports only why: the norm that it called has an event of its own."""
+    return event.kind != "cross_layer" and not (event.kind == "in_layer" and event.backend == "original")
 
 
 @dataclass
@@ -52,7 +55,7 @@ class Tape:
         return True
 
     def observe(self, paths: Mapping[int, str], event: observe.Event) -> None:
-        if event.kind in CALLS:
+        if is_call(event):
             self.add(paths.get(id(event.norm), ""), event)
 
 

@@ -149,9 +149,7 @@ def judge_greedy(
     return GreedyProof(tokens, not parted, parted, margin, allowed, strict)
 
 
-def _first_parting(
-    original: tuple[torch.Tensor, ...], patched: tuple[torch.Tensor, ...]
-) -> tuple[str, float | None]:
+def _first_parting(original: tuple[torch.Tensor, ...], patched: tuple[torch.Tensor, ...]) -> tuple[str, float | None]:
     """Of all sequences in the batch the parting with the widest margin, as (where, margin); ("", None) if none."""
     found: tuple[str, float | None] = ("", None)
     length = min(original[1].shape[1], patched[1].shape[1])

@@ -219,7 +219,7 @@ class _Work:
 
             def listen(path: str, event: observe.Event, order: list[str] = order, tape: flow.Tape = tape) -> None:
                 nonlocal full
-                if event.kind in flow.CALLS:
+                if flow.is_call(event):
                     order.append(path)
                     full = full or not tape.add(path, event)
 
@@ -249,7 +249,9 @@ class _Work:
             name: value[:1, :keep] if isinstance(value, torch.Tensor) and value.shape[:2] == ids.shape else value
             for name, value in run.inputs.items()
         }
-        self.seen.notes.append(f"data flow of {run.name} judged on 1 sequence of {keep} tokens, {batch} x {length} do not fit")
+        self.seen.notes.append(
+            f"data flow of {run.name} judged on 1 sequence of {keep} tokens, {batch} x {length} do not fit"
+        )
         shorter, tape = Run(run.name, cut, min(run.tokens, keep)), flow.Tape(self.space)
         with observe.observing(lambda event: tape.observe(self.watcher.paths, event)):
             tape.outputs = shorter(self.model)

@@ -103,7 +103,10 @@ def compare_logits(model: nn.Module, path: str | Path, raise_on_failure: bool = 
             output, expected = Run(FORWARD, item)(model)[0], tensors[f"logits.{number}"]
             if output.shape != expected.shape:
                 raise UnsupportedModel(
-                    str(path), f"logits of shape {tuple(output.shape)}, recorded {tuple(expected.shape)}", "equal shapes", _NEXT
+                    str(path),
+                    f"logits of shape {tuple(output.shape)}, recorded {tuple(expected.shape)}",
+                    "equal shapes",
+                    _NEXT,
                 )
             same = same and bool(torch.equal(output, expected))
             recorded.append(logits.rows(expected, item))
@@ -168,9 +171,9 @@ def _own_error(model: nn.Module, runs: list[Run], outputs: list[torch.Tensor]) -
         norms = {path: module for path, module in model.named_modules() if "norm" in type(module).__name__.lower()}
         with flow.permitted_rounding(norms, 0):
             reference = [run(model)[0] for run in runs]
-    return logits.errors(actual, [logits.rows(out, run.inputs) for out, run in zip(reference, runs, strict=True)]).typical(
-        experts
-    )
+    return logits.errors(
+        actual, [logits.rows(out, run.inputs) for out, run in zip(reference, runs, strict=True)]
+    ).typical(experts)
 
 
 def _device(model: nn.Module) -> str:

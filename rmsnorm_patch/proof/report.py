@@ -56,7 +56,9 @@ class Measurement:
         allowed = tolerance.allowed(found.elements, found.width, dtype)
         bias_bound = scale_bias(dtype, found.elements, found.width)
         severity = max(
-            _ratio(found.max_ulp, tolerance.max_ulp), _ratio(found.differing, allowed), _ratio(abs(found.bias), bias_bound)
+            _ratio(found.max_ulp, tolerance.max_ulp),
+            _ratio(found.differing, allowed),
+            _ratio(abs(found.bias), bias_bound),
         )
         if violations:
             severity = max(severity, 2.0**62 if found.error or found.sum_mismatches else 1.0)
@@ -91,7 +93,8 @@ def _ratio(value: float, bound: float) -> float:
 class SiteProof:
     """One norm: how it ran in the model's own run, and how far from the original.
 
-    calls: events by kind ("norm", "in_layer", "cross_layer", "taken", "original"). reasons: why calls fell back.
+    calls: events by kind ("norm", "in_layer", "cross_layer", "taken"), "original" for norm calls that fell back to the
+        original arithmetic, "apart" for adds that were not fused with their norm. reasons: why.
     """
 
     path: str
@@ -279,7 +282,9 @@ class Proof:
         red = [site.path for site in self.sites if not site.passed]
         judged = sum(bool(site.measurements) for site in self.sites)
         shown = ", ".join(red[:3]) + (f" and {len(red) - 3} more" if len(red) > 3 else "")
-        lines = [(not red, f"sites: {judged} judged, " + (f"{len(red)} outside tolerance: {shown}" if red else "all within"))]
+        lines = [
+            (not red, f"sites: {judged} judged, " + (f"{len(red)} outside tolerance: {shown}" if red else "all within"))
+        ]
         lines.append((self.flow.passed, f"data flow: {_flow(self.flow)}"))
         if self.logits is not None:
             lines.append((self.logits.passed, f"logits: {_logits(self.logits)}"))
@@ -341,7 +346,9 @@ def _greedy(greedy: GreedyProof) -> str:
 
 def _fired(fired: FiredProof) -> str:
     if not fired.fused:
-        return f"nothing fused ran, {fired.expected} calls expected" + "".join(f"; {text}" for text in fired.missing[:2])
+        return f"nothing fused ran, {fired.expected} calls expected" + "".join(
+            f"; {text}" for text in fired.missing[:2]
+        )
     text = f"{fired.fused} of {fired.expected} norm calls, {fired.pairs_fused} of {fired.pairs_expected} with their add"
     return text + "".join(f"; {line}" for line in fired.missing[:3])
 

@@ -74,7 +74,8 @@ class SiteWatcher:
             self._count(site, event)
             if self.listener is not None:
                 self.listener(path, event)
-            if self._only is None or path in self._only:
+            fell_apart = event.kind == "in_layer" and event.backend == "original"  # the norm's own event is judged
+            if not fell_apart and (self._only is None or path in self._only):
                 self._judge(site, event)
                 if event.backend != "original":
                     self._probe(site, path, event)
@@ -82,8 +83,8 @@ class SiteWatcher:
     def _count(self, site: _Site, event: observe.Event) -> None:
         if self.run != "captured":
             return
-        site.calls[event.kind] += event.backend != "original"
-        site.calls["original"] += event.backend == "original"
+        original = event.backend == "original"
+        site.calls[("apart" if event.kind == "in_layer" else "original") if original else event.kind] += 1
         site.backends[event.backend] += 1
         if event.reason:
             site.reasons[event.reason] += 1
@@ -96,7 +97,9 @@ class SiteWatcher:
         if len(event.operands) == 2:
             total = left + event.operands[1]
             self._measure_sum(site, total)
-            found = Difference(error="no residual sum returned") if event.total is None else compare_sum(event.total, total)
+            found = (
+                Difference(error="no residual sum returned") if event.total is None else compare_sum(event.total, total)
+            )
         expected = _original(event.norm, total)
         dtype = expected.dtype
         kept = self._new_rows(site, total, event.normed)
@@ -151,9 +154,7 @@ class SiteWatcher:
         self.eps = spec.resolve_eps(x.dtype) if eps is None else eps
         for family in probes.FAMILIES:
             seed = probes.site_seed(self._seed, path, family)
-            made = probes.operands(
-                family, len(event.operands), x.shape[-1], x.dtype, x.device, self.eps, seed
-            )
+            made = probes.operands(family, len(event.operands), x.shape[-1], x.dtype, x.device, self.eps, seed)
             if form == "norm":
                 total, found, actual = made[0], Difference(), type(event.norm).forward(event.norm, made[0])
             else:
@@ -216,7 +217,9 @@ def _relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
 def _exact_violations(found: Difference, fused_error: float, original_error: float) -> tuple[str, ...]:
     violations = [found.error] if found.error else []
     if found.sum_mismatches:
-        violations.append(f"residual sum: {found.sum_mismatches} of {found.sum_elements} elements not bit-equal to a + b")
+        violations.append(
+            f"residual sum: {found.sum_mismatches} of {found.sum_elements} elements not bit-equal to a + b"
+        )
     if not fused_error <= EXACT_ERROR_RATIO * original_error:
         violations.append(f"error against fp64 {fused_error:.3e}, the original's is {original_error:.3e}")
     return tuple(violations)

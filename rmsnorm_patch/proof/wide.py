@@ -77,7 +77,9 @@ def _check_memory(model: nn.Module, dtype: torch.dtype) -> None:
     for device, size in needed.items():
         free = _free_memory(device)
         if free is not None and size * _HEADROOM > free:
-            raise Unavailable(f"a {dtype} copy needs {size * _HEADROOM / 2**30:.1f} GiB on {device}, free {free / 2**30:.1f}")
+            raise Unavailable(
+                f"a {dtype} copy needs {size * _HEADROOM / 2**30:.1f} GiB on {device}, free {free / 2**30:.1f}"
+            )
 
 
 def _free_memory(device: torch.device) -> int | None:
