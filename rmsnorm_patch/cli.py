@@ -276,8 +276,8 @@ def bench(
             only = {"include": tuple(include or ()), "exclude": tuple(exclude or ())}
             rows = speed.compare(loaded.model, ids, max_new_tokens, rounds, backend.value, advance=step, **only)
         note = speed.CPU_NOTE if loaded.device.type == "cpu" else ""
-        found = {"device": str(loaded.device), "dtype": str(loaded.dtype).removeprefix("torch.")}
-        found |= {"batch_size": batch_size, "prompt_tokens": ids.shape[1], "note": note}
+        found: dict[str, Any] = {"device": str(loaded.device), "dtype": str(loaded.dtype).removeprefix("torch.")}
+        found.update(batch_size=batch_size, prompt_tokens=ids.shape[1], note=note)
         out.document({**found, "results": [row.to_dict() for row in rows]})
         if not as_json:
             out.console.print(speed_table(rows))
