@@ -1,0 +1,366 @@
+"""What may come between a layer's last add and the norm that reads its sum. The result is always the unpatched one."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import subprocess
+import sys
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+from transformers import PreTrainedModel
+
+import rmsnorm_patch
+from rmsnorm_patch import observe
+from rmsnorm_patch.rewrite import handover
+from rmsnorm_patch.rewrite.classes import STATE
+
+LAYERS = 4
+Model = PreTrainedModel
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(3, 300, (2, 7), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def twins(small_model) -> Callable[[], tuple[Model, Model]]:
+    """(unpatched, patched) models of the same weights."""
+
+    def make(model_type: str = "llama", **fields: object) -> tuple[Model, Model]:
+        plain = small_model(model_type, num_hidden_layers=LAYERS, **fields)
+        patched = copy.deepcopy(plain)
+        rmsnorm_patch.apply(patched, backend="reference")
+        return plain, patched
+
+    return make
+
+
+def logits(model: Model, tokens: torch.Tensor, mode: Callable[[], AbstractContextManager] = torch.no_grad):
+    with mode():
+        return model(tokens, use_cache=False).logits.clone()
+
+
+def taken(model: Model, tokens: torch.Tensor, mode: Callable[[], AbstractContextManager] = torch.no_grad) -> int:
+    ran: Counter[str] = Counter()
+    with observe.observing(lambda event: ran.update([event.kind])):
+        logits(model, tokens, mode)
+    return ran["taken"]
+
+
+def double(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.mul_(2.0)
+
+
+def edit_output(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+    double(output)
+
+
+def edit_input(module: nn.Module, args: tuple) -> None:
+    double(args[0])
+
+
+def edit_data(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+    double(output.data)  # past the version counter
+
+
+def replace_input(module: nn.Module, args: tuple) -> tuple:
+    return (args[0] * 2.0, *args[1:])
+
+
+HOOKS = {
+    "layer output, in place": lambda m: m.model.layers[1].register_forward_hook(edit_output),
+    "layer output, past the version counter": lambda m: m.model.layers[1].register_forward_hook(edit_data),
+    "next layer's input, in place": lambda m: m.model.layers[2].register_forward_pre_hook(edit_input),
+    "next layer's input, replaced": lambda m: m.model.layers[2].register_forward_pre_hook(replace_input),
+    "entry norm's input, in place": lambda m: m.model.layers[2].input_layernorm.register_forward_pre_hook(edit_input),
+    "entry norm's output": lambda m: m.model.layers[2].input_layernorm.register_forward_hook(edit_output),
+    "in-layer norm's input": lambda m: m.model.layers[1].post_attention_layernorm.register_forward_pre_hook(edit_input),
+    "in-layer norm's output": lambda m: m.model.layers[1].post_attention_layernorm.register_forward_hook(edit_output),
+    "final norm's input": lambda m: m.model.norm.register_forward_pre_hook(edit_input),
+}
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+@pytest.mark.parametrize("hook", HOOKS)
+def test_hooks_that_edit_tensors(twins, tokens, hook: str, mode) -> None:
+    plain, patched = twins()
+    expected = logits(plain, tokens, mode)
+    for model in (plain, patched):
+        HOOKS[hook](model)
+    edited = logits(plain, tokens, mode)
+    assert not torch.equal(edited, expected), "the hook changes nothing: the test proves nothing"
+    assert torch.equal(logits(patched, tokens, mode), edited)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+def test_global_hooks_that_edit_tensors(twins, tokens, mode) -> None:
+    plain, patched = twins()
+
+    def edit(module: nn.Module, args: tuple, output: object) -> None:
+        if type(module).__name__ == "LlamaDecoderLayer":
+            double(output.data)
+
+    handle = torch.nn.modules.module.register_module_forward_hook(edit)
+    try:
+        assert torch.equal(logits(patched, tokens, mode), logits(plain, tokens, mode))
+    finally:
+        handle.remove()
+
+
+def test_recorded_hidden_states_keep_the_hand_over(twins, tokens) -> None:
+    """transformers leaves its recording hooks on every layer once hidden states were asked for."""
+    _, patched = twins()
+    with torch.no_grad():
+        patched(tokens, output_hidden_states=True)
+    assert patched.model.layers[0]._forward_hooks
+    assert taken(patched, tokens) == LAYERS
+
+
+def test_callers_hidden_states_are_not_written(twins, tokens) -> None:
+    """adversarial 30: what a caller keeps of one call stays as it is in the next."""
+    _, patched = twins()
+    with torch.no_grad():
+        kept = patched(tokens, output_hidden_states=True).hidden_states
+        copies = [state.clone() for state in kept]
+        patched(tokens.flip(0), output_hidden_states=True)
+    assert all(torch.equal(state, saved) for state, saved in zip(kept, copies, strict=True))
+    assert not any(state.__dict__.get(handover.CARRIED) for state in kept), "a normed tensor is kept alive"
+
+
+def test_residual_is_hidden_states(twins) -> None:
+    """adversarial 28: both operands of an add are one tensor."""
+    plain, patched = twins()
+    for model in (plain, patched):
+        for layer in model.model.layers:
+            layer.self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
+            layer.mlp.forward = lambda hidden_states: hidden_states
+            layer.input_layernorm.weight.data.fill_(1.0)
+            layer.input_layernorm.forward = lambda hidden_states: hidden_states
+    tokens = torch.arange(3, 10)[None]
+    assert torch.equal(logits(patched, tokens), logits(plain, tokens))
+
+
+LAYOUTS: dict[str, Callable[[nn.ModuleList], list[nn.Module]]] = {
+    "dropped": lambda layers: [layers[0], layers[2], layers[3]],
+    "last dropped": lambda layers: list(layers)[:-1],
+    "reversed": lambda layers: list(layers)[::-1],
+    "shared": lambda layers: [layers[0], layers[1], layers[0], layers[1]],
+    "one layer four times": lambda layers: [layers[2]] * 4,
+    "swapped": lambda layers: [layers[0], layers[2], layers[1], layers[3]],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+def test_layers_rearranged_after_patching(twins, tokens, layout: str, mode) -> None:
+    plain, patched = twins()
+    for model in (plain, patched):
+        model.model.layers = nn.ModuleList(LAYOUTS[layout](model.model.layers))
+        model.config.num_hidden_layers = len(model.model.layers)
+    assert torch.equal(logits(patched, tokens, mode), logits(plain, tokens, mode))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layers_rearranged_before_patching(small_model, tokens, layout: str) -> None:
+    model = small_model("llama", num_hidden_layers=LAYERS)
+    model.model.layers = nn.ModuleList(LAYOUTS[layout](model.model.layers))
+    model.config.num_hidden_layers = len(model.model.layers)
+    before = logits(model, tokens)
+    plan = rmsnorm_patch.apply(model, backend="reference").plan
+    assert torch.equal(logits(model, tokens), before)
+    handed = len(list(plan.fused_pairs("cross_layer"))) + len(list(plan.fused_pairs("final")))
+    repeated = len(set(map(id, model.model.layers))) < len(model.model.layers)
+    assert handed == (0 if repeated else len(model.model.layers))
+    assert taken(model, tokens) == handed
+
+
+def test_early_exit(twins, tokens) -> None:
+    plain, patched = twins()
+    for model in (plain, patched):
+        model.config.num_hidden_layers = 2  # the model's own loop stops here
+    assert torch.equal(logits(patched, tokens), logits(plain, tokens))
+
+
+def test_a_link_that_nobody_takes_is_given_up(twins, tokens) -> None:
+    _, patched = twins()
+    del patched.model.layers[2]
+    patched.config.num_hidden_layers = LAYERS - 1
+    ran: Counter[str] = Counter()
+    for _ in range(handover.MAX_UNTAKEN):
+        logits(patched, tokens)
+    with observe.observing(lambda event: ran.update([event.kind])):
+        logits(patched, tokens)
+    assert (ran["cross_layer"], ran["taken"]) == (2, 2)
+
+
+CHANGES: dict[str, Callable[[Model], object]] = {
+    "weight written": lambda m: m.model.layers[2].input_layernorm.weight.data.mul_(3.0),
+    "weight replaced": lambda m: setattr(m.model.layers[2].input_layernorm, "weight", nn.Parameter(torch.full((64,), 2.0))),
+    "eps changed": lambda m: setattr(m.model.layers[2].input_layernorm, "variance_epsilon", 0.5),
+    "norm replaced": lambda m: setattr(m.model.layers[2], "input_layernorm", nn.LayerNorm(64)),
+    "in-layer norm replaced": lambda m: setattr(m.model.layers[2], "post_attention_layernorm", nn.LayerNorm(64)),
+    "final norm replaced": lambda m: setattr(m.model, "norm", nn.Identity()),
+    "other dtype": lambda m: m.to(torch.bfloat16),
+    "norms in fp32": lambda m: m.to(torch.bfloat16) and [layer.input_layernorm.float() for layer in m.model.layers],
+    "new weights": lambda m: m.load_state_dict({k: v * 1.25 for k, v in m.state_dict().items()}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_model_changed_after_patching(twins, tokens, change: str) -> None:
+    plain, patched = twins()
+    logits(patched, tokens)
+    for model in (plain, patched):
+        CHANGES[change](model)
+    try:
+        expected = logits(plain, tokens)
+    except RuntimeError as error:  # a mixture of dtypes that the model itself does not run with
+        with pytest.raises(RuntimeError, match=str(error)[:20]):
+            logits(patched, tokens)
+        return
+    assert torch.equal(logits(patched, tokens), expected)
+
+
+@pytest.mark.parametrize("what", ["sum", "weight", "eps"])
+def test_a_carry_that_no_longer_holds_is_refused(twins, what: str) -> None:
+    """The direct case: between the add and the norm, one of the things that the carry depends on changes."""
+    _, patched = twins()
+    layer, norm = patched.model.layers[1], patched.model.layers[2].input_layernorm
+    x = torch.randn(1, 3, 64)
+    with torch.no_grad():
+        positions = patched.model.rotary_emb(x, torch.arange(3)[None])
+        total = layer(x, position_embeddings=positions)
+        assert handover.CARRIED in total.__dict__
+        if what == "sum":
+            total += 1.0
+        elif what == "weight":
+            norm.weight += 1.0
+        else:
+            norm.variance_epsilon = 0.5
+        expected = type(norm).__mro__[1].forward(norm, total)
+        assert torch.equal(norm(total), expected)
+        assert handover.CARRIED not in total.__dict__
+
+
+def test_copies_of_a_sum_carry_nothing(twins) -> None:
+    _, patched = twins()
+    x = torch.randn(1, 3, 64)
+    norm = patched.model.layers[2].input_layernorm
+    with torch.no_grad():
+        total = patched.model.layers[1](x, position_embeddings=patched.model.rotary_emb(x, torch.arange(3)[None]))
+        copied = [copy.deepcopy(total), pickle.loads(pickle.dumps(total)), copy.copy(total), total.clone(), total[:]]
+        for other in copied:
+            other.mul_(2.0)
+            assert torch.equal(norm(other), type(norm).__mro__[1].forward(norm, other))
+
+
+def test_deepcopy_links_its_own_layers(twins, tokens) -> None:
+    plain, patched = twins()
+    copied = copy.deepcopy(patched)
+    assert taken(copied, tokens) == LAYERS
+    with torch.no_grad():
+        for model in (plain, copied):
+            for name, parameter in model.named_parameters():
+                if "norm" in name:
+                    parameter.mul_(1.5)
+    assert torch.equal(logits(copied, tokens), logits(plain, tokens))
+    assert not torch.equal(logits(patched, tokens), logits(plain, tokens))
+    rmsnorm_patch.revert(patched)
+    assert taken(patched, tokens) == 0
+    assert taken(copied, tokens) == LAYERS
+
+
+def test_deepcopy_of_one_layer_is_one_layer(twins) -> None:
+    _, patched = twins()
+    original = patched.model.layers[1]
+    layer = copy.deepcopy(original)
+    assert layer.__dict__[STATE][handover.LINK].norm() is None
+    assert list(layer.state_dict()) == list(original.state_dict())
+    x = torch.randn(1, 3, 64)
+    positions = patched.model.rotary_emb(x, torch.arange(3)[None])
+    with torch.no_grad():
+        expected, actual = original(x, position_embeddings=positions), layer(x, position_embeddings=positions)
+    assert torch.equal(actual, expected)
+    assert handover.CARRIED not in actual.__dict__
+
+
+def test_pickle_in_a_fresh_process(twins, tokens, tmp_path: Path, repository: Path) -> None:
+    plain, patched = twins()
+    (tmp_path / "model.pickle").write_bytes(pickle.dumps((patched, tokens, logits(plain, tokens))))
+    script = """
+import pickle, sys, torch
+model, tokens, expected = pickle.loads(open(sys.argv[1], "rb").read())
+from rmsnorm_patch import observe
+kinds = []
+with torch.no_grad(), observe.observing(lambda event: kinds.append(event.kind)):
+    assert torch.equal(model(tokens, use_cache=False).logits, expected)
+print(kinds.count("in_layer"), kinds.count("taken"), type(model.model.layers[0]).__name__)
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / "model.pickle")]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(LAYERS), str(LAYERS), "LlamaDecoderLayer"]
+
+
+def test_links_add_no_module_and_no_key(twins) -> None:
+    plain, patched = twins()
+    assert list(patched.state_dict()) == list(plain.state_dict())
+    assert [name for name, _ in patched.named_modules()] == [name for name, _ in plain.named_modules()]
+
+
+def test_a_patched_model_dies_with_its_last_user(twins, tokens) -> None:
+    """No cycle: a model's memory must not wait for the garbage collector."""
+    plain, patched = twins()
+    gc.collect()
+    gc.disable()
+    try:
+        alive = []
+        for model in (plain, patched):
+            logits(model, tokens)
+            alive.append([weakref.ref(layer) for layer in model.model.layers])
+        del model, plain, patched
+        unpatched_alive, patched_alive = (sum(ref() is not None for ref in refs) for refs in alive)
+    finally:
+        gc.enable()
+    assert patched_alive == unpatched_alive
+
+
+def test_eight_threads_on_one_model(twins) -> None:
+    plain, patched = twins()
+    inputs = [torch.randint(3, 300, (1, 5 + i), generator=torch.Generator().manual_seed(i)) for i in range(8)]
+    expected = [logits(plain, tokens) for tokens in inputs]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        for _ in range(10):
+            if not torch.equal(logits(patched, inputs[i]), expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_beam_search_and_assisted_generation(twins, tokens) -> None:
+    plain, patched = twins()
+    for options in ({"num_beams": 3}, {"assistant_model": plain}, {"prompt_lookup_num_tokens": 2}):
+        given = tokens[:1]
+        texts = [
+            model.generate(given, max_new_tokens=6, do_sample=False, eos_token_id=-1, **options)
+            for model in (plain, patched)
+        ]
+        assert torch.equal(*texts), options
