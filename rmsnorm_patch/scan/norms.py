@@ -14,13 +14,13 @@ import torch.nn as nn
 
 from ..errors import UnsupportedModel
 from ..plan import NormSite
-from ..rewrite.classes import original_class
 from ..semantics import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, T5, NormSpec
 from .diagnose import explain
 from .probe import WEIGHTLESS, Found, find_spec, undisturbed
-from .subject import Rejected, Subject, examine, reachable_codes
+from .subject import Rejected, Subject, examine, own_class, reachable_codes
 
-_NAMED_LIKE_A_NORM = re.compile(r"rms|norm", re.IGNORECASE)
+_NAMED_RMS = re.compile(r"RMS|Rms|rms(?=_|[nN]orm|$)")  # but not the "rms" of "LayerNormSelfAttention", lower-cased
+_NAMED_NORM = re.compile(r"norm", re.IGNORECASE)
 _REDUCTIONS = {"mean", "sum", "norm", "vector_norm", "rms_norm", "einsum", "var"}
 _NAMES = {
     LLAMA: "llama",
@@ -152,9 +152,9 @@ def _modules_with_paths(model: nn.Module) -> Iterator[tuple[nn.Module, list[str]
 
 def _match_if_norm(module: nn.Module, shared: Cache) -> Match | None:
     """None for a module that does not look like a norm: by its class's name, or by a structure that then matches."""
-    name = original_class(type(module)).__name__
+    name = own_class(module).__name__
     leaf = all(child is None for child in module._modules.values())
-    if "rms" in name.lower() or (leaf and _NAMED_LIKE_A_NORM.search(name)):
+    if _NAMED_RMS.search(name) or (leaf and _NAMED_NORM.search(name)):
         return infer_spec(module, shared)
     if not leaf or not _built_like_a_norm(module):
         return None
@@ -165,7 +165,7 @@ def _match_if_norm(module: nn.Module, shared: Cache) -> Match | None:
 def _built_like_a_norm(module: nn.Module) -> bool:
     """Worth running on probes: one 1-D tensor, or none but an eps, and code that takes some mean."""
     try:
-        named = {name for code in reachable_codes(original_class(type(module))) for name in code.co_names}
+        named = {name for code in reachable_codes(own_class(module)) for name in code.co_names}
     except Rejected:
         return False
     if not named & _REDUCTIONS:
@@ -182,7 +182,7 @@ def _site(module: nn.Module, paths: list[str], match: Match) -> NormSite:
         weight = module._parameters.get(match.weight_attribute, module._buffers.get(match.weight_attribute))
     return NormSite(
         path=paths[0],
-        class_name=original_class(type(module)).__name__,
+        class_name=own_class(module).__name__,
         spec=match.spec,
         action="leave" if match.spec is None else "fuse",
         reason=match.reason,

@@ -164,7 +164,7 @@ def working_columns(subject: Subject) -> int:
             failure = error
         else:
             return columns
-    raise Rejected(f"its forward cannot be run on a CPU tensor alone ({short(failure)})") from failure
+    raise Rejected(f"its forward cannot be run on one tensor [2, 4, N] on the CPU ({short(failure)})") from failure
 
 
 def _agreeing(subject: Subject, columns: int, eps_attribute: str | None, constant: float | None) -> Found | None:

@@ -14,17 +14,18 @@ import math
 import types
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn as nn
 
-from ..rewrite.classes import original_class
+from ..rewrite import instance_forward
+from ..rewrite.classes import unpatched_class
 
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _BY_REFERENCE = (types.FunctionType, types.BuiltinFunctionType, type)
 _MODULE_INTERNALS = frozenset(nn.Module().__dict__) | {"forward"}
-_KERNEL_PACKAGES = ("liger_kernel", "kernels")
 
 
 class Rejected(Exception):
@@ -60,7 +61,7 @@ class Subject:
         return self.weight_attribute, self.weight_is_parameter, self.columns, values, self.codes
 
     def twin(self, weight: torch.Tensor | None) -> nn.Module:
-        made = self.cls.__new__(self.cls)
+        made = object.__new__(self.cls)  # FSDP's classes override __new__ to build another
         nn.Module.__init__(made)
         for name, value in self.attributes.items():
             made.__dict__[name] = value if _is_plain(value) else _copied(name, value)
@@ -72,9 +73,19 @@ class Subject:
         return made.eval()
 
 
+@lru_cache(maxsize=64)
+def _unpatched(cls: Hashable) -> type[nn.Module]:
+    return unpatched_class(cls)  # type: ignore[arg-type]
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The module's class without our patch."""
+    return _unpatched(type(module))
+
+
 def examine(module: nn.Module) -> Subject:
     """The `Subject` of a module whose structure is a norm's; raises `Rejected` otherwise."""
-    cls = original_class(type(module))
+    cls = own_class(module)
     if isinstance(module, torch.jit.ScriptModule):
         raise Rejected("it is compiled by TorchScript, so its code cannot be run on probes")
     if cls.__call__ is not nn.Module.__call__:
@@ -104,7 +115,7 @@ def examine(module: nn.Module) -> Subject:
         columns=(weight.shape[0],) if weight is not None else _widths_named_by(module),
         attributes=attributes,
         codes=codes,
-        note=_instance_forward_note(module, cls),
+        note=_instance_forward_note(module),
     )
 
 
@@ -222,25 +233,17 @@ def class_forward(cls: type[nn.Module]) -> Callable[..., Any]:
     return getattr(forward, "_torchdynamo_orig_callable", forward)
 
 
-def _instance_forward_note(module: nn.Module, cls: type[nn.Module]) -> str:
-    """Says what an instance-level `forward` is; `Rejected` where nobody known put it there."""
-    forward = module.__dict__.get("forward")
-    if forward is None:
-        return ""
-    notes = []
-    if "_hf_hook" in module.__dict__ and "_old_forward" in module.__dict__:
-        notes.append("under accelerate's hooks")
-        forward = module.__dict__["_old_forward"]
-    function = getattr(forward, "__func__", None)
-    if function is not None and function in (cls.forward, type(module).forward):
-        return ", ".join(notes)
-    origin = f"{getattr(function, '__module__', None)}.{getattr(function, '__qualname__', forward)}"
-    if origin.split(".")[0] not in _KERNEL_PACKAGES and not hasattr(cls, "kernel_layer_name"):
-        raise Rejected(
-            f"an instance-level forward ({origin}) stands over {cls.__name__}.forward, and what it computes is unknown;"
-            " delete it from the module to have the class's own forward considered"
-        )
-    notes.append(f"its class's own forward was read from under the instance-level {origin}")
+def _instance_forward_note(module: nn.Module) -> str:
+    """Says what stands over the class's own forward; `Rejected` where nobody known put it there."""
+    obstacle = instance_forward.foreign(module)
+    if obstacle is not None:
+        raise Rejected(f"it has {obstacle}; delete it from the module to have the class's own forward considered")
+    notes = ["under accelerate's hooks"] if "_hf_hook" in module.__dict__ else []
+    for slot in instance_forward.SLOTS:
+        function = getattr(module.__dict__.get(slot), "__func__", None)
+        if function is not None and function is not type(module).forward:
+            name = f"{function.__module__}.{function.__qualname__}"
+            notes.append(f"its class's own forward was read from under the instance-level {name}")
     return ", ".join(notes)
 
 
