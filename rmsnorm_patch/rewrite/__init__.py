@@ -42,7 +42,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> Report:
             for site in plan.fused_norms():
                 norms.install(model.get_submodule(site.path), site, plan.backend, journal)
             layers.install(model, plan, journal)
-            report = Report(plan, *patched_paths(model))
+            report = Report(plan, *patched_paths(model), _notes(model))
             journal.set_state(model, APPLIED, report)
         except BaseException as error:
             journal.rollback()
@@ -80,3 +80,9 @@ def patched_paths(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
         tuple(path for path, role in roles.items() if role == "norm"),
         tuple(path for path, role in roles.items() if role == "layer"),
     )
+
+
+def _notes(model: nn.Module) -> tuple[str, ...]:
+    if not model.training:
+        return ()
+    return ("the model is in training mode and uses its original arithmetic; model.eval() brings the kernels in",)

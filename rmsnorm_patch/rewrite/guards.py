@@ -16,6 +16,8 @@ from torch.nn import Parameter
 
 from ..semantics import SUPPORTED_DTYPES
 
+TRAINING = "the module is in training mode (reentrant checkpointing runs it with grad off); call model.eval()"
+
 _PLAIN = frozenset((torch.Tensor, Parameter))
 _DTYPES = frozenset(SUPPORTED_DTYPES)
 _float32 = torch.float32

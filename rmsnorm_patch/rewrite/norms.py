@@ -106,14 +106,20 @@ def _forward_of(original: type[nn.Module], key: Key) -> Callable[..., Any]:
         eps = implied_eps if eps_name is None else getattr(self, eps_name)
         if eps is None:
             eps = _EPS_OF_NONE
-        if (weight is None) is weightless and type(eps) is float and guards.servable(hidden_states, weight):
+        if (
+            (weight is None) is weightless
+            and type(eps) is float
+            and not self.training
+            and guards.servable(hidden_states, weight)
+        ):
             normed = run(hidden_states, weight, eps)
             if observe.active is not None:
                 report(self, hidden_states, normed, run.backend_for(hidden_states, weight))
             return normed
         normed = original.forward(self, hidden_states)
         if observe.active is not None:
-            why = guards.reason(hidden_states, weight) or f"weight or eps is not where it was (eps is {eps!r})"
+            why = guards.reason(hidden_states, weight) or (guards.TRAINING if self.training else "")
+            why = why or f"weight or eps is not where it was (eps is {eps!r})"
             report(self, hidden_states, normed, "original", why)
         return normed
 
@@ -125,7 +131,7 @@ def _forward_of(original: type[nn.Module], key: Key) -> Callable[..., Any]:
         if weight is None:
             weight = self._buffers.get(weight_name)
         eps = implied_eps if eps_name is None else getattr(self, eps_name)
-        if (weight is None) is weightless and guards.traceable(hidden_states, weight):
+        if (weight is None) is weightless and not self.training and guards.traceable(hidden_states, weight):
             return run(hidden_states, weight, _EPS_OF_NONE if eps is None else eps)
         return original.forward(self, hidden_states)
 

@@ -78,7 +78,7 @@ def in_layer(norm: nn.Module, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.T
             if kernel.fused is None or not (a.is_cuda or kernel.on_cpu):
                 return _in_layer_reference(norm, kernel, a, b)
             weight = kernel.weight_of(norm)
-            if _pair_servable(kernel, a, b, weight):
+            if _pair_servable(kernel, a, b, weight) and not norm.training:
                 normed, total = kernel.fused(a, b, weight, kernel.eps_of(norm))
                 if observe.active is not None:
                     backend = kernel.backend(a, weight)
@@ -127,7 +127,7 @@ def tail(layer: nn.Module, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if kernel is None or not (_unhooked(norm) and _undisturbed(layer, link)):
         return a + b
     weight = kernel.weight_of(norm)
-    if not _pair_servable(kernel, a, b, weight) or (a.is_inference() and not link.passive):
+    if norm.training or not _pair_servable(kernel, a, b, weight) or (a.is_inference() and not link.passive):
         return a + b
     if kernel.fused is None or not (a.is_cuda or kernel.on_cpu):
         total = a + b
@@ -170,7 +170,7 @@ def why_not(norm: nn.Module, kernel: NormKernel | None, a: torch.Tensor, b: torc
     weight = kernel.weight_of(norm)
     if weight is None and kernel.weight_attribute is not None:
         return f"the norm's {kernel.weight_attribute} is not a parameter or buffer of its own"
-    return guards.reason(a, weight) or guards.reason(b, weight)
+    return guards.reason(a, weight) or guards.reason(b, weight) or (guards.TRAINING if norm.training else "")
 
 
 def _unhooked(norm: nn.Module) -> bool:
