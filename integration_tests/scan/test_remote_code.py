@@ -1,5 +1,6 @@
 """Norms that nobody listed are matched by what they compute; look-alikes are rejected, each with its reason."""
 
+import functools
 import importlib.util
 import re
 import sys
@@ -10,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from rmsnorm_patch.scan import infer_spec
+from rmsnorm_patch.scan import infer_spec, variant_name
 from rmsnorm_patch.semantics import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, T5, NormSpec
 
 WIDTH = 48
@@ -365,6 +366,17 @@ class OwnCall(Norm):
         return self.weight * rms(x.float(), self.eps).to(x.dtype)
 
 
+class FailsInTraining(Norm):
+    def forward(self, x):
+        if self.training:
+            raise RuntimeError("no process group")
+        return self.weight * rms(x.float(), self.eps).to(x.dtype)
+
+
+class Delegates(Norm):
+    forward = functools.partial(rms, eps=1e-6)
+
+
 LOOK_ALIKES = [
     (SubtractsMean, "subtracts the mean"),
     (SumOfSquares, "sum of squares"),
@@ -393,6 +405,8 @@ LOOK_ALIKES = [
     (ReturnsTuple, "returns a tuple"),
     (NeedsAnotherDevice, r"cannot be run on .* the CPU \(RuntimeError: this kernel needs a GPU"),
     (OwnCall, "overrides __call__"),
+    (FailsInTraining, r"fails on a probe \(RuntimeError: no process group\)"),
+    (Delegates, "no forward in Python"),
     (lambda: nn.RMSNorm((4, 8)), "2 dimensions"),
     (lambda: nn.RMSNorm((4, 8), elementwise_affine=False), "over 2 dimensions"),
     (lambda: nn.LayerNorm(WIDTH, bias=False), "subtracts the mean"),
@@ -408,9 +422,19 @@ def test_look_alikes_are_rejected_with_their_reason(build, reason):
     assert re.search(reason, match.reason), match.reason
 
 
+class Compiled(Norm):
+    @torch.compile
+    def forward(self, x):
+        return self.weight * rms(x.float(), self.eps).to(x.dtype)
+
+
+def test_a_forward_under_torch_compile_is_run_uncompiled():
+    torch._dynamo.utils.counters.clear()
+    assert infer_spec(Compiled()).spec.variant == LLAMA.variant
+    assert not torch._dynamo.utils.counters["frames"]
+
+
 def test_common_variants_have_their_names():
     named = {LLAMA: "llama", GEMMA: "gemma", T5: "t5", FP32_WEIGHT_MULTIPLY: "fp32-weight-multiply"}
-    from rmsnorm_patch.scan import variant_name
-
     assert {spec: variant_name(spec) for spec in named} == named
     assert variant_name(NormSpec(width=3, eps=1e-5)) == "llama width=3"

@@ -16,7 +16,7 @@ from ..errors import UnsupportedModel
 from ..plan import NormSite
 from ..semantics import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, T5, NormSpec
 from .diagnose import explain
-from .probe import WEIGHTLESS, Found, find_spec, undisturbed
+from .probe import WEIGHTLESS, Found, find_spec, short, undisturbed
 from .subject import Rejected, Subject, examine, own_class, reachable_codes
 
 _NAMED_RMS = re.compile(r"RMS|Rms|rms(?=_|[nN]orm|$)")  # but not the "rms" of "LayerNormSelfAttention", lower-cased
@@ -110,6 +110,8 @@ def _probe(subject: Subject, module: nn.Module) -> Found | str:
             return find_spec(subject, module) or explain(subject)
         except Rejected as rejection:
             return str(rejection)
+        except Exception as error:  # foreign code, which may fail in any way, say in training mode only
+            return f"its forward fails on a probe ({short(error)})"
 
 
 def scan_norms(

@@ -73,14 +73,13 @@ class Subject:
         return made.eval()
 
 
-@lru_cache(maxsize=64)
-def _unpatched(cls: Hashable) -> type[nn.Module]:
-    return unpatched_class(cls)  # type: ignore[arg-type]
+_unpatched = lru_cache(maxsize=64)(unpatched_class)  # a class derived from a patched one is derived anew at each call
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
     """The module's class without our patch."""
-    return _unpatched(type(module))
+    cls: Any = type(module)
+    return _unpatched(cls)
 
 
 def examine(module: nn.Module) -> Subject:
@@ -168,7 +167,9 @@ def _check_signature(cls: type[nn.Module]) -> None:
         raise Rejected("its forward does not name the one tensor that it takes")
     if len(required) > 1:
         raise Rejected(f"its forward needs further arguments ({', '.join(required[1:])}), as a gated norm does")
-    code = inspect.unwrap(cls.forward).__code__
+    code = getattr(inspect.unwrap(cls.forward), "__code__", None)
+    if code is None:
+        raise Rejected("its forward is no Python function")
     read = [p.name for p in parameters if p.name != required[0] and _reads(code, p.name)]
     if read:
         raise Rejected(f"its forward takes an optional argument that changes the result ({', '.join(read)})")
