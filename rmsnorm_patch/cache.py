@@ -140,7 +140,7 @@ def _prepare(folder: Path) -> bool:
 
 
 def read(path: Path) -> tuple[dict[str, Any], bytes]:
-    """(meta, payload) of one artefact, after its owner and digest were checked; Damaged or OSError otherwise."""
+    """(meta, payload) of one artefact, after its owner, digest and key were checked; Damaged or OSError otherwise."""
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
     with os.fdopen(descriptor, "rb") as file:
         info = os.fstat(file.fileno())
@@ -152,8 +152,11 @@ def read(path: Path) -> tuple[dict[str, Any], bytes]:
         raise Damaged("truncated or not an artefact")
     if hashlib.sha256(content[head:]).hexdigest().encode() != content[len(MAGIC) : head - 1]:
         raise Damaged("the digest does not match")
-    meta, _, payload = content[head:].partition(b"\n")
-    return json.loads(meta), payload
+    line, _, payload = content[head:].partition(b"\n")
+    meta = json.loads(line)
+    if meta.get("key") != path.stem:
+        raise Damaged("it was written for another key")
+    return meta, payload
 
 
 def _quarantine(path: Path, why: str) -> None:
@@ -251,7 +254,7 @@ def _from_disk_or_build(key: str, build: Callable[[], bytes], meta: dict[str, An
         payload = _load(path)  # another process may have built it while this one waited
         if payload is None:
             payload = build()
-            _store(path, meta, payload)
+            _store(path, {**meta, "key": key}, payload)
     return payload
 
 

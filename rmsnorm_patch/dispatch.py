@@ -19,7 +19,7 @@ from .plan import BACKENDS, Backend
 from .registry import UNBOUNDED, Kernel, Override, Range, Rule, read_registry, read_tuned
 from .semantics import SUPPORTED_DTYPES, NormSpec
 
-Op = Literal["rms_norm", "fused_add_rms_norm", "fused_add_rms_norm_"]
+Op = Literal["rms_norm", "fused_add_rms_norm", "fused_add_rms_norm_", "rms_norm_pair"]
 
 BUILT_CAPABILITIES = (80, 89, 90, 100, 103, 120)
 """Compute capabilities whose machine code the tests compile and read; others run what the rules give them."""
@@ -115,15 +115,21 @@ def rows_for(threads_per_row: int, cta_threads: int) -> int:
 
 
 def resident_ctas(threads: int, registers: int) -> int:
-    """CTAs that one multiprocessor of 65536 registers and 2048 threads holds at this register bound."""
-    return max(1, min(65536 // (threads * registers), 2048 // threads))
+    """CTAs that one multiprocessor of 65536 registers and 2048 threads holds at this register bound.
+
+    Registers are handed out to four warps at a time.
+    """
+    allocated = -(-threads // 128) * 128
+    return max(1, min(65536 // (allocated * registers), 2048 // threads))
 
 
 def _within(value: int, span: Range) -> bool:
     return span[0] <= value <= span[1]
 
 
-def _configure(kernel: Kernel, rule: Rule, tuned: tuple[Override, ...], op: Op, n: int, itemsize: int) -> Config:
+def _configure(
+    kernel: Kernel, rule: Rule, m: Range, tuned: tuple[Override, ...], op: Op, n: int, itemsize: int
+) -> Config:
     values = {
         "vec_bytes": rule.vec_bytes,
         "threads_per_row": rule.threads_per_row,
@@ -137,7 +143,7 @@ def _configure(kernel: Kernel, rule: Rule, tuned: tuple[Override, ...], op: Op, 
     }
     reason = rule.reason or kernel.reason
     for override in tuned:
-        covers = override.m[0] <= rule.m[0] and rule.m[1] <= override.m[1]
+        covers = override.m[0] <= m[0] and m[1] <= override.m[1]
         if override.kernel == kernel.name and op in override.ops and covers and _within(n, override.n):
             if itemsize not in override.itemsize:
                 continue
@@ -179,7 +185,7 @@ def _configure(kernel: Kernel, rule: Rule, tuned: tuple[Override, ...], op: Op, 
         smem_bytes=rule.smem_bytes,
         arch_suffix=kernel.arch_suffix,
         defines=rule.defines,
-        m=rule.m,
+        m=m,
         reason=reason,
     )
 
@@ -208,7 +214,7 @@ def schedules(
             fits = itemsize in rule.itemsize and _within(n, rule.n) and _within(arch, rule.capability)
             fits = fits and n * itemsize % rule.row_bytes_multiple_of == 0
             if fits and rule.m[0] <= next_m <= rule.m[1]:
-                found.append(_configure(kernel, rule, tuned, op, n, itemsize))
+                found.append(_configure(kernel, rule, (next_m, rule.m[1]), tuned, op, n, itemsize))
                 next_m = rule.m[1] + 1
         if next_m > UNBOUNDED:
             break

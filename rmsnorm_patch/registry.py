@@ -18,7 +18,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-OPS = ("rms_norm", "fused_add_rms_norm", "fused_add_rms_norm_")
+OPS = ("rms_norm", "fused_add_rms_norm", "fused_add_rms_norm_", "rms_norm_pair")
+"""rms_norm_pair: two plain norms of one spec and N, each with its own rows and weight, in one launch (q and k)."""
 DTYPES = ("fp32", "bf16", "fp16")
 GRIDS = ("rows", "persistent")
 UNBOUNDED = 2**63 - 1
