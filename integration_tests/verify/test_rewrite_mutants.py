@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn as nn
 from proof_models import apply_as_kernel, as_kernel, build, honest, prompts
+
 from rmsnorm_patch import VerificationFailed, apply, observe, verify
 from rmsnorm_patch.rewrite import norms, pair_ops
 from rmsnorm_patch.rewrite.classes import STATE, is_patched, original_class
@@ -53,7 +54,7 @@ def only_at(norm: nn.Module, wrong: Callable) -> Callable:
 
 
 def sum_not_written(norm, a, b):  # type: ignore[no-untyped-def]
-    total, normed = pair_ops.in_layer(norm, a, b)
+    _, normed = pair_ops.in_layer(norm, a, b)
     return b, normed
 
 
@@ -63,7 +64,7 @@ def sum_written_late(norm, a, b):  # type: ignore[no-untyped-def]
 
 
 def normed_replaced(norm, a, b):  # type: ignore[no-untyped-def]
-    total, normed = pair_ops.in_layer(norm, a, b)
+    total, _ = pair_ops.in_layer(norm, a, b)
     return total, total
 
 
@@ -190,8 +191,8 @@ def test_tail_returns_another_sum(rewrite_with: Callable) -> None:
 
 
 def test_tail_hands_over_to_the_wrong_norm() -> None:
-    """Each layer's result is normed with the weights of the layer after the next; the norms refuse it, so all values are
-    right, and the count tells that the pairs did not fire."""
+    """What was normed with another layer's weights is refused by the norm, so all values are right; the count says
+    that the pairs did not fire."""
     model = build("llama", torch.bfloat16)
     apply(model)
     layers = model.model.layers

@@ -17,8 +17,15 @@ _BITS = {
 }
 FAR = 2**62
 """Distance of values that no number of steps connects: NaN or Inf on one side only."""
+HUGE = 1e30
+"""Stands in reports for a number that is infinite or undefined; JSON has neither."""
 
 _CHUNK = 1 << 22
+
+
+def finite(value: float) -> float:
+    """`value`, or HUGE for NaN and anything larger."""
+    return value if abs(value) < HUGE else HUGE
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:
@@ -88,7 +95,8 @@ class Difference:
 
     max_ulp: largest distance. differing: elements that are not equal. bias_sum, scale_sum: numerator and denominator
     of the scale bias, over finite elements. sum_elements, sum_mismatches: residual sums compared and not bit-equal.
-    worst_row: row (of the flattened leading dimensions) that holds `max_ulp`. width: elements in a row. error: a shape or dtype that differs.
+    worst_row: row (of the flattened leading dimensions) that holds `max_ulp`. width: elements in a row.
+    error: a shape or dtype that differs.
     """
 
     elements: int = 0

@@ -62,7 +62,7 @@ def judge(
         first = first or path
     if not missing and list(orders[0]) != list(orders[1]):
         at = next((i for i, (a, b) in enumerate(zip(*orders, strict=False)) if a != b), min(map(len, orders)))
-        first = (list(orders[0]) + [""])[min(at, len(orders[0]))]
+        first = [*orders[0], ""][min(at, len(orders[0]))]
         missing.append(f"norm call {at} is {first} in the original and another one in the patched model")
     return FiredProof(
         expected=sum(original_calls.get(path, 0) for path in planned),

@@ -23,8 +23,8 @@ from .difference import bit_mismatches, bits, digest
 
 
 def is_call(event: observe.Event) -> bool:
-    """Whether `event` stands for one call of its norm in the original model. "cross_layer" computes for a later call, and
-    a pair that fell back reports only why: the norm that it called has an event of its own."""
+    """Whether `event` stands for one call of its norm in the original model. "cross_layer" computes for a later call; a
+    pair that fell back reports only why, and the norm that it called has an event of its own."""
     return event.kind != "cross_layer" and not (event.kind == "in_layer" and event.backend == "original")
 
 
@@ -67,6 +67,9 @@ class Replay:
     first_difference: str = ""
     site: str = ""
 
+    def differ(self, site: str, text: str) -> None:
+        self.site, self.first_difference = site, text
+
 
 def replay(
     model: nn.Module, run: Callable[[nn.Module], tuple[torch.Tensor, ...]], tape: Tape, paths: Mapping[str, nn.Module]
@@ -77,13 +80,15 @@ def replay(
     def feed(path: str, entered: torch.Tensor, output: torch.Tensor) -> torch.Tensor | None:
         if done.first_difference:
             return None
-        if done.calls >= len(tape.calls):
-            return _differ(done, path, f"{path}: called by the original, not by the patched model")
-        call = tape.calls[done.calls]
-        if call.path != path:
-            return _differ(done, path, f"norm call {done.calls}: {call.path} in place of {path}")
-        if call.digest != digest(entered):
-            return _differ(done, path, f"{path}: its input is not the original's (norm call {done.calls})")
+        call = tape.calls[done.calls] if done.calls < len(tape.calls) else None
+        if call is None:
+            done.differ(path, f"{path}: called by the original, not by the patched model")
+        elif call.path != path:
+            done.differ(path, f"norm call {done.calls}: {call.path} in place of {path}")
+        elif call.digest != digest(entered):
+            done.differ(path, f"{path}: its input is not the original's (norm call {done.calls})")
+        if call is None or done.first_difference:
+            return None
         done.calls += 1
         return call.normed.to(output.device)
 
@@ -91,12 +96,12 @@ def replay(
         outputs = run(model)
     if not done.first_difference and done.calls < len(tape.calls):
         path = tape.calls[done.calls].path
-        _differ(done, path, f"{path}: called by the patched model, not by the original")
+        done.differ(path, f"{path}: called by the patched model, not by the original")
     if not done.first_difference:
         for number, (left, right) in enumerate(zip(tape.outputs, outputs, strict=True)):
             if mismatches := bit_mismatches(left, right):
                 last = tape.calls[-1].path if tape.calls else ""
-                _differ(done, last, f"output {number} after {last}: {mismatches} of {right.numel()} elements differ")
+                done.differ(last, f"output {number} after {last}: {mismatches} of {right.numel()} elements differ")
                 break
     return done
 
@@ -104,10 +109,6 @@ def replay(
 def reproducible(model: nn.Module, run: Callable[[nn.Module], tuple[torch.Tensor, ...]]) -> bool:
     """Whether the model gives the same bits twice."""
     return all(not bit_mismatches(a, b) for a, b in zip(run(model), run(model), strict=True))
-
-
-def _differ(done: Replay, path: str, text: str) -> None:
-    done.first_difference, done.site = text, path
 
 
 @contextmanager

@@ -10,11 +10,8 @@ import torch
 import torch.nn as nn
 
 from ..tolerances import GREEDY_MARGIN, LOGIT_ERROR_RATIO
-from .difference import bit_mismatches
+from .difference import HUGE, bit_mismatches, finite
 from .report import GreedyProof, LogitProof
-
-HUGE = 1e30
-"""Stands for an infinite or undefined ratio in reports (JSON has no infinity)."""
 
 _POSITIONS = 256
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -34,10 +31,6 @@ class Errors:
             return 0.0
         value = self.relative.median() if experts else self.relative.pow(2).mean().sqrt()
         return finite(float(value))
-
-
-def finite(value: float) -> float:
-    return value if value == value and abs(value) < HUGE else HUGE
 
 
 def routes_to_experts(model: nn.Module) -> bool:
@@ -162,7 +155,7 @@ def _first_parting(original: tuple[torch.Tensor, ...], patched: tuple[torch.Tens
             continue
         step = int(differ[0])
         best = original[1][row, step].to(torch.float64).topk(2).values
-        margin = float(best[0] - best[1])
+        margin = finite(float(best[0] - best[1]))
         if found[1] is None or margin > found[1]:
             found = (f"token {step} of sequence {row}", margin)
     if not found[0] and original[1].shape[1] != patched[1].shape[1]:

@@ -6,7 +6,7 @@ import platform
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -58,7 +58,8 @@ def verify(
         where memory and weights allow, else "original" with a note.
     greedy_tokens: generated from the first input by causal models; 0 leaves greedy out.
     strict: red also where a call fell back with a stated reason, and where a greedy token turned on a near-tie.
-    record, compare: safetensors file to write this model's logits to, or to hold them against (`record_logits`).
+    record, compare: safetensors file to write this model's logits to, or to hold them against (`record_logits`,
+        `compare_logits`), once the proof is green.
     save_failure: safetensors file for the failing rows of the worst site, written only when the proof is red.
     space: bytes of norm outputs kept (on the CPU) for the data-flow layer; a longer input is shortened for it.
     source: checkpoint folder or name, for the command that repeats the proof. progress: called with each step's name.
@@ -73,13 +74,8 @@ def verify(
         proof = work.proof(normalise(inputs, model), reference, greedy_tokens, source)
         if save_failure is not None and not proof.passed:
             proof = work.save_failure(proof, Path(save_failure))
-        if record is not None or compare is not None:
-            from .recorded import compare_logits, record_logits
-
-            if record is not None:
-                record_logits(model, inputs, record)
-            if compare is not None:
-                compare_logits(model, compare)
+        if proof.passed:
+            proof = _with_files(proof, model, inputs, record, compare)
     if raise_on_failure and not proof.passed:
         raise VerificationFailed(
             proof.red_site or proof.model_class,
@@ -173,8 +169,6 @@ class _Work:
         )
 
     def save_failure(self, proof: Proof, path: Path) -> Proof:
-        from dataclasses import replace
-
         from safetensors.torch import save_file
 
         kept = self.watcher.failing_inputs(proof.red_site)
@@ -215,13 +209,13 @@ class _Work:
             self.watcher.run = "decode" if run.tokens else "captured"
             order: list[str] = []
             tape = flow.Tape(self.space)
-            full = False
+            fits = True
 
             def listen(path: str, event: observe.Event, order: list[str] = order, tape: flow.Tape = tape) -> None:
-                nonlocal full
+                nonlocal fits
                 if flow.is_call(event):
                     order.append(path)
-                    full = full or not tape.add(path, event)
+                    fits = tape.add(path, event) and fits
 
             self.watcher.listener = listen
             with observe.observing(self.watcher):
@@ -230,7 +224,7 @@ class _Work:
             if not run.tokens:
                 self.seen.orders[1].extend(order)
             tape.outputs = outputs
-            if full:
+            if not fits:
                 run, tape = self._shorter(run, tape)
             if tape.calls:
                 self.seen.tapes.append((run, tape))
@@ -320,6 +314,20 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _with_files(
+    proof: Proof, model: nn.Module, inputs: Inputs, record: str | Path | None, compare: str | Path | None
+) -> Proof:
+    from .recorded import compare_logits, record_logits
+
+    notes = list(proof.notes)
+    if record is not None:
+        record_logits(model, inputs, record)
+        notes.append(f"logits recorded in {record}")
+    if compare is not None:
+        notes.append(compare_logits(model, compare).explain())
+    return replace(proof, notes=tuple(notes))
 
 
 def _device_name(model: nn.Module) -> str:

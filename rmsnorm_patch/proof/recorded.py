@@ -44,8 +44,18 @@ class Comparison:
     def passed(self) -> bool:
         return self.bit_identical or self.error <= self.allowed
 
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "passed": self.passed}
+
     def to_json(self, indent: int | None = None) -> str:
-        return json.dumps({**asdict(self), "passed": self.passed}, indent=indent)
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def explain(self) -> str:
+        verdict = "bit-identical to" if self.bit_identical else f"{self.error:.3e} (relative rms) from"
+        return (
+            f"logits {verdict} those in {self.path}, allowed {self.allowed:.3e}; top-1 {self.top1_agreement:.4f} over "
+            f"{self.positions} positions, max abs {self.max_abs:.2e}"
+        )
 
 
 def record_logits(model: nn.Module, inputs: Inputs, path: str | Path) -> None:
@@ -127,7 +137,7 @@ def compare_logits(model: nn.Module, path: str | Path, raise_on_failure: bool = 
     if raise_on_failure and not result.passed:
         raise VerificationFailed(
             str(path),
-            f"logits {result.error:.3e} from the recorded ones (relative rms), top-1 agreement {result.top1_agreement:.4f}",
+            result.explain(),
             f"{result.allowed:.3e}: {LOGIT_ERROR_RATIO} x sqrt(2) x the recorded model's own error",
             "run verify on this machine; compare versions and dtype with those in the file",
             result,

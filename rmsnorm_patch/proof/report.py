@@ -167,7 +167,8 @@ class LogitProof:
     patched_error, own_error: rms over positions and vocabulary, relative to the logits' rms, against the reference
         (for "original": of the patched run and of the permitted rounding, against the original). own_error covers
         permitted rounding too where the model routes tokens to experts: a tie may then fall either way.
-    ratio, allowed_ratio: patched_error / own_error and k. kl_mean, kl_max: KL(original || patched) in nats per position.
+    ratio, allowed_ratio: patched_error / own_error and k.
+    kl_mean, kl_max: KL(original || patched) in nats per position.
     """
 
     reference: str
@@ -273,10 +274,10 @@ class Proof:
 
     def command(self) -> str:
         """The command line that repeats this proof, on the site to blame where there is one."""
-        words = ["rmsnorm-patch", "verify", self.source or "MODEL", "--backend", self.backend]
+        words = ["rmsnorm-patch", "verify", self.source or "MODEL", "--backend", self.backend, "--dtype", self.dtype]
         if self.red_site:
             words += ["--site", self.red_site]
-        return " ".join(map(shlex.quote, [*words, "--seed", str(self.seed)]))
+        return shlex.join([*words, "--seed", str(self.seed)])
 
     def _lines(self) -> list[tuple[bool, str]]:
         red = [site.path for site in self.sites if not site.passed]

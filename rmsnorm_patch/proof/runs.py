@@ -36,9 +36,10 @@ class Run:
 
 def normalise(inputs: Inputs, model: nn.Module) -> list[dict[str, Any]]:
     """`inputs` as a list of keyword arguments, tensors on the model's device. Raises UnsupportedInput."""
-    given = [inputs] if isinstance(inputs, (torch.Tensor, Mapping)) or hasattr(inputs, "keys") else inputs
+    given: Any = [inputs] if isinstance(inputs, torch.Tensor) or hasattr(inputs, "keys") else inputs
     device = device_of(model)
     made = []
+    item: Any
     for item in given if isinstance(given, Sequence) else [given]:
         if isinstance(item, torch.Tensor):
             item = {"input_ids": item if item.dim() > 1 else item.unsqueeze(0)}
@@ -90,7 +91,7 @@ def can_generate(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
     return "input_ids" in inputs and bool(getattr(model, "can_generate", bool)())
 
 
-def _generate(model: nn.Module, inputs: Mapping[str, Any], tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _generate(model: Any, inputs: Mapping[str, Any], tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Greedy, whatever the checkpoint's own sampling settings say."""
     config = copy.deepcopy(model.generation_config)
     config.update(do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, max_length=None)
@@ -98,18 +99,20 @@ def _generate(model: nn.Module, inputs: Mapping[str, Any], tokens: int) -> tuple
     if config.pad_token_id is None:
         ends = config.eos_token_id
         config.pad_token_id = (ends[0] if isinstance(ends, list) else ends) if ends is not None else 0
-    made = model.generate(**inputs, generation_config=config)  # type: ignore[operator]
+    made = model.generate(**inputs, generation_config=config)
     return made.sequences.cpu(), torch.stack([step.detach().cpu() for step in made.logits], dim=1)
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off for the block; every module's own `training` flag comes back."""
+    """Dropout off for the block; every module's own `training` flag comes back. Compiled modules run their eager code:
+    what a compiler makes of it reports no calls, and is not this package's arithmetic to prove."""
     before = [(module, module.training) for module in model.modules()]
     for module, _ in before:
         module.training = False
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         for module, training in before:
             module.training = training

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -19,7 +20,7 @@ from ..plan import Backend, NormSite
 from ..rewrite import classes
 from ..tolerances import EXACT, EXACT_ERROR_RATIO, SITE, SiteTolerance
 from . import probes
-from .difference import Difference, compare, compare_sum, row_keys
+from .difference import Difference, compare, compare_sum, finite, row_keys
 from .report import Measurement, SiteProof
 
 _KEPT_ROWS = 16
@@ -202,7 +203,8 @@ def _ignore(event: observe.Event) -> None:
 
 
 def _original(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return classes.original_class(type(norm)).forward(norm, x)
+    original: Any = classes.original_class(type(norm))
+    return original.forward(norm, x)
 
 
 def _tolerance(backend: str, dtype: torch.dtype) -> SiteTolerance:
@@ -211,7 +213,7 @@ def _tolerance(backend: str, dtype: torch.dtype) -> SiteTolerance:
 
 def _relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
     size = float(exact.pow(2).mean().sqrt())
-    return float((actual.to(torch.float64) - exact).pow(2).mean().sqrt()) / size if size else 0.0
+    return finite(float((actual.to(torch.float64) - exact).pow(2).mean().sqrt()) / size) if size else 0.0
 
 
 def _exact_violations(found: Difference, fused_error: float, original_error: float) -> tuple[str, ...]:

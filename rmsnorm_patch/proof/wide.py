@@ -51,7 +51,7 @@ def _copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         memo[id(buffer)] = buffer.to(dtype) if buffer.is_floating_point() and buffer.dtype != torch.float64 else buffer
     made = copy.deepcopy(model, memo)
     if dtype == torch.float64 and hasattr(made, "set_experts_implementation"):
-        made.set_experts_implementation("eager")  # torch's grouped matrix product has no fp64
+        made.set_experts_implementation("eager")  # type: ignore[operator]  # torch's grouped matrix product has no fp64
     return made
 
 
@@ -77,9 +77,8 @@ def _check_memory(model: nn.Module, dtype: torch.dtype) -> None:
     for device, size in needed.items():
         free = _free_memory(device)
         if free is not None and size * _HEADROOM > free:
-            raise Unavailable(
-                f"a {dtype} copy needs {size * _HEADROOM / 2**30:.1f} GiB on {device}, free {free / 2**30:.1f}"
-            )
+            needs = size * _HEADROOM / 2**30
+            raise Unavailable(f"a {dtype} copy needs {needs:.1f} GiB on {device}, free {free / 2**30:.1f}")
 
 
 def _free_memory(device: torch.device) -> int | None:
