@@ -212,7 +212,8 @@ def schedules(
             continue
         for rule in kernel.rules:
             fits = itemsize in rule.itemsize and _within(n, rule.n) and _within(arch, rule.capability)
-            fits = fits and n * itemsize % rule.row_bytes_multiple_of == 0
+            row_bytes = n * itemsize
+            fits = fits and _within(row_bytes, rule.row_bytes) and row_bytes % rule.row_bytes_multiple_of == 0
             if fits and rule.m[0] <= next_m <= rule.m[1]:
                 found.append(_configure(kernel, rule, (next_m, rule.m[1]), tuned, op, n, itemsize))
                 next_m = rule.m[1] + 1
@@ -321,7 +322,9 @@ def _no_kernel(op: Op, x_dtype: torch.dtype, n: int, arch: int) -> str:
     lowest = min((kernel.capability[0] for kernel in able), default=0)
     if able and arch < lowest:
         return f"needs sm_{lowest} or newer, device has sm_{arch}"
-    longest = max((rule.n[1] for kernel in able for rule in kernel.rules), default=0)
+    rules = [rule for kernel in able for rule in kernel.rules if _within(arch, kernel.capability)]
+    rules = [rule for rule in rules if _within(arch, rule.capability) and x_dtype.itemsize in rule.itemsize]
+    longest = max((min(rule.n[1], rule.row_bytes[1] // x_dtype.itemsize) for rule in rules), default=0)
     if n > longest:
         return f"needs N <= {longest}, x has N={n} (sm_{arch})"
     return f"no CUDA kernel for {op}, {DTYPE_NAMES[x_dtype]}, N={n} on sm_{arch}"

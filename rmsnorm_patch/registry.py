@@ -34,6 +34,7 @@ class Rule:
     m: Range
     capability: Range
     itemsize: tuple[int, ...]
+    row_bytes: Range
     row_bytes_multiple_of: int
     vec_bytes: int
     threads_per_row: int | None
@@ -177,10 +178,11 @@ def _rule(table: _Table) -> Rule:
     ):
         raise table.error(table._key("defines"), defines, "a table of UPPER_CASE = integer")
     rule = Rule(
-        n=table.span("n", None),
+        n=table.span("n", (1, UNBOUNDED)),
         m=table.span("m", (1, UNBOUNDED)),
         capability=table.span("capability", (0, UNBOUNDED), low=0),
         itemsize=table.itemsizes(),
+        row_bytes=table.span("row_bytes", (1, UNBOUNDED)),
         row_bytes_multiple_of=table.integer("row_bytes_multiple_of", 1, (1, 2, 4, 8, 16, 32)),
         vec_bytes=_launch_values(table, "vec_bytes", 16),
         threads_per_row=_launch_values(table, "threads_per_row", None) if explicit else None,
@@ -195,7 +197,7 @@ def _rule(table: _Table) -> Rule:
         defines=tuple(sorted(defines.items())),
         reason=table.text("reason", ""),
     )
-    table.done("n, m, capability, itemsize, row_bytes_multiple_of, defines, reason, smem_bytes, " + ", ".join(TUNABLE))
+    table.done("n, m, capability, itemsize, row_bytes, row_bytes_multiple_of, defines, reason, smem_bytes, " + ", ".join(TUNABLE))
     return rule
 
 

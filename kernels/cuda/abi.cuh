@@ -30,6 +30,9 @@
 //                    blockDim.x = THREADS_PER_ROW * ROWS_PER_CTA / ROWS_PER_THREAD
 //   TREE_THREADS     0: the reduction tree depends on N and VEC alone. 1: on the schedule (reduce.cuh); CLUSTER > 1 needs 1
 //   WEIGHT_AT        when the weight is read: 0 above the dependency wait, 1 with x, 2 after the reduction
+//   LAUNCH_AT        when the next kernel may become resident: 0 at once, 1 after the dependency wait, 2 after the loads of x
+//   PREFETCH         1: before the wait, ask for the CTA's rows of x and residual to come to L2 (sm_90+)
+//   STAGE            chunks that a thread loads before it adds them
 //   MIN_CTAS         second argument for __launch_bounds__
 //   any further upper-case key of a registry rule's `defines` table
 //
@@ -40,7 +43,7 @@
 // dynamic bytes if the registry row says so.
 //
 // DEPENDENT LAUNCH. On sm_90+ the launch carries programmatic stream serialization. Before `griddepcontrol.wait` a
-// kernel may read the weight and nothing else; every CTA executes the wait before it reads activations, writes or exits.
+// kernel may read the weight and nothing else (PREFETCH reads nothing: it moves lines to L2, where both kernels meet); every CTA executes the wait before it reads activations, writes or exits.
 // (For a weight that is not a parameter the host launches without the attribute, so an early weight read is safe.)
 //
 // ALIASING. In place: normed == x and total == residual (same strides). Also possible: residual == x (h + h). No

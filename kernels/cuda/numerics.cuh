@@ -100,12 +100,24 @@ __device__ __forceinline__ Stored<TO> convert(Stored<FROM> stored) {
 constexpr int FACTOR_T = OFFSET == 1 ? DT_F32 : W_T;
 constexpr int PRODUCT_T = ROUND_T == FACTOR_T ? ROUND_T : DT_F32;
 
-__device__ __forceinline__ Stored<FACTOR_T> weight_factor(Stored<W_T> weight) {
-    if constexpr (OFFSET == 0) {
+template <int OFFSET_>
+__device__ __forceinline__ auto weight_factor(Stored<W_T> weight) {
+    if constexpr (OFFSET_ == 0) {
         return weight;
     } else {
         Pair w = widen<W_T>(weight);
         return narrow<FACTOR_T>({__fadd_rn(1.0f, w.lo), __fadd_rn(1.0f, w.hi)});
+    }
+}
+
+// round(x * rstd) * (offset + weight): in 16 bits where both factors have that type, else in fp32.
+template <int PRODUCT, int ROUNDED, int FACTOR>
+__device__ __forceinline__ Stored<PRODUCT> multiply(Stored<ROUNDED> x, Stored<FACTOR> factor) {
+    if constexpr (PRODUCT != DT_F32) {
+        return {{packed_multiply<PRODUCT>(x.word[0], factor.word[0])}};
+    } else {
+        Pair h = widen<ROUNDED>(x), w = widen<FACTOR>(factor);
+        return {{__float_as_uint(__fmul_rn(h.lo, w.lo)), __float_as_uint(__fmul_rn(h.hi, w.hi))}};
     }
 }
 
@@ -115,14 +127,6 @@ __device__ __forceinline__ Stored<OUT_T> normalise(Pair x, float rstd, Stored<W_
     if constexpr (!HAS_WEIGHT) {
         return convert<OUT_T, ROUND_T>(rounded);
     } else {
-        Stored<FACTOR_T> factor = weight_factor(weight);
-        if constexpr (PRODUCT_T != DT_F32) {
-            Stored<PRODUCT_T> product = {{packed_multiply<PRODUCT_T>(rounded.word[0], factor.word[0])}};
-            return convert<OUT_T, PRODUCT_T>(product);
-        } else {
-            Pair h = widen<ROUND_T>(rounded);
-            Pair w = widen<FACTOR_T>(factor);
-            return narrow<OUT_T>({__fmul_rn(h.lo, w.lo), __fmul_rn(h.hi, w.hi)});
-        }
+        return convert<OUT_T, PRODUCT_T>(multiply<PRODUCT_T>(rounded, weight_factor<OFFSET>(weight)));
     }
 }

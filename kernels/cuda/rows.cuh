@@ -17,6 +17,20 @@ constexpr int OUT_ALIGN = size_of(OUT_T) > size_of(X_T)   ? smaller(2 * ALIGN, 1
                           : size_of(OUT_T) < size_of(X_T) ? ALIGN / 2
                                                           : ALIGN;
 
+// MIN_CTAS is measured for a weight, sum and output in x's dtype. A spec that holds more in registers gets fewer CTAs.
+constexpr int THREADS_ALLOCATED = ceil_div(TPR * SLOTS, 128) * 128;
+constexpr int HELD_MORE = ROWS_PER_THREAD * CHUNKS_PER_THREAD * (HELD_WORDS - X_WORDS);
+constexpr int WEIGHT_MORE = HAS_WEIGHT ? CHUNKS_PER_THREAD * (CHUNK_WORDS<W_T> - X_WORDS) : 0;
+constexpr int OUT_MORE = CHUNK_WORDS<OUT_T> - X_WORDS;
+constexpr int WEIGHT_WHEN = THREADS_ALLOCATED * CHUNKS_PER_THREAD > 2048 && HELD_MORE + WEIGHT_MORE > 0 ? 2 : WEIGHT_AT;
+__host__ __device__ constexpr int at_least_0(int n) { return n > 0 ? n : 0; }
+constexpr int MORE_REGISTERS =
+    at_least_0(HELD_MORE) + (WEIGHT_WHEN == 2 ? 0 : at_least_0(WEIGHT_MORE)) + at_least_0(OUT_MORE) + (STRIDE2 ? 6 : 0);
+constexpr int REGISTER_FILE = 65536;
+constexpr int CTAS_WITH_MORE =
+    REGISTER_FILE / (THREADS_ALLOCATED * smaller(255, REGISTER_FILE / (MIN_CTAS * THREADS_ALLOCATED) + MORE_REGISTERS));
+constexpr int RESIDENT_CTAS = MORE_REGISTERS > 0 ? (CTAS_WITH_MORE > 1 ? CTAS_WITH_MORE : 1) : MIN_CTAS;
+
 // x + residual of one chunk: `held` is what the norm reads, the return value what is stored as the sum.
 __device__ __forceinline__ void add_chunk(const u32 (&x)[X_WORDS], const u32 (&residual)[X_WORDS], u32 (&held)[HELD_WORDS],
                                           u32 (&total)[X_WORDS]) {
@@ -58,6 +72,9 @@ __device__ __forceinline__ float sum_of_squares(const u32 (&held)[HELD_WORDS], i
     }
     return __fadd_rn(even, odd);
 }
+
+// With one row per CTA the grid has no row to spare.
+__device__ __forceinline__ bool is_row(i64 row, i64 m) { return ROWS_PER_CTA == 1 || row < m; }
 
 struct Weights {
     u32 word[CHUNK_WORDS<W_T>];
@@ -102,13 +119,12 @@ __device__ __forceinline__ int valid_elements(int chunk) { return N % VEC == 0 ?
 __device__ __forceinline__ void prefetch_rows(const Rows& rows, i64 first, int slot, int thread, int first_byte) {
 #if __CUDA_ARCH__ >= 900
     constexpr int SIZE = size_of(X_T), PART = TPR * CHUNKS_PER_THREAD * VEC * SIZE;
-    static_assert(ALIGN >= 16 && N * SIZE % 16 == 0, "bulk prefetches take multiples of 16 bytes");
-    if (thread != 0) return;
+    if (ALIGN < 16 || N * SIZE % 16 != 0 || thread != 0) return;  // bulk prefetches take multiples of 16 bytes
     const int bytes = smaller(PART, N * SIZE - first_byte);
 #pragma unroll
     for (int u = 0; u < ROWS_PER_THREAD; ++u) {
         const i64 row = first + slot + u * SLOTS;
-        if (row >= rows.m || bytes <= 0) return;
+        if (!is_row(row, rows.m) || bytes <= 0) return;
         const char* x = rows.x + row_offset(row, rows.inner_rows, rows.x_outer_stride, rows.x_row_stride) * SIZE + first_byte;
         asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(x), "r"(bytes));
         if constexpr (FUSED_ADD) {
@@ -152,7 +168,7 @@ __device__ __forceinline__ void norm_rows(const Rows& rows, i64 first, float eps
                 load_chunk<W_T, W_ALIGN>(weights[j].word, weight + (i64)chunk * (VEC * W_SIZE), valid_elements(chunk));
         }
     };
-    if constexpr (WEIGHT_AT == 0 && WEIGHT_ROWS == 1) load_weights(0);
+    if constexpr (WEIGHT_WHEN == 0 && WEIGHT_ROWS == 1) load_weights(0);
     if constexpr (PREFETCH) prefetch_rows(rows, first, slot, thread, first_of_cta * VEC * X_SIZE);
     wait_for_previous_kernel();
     if constexpr (LAUNCH_AT == 1) launch_next_kernel();
@@ -168,7 +184,7 @@ __device__ __forceinline__ void norm_rows(const Rows& rows, i64 first, float eps
             const i64 row = first + slot + i / K * SLOTS;
             const int chunk = first_chunk + i % K * TPR;
             const i64 offset = (i64)chunk * (VEC * X_SIZE);
-            if (row < rows.m && exists(i % K)) {
+            if (is_row(row, rows.m) && exists(i % K)) {
                 const char* x_row = rows.x + row_offset(row, rows.inner_rows, rows.x_outer_stride, rows.x_row_stride) * X_SIZE;
                 load_chunk<X_T, ALIGN>(x[i - stage], x_row + offset, valid_elements(chunk));
                 if constexpr (FUSED_ADD) {
@@ -184,7 +200,7 @@ __device__ __forceinline__ void norm_rows(const Rows& rows, i64 first, float eps
         }
         if constexpr (LAUNCH_AT == 2)
             if (stage + STAGE >= U * K) launch_next_kernel();
-        if constexpr (WEIGHT_AT == 1 && WEIGHT_ROWS == 1)
+        if constexpr (WEIGHT_WHEN == 1 && WEIGHT_ROWS == 1)
             if (stage + STAGE >= U * K) load_weights(0);
 #pragma unroll
         for (int i = stage; i < smaller(stage + STAGE, U * K); ++i) {
@@ -194,7 +210,7 @@ __device__ __forceinline__ void norm_rows(const Rows& rows, i64 first, float eps
                 u32 total[X_WORDS];
                 add_chunk(x[i - stage], residual[i - stage], held[i], total);
                 char* total_row = rows.total + row * rows.total_row_stride * X_SIZE;
-                if (row < rows.m && exists(i % K))
+                if (is_row(row, rows.m) && exists(i % K))
                     store_chunk<X_T, ALIGN>(total_row + (i64)chunk * (VEC * X_SIZE), total, valid_elements(chunk));
             } else {
 #pragma unroll
@@ -221,11 +237,11 @@ __device__ __forceinline__ void norm_rows(const Rows& rows, i64 first, float eps
         for (int word = 0; word < HELD_WORDS; ++word) asm volatile("" : "+r"(held[i][word]));
     }
 
-    if constexpr (WEIGHT_AT == 2 && WEIGHT_ROWS == 1) load_weights(0);
+    if constexpr (WEIGHT_WHEN == 2 && WEIGHT_ROWS == 1) load_weights(0);
 #pragma unroll
     for (int u = 0; u < U; ++u) {
         const i64 row = first + slot + u * SLOTS;
-        if (row >= rows.m) continue;
+        if (!is_row(row, rows.m)) continue;
         if constexpr (WEIGHT_ROWS > 1) load_weights(row);
         const float rstd = rsqrtf(__fadd_rn(__fmul_rn(sums[u], 1.0f / WIDTH), eps));
         char* normed_row = rows.normed + row * rows.normed_row_stride * OUT_SIZE;
