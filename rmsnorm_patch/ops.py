@@ -9,8 +9,8 @@ strides of the inputs (the kernels write rows one after another), so the fake im
 `eps=None` means fp32's epsilon (as `NormSpec.eps`). A NormSpec travels as primitive arguments (`spec_args`).
 
 The ops are registered with `torch.library.Library.impl`: 6.5 us per eager call with two allocations, against 14.4 us
-for `torch.library.custom_op`. A bound callable skips the dispatcher altogether. Neither has a backward: under grad the
-patched modules use the original arithmetic, and a bound callable the reference.
+for `torch.library.custom_op`. A bound callable skips the dispatcher altogether. Neither kernels nor ops have a
+backward: under grad the patched modules use the original arithmetic, and so does a bound callable in a traced graph.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class Bound:
     def _traced(self, *args: Any) -> Any:
         x, weight, eps = args[0], args[-2], args[-1]
         if self.op != "fused_add_rms_norm_" and (
-            self.backend == "reference" or compile_form(x.device.type) == "decomposed"
+            self.backend == "reference" or compile_form(x.device.type) == "decomposed" or _needs_grad(args)
         ):
             return self._reference(*args)
         if not self.spec.has_weight:
@@ -164,6 +164,10 @@ class Bound:
 
             return name, triton_backend.bind(self.op, self.spec)
         if name == "cuda":
+            if not x.is_cuda:
+                raise UnsupportedInput(
+                    self.op, f"x on {x.device}", "CUDA tensors for backend='cuda'", "use backend='auto' or 'reference'"
+                )
             from . import cuda_backend
 
             call = cuda_backend.bind(self.op, self.spec)  # type: ignore[arg-type]
@@ -173,6 +177,10 @@ class Bound:
 
     def __repr__(self) -> str:
         return f"Bound({self.op!r}, {self.spec!r}, backend={self.backend!r})"
+
+
+def _needs_grad(args: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
 
 
 def _choose(op: str, spec: NormSpec, x: torch.Tensor, weight: torch.Tensor | None) -> str:
