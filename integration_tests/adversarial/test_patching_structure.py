@@ -76,8 +76,8 @@ def _norm_parametrized(model):
         def forward(self, weight):
             return weight * 2
 
-    torch.nn.utils.parametrize.register_parametrization(model.model.layers[1].input_layernorm, "weight", Double())
-    torch.nn.utils.parametrize.register_parametrization(model.model.layers[0].post_attention_layernorm, "weight", Double())
+    for norm in (model.model.layers[1].input_layernorm, model.model.layers[0].post_attention_layernorm):
+        torch.nn.utils.parametrize.register_parametrization(norm, "weight", Double())
 
 
 def _half_in_another_dtype(model):
@@ -225,7 +225,7 @@ class Odd(nn.Module):
             y = x
             y += self.lin(self.norm(x)) if x.mean() > 0 else self.lin(x)
             exec("pass")
-            x = [self.norm(t) for t in (y,)][0]
+            x = next(self.norm(t) for t in (y,))
         return x
 
 

@@ -12,8 +12,10 @@ match and computes.
 from __future__ import annotations
 
 import copy
+import functools
 import weakref
 from collections.abc import Iterable
+from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
@@ -95,16 +97,19 @@ def take(norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor | None:
 class Link:
     """From a layer to the norm that reads its sum. Weak references: a model must die with its last user.
 
-    passive: the code of the layers and of the model that runs between the add and the norm was read, and does nothing
-        but pass the tensor on. Without it, an inference tensor (which has no version counter) is never handed over.
+    loop: the forward that runs the layers, where it and the layers were read and found to do nothing between the add
+        and the norm but pass the tensor on. An inference tensor, which has no version counter, is handed over only
+        while this very code is the layer's caller: a user's own loop may edit the tensor. None: never.
     """
 
-    __slots__ = ("norm", "passive", "receiver", "untaken")
+    __slots__ = ("loop", "norm", "receiver", "untaken")
 
-    def __init__(self, norm: nn.Module | None = None, receiver: nn.Module | None = None, passive: bool = False) -> None:
+    def __init__(
+        self, norm: nn.Module | None = None, receiver: nn.Module | None = None, loop: CodeType | None = None
+    ) -> None:
         self.norm = _gone if norm is None else weakref.ref(norm)
         self.receiver = None if receiver is None else weakref.ref(receiver)
-        self.passive = passive
+        self.loop = loop
         self.untaken = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Link:
@@ -128,10 +133,24 @@ class Step(NamedTuple):
 
 
 class Chain:
-    """All hand-overs below one module, kept in its state so that a copy or a pickle of it links its own layers."""
+    """All hand-overs below one module, kept in its state so that a copy or a pickle of it links its own layers.
+
+    Weak references here too: a layer that was removed from the model must not stay in memory.
+    """
 
     def __init__(self, steps: Iterable[Step] = ()) -> None:
-        self.steps = tuple(steps)
+        self._links = tuple((weakref.ref(step.layer), self.link(step)) for step in steps)
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """Those whose modules are still there."""
+        alive = []
+        for layer_of, link in self._links:
+            layer, norm = layer_of(), link.norm()
+            receiver = None if link.receiver is None else link.receiver()
+            if layer is not None and norm is not None and (receiver is not None or link.receiver is None):
+                alive.append(Step(layer, norm, receiver, link.passive))
+        return tuple(alive)
 
     def link(self, step: Step) -> Link:
         return Link(step.norm, step.receiver, step.passive)
@@ -141,7 +160,8 @@ class Chain:
             step.layer.__dict__.setdefault(STATE, {})[LINK] = self.link(step)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Chain:
-        made = Chain(copy.deepcopy(step, memo) for step in self.steps)
+        copied = [step for step in self.steps if id(step.layer) in memo and id(step.norm) in memo]
+        made = Chain(copy.deepcopy(step, memo) for step in copied)
         made.connect()
         return made
 
@@ -149,5 +169,5 @@ class Chain:
         return Chain, (), {"steps": self.steps}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.steps = state["steps"]
+        self.__init__(state["steps"])  # type: ignore[misc]
         self.connect()

@@ -27,7 +27,7 @@ import torch.nn as nn
 from ..scan.dataflow import Add, Flow, NormCall, analyse
 from ..scan.source import NoSource, Source, read_forward
 from . import handover, instance_forward, pair_ops
-from .classes import patched_class, register_factory
+from .classes import original_class, patched_class, register_factory
 from .journal import Journal
 
 ROLE = "layer"
@@ -219,7 +219,7 @@ def install(model: nn.Module, plan: Any, journal: Journal) -> None:
             journal.swap_class(layer.module, patched_class(original, ROLE, key))
             instance_forward.adopt(layer.module, original, journal)
     for parent, steps in found.chains(fused):
-        chain = handover.Chain(steps)
+        chain = handover.Chain(steps, original_class(type(parent)))
         journal.set_state(parent, handover.CHAIN, chain)
         for step in chain.steps:
             journal.set_state(step.layer, handover.LINK, chain.link(step))

@@ -6,7 +6,9 @@ class, no context managers.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
 import torch
@@ -21,6 +23,8 @@ from .handover import CARRIED, LINK, MAX_UNTAKEN, Carry, Link
 _is_tracing = torch.compiler.is_dynamo_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _servable = guards.servable
+_CALLING = frozenset(("torch.nn.modules.module", "transformers.modeling_layers"))
+"""Modules whose frames lie between a layer's forward and the code that called the layer."""
 _OUTPUT_RECORDER = "transformers.utils.output_capturing"
 """Its forward hooks (`output_hidden_states=True`) stay on every layer once used; they keep outputs and edit nothing."""
 
@@ -127,21 +131,31 @@ def tail(layer: nn.Module, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if kernel is None or not (_unhooked(norm) and _undisturbed(layer, link)):
         return a + b
     weight = kernel.weight_of(norm)
-    if norm.training or not _pair_servable(kernel, a, b, weight) or (a.is_inference() and not link.passive):
+    if norm.training or not _pair_servable(kernel, a, b, weight):
+        return a + b
+    if torch.is_inference_mode_enabled() and not _called_by(link.loop):
         return a + b
     if kernel.fused is None or not (a.is_cuda or kernel.on_cpu):
         total = a + b
         normed = kernel.original(norm, total)
     else:
         normed, total = kernel.fused(a, b, weight, kernel.eps_of(norm))
-    if total.is_inference() and not link.passive:
-        return total
     link.untaken += 1
     total.__dict__[CARRIED] = Carry(normed, total, norm, kernel, link)
     if observe.active is not None:
         backend = kernel.backend(a, weight)
         observe.active(observe.Event("cross_layer", norm, (a, b), normed, total, backend))
     return total
+
+
+def _called_by(loop: CodeType | None) -> bool:
+    """Whether the layer that is running now was called, as a module, by `loop`."""
+    if loop is None:
+        return False
+    frame = sys._getframe(2).f_back  # past this function, `tail` and the layer's own forward
+    while frame is not None and frame.f_globals.get("__name__") in _CALLING:
+        frame = frame.f_back
+    return frame is not None and frame.f_code is loop
 
 
 def _pair_servable(kernel: NormKernel, a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor | None) -> bool:
