@@ -197,7 +197,10 @@ def _rule(table: _Table) -> Rule:
         defines=tuple(sorted(defines.items())),
         reason=table.text("reason", ""),
     )
-    table.done("n, m, capability, itemsize, row_bytes, row_bytes_multiple_of, defines, reason, smem_bytes, " + ", ".join(TUNABLE))
+    table.done(
+        "n, m, capability, itemsize, row_bytes, row_bytes_multiple_of, defines, reason, smem_bytes, "
+        + ", ".join(TUNABLE)
+    )
     return rule
 
 
