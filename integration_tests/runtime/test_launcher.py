@@ -20,11 +20,11 @@ from rmsnorm_patch.errors import KernelBuildError, UnsupportedInput
 
 N = 64
 BF16 = torch.bfloat16
-WORDS = (
+WORDS = (  # noqa: SIM905
     "x residual weight normed total m x_row_stride residual_row_stride normed_row_stride total_row_stride "
     "inner_rows x_outer_stride residual_outer_stride x2 weight2 normed2 m2 x2_row_stride normed2_row_stride "
     "inner_rows2 x2_outer_stride"
-).split()  # noqa: SIM905
+).split()
 LAUNCH = "grid block shared_bytes count id0 value0 id1 value1 stream function launches pushes".split()  # noqa: SIM905
 STREAM, FUNCTION, CONTEXT = 0x5000, 0x7000, 1
 CLUSTER, PROGRAMMATIC = 4, 6
