@@ -92,6 +92,9 @@ class Layout:
         self.schedule = schedules.schedule(self.columns, dtype.itemsize, warp_size)
         self.vec = schedules.vector_elements(self.columns, dtype.itemsize)
         self.groups = n // self.columns
+        dense = (self.columns // self.vec, 0)
+        self.dense = (1, *dense), (1, *dense, *dense)
+        """`inner` and strides of one and of two contiguous tensors, as the kernels take them."""
         self.out_dtype = spec.output_dtype(dtype, weight_dtype)
         rounded = spec.rounded_dtype(dtype, weight_dtype)
         product = rounded
@@ -141,7 +144,7 @@ class _Op:
         args = (*tensors, _IMPLIED_EPS if eps is None else float(eps), *numbers)
         grid = (-(-numbers[0] // layout.schedule.rows), 1, 1)
         device = x.get_device()
-        if x.is_cuda and torch.cuda.current_device() != device:
+        if x.is_cuda and torch._C._cuda_getDevice() != device:
             with torch.cuda.device(device):
                 return self._launch(name, layout, tensors, eps, numbers, constants)
         # What Triton specialises on: alignment (where the layout does not demand it) and the width of integers.
@@ -177,14 +180,15 @@ class RMSNorm(_Op):
         if layout is None or not validate.weight_fits(x, weight):
             validate.check_rms_norm(x, weight, self.spec, self.op)
             layout = self._layout(x, weight)
-        y = torch.empty(x.shape, dtype=layout.out_dtype, device=x.device)
-        num_rows = x.numel() // layout.columns
-        if num_rows == 0:
+        y = new_result(x, layout.out_dtype)
+        if not x.numel():
             return y
-        (x,), (rows,) = place_rows(layout, x)
-        numbers = (num_rows, rows.inner, rows.stride // layout.vec, rows.inner_stride // layout.vec)
+        places, nested = layout.dense[0], False
+        if not _is_dense(layout, x):
+            (x,), (rows,) = place_rows(layout, x)
+            places, nested = (rows.inner, rows.stride // layout.vec, rows.inner_stride // layout.vec), rows.inner > 1
         tensors = (x, x if weight is None else _aligned(weight, layout), y)
-        self._launch("rms_norm", layout, tensors, eps, numbers, {"NESTED": rows.inner > 1})
+        self._launch("rms_norm", layout, tensors, eps, (x.numel() // layout.columns, *places), {"NESTED": nested})
         return y
 
 
@@ -198,8 +202,8 @@ class FusedAddRMSNorm(_Op):
         if layout is None or not (validate.weight_fits(x, weight) and validate.alike(x, residual)):
             validate.check_fused_add(x, residual, weight, self.spec, self.op)
             layout = self._layout(x, weight)
-        y = torch.empty(x.shape, dtype=layout.out_dtype, device=x.device)
-        total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        y = new_result(x, layout.out_dtype)
+        total = new_result(x, x.dtype)
         if x.numel():
             self._run(layout, x, residual, weight, (y, total), eps)
         return y, total
@@ -214,21 +218,18 @@ class FusedAddRMSNorm(_Op):
         eps: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Launch; in place where `outputs` is None. Returns x and residual, or the copies that were taken of them."""
-        (x, residual), (x_rows, residual_rows) = place_rows(layout, x, residual)
-        numbers = (
-            x.numel() // layout.columns,
-            x_rows.inner,
-            x_rows.stride // layout.vec,
-            x_rows.inner_stride // layout.vec,
-            residual_rows.stride // layout.vec,
-            residual_rows.inner_stride // layout.vec,
-        )
+        places, nested = layout.dense[1], False
+        if not (_is_dense(layout, x) and _is_dense(layout, residual)):
+            (x, residual), rows = place_rows(layout, x, residual)
+            strides = (stride // layout.vec for placed in rows for stride in placed[1:])
+            places, nested = (rows[0].inner, *strides), rows[0].inner > 1
         constants = {
-            "NESTED": x_rows.inner > 1,
+            "NESTED": nested,
             "ROUND_SUM": self.spec.sum == "rounded",
             "IN_PLACE": outputs is None,
         }
         tensors = (x, residual, x if weight is None else _aligned(weight, layout), *(outputs or (x, residual)))
+        numbers = (x.numel() // layout.columns, *places)
         self._launch("fused_add_rms_norm", layout, tensors, eps, numbers, constants)
         return x, residual
 
@@ -267,6 +268,16 @@ def triton_dtype(dtype: torch.dtype) -> Any:
     import triton.language as tl
 
     return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
+
+
+def new_result(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Contiguous, of the shape and on the device of `x`."""
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def _is_dense(layout: Layout, x: torch.Tensor) -> bool:
+    """Contiguous and as aligned as the vector width needs: the usual case, decided without looking at strides."""
+    return x.is_contiguous() and (layout.vec == 1 or x.data_ptr() % 16 == 0)
 
 
 def place_rows(layout: Layout, *tensors: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[Rows, ...]]:
