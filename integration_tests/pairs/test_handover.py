@@ -206,7 +206,9 @@ def test_a_link_that_nobody_takes_is_given_up(twins, tokens) -> None:
 
 CHANGES: dict[str, Callable[[Model], object]] = {
     "weight written": lambda m: m.model.layers[2].input_layernorm.weight.data.mul_(3.0),
-    "weight replaced": lambda m: setattr(m.model.layers[2].input_layernorm, "weight", nn.Parameter(torch.full((64,), 2.0))),
+    "weight replaced": lambda m: setattr(
+        m.model.layers[2].input_layernorm, "weight", nn.Parameter(torch.full((64,), 2.0))
+    ),
     "eps changed": lambda m: setattr(m.model.layers[2].input_layernorm, "variance_epsilon", 0.5),
     "norm replaced": lambda m: setattr(m.model.layers[2], "input_layernorm", nn.LayerNorm(64)),
     "in-layer norm replaced": lambda m: setattr(m.model.layers[2], "post_attention_layernorm", nn.LayerNorm(64)),
@@ -232,7 +234,7 @@ def test_model_changed_after_patching(twins, tokens, change: str) -> None:
     assert torch.equal(logits(patched, tokens), expected)
 
 
-@pytest.mark.parametrize("what", ["sum", "weight", "eps"])
+@pytest.mark.parametrize("what", ["sum", "weight", "other weight", "eps", "norm"])
 def test_a_carry_that_no_longer_holds_is_refused(twins, what: str) -> None:
     """The direct case: between the add and the norm, one of the things that the carry depends on changes."""
     _, patched = twins()
@@ -246,6 +248,13 @@ def test_a_carry_that_no_longer_holds_is_refused(twins, what: str) -> None:
             total += 1.0
         elif what == "weight":
             norm.weight += 1.0
+        elif what == "other weight":
+            norm.weight = nn.Parameter(norm.weight * 2.0)
+        elif what == "norm":
+            other = patched.model.norm
+            other.weight = norm.weight
+            assert handover.take(other, total) is None
+            return
         else:
             norm.variance_epsilon = 0.5
         expected = type(norm).__mro__[1].forward(norm, total)
@@ -260,9 +269,42 @@ def test_copies_of_a_sum_carry_nothing(twins) -> None:
     with torch.no_grad():
         total = patched.model.layers[1](x, position_embeddings=patched.model.rotary_emb(x, torch.arange(3)[None]))
         copied = [copy.deepcopy(total), pickle.loads(pickle.dumps(total)), copy.copy(total), total.clone(), total[:]]
+        shallow = copy.copy(total)
+        total.mul_(2.0)  # the same memory; the copy has a version counter of its own
+        assert torch.equal(norm(shallow), type(norm).__mro__[1].forward(norm, shallow))
         for other in copied:
             other.mul_(2.0)
             assert torch.equal(norm(other), type(norm).__mro__[1].forward(norm, other))
+
+
+def test_users_own_loop_may_edit_inference_tensors(twins) -> None:
+    """Tensors of inference mode count no versions: only the model's own loop, which was read, may hand them over."""
+    plain, patched = twins()
+    x = torch.randn(1, 3, 64)
+
+    def loop(model: Model) -> torch.Tensor:
+        state = x
+        positions = model.model.rotary_emb(x, torch.arange(3)[None])
+        for layer in model.model.layers:
+            state = double(layer(state, position_embeddings=positions))
+        return model.model.norm(state)
+
+    with torch.inference_mode():
+        assert torch.equal(loop(patched), loop(plain))
+
+
+def test_shallow_copy_of_an_inference_tensor(twins, monkeypatch) -> None:
+    """The object itself must be the one that the layer returned: a shallow copy shares attributes, not identity."""
+    _, patched = twins()
+    norm = patched.model.layers[2].input_layernorm
+    x = torch.randn(1, 3, 64)
+    monkeypatch.setattr("rmsnorm_patch.rewrite.pair_ops._called_by", lambda loop: True)
+    with torch.inference_mode():
+        total = patched.model.layers[1](x, position_embeddings=patched.model.rotary_emb(x, torch.arange(3)[None]))
+        shallow = copy.copy(total)
+        assert handover.CARRIED in shallow.__dict__
+        assert handover.take(norm, shallow) is None
+        assert handover.take(norm, total) is not None
 
 
 def test_deepcopy_links_its_own_layers(twins, tokens) -> None:
@@ -321,19 +363,26 @@ def test_links_add_no_module_and_no_key(twins) -> None:
 
 def test_a_patched_model_dies_with_its_last_user(twins, tokens) -> None:
     """No cycle: a model's memory must not wait for the garbage collector."""
-    plain, patched = twins()
+    _, patched = twins()
+    logits(patched, tokens)
     gc.collect()
     gc.disable()
     try:
-        alive = []
-        for model in (plain, patched):
-            logits(model, tokens)
-            alive.append([weakref.ref(layer) for layer in model.model.layers])
-        del model, plain, patched
-        unpatched_alive, patched_alive = (sum(ref() is not None for ref in refs) for refs in alive)
+        alive = [weakref.ref(layer) for layer in patched.model.layers]
+        del patched
+        assert not any(layer() is not None for layer in alive)
     finally:
         gc.enable()
-    assert patched_alive == unpatched_alive
+
+
+def test_a_removed_layer_dies(twins, tokens) -> None:
+    _, patched = twins()
+    logits(patched, tokens)
+    layer = weakref.ref(patched.model.layers[2])
+    del patched.model.layers[2]
+    gc.collect()
+    assert layer() is None
+    assert taken(copy.deepcopy(patched), tokens) == 2  # layer 0 to 1, and the last one to the final norm
 
 
 def test_eight_threads_on_one_model(twins) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -79,7 +80,7 @@ def test_every_layer_has_its_pairs(small_model, model_type: str) -> None:
     fused = {kind: [(p.layer, p.norm) for p in plan.fused_pairs(kind)] for kind in ("in_layer", "cross_layer", "final")}
     layers = [f"model.layers.{i}" for i in range(LAYERS)]
     assert fused["in_layer"] == [(layer, f"{layer}.{in_layer}") for layer in layers]
-    assert fused["cross_layer"] == [(a, f"{b}.{entry}") for a, b in zip(layers, layers[1:], strict=False)]
+    assert fused["cross_layer"] == [(a, f"{b}.{entry}") for a, b in pairwise(layers)]
     assert fused["final"] == [(layers[-1], "model.norm")]
     assert plan.counts().get("norm_add/leave", 0) == norm_add * LAYERS
     assert all(pair.source.startswith("modeling_") for pair in plan.pairs)

@@ -12,7 +12,6 @@ match and computes.
 from __future__ import annotations
 
 import copy
-import functools
 import weakref
 from collections.abc import Iterable
 from types import CodeType
@@ -22,6 +21,7 @@ import torch
 import torch.nn as nn
 
 from .. import observe
+from ..scan.source import read_forward
 from .classes import STATE
 
 CARRIED = "_rmsnorm_patch_normed"
@@ -138,22 +138,25 @@ class Chain:
     Weak references here too: a layer that was removed from the model must not stay in memory.
     """
 
-    def __init__(self, steps: Iterable[Step] = ()) -> None:
-        self._links = tuple((weakref.ref(step.layer), self.link(step)) for step in steps)
+    def __init__(self, steps: Iterable[Step] = (), runner: type | None = None) -> None:
+        """runner: the unpatched class of the module that runs the layers."""
+        self.runner = runner
+        self._loop = None if runner is None else read_forward(runner).function.__code__
+        self._links = tuple((weakref.ref(step.layer), step.passive, self.link(step)) for step in steps)
 
     @property
     def steps(self) -> tuple[Step, ...]:
         """Those whose modules are still there."""
         alive = []
-        for layer_of, link in self._links:
+        for layer_of, passive, link in self._links:
             layer, norm = layer_of(), link.norm()
             receiver = None if link.receiver is None else link.receiver()
             if layer is not None and norm is not None and (receiver is not None or link.receiver is None):
-                alive.append(Step(layer, norm, receiver, link.passive))
+                alive.append(Step(layer, norm, receiver, passive))
         return tuple(alive)
 
     def link(self, step: Step) -> Link:
-        return Link(step.norm, step.receiver, step.passive)
+        return Link(step.norm, step.receiver, self._loop if step.passive else None)
 
     def connect(self) -> None:
         for step in self.steps:
@@ -161,13 +164,13 @@ class Chain:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Chain:
         copied = [step for step in self.steps if id(step.layer) in memo and id(step.norm) in memo]
-        made = Chain(copy.deepcopy(step, memo) for step in copied)
+        made = Chain([copy.deepcopy(step, memo) for step in copied], self.runner)
         made.connect()
         return made
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Chain, (), {"steps": self.steps}
+        return Chain, (), {"steps": self.steps, "runner": self.runner}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["steps"])  # type: ignore[misc]
+        self.__init__(state["steps"], state["runner"])  # type: ignore[misc]
         self.connect()
