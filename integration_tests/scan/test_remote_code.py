@@ -434,6 +434,24 @@ def test_a_forward_under_torch_compile_is_run_uncompiled():
     assert not torch._dynamo.utils.counters["frames"]
 
 
+class AutocastDependent(Norm):
+    def forward(self, x):
+        if torch.is_autocast_enabled("cpu"):
+            return x
+        return self.weight * rms(x.float(), self.eps).to(x.dtype)
+
+
+def test_autocast_of_the_caller_does_not_reach_the_probes():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert infer_spec(AutocastDependent()).spec.variant == LLAMA.variant
+
+
+def test_containers_that_the_forward_writes_to_are_the_twins_own():
+    module = Remembers()
+    infer_spec(module)
+    assert module.seen == []
+
+
 def test_common_variants_have_their_names():
     named = {LLAMA: "llama", GEMMA: "gemma", T5: "t5", FP32_WEIGHT_MULTIPLY: "fp32-weight-multiply"}
     assert {spec: variant_name(spec) for spec in named} == named

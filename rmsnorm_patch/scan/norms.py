@@ -74,8 +74,6 @@ def infer_spec(module: nn.Module, _shared: Cache | None = None) -> Match:
     except Rejected as rejection:
         return Match(None, str(rejection))
     spec = found.spec
-    if found.eps_attribute is not None:
-        spec = replace(spec, eps=getattr(module, found.eps_attribute))
     reason = f"computes {variant_name(spec)} numerics, bit for bit in {found.pairs} dtype pairs"
     return Match(
         spec=spec,
