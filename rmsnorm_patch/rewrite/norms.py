@@ -6,9 +6,8 @@ no care: weight and eps are read from the module at every call.
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Callable
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +27,6 @@ ROLE = "norm"
 _Tensor = torch.Tensor
 _is_grad_enabled = torch.is_grad_enabled
 _is_dynamo_tracing = torch.compiler.is_dynamo_compiling
-_ABSENT: Any = object()
 _EPS_OF_NONE = torch.finfo(torch.float32).eps
 """What `torch.nn.RMSNorm(eps=None)` adds, whatever the input's dtype (`NormSpec.eps`)."""
 
@@ -71,22 +69,15 @@ def install(module: nn.Module, site: NormSite, backend: Backend, journal: Journa
     instance_forward.adopt(module, original, journal)
 
 
-def _forward_of(original: type[nn.Module], key: Key) -> Callable[..., Any]:
+def _forward_of(original: type[nn.Module], key: Key) -> FunctionType:
     run = ops.bind_rms_norm(key.spec, key.backend)
     weight_name, eps_name, backend = key.weight_attribute, key.eps_attribute, key.backend
     implied_eps = key.spec.eps
     weightless = weight_name is None
-    argument = list(inspect.signature(original.forward).parameters)[1]  # after self
     reference_only = backend == "reference"
     automatic = backend == "auto"
 
-    def forward(self, hidden_states=_ABSENT, *rest, **named):  # type: ignore[no-untyped-def]
-        if rest or named or hidden_states is _ABSENT:
-            if hidden_states is not _ABSENT:
-                return original.forward(self, hidden_states, *rest, **named)
-            if len(named) != 1 or argument not in named:
-                return original.forward(self, **named)
-            hidden_states = named[argument]
+    def forward(self, hidden_states):  # type: ignore[no-untyped-def]
         if _is_dynamo_tracing():
             return traced(self, hidden_states)
         if type(hidden_states) is not _Tensor:  # a subclass, or no tensor at all (`torch.fx` traces with proxies)
@@ -138,10 +129,31 @@ def _forward_of(original: type[nn.Module], key: Key) -> Callable[..., Any]:
     def report(self, hidden_states, normed, backend, why=""):  # type: ignore[no-untyped-def]
         observe.active(observe.Event("norm", self, (hidden_states,), normed, None, backend, why))
 
-    functools.update_wrapper(forward, original.forward, assigned=("__doc__", "__name__", "__qualname__", "__module__"))
-    forward.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]
-    del forward.__wrapped__  # type: ignore[attr-defined]
-    return forward
+    return _in_the_guise_of(original, forward)
+
+
+def _in_the_guise_of(original: type[nn.Module], forward: Any) -> FunctionType:
+    """`forward` with the names and the signature of the original's; a call with more than the one tensor goes there."""
+    parameters = inspect.signature(original.forward).parameters
+    _, argument, *rest = parameters
+    made = forward
+    if not rest:
+        names = tuple(argument if name == "hidden_states" else name for name in forward.__code__.co_varnames)
+        code = forward.__code__.replace(co_varnames=names)
+        made = FunctionType(code, forward.__globals__, forward.__name__, None, forward.__closure__)
+    else:
+
+        def made(self, *args, **named):  # type: ignore[no-untyped-def, misc]
+            if len(args) == 1 and not named:
+                return forward(self, args[0])
+            if not args and len(named) == 1 and argument in named:
+                return forward(self, named[argument])
+            return original.forward(self, *args, **named)
+
+        made.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]
+    for name in ("__doc__", "__name__", "__qualname__", "__module__"):
+        setattr(made, name, getattr(original.forward, name, None))
+    return made
 
 
 register_factory(ROLE, namespace)
