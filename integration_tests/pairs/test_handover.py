@@ -46,6 +46,12 @@ def twins(small_model) -> Callable[[], tuple[Model, Model]]:
     return make
 
 
+@pytest.fixture
+def any_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers hand over to a test that calls them, as they do to the model's own loop."""
+    monkeypatch.setattr("rmsnorm_patch.rewrite.pair_ops._called_by", lambda loop: True)
+
+
 def logits(model: Model, tokens: torch.Tensor, mode: Callable[[], AbstractContextManager] = torch.no_grad):
     with mode():
         return model(tokens, use_cache=False).logits.clone()
@@ -235,6 +241,7 @@ def test_model_changed_after_patching(twins, tokens, change: str) -> None:
 
 
 @pytest.mark.parametrize("what", ["sum", "weight", "other weight", "eps", "norm"])
+@pytest.mark.usefixtures("any_caller")
 def test_a_carry_that_no_longer_holds_is_refused(twins, what: str) -> None:
     """The direct case: between the add and the norm, one of the things that the carry depends on changes."""
     _, patched = twins()
@@ -262,6 +269,7 @@ def test_a_carry_that_no_longer_holds_is_refused(twins, what: str) -> None:
         assert handover.CARRIED not in total.__dict__
 
 
+@pytest.mark.usefixtures("any_caller")
 def test_copies_of_a_sum_carry_nothing(twins) -> None:
     _, patched = twins()
     x = torch.randn(1, 3, 64)
@@ -277,8 +285,9 @@ def test_copies_of_a_sum_carry_nothing(twins) -> None:
             assert torch.equal(norm(other), type(norm).__mro__[1].forward(norm, other))
 
 
-def test_users_own_loop_may_edit_inference_tensors(twins) -> None:
-    """Tensors of inference mode count no versions: only the model's own loop, which was read, may hand them over."""
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+def test_users_own_loop_may_edit_the_sum(twins, mode) -> None:
+    """`.data` and inference mode count no versions: only the model's own loop, which was read, may hand over."""
     plain, patched = twins()
     x = torch.randn(1, 3, 64)
 
@@ -286,19 +295,20 @@ def test_users_own_loop_may_edit_inference_tensors(twins) -> None:
         state = x
         positions = model.model.rotary_emb(x, torch.arange(3)[None])
         for layer in model.model.layers:
-            state = double(layer(state, position_embeddings=positions))
+            state = layer(state, position_embeddings=positions)
+            double(state.data)
         return model.model.norm(state)
 
-    with torch.inference_mode():
+    with mode():
         assert torch.equal(loop(patched), loop(plain))
 
 
-def test_shallow_copy_of_an_inference_tensor(twins, monkeypatch) -> None:
+@pytest.mark.usefixtures("any_caller")
+def test_shallow_copy_of_an_inference_tensor(twins) -> None:
     """The object itself must be the one that the layer returned: a shallow copy shares attributes, not identity."""
     _, patched = twins()
     norm = patched.model.layers[2].input_layernorm
     x = torch.randn(1, 3, 64)
-    monkeypatch.setattr("rmsnorm_patch.rewrite.pair_ops._called_by", lambda loop: True)
     with torch.inference_mode():
         total = patched.model.layers[1](x, position_embeddings=patched.model.rotary_emb(x, torch.arange(3)[None]))
         shallow = copy.copy(total)

@@ -97,19 +97,26 @@ def take(norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor | None:
 class Link:
     """From a layer to the norm that reads its sum. Weak references: a model must die with its last user.
 
-    loop: the forward that runs the layers, where it and the layers were read and found to do nothing between the add
-        and the norm but pass the tensor on. An inference tensor, which has no version counter, is handed over only
-        while this very code is the layer's caller: a user's own loop may edit the tensor. None: never.
+    loop: the forward that runs the layers. Only while this very code is the layer's caller is anything handed over:
+        what a user's own loop does with the sum was not read, and an edit through `.data`, another library's kernel
+        or in inference mode counts no version.
+    passive: that code and the layers' do nothing between the add and the norm but pass the tensor on. Without it, an
+        inference tensor, which has no version counter, is never handed over.
     """
 
-    __slots__ = ("loop", "norm", "receiver", "untaken")
+    __slots__ = ("loop", "norm", "passive", "receiver", "untaken")
 
     def __init__(
-        self, norm: nn.Module | None = None, receiver: nn.Module | None = None, loop: CodeType | None = None
+        self,
+        norm: nn.Module | None = None,
+        receiver: nn.Module | None = None,
+        loop: CodeType | None = None,
+        passive: bool = False,
     ) -> None:
         self.norm = _gone if norm is None else weakref.ref(norm)
         self.receiver = None if receiver is None else weakref.ref(receiver)
         self.loop = loop
+        self.passive = passive
         self.untaken = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Link:
@@ -142,21 +149,21 @@ class Chain:
         """runner: the unpatched class of the module that runs the layers."""
         self.runner = runner
         self._loop = None if runner is None else read_forward(runner).function.__code__
-        self._links = tuple((weakref.ref(step.layer), step.passive, self.link(step)) for step in steps)
+        self._links = tuple((weakref.ref(step.layer), self.link(step)) for step in steps)
 
     @property
     def steps(self) -> tuple[Step, ...]:
         """Those whose modules are still there."""
         alive = []
-        for layer_of, passive, link in self._links:
+        for layer_of, link in self._links:
             layer, norm = layer_of(), link.norm()
             receiver = None if link.receiver is None else link.receiver()
             if layer is not None and norm is not None and (receiver is not None or link.receiver is None):
-                alive.append(Step(layer, norm, receiver, passive))
+                alive.append(Step(layer, norm, receiver, link.passive))
         return tuple(alive)
 
     def link(self, step: Step) -> Link:
-        return Link(step.norm, step.receiver, self._loop if step.passive else None)
+        return Link(step.norm, step.receiver, self._loop, step.passive)
 
     def connect(self) -> None:
         for step in self.steps:

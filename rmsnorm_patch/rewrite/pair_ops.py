@@ -23,8 +23,10 @@ from .handover import CARRIED, LINK, MAX_UNTAKEN, Carry, Link
 _is_tracing = torch.compiler.is_dynamo_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _servable = guards.servable
-_CALLING = frozenset(("torch.nn.modules.module", "transformers.modeling_layers"))
-"""Modules whose frames lie between a layer's forward and the code that called the layer."""
+_getframe = sys._getframe
+_MODULE_FILE = nn.Module._call_impl.__code__.co_filename
+_CHECKPOINTING = "forward_with_checkpointing"
+"""Frames of torch's module call and of `GradientCheckpointingLayer` lie between a layer and what called it."""
 _OUTPUT_RECORDER = "transformers.utils.output_capturing"
 """Its forward hooks (`output_hidden_states=True`) stay on every layer once used; they keep outputs and edit nothing."""
 
@@ -133,7 +135,7 @@ def tail(layer: nn.Module, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     weight = kernel.weight_of(norm)
     if norm.training or not _pair_servable(kernel, a, b, weight):
         return a + b
-    if torch.is_inference_mode_enabled() and not _called_by(link.loop):
+    if not _called_by(link.loop) or (not link.passive and torch.is_inference_mode_enabled()):
         return a + b
     if kernel.fused is None or not (a.is_cuda or kernel.on_cpu):
         total = a + b
@@ -150,12 +152,16 @@ def tail(layer: nn.Module, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def _called_by(loop: CodeType | None) -> bool:
     """Whether the layer that is running now was called, as a module, by `loop`."""
-    if loop is None:
-        return False
-    frame = sys._getframe(2).f_back  # past this function, `tail` and the layer's own forward
-    while frame is not None and frame.f_globals.get("__name__") in _CALLING:
-        frame = frame.f_back
-    return frame is not None and frame.f_code is loop
+    frame = _getframe(3)  # past this function, `tail` and the layer's own forward
+    code = frame.f_code
+    while code is not loop:
+        if code.co_filename != _MODULE_FILE and code.co_name != _CHECKPOINTING:
+            return False
+        frame = frame.f_back  # type: ignore[assignment]
+        if frame is None:
+            return False
+        code = frame.f_code
+    return True
 
 
 def _pair_servable(kernel: NormKernel, a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor | None) -> bool:
