@@ -128,7 +128,7 @@ def rows_of(x: torch.Tensor) -> Rows:
     return rows_of(x.contiguous())
 
 
-def _power_of_two(*values: int) -> int:
+def power_of_two(*values: int) -> int:
     """The largest power of two, at most MAX_ALIGN, that divides all of them."""
     bits = MAX_ALIGN
     for value in values:
@@ -156,7 +156,7 @@ class BoundOp:
         weight, eps = rest[-2:]
         weight = weight if self.spec.has_weight else None
         self._check(x, residual, weight)
-        eps = replace(self.spec, eps=None).resolve_eps(x.dtype) if eps is None else float(eps)
+        eps = self.default_eps(x.dtype) if eps is None else float(eps)
         if self.in_place and x.numel() and not (self._writable(x) and self._writable(residual)):
             return self._through_copies(x, residual, weight, eps)
         normed, total = self._outputs(x, residual, weight)
@@ -166,6 +166,10 @@ class BoundOp:
             _wrote(normed, total)  # type: ignore[arg-type]
             return None
         return (normed, total) if self.fused else normed
+
+    def default_eps(self, x: torch.dtype) -> float:
+        """What a call with eps=None adds."""
+        return replace(self.spec, eps=None).resolve_eps(x)
 
     def _check(self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None) -> None:
         if self.in_place:
@@ -227,8 +231,8 @@ class BoundOp:
         if other is not None:
             offsets += [other.tensor.data_ptr(), other.stride * size, other.outer * size]
         offsets += [normed.data_ptr() if normed.dtype == x.dtype else 0, *(stride * size for stride in strides)]
-        align = _power_of_two(*offsets)
-        weight_align = _power_of_two(weight.data_ptr()) if weight is not None else MAX_ALIGN
+        align = power_of_two(*offsets)
+        weight_align = power_of_two(weight.data_ptr()) if weight is not None else MAX_ALIGN
         chain = self._chain(x, weight, align, weight_align, two_level)
         handle = next((handle for last, handle in chain if m <= last), chain[-1][1])
         arguments = [
@@ -271,7 +275,7 @@ class BoundOp:
         """[(largest m, launcher handle)], ascending, for these types; compiled now if they are new."""
         n, index = self.spec.group or x.shape[-1], x.get_device()
         weight_dtype = None if weight is None else weight.dtype
-        configs = _schedules(self.op, x.dtype, n, index)
+        configs = configs_for(self.op, x.dtype, n, index)
         if not configs:
             raise KernelBuildError(
                 site=f"{self.op}: N={n}, {x.dtype}",
@@ -289,14 +293,14 @@ class BoundOp:
         if chain is None:
             chain = self._build(configs, x, weight_dtype, align, weight_align, two_level)
             self._kernels[key] = chain
-            if align == min(_power_of_two(n * size), vec * size) and weight_align == full_weight_align:
+            if align == min(power_of_two(n * size), vec * size) and weight_align == full_weight_align:
                 self._register(x, weight, chain[0][1], two_level)
         return chain
 
     def prepare(self, x: torch.Tensor, weight: torch.Tensor | None) -> list[tuple[int, int]]:
         """The kernels for contiguous rows like those of `x`, from an allocation of their own."""
         return self._chain(
-            x, weight, _power_of_two((self.spec.group or x.shape[-1]) * x.element_size()), MAX_ALIGN, False
+            x, weight, power_of_two((self.spec.group or x.shape[-1]) * x.element_size()), MAX_ALIGN, False
         )
 
     def _build(
@@ -361,7 +365,7 @@ class BoundOp:
             x.get_device(),
             x.element_size(),
             0 if weight is None else weight.element_size(),
-            replace(self.spec, eps=None).resolve_eps(x.dtype),
+            self.default_eps(x.dtype),
         )
 
 
@@ -375,7 +379,8 @@ def _capability(index: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def _schedules(op: Op, x_dtype: torch.dtype, n: int, index: int) -> tuple[Config, ...]:
+def configs_for(op: Op, x_dtype: torch.dtype, n: int, index: int) -> tuple[Config, ...]:
+    """The schedules of `op` for rows of `n` columns on device `index`; empty where no kernel serves them."""
     return schedules(op, x_dtype, n, _capability(index), torch.cuda.get_device_name(index))
 
 

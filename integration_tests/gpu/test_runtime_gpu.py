@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from rmsnorm_patch import cache, cuda_backend, launcher, ops, reference
+from rmsnorm_patch import cache, cuda_backend, cuda_pair, launcher, ops, reference
 from rmsnorm_patch.errors import KernelBuildError, UnsupportedInput
 from rmsnorm_patch.proof.difference import compare
 from rmsnorm_patch.semantics import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, NormSpec
@@ -187,8 +187,9 @@ def test_more_than_two_to_the_31_elements():
     assert torch.equal(total[-1], x[-1])
     check(normed[-1:], reference.rms_norm(x[-1:], weight, LLAMA, EPS))
     check(normed[:2], reference.rms_norm(x[:2], weight, LLAMA, EPS))
-    rows = x.view(-1)[: 5 * 2**29].view(5, 2**29)[:, :n]  # row stride * M beyond 2^31
-    check_norm(rows, weight)
+    far_apart = x.as_strided((5, n), (552_000_000, 1))
+    assert far_apart.stride(0) * 4 > 2**31
+    check_norm(far_apart, weight)
 
 
 def test_batch_invariant_and_repeatable():
@@ -198,6 +199,28 @@ def test_batch_invariant_and_repeatable():
     for row in range(0, 1030, 103):
         assert torch.equal(norm(x[row : row + 1], weight, EPS)[0], together[row])
     assert all(torch.equal(norm(x, weight, EPS), together) for _ in range(100))
+
+
+@pytest.mark.parametrize("spec", [LLAMA, GEMMA, replace(LLAMA, has_weight=False)])
+def test_pair_has_the_bits_of_two_norms(spec):
+    norm, pair = cuda_backend.bind("rms_norm", spec), cuda_pair.bind_rms_norm_pair(spec)
+    for tokens in (1, 7, 4096):
+        for n in (64, 128, 256, 512, 2048):  # the last one takes a launch each
+            qkv = rand(tokens, 48 * n)
+            q, k = qkv[:, : 32 * n].view(tokens, 32, n), qkv[:, 32 * n : 40 * n].view(tokens, 8, n)
+            q_weight, k_weight = parameter(n), nn.Parameter(rand(n, seed=5), requires_grad=False)
+            for operands in ((q, k), (q.contiguous(), k), (q.contiguous(), k.contiguous()), (q[:, ::2], k[:1])):
+                actual = pair(*operands, q_weight, k_weight, EPS)
+                assert torch.equal(actual[0], norm(operands[0], q_weight, EPS))
+                assert torch.equal(actual[1], norm(operands[1], k_weight, EPS))
+
+
+def test_pair_of_unlike_operands():
+    pair = cuda_pair.bind_rms_norm_pair(LLAMA)
+    for q, k in ((rand(4, 128), rand(4, 64)), (rand(4, 128), rand(4, 128).float()), (rand(0, 128), rand(4, 128))):
+        weights = parameter(q.shape[-1], q.dtype), parameter(k.shape[-1], k.dtype)
+        for actual, x, weight in zip(pair(q, k, *weights, EPS), (q, k), weights, strict=True):
+            check(actual, reference.rms_norm(x, weight, LLAMA, EPS))
 
 
 def test_cpu_tensors():
