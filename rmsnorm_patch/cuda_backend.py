@@ -142,7 +142,7 @@ class BoundOp:
     def __init__(self, op: Op, spec: NormSpec) -> None:
         self.op = op
         self.spec = spec
-        self.fused = op != "rms_norm"
+        self.fused = op.startswith("fused_add")
         self.in_place = op == "fused_add_rms_norm_"
         self.functions: launcher.Functions
         self.table: object = None
