@@ -22,7 +22,8 @@ constexpr int THREADS_ALLOCATED = ceil_div(TPR * SLOTS, 128) * 128;
 constexpr int HELD_MORE = ROWS_PER_THREAD * CHUNKS_PER_THREAD * (HELD_WORDS - X_WORDS);
 constexpr int WEIGHT_MORE = HAS_WEIGHT ? CHUNKS_PER_THREAD * (CHUNK_WORDS<W_T> - X_WORDS) : 0;
 constexpr int OUT_MORE = CHUNK_WORDS<OUT_T> - X_WORDS;
-constexpr int WEIGHT_WHEN = THREADS_ALLOCATED * CHUNKS_PER_THREAD > 2048 && HELD_MORE + WEIGHT_MORE > 0 ? 2 : WEIGHT_AT;
+constexpr int WEIGHT_WHEN =
+    THREADS_ALLOCATED * CHUNKS_PER_THREAD * X_WORDS > 8192 && HELD_MORE + WEIGHT_MORE > 0 ? 2 : WEIGHT_AT;
 __host__ __device__ constexpr int at_least_0(int n) { return n > 0 ? n : 0; }
 constexpr int MORE_REGISTERS =
     at_least_0(HELD_MORE) + (WEIGHT_WHEN == 2 ? 0 : at_least_0(WEIGHT_MORE)) + at_least_0(OUT_MORE) + (STRIDE2 ? 6 : 0);
@@ -157,18 +158,20 @@ __device__ __forceinline__ void norm_rows(const Rows& rows, i64 first, float eps
         return CLUSTER == 1 && (j + 1) * TPR <= CHUNKS ? true : first_chunk + j * TPR < CHUNKS;
     };
 
-    Weights weights[K];
-    auto load_weights = [&](i64 row) {
+    // After the reduction a few chunks' weights at a time, so that those of a long row do not all need registers at once.
+    constexpr int GROUP_OF_WEIGHTS = WEIGHT_WHEN == 2 ? smaller(K, ceil_div(16, CHUNK_WORDS<W_T>)) : K;
+    Weights weights[GROUP_OF_WEIGHTS];
+    auto load_weights = [&](i64 row, int from) {
         const char* weight = rows.weight;
         if constexpr (WEIGHT_ROWS > 1) weight += row % WEIGHT_ROWS * (i64)(N * W_SIZE);
 #pragma unroll
-        for (int j = 0; j < K; ++j) {
+        for (int j = from; j < smaller(from + GROUP_OF_WEIGHTS, K); ++j) {
             int chunk = first_chunk + j * TPR;
             if (HAS_WEIGHT && exists(j))
-                load_chunk<W_T, W_ALIGN>(weights[j].word, weight + (i64)chunk * (VEC * W_SIZE), valid_elements(chunk));
+                load_chunk<W_T, W_ALIGN>(weights[j - from].word, weight + (i64)chunk * (VEC * W_SIZE), valid_elements(chunk));
         }
     };
-    if constexpr (WEIGHT_WHEN == 0 && WEIGHT_ROWS == 1) load_weights(0);
+    if constexpr (WEIGHT_WHEN == 0 && WEIGHT_ROWS == 1) load_weights(0, 0);
     if constexpr (PREFETCH) prefetch_rows(rows, first, slot, thread, first_of_cta * VEC * X_SIZE);
     wait_for_previous_kernel();
     if constexpr (LAUNCH_AT == 1) launch_next_kernel();
@@ -201,7 +204,7 @@ __device__ __forceinline__ void norm_rows(const Rows& rows, i64 first, float eps
         if constexpr (LAUNCH_AT == 2)
             if (stage + STAGE >= U * K) launch_next_kernel();
         if constexpr (WEIGHT_WHEN == 1 && WEIGHT_ROWS == 1)
-            if (stage + STAGE >= U * K) load_weights(0);
+            if (stage + STAGE >= U * K) load_weights(0, 0);
 #pragma unroll
         for (int i = stage; i < smaller(stage + STAGE, U * K); ++i) {
             if constexpr (FUSED_ADD) {
@@ -237,20 +240,20 @@ __device__ __forceinline__ void norm_rows(const Rows& rows, i64 first, float eps
         for (int word = 0; word < HELD_WORDS; ++word) asm volatile("" : "+r"(held[i][word]));
     }
 
-    if constexpr (WEIGHT_WHEN == 2 && WEIGHT_ROWS == 1) load_weights(0);
 #pragma unroll
     for (int u = 0; u < U; ++u) {
         const i64 row = first + slot + u * SLOTS;
         if (!is_row(row, rows.m)) continue;
-        if constexpr (WEIGHT_ROWS > 1) load_weights(row);
         const float rstd = rsqrtf(__fadd_rn(__fmul_rn(sums[u], 1.0f / WIDTH), eps));
         char* normed_row = rows.normed + row * rows.normed_row_stride * OUT_SIZE;
 #pragma unroll
         for (int j = 0; j < K; ++j) {
+            if constexpr (WEIGHT_WHEN == 2 || WEIGHT_ROWS > 1)
+                if (j % GROUP_OF_WEIGHTS == 0) load_weights(row, j);
             const int chunk = first_chunk + j * TPR;
             if (!exists(j)) continue;
             u32 normed[CHUNK_WORDS<OUT_T>];
-            normalise_chunk(held[u * K + j], rstd, weights[j], normed);
+            normalise_chunk(held[u * K + j], rstd, weights[j % GROUP_OF_WEIGHTS], normed);
             store_chunk<OUT_T, OUT_ALIGN>(normed_row + (i64)chunk * (VEC * OUT_SIZE), normed, valid_elements(chunk));
         }
     }

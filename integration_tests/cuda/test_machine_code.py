@@ -1,0 +1,135 @@
+"""The machine code of every kernel family for GPUs that are not here: widths, spills, registers, order of loads."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from rmsnorm_patch import dispatch, nvrtc
+from rmsnorm_patch.semantics import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, T5, NormSpec
+
+pytest.importorskip("triton")
+if nvrtc.find() is None:
+    pytest.skip("NVRTC is not installed", allow_module_level=True)
+
+_PATH = Path(__file__).parents[2] / "scripts" / "kernel_table.py"
+_SPEC = importlib.util.spec_from_file_location("kernel_table", _PATH)
+assert _SPEC is not None
+assert _SPEC.loader is not None
+kernel_table = importlib.util.module_from_spec(_SPEC)
+sys.modules["kernel_table"] = kernel_table
+_SPEC.loader.exec_module(kernel_table)
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+FUSED, PLAIN = "fused_add_rms_norm", "rms_norm"
+ARCHS = (89, 90, 100, 103, 120)
+LENGTHS = (128, 1024, 4096, 16384)
+FP32_SUM = NormSpec(round_before_weight="none", output="input", sum="fp32")
+VARIANTS = {
+    "gemma": (GEMMA, BF16, BF16),
+    "fp16, weight-dtype offset": (NormSpec(weight_offset="weight_dtype"), FP16, FP16),
+    "fp32 weight, fp32 result": (LLAMA, BF16, FP32),
+    "fp32 weight, one rounding": (FP32_WEIGHT_MULTIPLY, BF16, FP32),
+    "fp32 sum": (FP32_SUM, BF16, BF16),
+    "fp32 sum and weight": (FP32_SUM, BF16, FP32),
+    "fp32": (LLAMA, FP32, FP32),
+    "T5": (T5, FP32, BF16),
+    "no weight": (NormSpec(has_weight=False), BF16, None),
+}
+
+
+@cache
+def code(op, n, arch, which, spec=LLAMA, x=BF16, weight=BF16, align=None):
+    config = dispatch.schedules(op, x, n, arch)[which]
+    return config, kernel_table.machine_code(
+        kernel_table.build(config, spec, op == FUSED, n, arch, x, weight, align)
+    )
+
+
+def configurations(op, n, arch, x=BF16):
+    return range(len(dispatch.schedules(op, x, n, arch)))
+
+
+def check(config, machine, arch):
+    assert not machine.spills, (config, machine)
+    assert machine.waits == (1 if arch >= 90 else 0)
+    if dict(config.defines)["WEIGHT_AT"] == 0 and arch >= 90:
+        assert machine.loads_before_wait > 0, "the weight loads sank below the dependency wait"
+    else:
+        assert machine.loads_before_wait == 0, "something but the weight is read before the dependency wait"
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("n", LENGTHS)
+def test_llama(arch, n):
+    for op in (FUSED, PLAIN):
+        for which in configurations(op, n, arch):
+            config, machine = code(op, n, arch, which)
+            check(config, machine, arch)
+            assert machine.registers * (-(-config.threads // 128) * 128) * config.min_ctas <= 65536
+            widest = 256 if arch >= 100 else 128
+            assert set(machine.loads) == set(machine.stores) == {widest}
+            defines = dict(config.defines)
+            chunks = -(-n // (config.vec * config.threads_per_row * config.cluster))
+            if defines["WEIGHT_AT"] == 0 and arch >= 90:
+                assert machine.loads_before_wait == chunks  # the weight, all of it, and nothing else
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_do_not_spill(name):
+    spec, x, weight = VARIANTS[name]
+    for n in (4096, 16384):
+        for which in configurations(FUSED, n, 90, x):
+            config, machine = code(FUSED, n, 90, which, spec, x, weight)
+            assert not machine.spills, (config, machine)
+            if weight is None:
+                assert machine.loads_before_wait == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_variants_everywhere(name, arch):
+    spec, x, weight = VARIANTS[name]
+    for n in (128, 2880, 8192):
+        for op in (FUSED, PLAIN) if spec.sum == "rounded" else (FUSED,):
+            which = configurations(op, n, arch, x)[-1]
+            config, machine = code(op, n, arch, which, spec, x, weight)
+            assert not machine.spills, (config, machine)
+
+
+@pytest.mark.parametrize("arch", [89, 90, 100])
+def test_long_rows(arch):
+    for n in (65536, 131072):
+        config, machine = code(FUSED, n, arch, 0)
+        check(config, machine, arch)
+        assert set(machine.loads) == {128}
+
+
+@pytest.mark.parametrize(("align", "widths"), [(16, {128}), (8, {64}), (4, {32}), (2, {16})])
+def test_unaligned_addresses_take_narrower_accesses_in_the_same_schedule(align, widths):
+    config, machine = code(FUSED, 4096, 90, 0, align=align)
+    assert set(machine.loads) == set(machine.stores) == widths
+    assert not machine.spills
+    assert config == dispatch.schedules(FUSED, BF16, 4096, 90)[0]
+
+
+def test_a_16_byte_address_on_blackwell_takes_two_128_bit_accesses():
+    _, machine = code(FUSED, 4096, 100, 0, align=16)
+    assert set(machine.loads) == set(machine.stores) == {128}
+
+
+def test_odd_rows_use_the_widest_access_their_length_allows():
+    for n, width in ((5125, 16), (5126, 32), (5124, 64)):
+        _, machine = code(FUSED, n, 90, 0)
+        assert set(machine.loads) == set(machine.stores) == {width}
+        assert not machine.spills
+
+
+def test_the_page_is_current():
+    assert kernel_table.is_current(), "docs/kernels.md is stale: python scripts/kernel_table.py"

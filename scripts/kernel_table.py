@@ -1,0 +1,237 @@
+"""Compile the CUDA kernels for GPUs that need not be present, read the machine code, write docs/kernels.md.
+
+    python scripts/kernel_table.py           # write the page
+    python scripts/kernel_table.py --check   # exit 1 if the page was made from other sources
+
+Needs NVRTC and Triton, whose wheel carries the disassembler. The tests of `integration_tests/cuda` use the same reader.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from rmsnorm_patch import dispatch, jit, nvrtc  # noqa: E402
+from rmsnorm_patch.semantics import LLAMA, NormSpec  # noqa: E402
+
+PAGE = ROOT / "docs" / "kernels.md"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """bandwidth: bytes/s by the vendor's datasheet; threads: resident per multiprocessor."""
+
+    name: str
+    multiprocessors: int
+    bandwidth: float
+    threads: int
+
+
+GPUS = {
+    80: Gpu("A100 80GB", 108, 2.0e12, 2048),
+    89: Gpu("L40S", 142, 0.864e12, 1536),
+    90: Gpu("H200", 132, 4.8e12, 2048),
+    100: Gpu("B200", 148, 8.0e12, 2048),
+    103: Gpu("B300", 148, 8.0e12, 2048),
+    120: Gpu("RTX PRO 6000", 188, 1.79e12, 1536),
+}
+LATENCY = 0.8e-6  # seconds from a load to its data under load; unloaded it is about 0.6
+REACHABLE = 0.845  # of the datasheet: 4.05 of 4.8 TB/s is what a copy with this traffic reaches on an H200
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """What the disassembly of one kernel says. Widths in bits."""
+
+    registers: int
+    stack: int
+    local_accesses: int
+    loads: Counter[int]
+    stores: Counter[int]
+    loads_before_wait: int
+    waits: int
+
+    @property
+    def spills(self) -> bool:
+        return self.stack > 0 or self.local_accesses > 0
+
+
+@cache
+def _tool(name: str) -> str:
+    spec = find_spec("triton")
+    if spec is None or spec.origin is None:
+        raise SystemExit(f"{name} comes with Triton's wheel: pip install triton")
+    return str(Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run([_tool(tool), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _width(opcode: str) -> int:
+    for part in reversed(opcode.split(".")):
+        if part in ("256", "128", "64"):
+            return int(part)
+        if part in ("U16", "S16", "16"):
+            return 16
+    return 32
+
+
+def read_machine_code(cubin: bytes) -> MachineCode:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        listing = _run("nvdisasm", "-c", file.name)
+        usage = _run("cuobjdump", "-res-usage", file.name)
+    lines = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", listing)
+    wait = lines.index("ACQBULK") if "ACQBULK" in lines else 0
+    return MachineCode(
+        registers=int(re.search(r"REG:(\d+)", usage).group(1)),  # type: ignore[union-attr]
+        stack=int(re.search(r"STACK:(\d+)", usage).group(1)),  # type: ignore[union-attr]
+        local_accesses=sum(line.startswith(("LDL", "STL")) for line in lines),
+        loads=Counter(_width(line) for line in lines if line.startswith("LDG")),
+        stores=Counter(_width(line) for line in lines if line.startswith("STG")),
+        loads_before_wait=sum(line.startswith("LDG") for line in lines[:wait]),
+        waits=lines.count("ACQBULK"),
+    )
+
+
+def natural_alignment(n: int, itemsize: int) -> int:
+    """Bytes by which the rows of a contiguous, freshly allocated [m, n] tensor are aligned (32 at most)."""
+    row = n * itemsize
+    return min(32, row & -row)
+
+
+def build(
+    config: dispatch.Config,
+    spec: NormSpec,
+    fused: bool,
+    n: int,
+    arch: int,
+    x: torch.dtype = torch.bfloat16,
+    weight: torch.dtype | None = torch.bfloat16,
+    align: int | None = None,
+) -> jit.Build:
+    alignment = natural_alignment(n, x.itemsize) if align is None else align
+    return jit.Build(
+        config=config,
+        spec=spec,
+        fused_add=fused,
+        n=n,
+        weight_rows=1,
+        x_dtype=x,
+        weight_dtype=weight,
+        align=alignment,
+        weight_align=alignment,
+        two_level=False,
+        arch=arch,
+    )
+
+
+def machine_code(build: jit.Build) -> MachineCode:
+    """Compiled now, not taken from a cache: what is read is what the sources say."""
+    text, headers, _ = jit._sources(build.config.source)
+    options = (f"--gpu-architecture={build.architecture()}", *build.options())
+    return read_machine_code(nvrtc.compile_source(build.config.source, text, headers, options))
+
+
+def digest() -> str:
+    """Identity of the sources and rules that the page describes."""
+    total = hashlib.sha256()
+    for path in sorted([*(ROOT / "kernels" / "cuda").iterdir(), ROOT / "kernels" / "registry.toml", Path(__file__)]):
+        total.update(f"{path.name}\0".encode() + path.read_bytes())
+    return total.hexdigest()[:16]
+
+
+SHAPES = ((128, torch.bfloat16), (1024, torch.bfloat16), (4096, torch.bfloat16), (7168, torch.bfloat16),
+          (16384, torch.bfloat16), (65536, torch.bfloat16), (4096, torch.float32), (5125, torch.bfloat16))  # fmt: skip
+
+
+def _rows_text(low: int, high: int) -> str:
+    return f"{low} and more" if high >= dispatch.UNBOUNDED else f"{low} to {high}"
+
+
+def table_row(config: dispatch.Config, n: int, x: torch.dtype, arch: int) -> list[str]:
+    code = machine_code(build(config, LLAMA, True, n, arch, x, x))
+    gpu = GPUS[arch]
+    defines = dict(config.defines)
+    allocated = -(-config.threads // 128) * 128
+    ctas = max(1, min(65536 // (allocated * code.registers), gpu.threads // config.threads))
+    chunks = -(-n // (config.vec * config.threads_per_row * config.cluster)) * config.rows_per_thread
+    in_flight = ctas * config.threads * min(chunks, defines["STAGE"]) * config.vec * x.itemsize * 2
+    needed = gpu.bandwidth * REACHABLE / gpu.multiprocessors * LATENCY / 2  # half the traffic are loads
+    return [
+        {torch.bfloat16: "bf16", torch.float32: "fp32"}[x],
+        str(n),
+        _rows_text(*config.m),
+        config.kernel,
+        f"{config.threads_per_row} x {config.rows_per_cta // config.rows_per_thread}"
+        + (f", cluster {config.cluster}" if config.cluster > 1 else ""),
+        str(ctas),
+        str(code.registers),
+        "yes" if code.spills else "no",
+        "/".join(f"{width}" for width in sorted(code.loads, reverse=True)),
+        str(code.loads_before_wait) if code.waits else "-",
+        f"{in_flight / 1024:.0f}",
+        f"{min(1.0, in_flight / needed) * REACHABLE:.2f}",
+    ]
+
+
+HEAD = ["dtype", "N", "rows", "kernel", "threads per row x rows side by side", "CTAs per SM", "registers", "spills",
+        "load bits", "loads above the wait", "KiB in flight per SM", "fraction of bandwidth"]  # fmt: skip
+
+
+def page() -> str:
+    lines = [
+        "# The CUDA kernels, read from their machine code",
+        "",
+        "Made by `python scripts/kernel_table.py` from `kernels/` with "
+        f"NVRTC {'.'.join(map(str, nvrtc.version()))}; no GPU is needed. Sources: `{digest()}`.",
+        "",
+        "Fused residual-add + RMSNorm, weight in x's dtype, rounding as in Llama. *Loads above the wait*: weight loads that "
+        "the machine code issues before it waits for the previous kernel (griddepcontrol, sm_90 and later). *In flight*: "
+        "bytes of x and residual that one multiprocessor has asked for at a time. *Fraction of bandwidth*: predicted from "
+        f"them by Little's law, {LATENCY * 1e6:.1f} us of latency, of the datasheet's bandwidth; {REACHABLE} is the most that "
+        "a plain copy reaches. Few rows do not fill the chip: there the figure says that a full multiprocessor would. "
+        "Only sm_90 was measured (`docs/results.md`).",
+    ]
+    for arch in (80, 89, 90, 100, 103, 120):
+        gpu = GPUS[arch]
+        lines += ["", f"## sm_{arch} ({gpu.name}: {gpu.multiprocessors} SMs, {gpu.bandwidth / 1e12:g} TB/s)", ""]
+        lines += ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
+        for n, x in SHAPES:
+            for config in dispatch.schedules("fused_add_rms_norm", x, n, arch):
+                lines.append("| " + " | ".join(table_row(config, n, x, arch)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def is_current() -> bool:
+    return PAGE.is_file() and f"Sources: `{digest()}`" in PAGE.read_text(encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="exit 1 if docs/kernels.md is stale; write nothing")
+    if parser.parse_args().check:
+        print("docs/kernels.md is current" if is_current() else "docs/kernels.md is stale: run scripts/kernel_table.py")
+        return 0 if is_current() else 1
+    PAGE.write_text(page(), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
