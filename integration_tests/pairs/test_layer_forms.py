@@ -1,0 +1,360 @@
+"""Layer forwards of many forms: what is found in each, and that the rewritten one computes the same bits."""
+
+from __future__ import annotations
+
+import functools
+import traceback
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+import rmsnorm_patch
+from rmsnorm_patch import observe
+from rmsnorm_patch.rewrite.classes import is_patched
+
+WIDTH = 16
+
+
+def decorated(function: Callable) -> Callable:
+    @functools.wraps(function)
+    def wrapper(self, *args, **kwargs):
+        self.calls = getattr(self, "calls", 0) + 1
+        return function(self, *args, **kwargs)
+
+    return wrapper
+
+
+class Base(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1 = LlamaRMSNorm(WIDTH, eps=1e-5)
+        self.norm2 = LlamaRMSNorm(WIDTH, eps=1e-6)
+        self.mixer = nn.Linear(WIDTH, WIDTH)
+        self.mlp = nn.Linear(WIDTH, WIDTH)
+        self.dropout = nn.Dropout(0.5)
+        self.scale = 0.25
+        self.flag = True
+
+
+class Plain(Base):
+    def forward(self, hidden_states, scale=0.5, *, extra: float = 1.0):
+        residual = hidden_states
+        hidden_states = self.mixer(self.norm1(hidden_states))
+        hidden_states = residual + hidden_states
+        residual = hidden_states
+        hidden_states = self.norm2(hidden_states)
+        hidden_states = residual + self.mlp(hidden_states) * scale * extra
+        return hidden_states
+
+
+class OtherOrder(Base):
+    def forward(self, hidden_states):
+        residual = hidden_states
+        hidden_states = self.mixer(self.norm1(hidden_states)) + residual
+        hidden_states = hidden_states + self.mlp(self.norm2(hidden_states))
+        return hidden_states
+
+
+class Dropout(Base):
+    def forward(self, hidden_states):
+        residual = hidden_states
+        hidden_states = residual + self.dropout(self.mixer(self.norm1(hidden_states)))
+        residual = hidden_states
+        hidden_states = self.norm2(hidden_states)
+        return residual + F.dropout(self.mlp(hidden_states), p=0.5, training=self.training)
+
+
+class ReturnsTuple(Base):
+    def forward(self, hidden_states, output_attentions=False):
+        residual = hidden_states
+        hidden_states, weights = self.mixer(self.norm1(hidden_states)), hidden_states.sum()
+        x: torch.Tensor = residual + hidden_states * self.scale
+        y = self.norm2(x)
+        y, _ = self.mlp(y), None
+        hidden_states = x + y
+        outputs = (hidden_states,)
+        if output_attentions:
+            outputs += (weights,)
+        return outputs[0]
+
+
+class SumUsedTwice(Base):
+    def forward(self, hidden_states):
+        x = hidden_states + self.mixer(self.norm1(hidden_states))
+        y = self.norm2(x)
+        z = x * 3.0
+        return z + self.mlp(y) - x
+
+
+class InBranches(Base):
+    def forward(self, hidden_states):
+        if self.flag:
+            hidden_states = hidden_states + self.mixer(hidden_states)
+            hidden_states = self.norm1(hidden_states)
+        else:
+            hidden_states = hidden_states + self.mlp(hidden_states)
+            hidden_states = self.norm2(hidden_states)
+        return hidden_states
+
+
+class SuperAndPrivate(Base):
+    def __private(self, x):
+        return self.mixer(self.norm1(x))
+
+    @decorated
+    def forward(self, hidden_states):
+        assert super().extra_repr() == ""
+        residual = hidden_states
+        hidden_states = residual + self.__private(hidden_states)
+        residual = hidden_states
+        hidden_states = self.norm2(hidden_states)
+        return residual + self.mlp(hidden_states)
+
+
+class Inherited(Plain):
+    pass
+
+
+class Checkpointing(Base, GradientCheckpointingLayer):
+    def forward(self, hidden_states):
+        hidden_states = hidden_states + self.mixer(self.norm1(hidden_states))
+        residual = hidden_states
+        hidden_states = self.norm2(hidden_states)
+        return residual + self.mlp(hidden_states)
+
+
+FUSED = [Plain, OtherOrder, Dropout, ReturnsTuple, SumUsedTwice, InBranches, SuperAndPrivate, Inherited, Checkpointing]
+
+
+class InPlace(Base):
+    """`+=` writes a tensor that others may hold."""
+
+    def forward(self, hidden_states):
+        residual = hidden_states
+        hidden_states = self.mixer(self.norm1(hidden_states))
+        hidden_states += residual
+        return residual + self.mlp(self.norm2(hidden_states))
+
+
+class WrittenBetween(Base):
+    def forward(self, hidden_states):
+        hidden_states = hidden_states + self.mixer(self.norm1(hidden_states))
+        hidden_states.mul_(2.0)
+        return self.norm2(hidden_states)
+
+
+class CodeBetween(Base):
+    def forward(self, hidden_states):
+        hidden_states = hidden_states + self.mixer(self.norm1(hidden_states))
+        other = self.mlp(hidden_states)
+        return self.norm2(hidden_states) + other * 2.0
+
+
+class CallFirst(Base):
+    def forward(self, hidden_states):
+        hidden_states = hidden_states + self.mixer(self.norm1(hidden_states))
+        return hidden_states.mul_(2.0) * self.norm2(hidden_states)
+
+
+class MaybeRebound(Base):
+    def forward(self, hidden_states):
+        x = hidden_states + self.mixer(self.norm1(hidden_states))
+        if self.flag:
+            x = x * 2.0
+        return self.norm2(x)
+
+
+class Conditional(Base):
+    def forward(self, hidden_states):
+        x = hidden_states + self.mixer(self.norm1(hidden_states))
+        return self.norm2(x) if not self.flag else x
+
+
+class InLoop(Base):
+    def forward(self, hidden_states):
+        x = hidden_states
+        for _ in range(2):
+            x = x + self.mixer(self.norm1(x))
+        return self.norm2(x)
+
+
+class Broadcast(Base):
+    """A sum of two shapes is no residual add: the guards' business."""
+
+    def forward(self, hidden_states):
+        x = hidden_states + hidden_states.mean(1, keepdim=True)
+        return self.norm2(x)
+
+
+LEFT = [InPlace, WrittenBetween, CodeBetween, CallFirst, MaybeRebound, Conditional, InLoop]
+
+
+class Model(nn.Module):
+    """Three layers and a final norm."""
+
+    def __init__(self, layer: type[nn.Module]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(layer() for _ in range(3))
+        self.norm = LlamaRMSNorm(WIDTH)
+        for name, parameter in self.named_parameters():
+            if "norm" in name:
+                nn.init.uniform_(parameter, 0.5, 1.5)
+        self.eval()
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm(x)
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(3))
+
+
+def patched_counts(model: nn.Module, x: torch.Tensor) -> Counter[str]:
+    """Apply, run, check every bit; what ran."""
+    with torch.no_grad():
+        expected = model(x.clone())
+    rmsnorm_patch.apply(model, backend="reference")
+    ran: Counter[str] = Counter()
+    with torch.no_grad(), observe.observing(lambda event: ran.update([f"{event.kind}/{event.backend}"])):
+        assert torch.equal(model(x.clone()), expected)
+    return ran
+
+
+@pytest.mark.parametrize("layer", FUSED, ids=lambda layer: layer.__name__)
+def test_fused_forms(layer: type[nn.Module], x: torch.Tensor) -> None:
+    ran = patched_counts(Model(layer), x)
+    assert ran["in_layer/reference"] == 3
+    assert ran["in_layer/original"] == 0
+
+
+@pytest.mark.parametrize("layer", LEFT, ids=lambda layer: layer.__name__)
+def test_forms_that_are_left_alone(layer: type[nn.Module], x: torch.Tensor) -> None:
+    """adversarial 54: the class keeps its own in-layer arithmetic."""
+    model = Model(layer)
+    plan = rmsnorm_patch.plan(model, backend="reference")
+    assert not list(plan.fused_pairs("in_layer"))
+    assert not patched_counts(model, x)["in_layer/reference"]
+
+
+def test_refusals_have_a_reason(x: torch.Tensor) -> None:
+    reasons = {
+        layer.__name__: [p.reason for p in rmsnorm_patch.plan(Model(layer)).pairs if p.kind == "in_layer"]
+        for layer in (CodeBetween, CallFirst)
+    }
+    assert reasons == {
+        "CodeBetween": ["code runs between the add and the norm"] * 3,
+        "CallFirst": ["code runs in the norm's statement before the norm"] * 3,
+    }
+
+
+def test_a_sum_of_two_shapes(x: torch.Tensor) -> None:
+    assert patched_counts(Model(Broadcast), x)["in_layer/reference"] == 3
+
+
+def test_calls_that_no_kernel_serves_say_why(x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rmsnorm_patch.triton_backend.available", lambda device: (True, ""))
+    model, x = Model(Plain).double(), x.double()
+    with torch.no_grad():
+        expected = model(x)
+    rmsnorm_patch.apply(model, backend="triton")  # no kernel is reached: the guards send every call away
+    seen: list[observe.Event] = []
+    with torch.no_grad(), observe.observing(seen.append):
+        assert torch.equal(model(x), expected)
+    reasons = {(event.kind, event.backend, event.reason) for event in seen}
+    assert reasons == {(kind, "original", "input dtype torch.float64") for kind in ("norm", "in_layer")}
+
+
+def test_branch_that_the_instance_does_not_take(x: torch.Tensor) -> None:
+    model = Model(InBranches)
+    model.layers[1].flag = False
+    plan = rmsnorm_patch.plan(model, backend="reference")
+    assert [p.norm for p in plan.fused_pairs("in_layer")] == ["layers.0.norm1", "layers.1.norm2", "layers.2.norm1"]
+    assert patched_counts(model, x)["in_layer/reference"] == 3
+
+
+def test_training_keeps_dropout_and_gradients(x: torch.Tensor) -> None:
+    model = Model(Dropout).train()
+
+    def gradients() -> list[torch.Tensor]:
+        torch.manual_seed(5)
+        model.zero_grad()
+        model(x).square().sum().backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    plain = gradients()
+    rmsnorm_patch.apply(model, backend="reference")
+    assert all(torch.equal(a, b) for a, b in zip(plain, gradients(), strict=True))
+
+
+def test_arguments_defaults_and_signature_stay() -> None:
+    model = Model(Plain)
+    layer, x = model.layers[0], torch.randn(1, 2, WIDTH)
+    with torch.no_grad():
+        expected = [layer(x), layer(x, 0.1), layer(x, scale=0.2, extra=3.0)]
+        rmsnorm_patch.apply(model, backend="reference")
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(expected, [layer(x), layer(x, 0.1), layer(x, scale=0.2, extra=3.0)], strict=True)
+        )
+    forward = type(layer).forward
+    assert (forward.__defaults__, forward.__kwdefaults__) == (Plain.forward.__defaults__, Plain.forward.__kwdefaults__)
+    assert forward.__qualname__ == Plain.forward.__qualname__
+    assert forward.__annotations__ == Plain.forward.__annotations__
+    assert forward.__globals__ is globals()
+
+
+def test_decorators_run_once_a_call(x: torch.Tensor) -> None:
+    model = Model(SuperAndPrivate)
+    patched_counts(model, x)
+    assert [layer.calls for layer in model.layers] == [2, 2, 2]
+
+
+def test_traceback_shows_the_models_own_line() -> None:
+    model = Model(Plain)
+    rmsnorm_patch.apply(model, backend="reference")
+    with pytest.raises(RuntimeError) as caught:
+        model.layers[0](torch.randn(1, 2, WIDTH + 1))
+    lines = [frame.line for frame in traceback.extract_tb(caught.value.__traceback__) if frame.filename == __file__]
+    assert "hidden_states = self.mixer(self.norm1(hidden_states))" in lines
+
+
+def test_a_forward_of_the_instance_is_left_alone(x: torch.Tensor) -> None:
+    model = Model(Plain)
+    model.layers[1].forward = lambda hidden_states: hidden_states * 2.0
+    plan = rmsnorm_patch.plan(model, backend="reference")
+    assert [p.layer for p in plan.fused_pairs("in_layer")] == ["layers.0", "layers.2"]
+    assert any(p.layer == "layers.1" and "instance-level forward" in p.reason for p in plan.pairs)
+    patched_counts(model, x)
+    assert not is_patched(type(model.layers[1]))
+
+
+def test_a_trace_that_disagrees_keeps_the_forward(x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The source alone is not enough: with a norm that the trace does not see called, the layer is left alone."""
+    from rmsnorm_patch.scan import pairs, trace
+
+    blind = trace.Trace(frozenset(), 0, "")
+    monkeypatch.setattr(pairs, "trace_layer", lambda *_: blind)
+    plan = rmsnorm_patch.plan(Model(Plain), backend="reference")
+    assert not list(plan.fused_pairs())
+    assert {p.reason.partition(" of line")[0] for p in plan.pairs} == {
+        "a trace of its forward did not confirm the pair"
+    }
+
+
+def test_a_forward_without_source_is_left_alone(x: torch.Tensor) -> None:
+    namespace: dict = {"Base": Base}
+    code = "class Hidden(Base):\n def forward(self, x):\n  x = x + self.mixer(self.norm1(x))\n  return self.norm2(x)\n"
+    exec(code, namespace)
+    namespace["Hidden"].__module__ = "nowhere"
+    ran = patched_counts(Model(namespace["Hidden"]), x)
+    assert set(ran) == {"norm/reference"}
