@@ -137,8 +137,8 @@ def test_prompt_without_tokenizer(command, copy: Path) -> None:
     [
         (["plan", "--backend", "fast"], ["--backend", "'fast'", "'triton'"]),
         (["plan", "--dtype", "int8"], ["--dtype", "'int8'", "'bfloat16'"]),
-        (["generate", "--max-new-tokens", "0"], ["--max-new-tokens", "0"]),
-        (["bench", "--rounds", "many"], ["--rounds", "many"]),
+        (["generate", "--max-new-tokens", "0"], ["Invalid value", "--max-new-tokens"]),
+        (["bench", "--rounds", "many"], ["Invalid value", "--rounds", "integer"]),
         (["plan", "--fast"], ["--fast"]),
         (["plam"], ["plam"]),
     ],

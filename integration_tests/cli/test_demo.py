@@ -1,0 +1,67 @@
+"""`scripts/demo.py`, what `make demo` runs: end to end on the shipped checkpoints, and red when a kernel is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def demo(root: Path, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run the demo of the checkout at `root`, on the CPU, in its own process."""
+    words = [sys.executable, "scripts/demo.py", *options, "--device", "cpu", "--rounds", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(root), **variables}
+    return subprocess.run(words, cwd=root, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def checkout(repository: Path, tmp_path: Path) -> Path:
+    """A copy of what the demo uses, to break."""
+    for name in ("rmsnorm_patch", "kernels", "scripts", "integration_tests/data"):
+        shutil.copytree(repository / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def test_demo_shows_the_whole_story(repository: Path) -> None:
+    ended = demo(repository)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    for name in ("tiny-llama", "tiny-mistral"):
+        assert f"PASSED {name}" in ended.stdout
+    for part in ("[0-3]", "proved", "96 tokens equal; after revert equal", "tokens per second", "no speed-up"):
+        assert ended.stdout.count(part) >= 2, part
+
+
+def test_demo_as_json(repository: Path) -> None:
+    ended = demo(repository, "--json", "--max-new-tokens", "8")
+    found = json.loads(ended.stdout)
+    assert found["passed"] is True
+    assert [c["checkpoint"] for c in found["checkpoints"]] == ["tiny-llama", "tiny-mistral"]
+    for story in found["checkpoints"]:
+        assert story["same_text"]
+        assert story["restored"]
+        assert story["stock_text"] == story["patched_text"]
+        assert story["proof"]["fired"]["fused"] == 9
+
+
+@pytest.mark.slow
+def test_triton_kernels_pass_and_a_wrong_one_fails(checkout: Path) -> None:
+    """The Triton kernels in the interpreter prove themselves; with four times eps they turn the demo red."""
+    options = ("--backend", "triton", "--max-new-tokens", "4", "--json")
+    right = demo(checkout, *options, TRITON_INTERPRET="1")
+    assert right.returncode == 0, right.stdout + right.stderr
+    backends = {b for c in json.loads(right.stdout)["checkpoints"] for s in c["proof"]["sites"] for b in s["backends"]}
+    assert backends == {"triton"}
+    source = checkout / "kernels" / "triton" / "row_math.py"
+    text = source.read_text()
+    assert "/ WIDTH + eps\n" in text
+    source.write_text(text.replace("/ WIDTH + eps\n", "/ WIDTH + eps * 4\n"))
+    wrong = demo(checkout, *options, TRITON_INTERPRET="1")
+    assert wrong.returncode == 1, wrong.stdout + wrong.stderr
+    found = json.loads(wrong.stdout)
+    assert [c["passed"] for c in found["checkpoints"]] == [False, False]
+    assert all(c["restored"] for c in found["checkpoints"])
