@@ -8,7 +8,7 @@ VENV ?= .venv
 # The tests pin bits and code objects of one torch release. A machine with a package index that carries CPU builds
 # gets one of those; elsewhere pip takes the CUDA build. `make demo TORCH="torch==2.13.0+cpu"` insists.
 TORCH ?= torch==2.13.0
-EXTRAS ?= test,cuda
+EXTRAS ?= test
 PIP_ARGS ?=
 PYTEST_ARGS ?= -n 2 --dist worksteal
 
