@@ -3,7 +3,7 @@
 `bind(op, spec)` returns a callable with the signature of `ops.bind_*`. Per (dtype, N, weight dtype) it keeps the
 schedule, the compile-time constants and the compiled kernel; per call it checks shapes, looks at strides and launches.
 Calling the compiled kernel directly, in place of `kernel[grid](...)` with its two dozen arguments to hash, took the
-host cost of a call from 44 us to HOSTCOST.
+host cost of a fused call from 44 us to 15 (H200, triton 3.6).
 """
 
 from __future__ import annotations
@@ -84,12 +84,18 @@ class Layout:
     """What one (dtype, N, weight dtype) fixes: the kernel's compile-time constants, and its compiled variants."""
 
     def __init__(
-        self, spec: NormSpec, dtype: torch.dtype, n: int, weight_dtype: torch.dtype | None, warp_size: int = 32
+        self,
+        op: str,
+        spec: NormSpec,
+        dtype: torch.dtype,
+        n: int,
+        weight_dtype: torch.dtype | None,
+        warp_size: int = 32,
     ) -> None:
         schedules = triton_loader.load("schedule", interpreted=False)
         self.columns = spec.group or n
         """Elements that share one rstd: what the kernels call a row."""
-        self.schedule = schedules.schedule(self.columns, dtype.itemsize, warp_size)
+        self.schedule = schedules.schedule(self.columns, dtype.itemsize, 1 if op == "rms_norm" else 2, warp_size)
         self.vec = schedules.vector_elements(self.columns, dtype.itemsize)
         self.groups = n // self.columns
         dense = (self.columns // self.vec, 0)
@@ -127,7 +133,7 @@ class _Op:
 
     def _layout(self, x: torch.Tensor, weight: torch.Tensor | None) -> Layout:
         weight_dtype = None if weight is None else weight.dtype
-        layout = Layout(self.spec, x.dtype, x.shape[-1], weight_dtype, _warp_size(x.device))
+        layout = Layout(self.op, self.spec, x.dtype, x.shape[-1], weight_dtype, _warp_size(x.device))
         return self._layouts.setdefault((x.dtype, x.shape[-1:], weight_dtype), layout)
 
     def _launch(

@@ -70,12 +70,13 @@ def test_warmup_compiles_by_running(monkeypatch: pytest.MonkeyPatch) -> None:
         triton_backend.warmup(op, LLAMA, 64, torch.bfloat16, torch.bfloat16, device="cpu")
 
 
+@pytest.mark.parametrize("inputs", [1, 2])
 @pytest.mark.parametrize("itemsize", [2, 4])
-def test_schedules_cover_every_length_without_a_whole_chunk_to_spare(itemsize: int) -> None:
+def test_schedules_cover_every_length_without_a_whole_chunk_to_spare(itemsize: int, inputs: int) -> None:
     schedules = triton_loader.load("schedule", interpreted=False)
     for warp_size in (32, 64):
         for n in (*range(1, 2000), 2880, 5120, 7168, 24449, 32768, 65536, 262144):
-            found = schedules.schedule(n, itemsize, warp_size)
+            found = schedules.schedule(n, itemsize, inputs, warp_size)
             assert found.block * found.chunks >= n > found.block * (found.chunks - 1)
             assert found.block & (found.block - 1) == 0
             assert found.num_warps * warp_size <= 1024

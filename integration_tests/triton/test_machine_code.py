@@ -42,7 +42,7 @@ def build(
     in_place: bool = False,
 ) -> Any:
     """The kernel as `triton_backend` would launch it, compiled for `target`."""
-    layout = Layout(spec, dtype, n, weight_dtype, target.warp_size)
+    layout = Layout(op, spec, dtype, n, weight_dtype, target.warp_size)
     kernel = getattr(triton_loader.load(op, interpreted=False), f"{op}_long" if layout.schedule.long else op)
     constants = {**layout.constants, "NESTED": nested}
     if op != "rms_norm":

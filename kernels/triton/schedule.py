@@ -3,7 +3,7 @@
 That is what makes a row's result independent of its batch, and it lets N be a compile-time constant. Chunks instead of
 one power-of-two block: N = 6144 is a chunk of 4096 and half of another, not 8192 lanes of which 2048 idle.
 
-Measured on an H200, bf16, fused add, M = 4096, cold, us by threads per row (roofline: the same traffic, no reduction):
+Measured on an H200, bf16, M = 4096, cold, us by threads per row (roofline: the same traffic, no reduction). Fused add:
 
     N       roofline    128      256      512     1024    two reads (1024)
     2048       18.55    18.78    18.44
@@ -14,7 +14,9 @@ Measured on an H200, bf16, fused add, M = 4096, cold, us by threads per row (roo
     32768     258.10                     262.86   260.86   269.0
 
 and for one row of 8192: 3.12, 2.53, 2.26, 2.17. So: as many threads as there are vectors, up to 1024, for few rows and
-for many; registers as long as they hold the row.
+for many; registers as long as they hold the row. A thread then has two loads in flight, one of each input. The plain
+norm with one vector per thread has one, and starves: 42.1 us at N = 8192 (1024 threads; half the roofline above is
+33.4), 20.2 at 4096, while two vectors per thread reach 67.3 at 16384 (65.3). So half as many threads there.
 """
 
 from typing import NamedTuple
@@ -39,8 +41,9 @@ def vector_elements(n: int, itemsize: int) -> int:
     return min(16 // itemsize, n & -n)
 
 
-def schedule(n: int, itemsize: int, warp_size: int = 32) -> Schedule:
-    """The schedule for rows of `n` elements of `itemsize` bytes on a device with warps of `warp_size` threads."""
+def schedule(n: int, itemsize: int, inputs: int, warp_size: int = 32) -> Schedule:
+    """The schedule for rows of `n` elements of `itemsize` bytes, read from `inputs` tensors (2 with a residual), on a
+    device with warps of `warp_size` threads."""
     per_thread = 16 // itemsize
     if n <= 64 * per_thread:
         block = max(per_thread, 1 << (n - 1).bit_length())
@@ -49,7 +52,7 @@ def schedule(n: int, itemsize: int, warp_size: int = 32) -> Schedule:
         block = 1024 * per_thread
         return Schedule(1, block, -(-n // block), 1024 // warp_size, True)
     threads = 64
-    while threads < 1024 and n >= 2 * threads * per_thread:
+    while threads < 1024 and n * inputs >= 4 * threads * per_thread:
         threads *= 2
     block = threads * per_thread
     return Schedule(1, block, -(-n // block), threads // warp_size, False)
