@@ -19,7 +19,9 @@ SPECS = {
     "gemma": GEMMA,
     "t5": T5,
     "weight-dtype offset": NormSpec(weight_offset="weight_dtype"),
-    "weight-dtype offset, one rounding": NormSpec(round_before_weight="none", weight_offset="weight_dtype", output="input"),
+    "weight-dtype offset, one rounding": NormSpec(
+        round_before_weight="none", weight_offset="weight_dtype", output="input"
+    ),
     "fp32 offset after rounding": NormSpec(weight_offset="fp32"),
     "rounded to the input, output in its dtype": NormSpec(output="input"),
     "no weight": NormSpec(has_weight=False),
@@ -46,7 +48,7 @@ def weight_for(n, dtype, spec, seed=7):
     if not spec.has_weight:
         return None
     generator = torch.Generator(device="cuda").manual_seed(seed)
-    return (torch.rand(n, generator=generator, device="cuda") + 0.5 - (spec.weight_offset != "none")).to(dtype)
+    return (torch.rand(n, generator=generator, device="cuda") + 0.5 - float(spec.weight_offset != "none")).to(dtype)
 
 
 def ulps(got, want):
@@ -134,7 +136,9 @@ def test_a_row_does_not_depend_on_its_address():
     x, residual, weight = rows(9, n, BF16, 3), rows(9, n, BF16, 4), weight_for(n, BF16, LLAMA)
     normed, total = fused(LLAMA, x, residual, weight)
     for offset in (1, 2, 3, 4, 8):
-        moved = [torch.empty(t.numel() + offset, dtype=BF16, device="cuda")[offset:].view(t.shape) for t in (x, residual)]
+        moved = [
+            torch.empty(t.numel() + offset, dtype=BF16, device="cuda")[offset:].view(t.shape) for t in (x, residual)
+        ]
         moved[0].copy_(x), moved[1].copy_(residual)
         moved_weight = torch.empty(n + offset, dtype=BF16, device="cuda")[offset:].copy_(weight)
         again, total_again = fused(LLAMA, *moved, moved_weight)
@@ -190,7 +194,9 @@ def test_difficult_values(n, dtype):
     large = torch.full((2, n), 6e4, device="cuda").to(dtype)
     got = plain(large, weight, EPS)
     assert got.isfinite().all()
-    assert torch.allclose(got.double(), reference.rms_norm_fp64(large, weight, LLAMA, EPS), rtol=2.0 ** (2 - MANTISSA[dtype]))
+    assert torch.allclose(
+        got.double(), reference.rms_norm_fp64(large, weight, LLAMA, EPS), rtol=2.0 ** (2 - MANTISSA[dtype])
+    )
     for scale in (1e-3, 1e-6):
         x = rows(4, n, dtype, 3, scale)
         assert_norm(plain(x, weight, EPS), x, weight, LLAMA)
@@ -275,6 +281,9 @@ def test_a_chain_of_dependent_launches():
 
 def test_no_rows_and_no_columns():
     weight = weight_for(64, BF16, LLAMA)
-    assert cuda_backend.bind("rms_norm", LLAMA)(torch.empty(0, 64, dtype=BF16, device="cuda"), weight, EPS).shape == (0, 64)
+    assert cuda_backend.bind("rms_norm", LLAMA)(torch.empty(0, 64, dtype=BF16, device="cuda"), weight, EPS).shape == (
+        0,
+        64,
+    )
     with pytest.raises(UnsupportedInput):
         cuda_backend.bind("rms_norm", LLAMA)(torch.empty(4, 0, dtype=BF16, device="cuda"), weight[:0], EPS)

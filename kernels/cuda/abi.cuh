@@ -33,6 +33,7 @@
 //   LAUNCH_AT        when the next kernel may become resident: 0 at once, 1 after the dependency wait, 2 after the loads of x
 //   PREFETCH         1: before the wait, ask for the CTA's rows of x and residual to come to L2 (sm_90+)
 //   STAGE            chunks that a thread loads before it adds them
+//   PARKED           chunks of each thread that are kept in dynamic shared memory (16 bytes each), not in registers; 0 if absent
 //   MIN_CTAS         second argument for __launch_bounds__
 //   any further upper-case key of a registry rule's `defines` table
 //
