@@ -1,0 +1,79 @@
+"""Every causal-LM type of transformers, as `scripts/support_matrix.py` surveys them."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import transformers
+
+pytestmark = pytest.mark.slow
+
+PINNED = {
+    "types": 189,
+    "built": 175,
+    "with RMSNorm": 113,
+    "norms fused": 113,
+    "in_layer": 96,
+    "cross_layer": 91,
+    "final": 100,
+    "norm_add": 17,
+}
+"""For transformers 5.23, without optional packages. A drop is a regression; a rise is a new pin."""
+
+CYCLES = {"hrm_text": 4}
+"""Types whose forward runs its layers several times."""
+
+
+@pytest.fixture(scope="module")
+def matrix(repository: Path) -> ModuleType:
+    sys.path.insert(0, str(repository / "scripts"))
+    try:
+        return importlib.import_module("support_matrix")
+    finally:
+        sys.path.pop(0)
+
+
+@pytest.fixture(scope="module")
+def rows(matrix: ModuleType) -> list:
+    return matrix.survey_all()
+
+
+def test_bits_stay_in_fp32(rows: list) -> None:
+    assert [row.model_type for row in rows if not row.identical and not row.unbuilt] == []
+
+
+def test_bits_stay_in_bf16(matrix: ModuleType, rows: list) -> None:
+    wrong = []
+    for row in rows:
+        if row.has_norms:
+            half = matrix.survey(row.model_type, torch.bfloat16)
+            if not half.identical and not half.unbuilt:
+                wrong.append(row.model_type)
+    assert wrong == []
+
+
+def test_what_was_planned_ran(rows: list) -> None:
+    for row in rows:
+        times = CYCLES.get(row.model_type, 1)
+        handed_over = row.fused("cross_layer") + row.fused("final")
+        expected = (times * row.fused("in_layer"), times * handed_over, times * handed_over)
+        ran = tuple(row.ran.get(kind, 0) for kind in ("in_layer", "cross_layer", "taken"))
+        assert ran == expected, row.model_type
+
+
+@pytest.mark.skipif(not transformers.__version__.startswith("5.23."), reason="pinned for transformers 5.23")
+def test_counts(matrix: ModuleType, rows: list) -> None:
+    counted = matrix.totals(rows)
+    assert counted["in_layer"] >= 95
+    assert counted["cross_layer"] >= 88
+    assert counted == PINNED
+
+
+@pytest.mark.skipif(not transformers.__version__.startswith("5.23."), reason="the page is for transformers 5.23")
+def test_page_is_up_to_date(matrix: ModuleType, rows: list) -> None:
+    assert matrix.PAGE.read_text() == matrix.page(rows), "run scripts/support_matrix.py"
