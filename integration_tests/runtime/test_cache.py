@@ -240,8 +240,9 @@ def test_directory_of_another_user_is_refused(cache_dir, build, compiles):
 def test_symlinked_directory_is_refused(cache_dir, tmp_path, build, compiles):
     (tmp_path / "real").mkdir(mode=0o700)
     cache_dir.symlink_to(tmp_path / "real")
-    with pytest.raises(UnsafeCacheError, match="symbolic link"):
+    with pytest.raises(UnsafeCacheError) as caught:
         jit.machine_code(build())
+    assert caught.value.got.startswith("a symbolic link")
     assert not list((tmp_path / "real").iterdir())
 
 
