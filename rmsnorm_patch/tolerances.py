@@ -67,13 +67,13 @@ def scale_bias(dtype: torch.dtype, elements: int, width: int) -> float:
     """Largest |sum((fused - original) * sign(original)) / sum(|original|)| over `elements` outputs in rows of `width`.
 
     Rounding noise averages out of this ratio and a wrong scale (eps, divisor, missed columns) does not, so it sees
-    in bf16 what single elements cannot show. The bound is the shift of a whole row (`RSTD_UNITS`), plus what honest
-    flips (0.01% of the elements in clumps of `multiplicity`, 4 sigma, at least 3 clumps) add if they agree in sign.
+    in bf16 what single elements cannot show. The bound is the shift of a whole row (`RSTD_UNITS`), plus what the
+    permitted flips (0.1% of the elements, in clumps of `multiplicity`, either sign) leave: 4 sigma and 3 clumps.
     """
     if dtype == torch.float32 or not elements:
         return RSTD_UNITS * _UNIT
     clump = multiplicity(width, dtype)
-    clumps = 3 + 4 * (1e-4 * elements / clump) ** 0.5
+    clumps = 3 + 4 * (_HALF.fraction * elements / clump) ** 0.5
     return RSTD_UNITS * _UNIT + clumps * clump * torch.finfo(dtype).eps / elements
 
 

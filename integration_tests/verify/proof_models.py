@@ -26,18 +26,18 @@ SIZES = {
     "eos_token_id": None,
 }
 CONFIGS = {
-    "llama": lambda: LlamaConfig(**SIZES),
-    "qwen3": lambda: Qwen3Config(**SIZES),
-    "gemma2": lambda: Gemma2Config(**SIZES),
-    "mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=4),
+    "llama": lambda changes: LlamaConfig(**{**SIZES, **changes}),
+    "qwen3": lambda changes: Qwen3Config(**{**SIZES, **changes}),
+    "gemma2": lambda changes: Gemma2Config(**{**SIZES, **changes}),
+    "mixtral": lambda changes: MixtralConfig(**{**SIZES, "num_local_experts": 4, **changes}),
 }
 
 Kernel = Callable[..., torch.Tensor | tuple[torch.Tensor, torch.Tensor]]
 
 
-def build(kind: str, dtype: torch.dtype, seed: int = 0) -> nn.Module:
+def build(kind: str, dtype: torch.dtype, seed: int = 0, **changes: int) -> nn.Module:
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[kind]()).to(dtype).eval()
+    model = AutoModelForCausalLM.from_config(CONFIGS[kind](changes)).to(dtype).eval()
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.dim() == 1:

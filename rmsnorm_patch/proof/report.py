@@ -60,7 +60,9 @@ class Measurement:
             _ratio(found.differing, allowed),
             _ratio(abs(found.bias), bias_bound),
         )
-        if violations:
+        if not violations:
+            severity = min(severity, 1.0)  # a spec that differs by design may be further off than the tolerance
+        else:
             severity = max(severity, 2.0**62 if found.error or found.sum_mismatches else 1.0)
         return cls(
             name=name,

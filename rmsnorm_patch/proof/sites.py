@@ -20,7 +20,7 @@ from ..plan import Backend, NormSite
 from ..rewrite import classes
 from ..tolerances import EXACT, EXACT_ERROR_RATIO, SITE, SiteTolerance
 from . import probes
-from .difference import Difference, compare, compare_sum, finite, row_keys
+from .difference import Difference, bit_mismatches, compare, compare_sum, finite, row_keys
 from .report import Measurement, SiteProof
 
 _KEPT_ROWS = 16
@@ -36,10 +36,44 @@ class _Site:
     backends: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     found: dict[tuple[str, str, torch.dtype], Difference] = field(default_factory=dict)
-    exact_errors: dict[str, tuple[float, float]] = field(default_factory=dict)
+    exact: dict[str, _Exact] = field(default_factory=dict)
     probed: set[str] = field(default_factory=set)
     failing: dict[str, torch.Tensor] = field(default_factory=dict)
     rows: dict[str, set[int]] = field(default_factory=dict)
+    handed_over: torch.Tensor | None = None
+
+    @property
+    def differs_by_design(self) -> bool:
+        """Whether a fused add reads the unrounded sum: its result is then held against the exact value."""
+        return self.plan is not None and self.plan.spec is not None and self.plan.spec.sum == "fp32"
+
+    def weight_and_eps(self, norm: nn.Module, dtype: torch.dtype) -> tuple[torch.Tensor | None, float]:
+        """The module's own, now."""
+        assert self.plan is not None
+        assert self.plan.spec is not None
+        eps = getattr(norm, self.plan.eps_attribute) if self.plan.eps_attribute else self.plan.spec.eps
+        weight = getattr(norm, self.plan.weight_attribute) if self.plan.weight_attribute else None
+        return weight, self.plan.spec.resolve_eps(dtype) if eps is None else eps
+
+
+@dataclass
+class _Exact:
+    """Squared distances from the fp64 value, and its own square, summed over calls."""
+
+    fused: float = 0.0
+    original: float = 0.0
+    size: float = 0.0
+
+    def add(self, fused: torch.Tensor, original: torch.Tensor, exact: torch.Tensor) -> None:
+        self.fused += float((fused.to(torch.float64) - exact).pow(2).sum())
+        self.original += float((original.to(torch.float64) - exact).pow(2).sum())
+        self.size += float(exact.pow(2).sum())
+
+    def relative(self) -> tuple[float, float]:
+        """(fused, original) rms errors relative to the exact value's rms."""
+        if not self.size:
+            return 0.0, 0.0
+        return finite((self.fused / self.size) ** 0.5), finite((self.original / self.size) ** 0.5)
 
 
 class SiteWatcher:
@@ -110,10 +144,47 @@ class SiteWatcher:
             named["total"] = event.total
         if kept is not None:
             named = {name: tensor.detach().reshape(-1, tensor.shape[-1])[kept] for name, tensor in named.items()}
+        if site.differs_by_design and event.backend != "original" and event.kind != "norm":
+            return self._judge_by_design(site, event, expected, found)
         found = found + compare(named["normed"], named["normed_expected"])
         self._put(site, self.run, event.backend, dtype, found)
         if not site.failing and found.violations(_tolerance(event.backend, dtype), dtype):
             site.failing = _excerpt(named, event.norm, found.worst_row)
+
+    def _judge_by_design(self, site: _Site, event: observe.Event, expected: torch.Tensor, found: Difference) -> None:
+        """A call that reads the unrounded sum: judged by its error against fp64; what a norm takes, by being that."""
+        name = f"{self.run}:fp32 sum"
+        if event.kind == "taken":
+            kept = site.handed_over
+            same = kept is not None and not bit_mismatches(event.normed, kept)
+            found = Difference() if same else Difference(error="took another tensor than was handed over to it")
+        else:
+            self._measure_exact(site, name, event.norm, event.operands, event.normed, expected)
+            found = found + compare(event.normed, expected)
+            site.handed_over = event.normed if event.kind == "cross_layer" else None
+        self._put(site, name, event.backend, expected.dtype, found)
+
+    def _measure_exact(
+        self,
+        site: _Site,
+        name: str,
+        norm: nn.Module,
+        operands: tuple[torch.Tensor, ...],
+        fused: torch.Tensor,
+        original: torch.Tensor,
+    ) -> None:
+        """Errors against the norm in fp64 of what the spec says it reads: the sum as it is stored, or the exact one."""
+        assert site.plan is not None
+        assert site.plan.spec is not None
+        if fused.shape != original.shape:
+            return
+        x = operands[0]
+        if len(operands) == 2:
+            stored = x + operands[1]
+            x = x.to(torch.float64) + operands[1].to(torch.float64) if site.differs_by_design else stored
+        weight, eps = site.weight_and_eps(norm, operands[0].dtype)
+        exact = reference.rms_norm_fp64(x, weight, site.plan.spec, eps)
+        site.exact.setdefault(name, _Exact()).add(fused, original, exact)
 
     def _new_rows(self, site: _Site, total: torch.Tensor, normed: torch.Tensor) -> torch.Tensor | None:
         """Indices of the rows whose bits, before and after, this run has not brought to the site yet.
@@ -150,9 +221,7 @@ class SiteWatcher:
             return
         site.probed.add(form)
         x, spec = event.operands[0], site.plan.spec
-        weight = getattr(event.norm, site.plan.weight_attribute) if site.plan.weight_attribute else None
-        eps = getattr(event.norm, site.plan.eps_attribute) if site.plan.eps_attribute else spec.eps
-        self.eps = spec.resolve_eps(x.dtype) if eps is None else eps
+        weight, self.eps = site.weight_and_eps(event.norm, x.dtype)
         for family in probes.FAMILIES:
             seed = probes.site_seed(self._seed, path, family)
             made = probes.operands(family, len(event.operands), x.shape[-1], x.dtype, x.device, self.eps, seed)
@@ -166,8 +235,7 @@ class SiteWatcher:
             found = found + compare(actual, expected)
             name = f"{form}:{family}"
             self._put(site, name, event.backend, expected.dtype, found)
-            exact = reference.rms_norm_fp64(total, weight, spec, self.eps)
-            site.exact_errors[name] = (_relative_error(actual, exact), _relative_error(expected, exact))
+            self._measure_exact(site, name, event.norm, made, actual, expected)
 
     def proofs(self) -> tuple[SiteProof, ...]:
         return tuple(self._proof(path, site) for path, site in self._sites.items())
@@ -177,13 +245,12 @@ class SiteWatcher:
         return dict(self._sites[path].failing) if path in self._sites else {}
 
     def _proof(self, path: str, site: _Site) -> SiteProof:
-        by_design = site.plan is not None and site.plan.spec is not None and site.plan.spec.sum == "fp32"
         measured = []
         for (name, backend, dtype), found in site.found.items():
             tolerance = _tolerance(backend, dtype)
             violations = found.violations(tolerance, dtype)
-            fused_error, original_error = site.exact_errors.get(name, (None, None))
-            if by_design and name.startswith("pair:") and fused_error is not None and original_error is not None:
+            fused_error, original_error = site.exact[name].relative() if name in site.exact else (None, None)
+            if site.differs_by_design and (name.startswith("pair:") or name.endswith(":fp32 sum")):
                 violations = _exact_violations(found, fused_error, original_error)
             measured.append(
                 Measurement.of(name, backend, dtype, found, tolerance, violations, fused_error, original_error)
@@ -211,17 +278,14 @@ def _tolerance(backend: str, dtype: torch.dtype) -> SiteTolerance:
     return EXACT if backend in ("reference", "original") else SITE.get(dtype, EXACT)
 
 
-def _relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
-    size = float(exact.pow(2).mean().sqrt())
-    return finite(float((actual.to(torch.float64) - exact).pow(2).mean().sqrt()) / size) if size else 0.0
-
-
-def _exact_violations(found: Difference, fused_error: float, original_error: float) -> tuple[str, ...]:
+def _exact_violations(found: Difference, fused_error: float | None, original_error: float | None) -> tuple[str, ...]:
     violations = [found.error] if found.error else []
     if found.sum_mismatches:
         violations.append(
             f"residual sum: {found.sum_mismatches} of {found.sum_elements} elements not bit-equal to a + b"
         )
+    if fused_error is None or original_error is None:
+        return tuple(violations)
     if not fused_error <= EXACT_ERROR_RATIO * original_error:
         violations.append(f"error against fp64 {fused_error:.3e}, the original's is {original_error:.3e}")
     return tuple(violations)
