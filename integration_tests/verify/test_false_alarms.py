@@ -125,7 +125,10 @@ def test_a_wrong_kernel_of_such_a_spec_is_red(wrong: str, kernel: Callable) -> N
     kernel(run)
     model = build("llama", torch.bfloat16)
     with_fp32_sum(model)
-    assert not any(site.passed for site in verify(model, prompts(), raise_on_failure=False).sites)
+    proof = verify(model, prompts(), raise_on_failure=False)
+    paired = [site for site in proof.sites if site.path != "model.layers.0.input_layernorm"]
+    assert len(paired) == 6
+    assert not any(site.passed for site in paired)
 
 
 def test_logits_that_match_bit_for_bit_need_no_ratio() -> None:
