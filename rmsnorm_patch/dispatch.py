@@ -101,10 +101,16 @@ def triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def threads_for(n: int, vec: int, chunks_per_thread: int, cluster: int) -> int:
-    """Threads of one CTA for one row: a power of two within a warp, whole warps above."""
+def threads_for(n: int, vec: int, chunks_per_thread: int, cluster: int, whole_warps: bool = False) -> int:
+    """Threads of one CTA for one row: a power of two within a warp, whole warps above.
+
+    whole_warps: the reduction tree takes 32 chunks at a time, so a warp may not be shared by rows of more chunks than
+    a row has lanes.
+    """
     chunks = -(-n // vec)
     threads = -(-chunks // (chunks_per_thread * cluster))
+    if whole_warps:
+        threads = max(threads, min(chunks, 32))
     return 1 << (threads - 1).bit_length() if threads <= 32 else -(-threads // 32) * 32
 
 
@@ -161,7 +167,10 @@ def _configure(
             break
     vec = max(1, int(values["vec_bytes"] or 0) // itemsize)
     cluster = int(values["cluster"] or 1)
-    threads_per_row = values["threads_per_row"] or threads_for(n, vec, int(values["chunks_per_thread"] or 1), cluster)
+    lanes_tree = ("TREE_THREADS", 0) in rule.defines
+    threads_per_row = values["threads_per_row"] or threads_for(
+        n, vec, int(values["chunks_per_thread"] or 1), cluster, whole_warps=lanes_tree
+    )
     chunks_per_thread = -(-n // (vec * threads_per_row * cluster))
     rows_per_thread = values["rows_per_thread"] or 1
     rows_per_cta = values["rows_per_cta"] or rows_for(threads_per_row, values["cta_threads"] or 1) * rows_per_thread

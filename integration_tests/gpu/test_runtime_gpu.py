@@ -192,13 +192,18 @@ def test_more_than_two_to_the_31_elements():
     check_norm(far_apart, weight)
 
 
-def test_batch_invariant_and_repeatable():
-    x, weight = rand(1030, 4096), parameter(4096)
-    norm = cuda_backend.bind("rms_norm", LLAMA)
-    together = norm(x, weight, EPS)
-    for row in range(0, 1030, 103):
-        assert torch.equal(norm(x[row : row + 1], weight, EPS)[0], together[row])
-    assert all(torch.equal(norm(x, weight, EPS), together) for _ in range(100))
+@pytest.mark.parametrize("n", [64, 100, 128, 264, 512, 520, 768, 1024, 2880, 4096, 5125, 8192, 16384, 40960])
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+def test_batch_invariant_and_repeatable(n, dtype):
+    """Every schedule for few rows against the one for many, row by row, to the bit."""
+    x, weight = rand(3000, n, dtype=dtype), parameter(n, dtype)
+    norm, fused = (cuda_backend.bind(op, LLAMA) for op in ("rms_norm", "fused_add_rms_norm"))
+    together, both = norm(x, weight, EPS), fused(x, x, weight, EPS)[0]
+    for first, rows in ((0, 1), (17, 2), (100, 130), (300, 600), (1000, 1100)):
+        part = x[first : first + rows]
+        assert torch.equal(norm(part, weight, EPS), together[first : first + rows])
+        assert torch.equal(fused(part, part, weight, EPS)[0], both[first : first + rows])
+    assert all(torch.equal(norm(x, weight, EPS), together) for _ in range(20))
 
 
 @pytest.mark.parametrize("spec", [LLAMA, GEMMA, replace(LLAMA, has_weight=False)])

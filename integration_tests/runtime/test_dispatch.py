@@ -78,6 +78,18 @@ def test_one_reduction_tree_for_all_row_counts(arch):
                 assert len({config.tree for config in found}) == 1
 
 
+@pytest.mark.parametrize("arch", BUILT_CAPABILITIES)
+def test_lanes_tree_has_its_lanes(arch):
+    """The tree adds 32 chunks at a time. With fewer lanes than a row has chunks the groups would be smaller, and rows
+    of 512 columns once had two results, for few and for many rows, under one name of tree."""
+    for op in (*OPS, "rms_norm_pair"):
+        for dtype in (BF16, FP32):
+            for n in (*range(8, 2048, 104), 512, 1024, 1032):
+                for config in schedules(op, dtype, n, arch):
+                    if ("TREE_THREADS", 0) in config.defines:
+                        assert config.threads_per_row >= min(32, -(-n // config.vec)), (op, n, config)
+
+
 def test_no_clusters_before_hopper():
     for arch in (80, 89):
         for n in LENGTHS + LONG:

@@ -22,6 +22,7 @@ constexpr int SUMS_PER_THREAD = TREE_THREADS ? 1 : CHUNKS_PER_THREAD;
 constexpr int SUMS = TREE_THREADS ? WARPS : ceil_div(CHUNKS, 32);
 
 static_assert(TPR % 32 == 0 || (TPR < 32 && (TPR & (TPR - 1)) == 0), "a row takes a power of two of lanes or whole warps");
+static_assert(TREE_THREADS || TPR >= 32 || CHUNKS <= TPR, "the lanes tree takes 32 chunks at a time: rows of more need a warp");
 static_assert(ROWS_PER_CTA % ROWS_PER_THREAD == 0, "each thread serves the same number of rows");
 static_assert(CLUSTER == 1 || TPR > 32, "a cluster shares rows that need several warps");
 static_assert(SLOTS == 1 || TPR <= 32 || SLOTS < 16, "a row group of several warps needs one of 15 named barriers");
