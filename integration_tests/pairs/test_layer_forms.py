@@ -129,6 +129,19 @@ class Checkpointing(Base, GradientCheckpointingLayer):
         return residual + self.mlp(hidden_states)
 
 
+class Remembers(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list = []
+
+    def forward(self, hidden_states):
+        x = hidden_states + self.mixer(self.norm1(hidden_states))
+        y = self.norm2(x)
+        self.seen.append(x)
+        self.last = x
+        return x + y
+
+
 FUSED = [Plain, OtherOrder, Dropout, ReturnsTuple, SumUsedTwice, InBranches, SuperAndPrivate, Inherited, Checkpointing]
 
 
@@ -356,5 +369,21 @@ def test_a_forward_without_source_is_left_alone(x: torch.Tensor) -> None:
     code = "class Hidden(Base):\n def forward(self, x):\n  x = x + self.mixer(self.norm1(x))\n  return self.norm2(x)\n"
     exec(code, namespace)
     namespace["Hidden"].__module__ = "nowhere"
-    ran = patched_counts(Model(namespace["Hidden"]), x)
-    assert set(ran) == {"norm/reference"}
+    model = Model(namespace["Hidden"])
+    assert "its source cannot be read" in rmsnorm_patch.plan(model).pairs[0].reason
+    assert set(patched_counts(model, x)) == {"norm/reference"}
+
+
+def test_a_decorator_put_on_later_is_kept(x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The patched class of an earlier apply must not come back without what was put around the forward since."""
+    rmsnorm_patch.apply(Model(Plain), backend="reference")
+    monkeypatch.setattr(Plain, "forward", decorated(Plain.forward))
+    model = Model(Plain)
+    assert patched_counts(model, x)["in_layer/reference"] == 3
+    assert [layer.calls for layer in model.layers] == [2, 2, 2]
+
+
+def test_the_trace_leaves_no_mark(x: torch.Tensor) -> None:
+    model = Model(Remembers)
+    rmsnorm_patch.plan(model)
+    assert all(layer.seen == [] and not hasattr(layer, "last") for layer in model.layers)

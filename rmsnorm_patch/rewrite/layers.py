@@ -20,6 +20,7 @@ import copy
 import hashlib
 import types
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch.nn as nn
@@ -54,7 +55,8 @@ def layer_key(cls: type, norms: frozenset[str], in_layer: frozenset[int], tail: 
 
 
 def _digest(source: Source) -> str:
-    return hashlib.sha256(ast.unparse(source.tree).encode()).hexdigest()[:16]
+    wrappers = [f"{Path(w.__code__.co_filename).name}:{w.__code__.co_firstlineno}" for w in source.wrappers]
+    return hashlib.sha256("\n".join([ast.unparse(source.tree), *wrappers]).encode()).hexdigest()[:16]
 
 
 def layer_factory(original: type, key: LayerKey) -> Mapping[str, Any]:

@@ -97,11 +97,11 @@ class PlannedStep:
 
 @dataclass
 class Layout:
-    """What was read from a model."""
+    """What was read from a model. `unread`: (layer path, norm path, why) for forwards without readable source."""
 
     layers: dict[str, Layer] = field(default_factory=dict)
     steps: list[PlannedStep] = field(default_factory=list)
-    unread: list[tuple[str, str]] = field(default_factory=list)
+    unread: list[tuple[str, str, str]] = field(default_factory=list)
 
     def chains(self, fused: set[tuple[str, str, str]]) -> Iterator[tuple[nn.Module, list[Step]]]:
         """For each module that runs layers: its hand-overs among `fused` (kind, layer path, norm path)."""
@@ -119,7 +119,7 @@ class Layout:
 def find_pairs(model: nn.Module, norm_sites: Sequence[NormSite]) -> tuple[PairSite, ...]:
     """Every pair of `model` whose norm is one of `norm_sites`, in the order of its layers."""
     found = layout(model, norm_sites)
-    pairs: list[PairSite] = []
+    pairs = [PairSite("in_layer", path, norm, "leave", reason) for path, norm, reason in found.unread]
     for layer in found.layers.values():
         pairs.extend(_in_layer_sites(layer))
         for step in found.steps:
@@ -185,9 +185,9 @@ def _read_layer(
 ) -> None:
     cls = original_class(type(module))
     try:
-        source, flow, obstacle = _read_class(cls, frozenset(norms))
+        source, flow, obstacle = _read_class(cls, getattr(cls, "forward", None), frozenset(norms))
     except NoSource as reason:
-        found.unread.append((path, str(reason)))
+        found.unread += [(path, site.path, str(reason)) for site in norms.values()]
         return
     if flow.in_layer or flow.refused or flow.norm_add or flow.tail is not None or flow.entries:
         layer = Layer(path, module, cls, source, flow, norms, reason=obstacle)
@@ -197,8 +197,8 @@ def _read_layer(
 
 
 @functools.lru_cache(maxsize=1024)
-def _read_class(cls: type, norms: frozenset[str]) -> tuple[Source, Flow, str]:
-    """Source and flow, and why the forward cannot be rewritten, or ""."""
+def _read_class(cls: type, forward: object, norms: frozenset[str]) -> tuple[Source, Flow, str]:
+    """Source and flow, and why the forward cannot be rewritten, or "". forward: the class's at this moment."""
     from ..rewrite.layers import LayerKey, rewrite
 
     source = read_forward(cls)

@@ -9,6 +9,7 @@ choose; a branch on a tensor's value ends the trace.
 from __future__ import annotations
 
 import ast
+import copy
 import inspect
 import operator
 import sys
@@ -24,6 +25,7 @@ from torch.fx.proxy import GraphAppendingTracer, Proxy
 
 from .source import NoSource, Source
 
+_CONTAINERS = (dict, list, set)
 _ADDS = (operator.add, operator.iadd, torch.add)
 
 
@@ -45,9 +47,8 @@ def trace_layer(module: nn.Module, cls: type, source: Source, norms: frozenset[s
     """Run the forward of `module`, whose unpatched class is `cls`, on proxies. Raises NoSource where it cannot be."""
     recorder = _Recorder(source.function.__code__)
     stand_in: Any = object.__new__(cls)
-    stand_in.__dict__.update(module.__dict__)
-    for name in ("_parameters", "_buffers"):
-        stand_in.__dict__[name] = dict(module.__dict__[name])
+    for name, value in module.__dict__.items():  # what the forward stores in them must not reach the module
+        stand_in.__dict__[name] = copy.copy(value) if type(value) in _CONTAINERS else value
     stand_in.__dict__["_modules"] = {
         name: None if child is None else _Leaf(recorder, name, child) for name, child in module._modules.items()
     }
