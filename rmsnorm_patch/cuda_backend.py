@@ -47,6 +47,12 @@ def bind(op: Op, spec: NormSpec) -> Callable[..., Any]:
     return _bound(op, spec.variant)[1]
 
 
+def attempt(op: Op, spec: NormSpec) -> Callable[..., Any]:
+    """The callable of `bind` without its slow path: None, and nothing done, for any call that launcher.c does not serve
+    (no plan yet, other dtypes, shapes, subclasses, strides that no kernel addresses)."""
+    return _bound(op, spec.variant)[0].attempt
+
+
 def warmup(
     op: Op,
     spec: NormSpec,
@@ -71,7 +77,7 @@ def _bound(op: Op, spec: NormSpec) -> tuple[BoundOp, Callable[..., Any]]:
     if empty_strided is None:  # torch without Inductor's allocation entry: 0.8 us instead of 1.4 us a tensor
         functions = launcher.python_functions("torch has no _empty_strided_cuda")
     bound.functions = functions
-    bound.table, call = functions.make_callable(
+    bound.table, call, bound.attempt = functions.make_callable(
         _OP_CODES[op],
         spec.has_weight,
         bound,
@@ -146,6 +152,7 @@ class BoundOp:
         self.in_place = op == "fused_add_rms_norm_"
         self.functions: launcher.Functions
         self.table: object = None
+        self.attempt: Callable[..., Any]
         self._kernels: dict[tuple[Any, ...], list[tuple[int, int]]] = {}
 
     def __repr__(self) -> str:

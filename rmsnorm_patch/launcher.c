@@ -6,7 +6,8 @@
  *
  * new_kernel(...) -> address of a Kernel; launch(kernel, ...) starts one; make_callable(op, has_weight, slow, torch...)
  * returns the op itself: it takes tensors, checks what must be checked in every call, allocates the results and launches
- * the plan that add_plan registered for (dtype, weight dtype, N, device). Whatever it is not sure of goes to `slow`.
+ * the plan that add_plan registered for (dtype, weight dtype, N, device). Whatever it is not sure of goes to `slow`, or,
+ * in the op's second form (`attempt`), gives None and has done nothing.
  */
 #include "launcher_start.h"
 
@@ -326,18 +327,37 @@ end:
     return result;
 }
 
+/* `fast` for any number of arguments; *sure as there, no error left behind where it is 0. */
+static PyObject *attempt_fast(Table *table, PyObject *const *a, Py_ssize_t count, int *sure) {
+    *sure = 0;
+    if (count != 3 + (table->op != RMS_NORM))
+        return 0;
+    PyObject *result = fast(table, a, sure);
+    if (!*sure)
+        PyErr_Clear();
+    return result;
+}
+
+static PyObject *attempt(PyObject *self, PyObject *const *a, Py_ssize_t count) {
+    Table *table = PyCapsule_GetPointer(self, "rmsnorm_patch.table");
+    if (!table)
+        return 0;
+    int sure;
+    PyObject *result = attempt_fast(table, a, count, &sure);
+    if (sure)
+        return result;
+    Py_IncRef(NONE);
+    return NONE;
+}
+
 static PyObject *call(PyObject *self, PyObject *const *a, Py_ssize_t count) {
     Table *table = PyCapsule_GetPointer(self, "rmsnorm_patch.table");
     if (!table)
         return 0;
-    int sure = 0;
-    PyObject *result = 0;
-    if (count == 3 + (table->op != RMS_NORM)) {
-        result = fast(table, a, &sure);
-        if (sure)
-            return result;
-        PyErr_Clear();
-    }
+    int sure;
+    PyObject *result = attempt_fast(table, a, count, &sure);
+    if (sure)
+        return result;
     PyObject *arguments = PyTuple_New(count);
     if (!arguments)
         return 0;
@@ -351,8 +371,9 @@ static PyObject *call(PyObject *self, PyObject *const *a, Py_ssize_t count) {
 }
 
 static PyMethodDef call_definition = {"call", (PyCFunction)(void *)call, METH_FASTCALL, 0};
+static PyMethodDef attempt_definition = {"attempt", (PyCFunction)(void *)attempt, METH_FASTCALL, 0};
 
-/* make_callable(op, has_weight, slow, Tensor, Parameter, empty_strided_cuda, raw_stream, bump) -> (table, callable) */
+/* make_callable(op, has_weight, slow, Tensor, Parameter, empty_strided_cuda, raw_stream, bump) -> (table, call, attempt) */
 static PyObject *make_callable(PyObject *self, PyObject *const *a, Py_ssize_t count) {
     if (count != 8) {
         PyErr_SetString(PyExc_TypeError, "make_callable takes 8 arguments");
@@ -368,7 +389,8 @@ static PyObject *make_callable(PyObject *self, PyObject *const *a, Py_ssize_t co
         *slots[i] = a[2 + i];
     }
     PyObject *capsule = PyCapsule_New(table, "rmsnorm_patch.table", 0);
-    PyObject *result = PyTuple_New(2);
+    PyObject *result = PyTuple_New(3);
+    PyTuple_SetItem(result, 2, PyCFunction_NewEx(&attempt_definition, capsule, 0));
     PyTuple_SetItem(result, 1, PyCFunction_NewEx(&call_definition, capsule, 0));
     PyTuple_SetItem(result, 0, capsule);
     return result;

@@ -140,6 +140,10 @@ class PlainCall:
         return normed if total is None else (normed, total)
 
 
+def _nothing(*operands: Any) -> None:
+    """Where a call that only attempts gives up."""
+
+
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _kernels: list[_Kernel] = []
 
@@ -180,9 +184,11 @@ def functions() -> tuple[Callable[..., Any], ...]:
             pop(ctypes.byref(current))
         return int(code)
 
-    def make_callable(op: int, has_weight: bool, slow: Callable[..., Any], *_: Any) -> tuple[PlainCall, PlainCall]:
+    def make_callable(op: int, has_weight: bool, slow: Callable[..., Any], *_: Any) -> tuple[PlainCall, ...]:
         call = PlainCall(launch, op, has_weight, slow)
-        return call, call
+        attempt = PlainCall(launch, op, has_weight, _nothing)
+        attempt.plans = call.plans
+        return call, call, attempt
 
     def add_plan(
         table: PlainCall,

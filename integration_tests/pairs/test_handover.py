@@ -49,7 +49,7 @@ def twins(small_model) -> Callable[[], tuple[Model, Model]]:
 @pytest.fixture
 def any_caller(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers hand over to a test that calls them, as they do to the model's own loop."""
-    monkeypatch.setattr("rmsnorm_patch.rewrite.pair_ops._called_by", lambda loop: True)
+    monkeypatch.setattr("rmsnorm_patch.rewrite.pair_ops._called_by_loop", lambda loop: True)
 
 
 def logits(model: Model, tokens: torch.Tensor, mode: Callable[[], AbstractContextManager] = torch.no_grad):

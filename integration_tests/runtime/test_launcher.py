@@ -116,7 +116,7 @@ class Op:
             self.slow_calls.append(operands)
             return "slow"
 
-        self.table, self.call = functions.make_callable(
+        self.table, self.call, self.attempt = functions.make_callable(
             self.CODES.index(op),
             has_weight,
             slow,

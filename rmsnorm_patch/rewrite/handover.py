@@ -102,9 +102,10 @@ class Link:
         or in inference mode counts no version.
     passive: that code and the layers' do nothing between the add and the norm but pass the tensor on. Without it, an
         inference tensor, which has no version counter, is never handed over.
+    depth: how many frames up from `pair_ops._called_by_loop` that code ran the last time.
     """
 
-    __slots__ = ("loop", "norm", "passive", "receiver", "untaken")
+    __slots__ = ("depth", "loop", "norm", "passive", "receiver", "untaken")
 
     def __init__(
         self,
@@ -118,6 +119,7 @@ class Link:
         self.loop = loop
         self.passive = passive
         self.untaken = 0
+        self.depth = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Link:
         return Link()  # a layer copied alone has no next one; with its model, the copied Chain links it again
