@@ -40,10 +40,12 @@ def servable(x: torch.Tensor, weight: torch.Tensor | None) -> bool:
                 type(weight) in _PLAIN
                 and (weight.dtype is x.dtype or weight.dtype is _float32)
                 and weight.get_device() == x.get_device()
+                and weight.is_meta is x.is_meta
                 and weight.shape == x.shape[-1:]
             )
         )
         and not (_is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)))
+        and not x.is_meta  # as a CPU tensor, it has device index -1
         and x.layout is torch.strided
         and not ambient()
     )
@@ -80,6 +82,8 @@ def reason(x: torch.Tensor, weight: torch.Tensor | None) -> str:
         return f"input is a {type(x).__name__}"
     if x.dtype not in _DTYPES:
         return f"input dtype {x.dtype}"
+    if x.is_meta:
+        return "input on meta"
     if x.layout is not torch.strided:
         return f"input layout {x.layout}"
     if weight is not None:

@@ -1,7 +1,7 @@
 """Instance-level forwards: what accelerate's hooks, `kernelize`, Liger and others leave in a module's `__dict__`.
 
 They hold methods bound when the module had another class, so a class swap alone would be without effect: accelerate
-calls `_old_forward`, the others put an own `forward`. `adopt` follows a swap, `release` follows its undoing.
+calls `_old_forward`, the others put a `forward`. `adopt` follows a swap, `release` follows its undoing.
 
 A kernel that `kernelize` or Liger put there computes what the class's own forward computes; ours takes its place, and
 `revert` puts it back. Whatever else stands there computes something unknown, and is left alone (`foreign`).
@@ -9,6 +9,7 @@ A kernel that `kernelize` or Liger put there computes what the class's own forwa
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from types import MethodType
@@ -54,18 +55,25 @@ def foreign(module: nn.Module) -> str | None:
 
 
 def adopt(module: nn.Module, before: type, journal: Journal) -> None:
-    """`module` was of class `before`: bind its forwards to those of its class now, and remember kernels displaced."""
+    """`module` was of class `before`: let its class's forward run now, and remember what stood over it.
+
+    An own `forward` is removed (a fused pair calls only norms that have none); under accelerate's hooks the method that
+    they wrap is exchanged.
+    """
     own, ours = _class_forward(before), _class_forward(type(module))
     displaced: dict[str, Displaced] = {}
     for slot in SLOTS:
         method = module.__dict__.get(slot)
         if not isinstance(method, MethodType) or method.__self__ is not module:
             continue
-        if method.__func__ is not own:
-            if not _is_known_kernel(module, method.__func__):
-                continue
-            displaced[slot] = Displaced(method.__func__)
-        _bind(module, slot, ours, journal)
+        if method.__func__ is not own and not _is_known_kernel(module, method.__func__):
+            continue
+        displaced[slot] = Displaced(None if method.__func__ is own else method.__func__)
+        journal.record(functools.partial(module.__dict__.__setitem__, slot, method))
+        if slot == "forward":
+            del module.__dict__[slot]
+        else:
+            module.__dict__[slot] = MethodType(ours, module)
     if displaced:
         journal.set_state(module, DISPLACED, displaced)
 
@@ -73,22 +81,18 @@ def adopt(module: nn.Module, before: type, journal: Journal) -> None:
 def release(module: nn.Module, patched: type) -> None:
     """`module` was of class `patched` and is its original's again, with its state still in place."""
     ours, own = _class_forward(patched), _class_forward(type(module))
-    displaced = module.__dict__.get(STATE, {}).get(DISPLACED, {})
+    displaced: dict[str, Displaced] = module.__dict__.get(STATE, {}).get(DISPLACED, {})
+    kept = displaced.get("_old_forward", displaced.get("forward"))
+    back = own if kept is None or kept.function is None else kept.function
+    if "forward" in displaced and not any(slot in module.__dict__ for slot in SLOTS):
+        module.__dict__["forward"] = MethodType(back, module)
     for slot in SLOTS:
-        kept = displaced.get(slot)
-        function = own if kept is None or kept.function is None else kept.function
         # accelerate's wrapper remembers the method that it wraps for `inspect`, too
         wrapper = getattr(module.__dict__.get(slot), "__dict__", {})
         for holder, name in ((wrapper, "__wrapped__"), (module.__dict__, slot)):
             bound = holder.get(name)
             if isinstance(bound, MethodType) and bound.__self__ is module and bound.__func__ is ours:
-                holder[name] = MethodType(function, module)
-
-
-def _bind(module: nn.Module, slot: str, function: Any, journal: Journal) -> None:
-    before = module.__dict__[slot]
-    journal.record(lambda: module.__dict__.__setitem__(slot, before))
-    module.__dict__[slot] = MethodType(function, module)
+                holder[name] = MethodType(back, module)
 
 
 def _class_forward(cls: type) -> Any:
