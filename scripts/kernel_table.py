@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -79,7 +80,13 @@ def _tool(name: str) -> str:
 
 
 def _run(tool: str, *arguments: str) -> str:
-    return subprocess.run([_tool(tool), *arguments], capture_output=True, text=True, check=True).stdout
+    """The output of Triton's tool, or of the one on PATH where Triton's does not know the architecture."""
+    for program in (_tool(tool), shutil.which(tool)):
+        if program is not None:
+            result = subprocess.run([program, *arguments], capture_output=True, text=True)
+            if result.returncode == 0:
+                return result.stdout
+    raise SystemExit(f"{tool}: {result.stderr}")
 
 
 def _width(opcode: str) -> int:
@@ -202,11 +209,12 @@ def page() -> str:
         "Made by `python scripts/kernel_table.py` from `kernels/` with "
         f"NVRTC {'.'.join(map(str, nvrtc.version()))}; no GPU is needed. Sources: `{digest()}`.",
         "",
-        "Fused residual-add + RMSNorm, weight in x's dtype, rounding as in Llama. *Loads above the wait*: weight loads that "
-        "the machine code issues before it waits for the previous kernel (griddepcontrol, sm_90 and later). *In flight*: "
-        "bytes of x and residual that one multiprocessor has asked for at a time. *Fraction of bandwidth*: predicted from "
-        f"them by Little's law, {LATENCY * 1e6:.1f} us of latency, of the datasheet's bandwidth; {REACHABLE} is the most that "
-        "a plain copy reaches. Few rows do not fill the chip: there the figure says that a full multiprocessor would. "
+        "Fused residual-add + RMSNorm, weight in x's dtype, rounding as in Llama. *Loads above the wait*: weight "
+        "loads that the machine code issues before it waits for the previous kernel (griddepcontrol, sm_90 and later). "
+        "*In flight*: bytes of x and residual that one multiprocessor has asked for at a time. *Fraction of "
+        f"bandwidth*: predicted from them by Little's law, {LATENCY * 1e6:.1f} us of latency, of the datasheet's "
+        f"bandwidth; {REACHABLE} is the most that a plain copy reaches. Few rows do not fill the chip: there the "
+        "figure says what a full multiprocessor would do. "
         "Only sm_90 was measured (`docs/results.md`).",
     ]
     for arch in (80, 89, 90, 100, 103, 120):

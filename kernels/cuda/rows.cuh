@@ -26,11 +26,13 @@ constexpr int THREADS_ALLOCATED = ceil_div(TPR * SLOTS, 128) * 128;
 constexpr int HELD_MORE = ROWS_PER_THREAD * CHUNKS_PER_THREAD * (HELD_WORDS - X_WORDS);
 constexpr int WEIGHT_MORE = HAS_WEIGHT ? CHUNKS_PER_THREAD * (CHUNK_WORDS<W_T> - X_WORDS) : 0;
 constexpr int OUT_MORE = CHUNK_WORDS<OUT_T> - X_WORDS;
+constexpr int WORDS_OF_CTA = THREADS_ALLOCATED * CHUNKS_PER_THREAD * X_WORDS;
 constexpr int WEIGHT_WHEN =
-    THREADS_ALLOCATED * CHUNKS_PER_THREAD * X_WORDS > 8192 && HELD_MORE + WEIGHT_MORE > 0 ? 2 : WEIGHT_AT;
+    (WORDS_OF_CTA > 8192 && HELD_MORE + WEIGHT_MORE > 0) || (WORDS_OF_CTA >= 8192 && OFFSET == 2) ? 2 : WEIGHT_AT;
 __host__ __device__ constexpr int at_least_0(int n) { return n > 0 ? n : 0; }
 constexpr int MORE_REGISTERS =
-    at_least_0(HELD_MORE) + (WEIGHT_WHEN == 2 ? 0 : at_least_0(WEIGHT_MORE)) + at_least_0(OUT_MORE) + (STRIDE2 ? 6 : 0);
+    at_least_0(HELD_MORE) + (WEIGHT_WHEN == 2 ? 0 : at_least_0(WEIGHT_MORE)) + at_least_0(OUT_MORE) + (STRIDE2 ? 6 : 0) +
+    (smaller(ALIGN, W_ALIGN) < smaller(16, VEC * size_of(X_T)) ? 16 : 0);  // narrow pieces are put together
 constexpr int REGISTER_FILE = 65536;
 constexpr int CTAS_WITH_MORE =
     REGISTER_FILE / (THREADS_ALLOCATED * smaller(255, REGISTER_FILE / (MIN_CTAS * THREADS_ALLOCATED) + MORE_REGISTERS));
