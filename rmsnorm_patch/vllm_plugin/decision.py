@@ -1,0 +1,142 @@
+"""Whether and how an engine's norms are served, as a pure function of what is known about the engine.
+
+The arithmetic follows what is replaced, which vLLM decides by its IR priority and compile mode:
+  native, compiled   Inductor's fusion: the norm reads the fp32 sum, one rounding at the end
+  native, eager      vLLM's PyTorch code: fp32 sum, x * rstd rounded to the weight's dtype before the multiply
+  vllm_c             vLLM's CUDA op: the norm reads the rounded sum
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..semantics import NormSpec
+from . import settings
+
+Chosen = Literal["ir", "oot", "none"]
+
+SPECS = {
+    "rmsnorm_patch": NormSpec(eps=0.0, round_before_weight="none", output="input", sum="fp32"),
+    "rmsnorm_patch_native": NormSpec(eps=0.0, round_before_weight="weight", output="input", sum="fp32"),
+    "rmsnorm_patch_c": NormSpec(eps=0.0, round_before_weight="none", output="input", sum="rounded"),
+}
+"""Provider name, as it stands in vLLM's IR priority lists -> the numerics it computes."""
+
+WEIGHT_ONLY = frozenset({"awq", "awq_marlin", "gptq", "gptq_marlin", "bitsandbytes", "gguf"})
+"""Quantisations that keep activations in bf16/fp16: no activation quantisation follows the norm."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a decision rests on. incumbents: vLLM's default IR priority for rms_norm, () where it has no IR."""
+
+    requested: settings.Route
+    version: str
+    has_ir: bool
+    has_oot: bool
+    device_type: str
+    compiled: bool
+    incumbents: tuple[str, ...] = ("native",)
+    quantization: str | None = None
+    tensor_parallel: int = 1
+    batch_invariant: bool = False
+
+
+@dataclass(frozen=True)
+class Decision:
+    """route "none" stands aside; provider names the numerics (a key of SPECS), "" with route "none"."""
+
+    route: Chosen
+    provider: str
+    reason: str
+    warning: bool = False
+
+    def __str__(self) -> str:
+        how = f"route {self.route}, provider {self.provider}" if self.route != "none" else "off, vLLM's own norms"
+        return f"{how}: {self.reason}"
+
+
+def _aside(reason: str, warning: bool = False) -> Decision:
+    return Decision("none", "", reason, warning)
+
+
+def decide(facts: Facts) -> Decision:
+    """The route and the numerics for one engine, with the reason in a sentence."""
+    if facts.requested == "off":
+        return _aside(f"{settings.VARIABLE}=off")
+    if why := settings.unsupported_release(facts.version):
+        return _aside(why, warning=True)
+    route = facts.requested
+    if route == "auto":
+        route = "ir" if facts.has_ir else "oot"
+    if (route == "ir" and not facts.has_ir) or (route == "oot" and not facts.has_oot):
+        return _aside(f"vLLM {facts.version} does not offer the {route!r} route", warning=True)
+    if facts.device_type not in ("cuda", "cpu"):
+        return _aside(f"no kernels for device type {facts.device_type!r}")
+    if facts.batch_invariant:
+        return _aside("VLLM_BATCH_INVARIANT asks for vLLM's own batch-invariant norms")
+    if facts.compiled and facts.quantization is not None and facts.quantization not in WEIGHT_ONLY:
+        return _aside(f"quantization {facts.quantization!r}: the norm is fused with the activation quantisation")
+    if route == "oot" and facts.compiled and facts.tensor_parallel > 1:
+        return _aside("tensor parallel: the out-of-tree norm would hide it from the all-reduce fusion")
+    provider = _provider(facts)
+    if not provider:
+        return _aside(f"the IR priority begins with {facts.incumbents[0]!r}, which was asked for")
+    asked = "asked for" if facts.requested == route else f"vLLM {facts.version} offers it"
+    return Decision(route, provider, f"{asked}; numerics of {_NAMES[provider]}")
+
+
+_NAMES = {
+    "rmsnorm_patch": "Inductor's fusion",
+    "rmsnorm_patch_native": "vLLM's PyTorch norm",
+    "rmsnorm_patch_c": "vLLM's CUDA op",
+}
+
+
+def _provider(facts: Facts) -> str:
+    incumbent = next((name for name in facts.incumbents if name not in SPECS), "native")
+    if incumbent == "vllm_c":
+        return "rmsnorm_patch_c"
+    if incumbent == "native":
+        return "rmsnorm_patch" if facts.compiled else "rmsnorm_patch_native"
+    return ""
+
+
+def facts_of(vllm_config: Any, incumbents: tuple[str, ...]) -> Facts:
+    """Read a VllmConfig; only names that exist from vLLM 0.26 to 0.33 are used."""
+    import vllm
+    from vllm import envs
+    from vllm.config import CompilationMode
+    from vllm.platforms import current_platform
+
+    compilation = vllm_config.compilation_config
+    model = vllm_config.model_config
+    return Facts(
+        requested=settings.read(),
+        version=vllm.__version__,
+        has_ir=has_ir(),
+        has_oot=has_oot(),
+        device_type=current_platform.device_type,
+        compiled=compilation.mode not in (None, CompilationMode.NONE) and compilation.backend != "eager",
+        incumbents=incumbents,
+        quantization=None if model is None else model.quantization,
+        tensor_parallel=vllm_config.parallel_config.tensor_parallel_size,
+        batch_invariant=bool(envs.VLLM_BATCH_INVARIANT),
+    )
+
+
+def has_ir() -> bool:
+    try:
+        from vllm import ir
+    except ImportError:
+        return False
+    return all(hasattr(getattr(ir.ops, name, None), "register_impl") for name in ("rms_norm", "fused_add_rms_norm"))
+
+
+def has_oot() -> bool:
+    try:
+        from vllm.model_executor.custom_op import CustomOp
+    except ImportError:
+        return False
+    return hasattr(CustomOp, "register_oot")

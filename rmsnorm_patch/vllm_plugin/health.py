@@ -1,0 +1,84 @@
+"""A kernel is trusted in a worker only after it has run there on the shape at hand and agreed with the reference.
+
+A broken CUDA toolchain therefore costs a warning, not the engine: vLLM's own norm serves the call.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from .. import ops, reference
+from ..errors import RMSNormPatchError
+from ..semantics import SUPPORTED_DTYPES, NormSpec
+
+logger = logging.getLogger("vllm.rmsnorm_patch")
+"""Below vLLM's logger, so that its handlers and its level apply in every worker."""
+
+ROWS = (1, 3)
+"""Rows of the trial calls: a schedule is compiled per row length, for all row counts of one reduction tree."""
+
+
+@cache
+def warn_once(message: str) -> None:
+    logger.warning("rmsnorm_patch: %s", message)
+
+
+def declined(x: torch.Tensor, weight: torch.Tensor | None, spec: NormSpec, op: str) -> str:
+    """Why a call with tensors like these is left to vLLM, or "". x and weight may be fake tensors."""
+    return _declined(x.dtype, x.shape[-1], None if weight is None else weight.dtype, spec, op, x.device)
+
+
+@cache
+def _declined(
+    dtype: torch.dtype, n: int, weight_dtype: torch.dtype | None, spec: NormSpec, op: str, device: torch.device
+) -> str:
+    why = _why(dtype, n, weight_dtype, spec, op, device)
+    if why:
+        warn_once(f"{op} of {n} columns keeps vLLM's own norm: {why}")
+    return why
+
+
+def _why(
+    dtype: torch.dtype, n: int, weight_dtype: torch.dtype | None, spec: NormSpec, op: str, device: torch.device
+) -> str:
+    if dtype not in SUPPORTED_DTYPES:
+        return f"dtype {dtype} is not one of {', '.join(map(str, SUPPORTED_DTYPES))}"
+    if weight_dtype not in (None, dtype):
+        return f"weight of {weight_dtype} for input of {dtype}: vLLM's compiler fuses the weight's own arithmetic"
+    if device.type == "cuda":
+        with _disable_current_modes():
+            return _trial(dtype, n, weight_dtype, spec, op, device)
+    return ""
+
+
+def _trial(
+    dtype: torch.dtype, n: int, weight_dtype: torch.dtype | None, spec: NormSpec, op: str, device: torch.device
+) -> str:
+    """Run the op on a few rows and hold it against the reference arithmetic."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=device).to(dtype)
+
+    weight = None if weight_dtype is None else normal(n)
+    bind, plain = {
+        "rms_norm": (ops.bind_rms_norm, reference.rms_norm),
+        "fused_add_rms_norm": (ops.bind_fused_add_rms_norm, reference.fused_add_rms_norm),
+    }[op]
+    for rows in ROWS:
+        tensors = [normal(rows, n) for _ in range(1 if op == "rms_norm" else 2)]
+        try:
+            got = bind(spec)(*tensors, weight, 1e-6)
+            torch.cuda.synchronize(device)
+        except (RMSNormPatchError, RuntimeError, OSError) as error:
+            return f"its kernel does not run here ({error})"
+        want = plain(*tensors, weight, spec, 1e-6)  # type: ignore[operator]
+        pairs = [(got, want)] if op == "rms_norm" else list(zip(got, want, strict=True))
+        for left, right in pairs:
+            if not torch.allclose(left.float(), right.float(), rtol=4 * torch.finfo(dtype).eps, atol=1e-6):
+                return "its kernel disagrees with the reference on this device"
+    return ""

@@ -1,0 +1,127 @@
+"""Where the plugin takes hold of vLLM: the default IR priority, the compile-cache key, the log line, the start.
+
+Each hook wraps one function once per process, keeps its signature and calls the original.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from .. import nvrtc
+from ..dispatch import triton_installed
+from . import arithmetic, settings
+from .decision import SPECS, Decision, decide, facts_of
+from .health import logger, warn_once
+
+_LOGGED: set[int] = set()
+_MARK = "__rmsnorm_patch_original__"
+
+
+def wrap_once(owner: type, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace `owner.name` by `make(original)`; a second call changes nothing."""
+    found = getattr(owner, name)
+    if hasattr(found, _MARK):
+        return
+    is_classmethod = hasattr(found, "__func__")
+    original = found.__func__ if is_classmethod else found
+    wrapper = functools.wraps(original)(make(original))
+    setattr(wrapper, _MARK, original)
+    setattr(owner, name, classmethod(wrapper) if is_classmethod else wrapper)
+
+
+def decision_for(vllm_config: Any) -> Decision:
+    """What this engine's norms get; raises UnsupportedInput for a bad variable."""
+    from vllm.platforms import current_platform
+
+    incumbents: tuple[str, ...] = ("native",)
+    default = getattr(type(current_platform), "get_default_ir_op_priority", None)
+    if default is not None:
+        original = getattr(default, _MARK, None)
+        found = default(vllm_config) if original is None else original(type(current_platform), vllm_config)
+        incumbents = tuple(found.rms_norm)
+    return decide(facts_of(vllm_config, incumbents))
+
+
+def install() -> None:
+    """All hooks that this vLLM offers."""
+    from vllm.config import VllmConfig
+
+    wrap_once(VllmConfig, "compute_hash", _compute_hash)
+    if arg_utils := sys.modules.get("vllm.engine.arg_utils"):  # the process that configures the engine
+        wrap_once(arg_utils.EngineArgs, "create_engine_config", _create_engine_config)
+
+
+def install_priority() -> None:
+    """Put our provider first in the defaults of the platform; a user's own `--ir-op-priority` still comes before."""
+    from vllm.config.kernel import IrOpPriorityConfig
+    from vllm.platforms import current_platform
+
+    wrap_once(type(current_platform), "get_default_ir_op_priority", _default_priority)
+    wrap_once(IrOpPriorityConfig, "set_default", _set_default)
+
+
+def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        settings.read()  # a bad value stops the start here: vLLM swallows what a plugin raises in some processes
+        return original(self, *args, **kwargs)
+
+    return create_engine_config
+
+
+def _default_priority(original: Callable[..., Any]) -> Callable[..., Any]:
+    def get_default_ir_op_priority(cls: Any, vllm_config: Any) -> Any:
+        priority = original(cls, vllm_config)
+        decision = decide(facts_of(vllm_config, tuple(priority.rms_norm)))
+        if decision.route == "ir":
+            for name in ("rms_norm", "fused_add_rms_norm"):
+                setattr(priority, name, [decision.provider, *getattr(priority, name)])
+        return priority
+
+    return get_default_ir_op_priority
+
+
+def _set_default(original: Callable[..., Any]) -> Callable[..., Any]:
+    def set_default(self: Any) -> None:
+        original(self)
+        from vllm.config import get_current_vllm_config_or_none
+
+        log(get_current_vllm_config_or_none(), self)
+
+    return set_default
+
+
+def _compute_hash(original: Callable[..., Any]) -> Callable[..., Any]:
+    def compute_hash(self: Any, *args: Any, **kwargs: Any) -> str:
+        key = original(self, *args, **kwargs)
+        decision = decision_for(self)
+        if decision.route == "none":
+            return key
+        return hashlib.sha256(f"{key} {fingerprint(decision)}".encode()).hexdigest()[: len(key)]
+
+    return compute_hash
+
+
+def fingerprint(decision: Decision) -> str:
+    """What a compiled graph depends on and vLLM cannot see. The toolchain decides which norms are served at all."""
+    toolchain = nvrtc.find() is not None, triton_installed()
+    return f"rmsnorm_patch {arithmetic.VERSION} {decision.route} {decision.provider} {arithmetic.forms()} {toolchain}"
+
+
+def log(vllm_config: Any, priority: Any = None) -> None:
+    """One line per worker: what was selected and why."""
+    if vllm_config is None or os.getpid() in _LOGGED:
+        return
+    _LOGGED.add(os.getpid())
+    decision = decision_for(vllm_config)
+    if decision.warning:
+        warn_once(decision.reason + "; the engine serves with its own kernels")
+        return
+    text = str(decision)
+    if decision.route == "ir" and priority is not None and priority.rms_norm[0] not in SPECS:
+        text += f"; but the IR priority was set to begin with {priority.rms_norm[0]!r}, which comes first"
+    logger.info("rmsnorm_patch: worker %d: %s", os.getpid(), text)

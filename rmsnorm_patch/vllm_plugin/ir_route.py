@@ -1,0 +1,73 @@
+"""Route "ir": providers for vLLM's IR ops, which its compiler passes see and may still fuse before they are lowered.
+
+vLLM's compile-cache key holds the source of this file (IrOpImpl.uuid) and, through `hooks`, `arithmetic.VERSION`.
+No `from __future__ import annotations` here: vLLM infers each provider's schema from the annotations themselves.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from . import arithmetic, health
+from .decision import SPECS
+
+
+def register() -> None:
+    """Add our providers to vLLM's IR ops; nothing uses them until a priority list names them."""
+    from vllm import ir
+
+    for provider in SPECS:
+        if provider not in ir.ops.rms_norm.impls:
+            _register(ir.ops.rms_norm, provider, _rms_norm, _rms_norm_serves)
+        if provider not in ir.ops.fused_add_rms_norm.impls:
+            _register(ir.ops.fused_add_rms_norm, provider, _fused_add, _fused_add_serves)
+
+
+def _register(op: Any, provider: str, make: Callable[..., Any], serves: Callable[..., Any]) -> None:
+    native = op.impls["native"].impl_fn
+    op.register_impl(provider, supports_args=serves(provider))(make(provider, native))
+
+
+def _rms_norm(provider: str, native: Callable[..., Any]) -> Callable[..., Any]:
+    def rms_norm(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None) -> Tensor:
+        if not arithmetic.is_eager(x) and not arithmetic.keeps_op(x):
+            return native(x, weight, epsilon, variance_size)
+        return arithmetic.rms_norm(provider, x, weight, epsilon, variance_size)
+
+    return rms_norm
+
+
+def _fused_add(provider: str, native: Callable[..., Any]) -> Callable[..., Any]:
+    def fused_add_rms_norm(
+        x: Tensor, x_residual: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if not arithmetic.is_eager(x) and not arithmetic.keeps_op(x):
+            return native(x, x_residual, weight, epsilon, variance_size)
+        return arithmetic.fused_add_rms_norm(provider, x, x_residual, weight, epsilon, variance_size)
+
+    return fused_add_rms_norm
+
+
+def _rms_norm_serves(provider: str) -> Callable[..., bool]:
+    def serves(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None) -> bool:
+        if x.device.type == "cpu":  # Dynamo traces through this on the CPU: no caches, no logging
+            return weight is None or weight.dtype == x.dtype
+        spec = arithmetic.spec_of(provider, weight is not None, variance_size)
+        return not health.declined(x, weight, spec, "rms_norm")
+
+    return serves
+
+
+def _fused_add_serves(provider: str) -> Callable[..., bool]:
+    def serves(
+        x: Tensor, x_residual: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None
+    ) -> bool:
+        if x_residual.dtype != x.dtype or x_residual.shape != x.shape:
+            return False
+        if x.device.type == "cpu":
+            return weight is None or weight.dtype == x.dtype
+        spec = arithmetic.spec_of(provider, weight is not None, variance_size)
+        return not health.declined(x, weight, spec, "fused_add_rms_norm")
+
+    return serves
