@@ -287,7 +287,7 @@ def bench(
 @app.command()
 def demo(
     models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="Checkpoint folders.")],
-    prompt: Annotated[str, typer.Option("--prompt", help="Text to continue.")] = "The statement ",
+    prompt: Annotated[str, typer.Option("--prompt", help="Text to continue.")] = "Return the ",
     max_new_tokens: NewTokens = 96,
     rounds: Rounds = 3,
     backend: BackendOption = BackendName.auto,

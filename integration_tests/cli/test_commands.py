@@ -72,11 +72,11 @@ def test_recorded_logits_hold_and_other_weights_do_not(command, tiny_llama: Path
 
 def test_generate_is_readable_and_equal_to_stock(command, checkpoint: Path) -> None:
     """Greedy text of the trained model is English-like: most of its words occur in the training text's docstrings."""
-    found = command("generate", checkpoint, "--prompt", "The statement ", "--compare", "--json").document
+    found = command("generate", checkpoint, "--prompt", "Return the ", "--compare", "--json").document
     assert found["equal_to_stock"] is True
     assert found["patched"] is True
-    assert len(found["tokens"]) == len("The statement ") + 64
-    words = found["text"].removeprefix("The statement ").split()[:-1]
+    assert len(found["tokens"]) == len("Return the ") + 64
+    words = found["text"].removeprefix("Return the ").split()[:-1]
     known = set(_library_words())
     assert len(words) >= 5
     assert sum(word.strip(".,()`'\":;*").lower() in known for word in words) >= 0.7 * len(words), found["text"]
