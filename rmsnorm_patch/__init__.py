@@ -11,7 +11,7 @@ Importing this package imports torch and nothing else of weight: no transformers
 
 from __future__ import annotations
 
-from .api import apply, patched, plan, revert, verify
+from .api import apply, patched, plan, revert, verify, warmup
 from .errors import (
     KernelBuildError,
     PatchConflict,
@@ -47,4 +47,5 @@ __all__ = [
     "plan",
     "revert",
     "verify",
+    "warmup",
 ]

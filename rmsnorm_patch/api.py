@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
@@ -16,6 +16,9 @@ from .plan import BACKENDS, Backend, NormSite, Plan
 from .rewrite import LOCK, applied_report, apply_plan, patched_paths, revert_model
 from .rewrite.classes import derives_from_patched
 from .rewrite.report import Report, Settings
+
+if TYPE_CHECKING:
+    from .prepare import Prepared
 
 
 def plan(
@@ -88,6 +91,24 @@ def revert(model: nn.Module) -> None:
     """
     _check_module(model)
     revert_model(model)
+
+
+def warmup(model: nn.Module, dtype: torch.dtype | None = None) -> tuple[Prepared, ...]:
+    """Compile and load every kernel that a patched `model` uses where it is now; returns what was made ready.
+
+    dtype: of the hidden states; by default that of most parameters. Kernels are otherwise compiled at their first call,
+    which a latency target or the capture of a CUDA graph may not allow. On the CPU there is nothing to do: ().
+    Raises UnsupportedModel for a model that is not patched, KernelBuildError where a kernel cannot be built.
+    """
+    _check_module(model)
+    report = applied_report(model)
+    if report is None:
+        raise UnsupportedModel(
+            type(model).__name__, "a model that is not patched", "patched models", "call apply(model) first"
+        )
+    from .prepare import prepare
+
+    return prepare(model, report.plan, dtype)
 
 
 @contextmanager

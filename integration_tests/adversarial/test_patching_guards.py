@@ -130,6 +130,9 @@ def check(model, wanted, expected=expected):
     for mine, theirs in zip(got.hidden_states, expected.hidden_states):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
     return events
+ready = rmsnorm_patch.warmup(model)
+assert [(r.op, r.n, r.dtype, r.weight_dtype, r.backend, r.device) for r in ready] == [
+    (op, 64, "float32", "float32", "triton", "cpu") for op in ("rms_norm", "fused_add_rms_norm")], ready
 check(model, KERNELS)
 check(copy.deepcopy(model), KERNELS)
 

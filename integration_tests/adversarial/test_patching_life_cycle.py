@@ -282,6 +282,14 @@ def test_bad_calls_name_what_came_and_what_is_allowed(small_model, snapshot):
     assert snapshot(model) == before
 
 
+def test_warmup_has_nothing_to_do_on_the_cpu_and_wants_a_patched_model(small_model):
+    model = small_model("llama")
+    with pytest.raises(UnsupportedModel, match=r"not patched.*apply\(model\)"):
+        rmsnorm_patch.warmup(model)
+    rmsnorm_patch.apply(model)
+    assert rmsnorm_patch.warmup(model) == ()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_a_forced_backend_must_be_able_to_run_where_the_model_is(small_model, snapshot):
     model = small_model("llama")
