@@ -275,8 +275,10 @@ def choose(
     """The kernel for `m` rows of `n` columns on `device`, or on a device of this compute capability (None: no GPU).
 
     cuda_unavailable: why CUDA kernels cannot be built here ("" if they can); asked of `cuda_backend` for a `device`.
-    A forced `backend` that cannot serve the call raises KernelBuildError; "auto" falls back and says why.
+    A forced `backend` that cannot serve the call raises KernelBuildError; "auto" is what RMSNORM_PATCH_BACKEND says, or
+    falls back and says why.
     """
+    backend = requested_backend(backend)
     _check_dtypes(op, x_dtype, weight_dtype)
     n = spec.group or n  # a grouped norm is one of shorter rows
     if device is not None and device.type == "cuda":

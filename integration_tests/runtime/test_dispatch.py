@@ -294,3 +294,12 @@ def test_backend_variable(monkeypatch):
         dispatch.requested_backend()
     assert caught.value.site == dispatch.BACKEND_VARIABLE
     assert "'Cuda'" in caught.value.got
+
+
+def test_backend_variable_decides_for_auto(monkeypatch):
+    monkeypatch.setenv(dispatch.BACKEND_VARIABLE, "triton")
+    assert choose("rms_norm", LLAMA, BF16, BF16, 8, 4096, 90).backend == "triton"
+    assert choose("rms_norm", LLAMA, BF16, BF16, 8, 4096, 90, backend="cuda").backend == "cuda"
+    monkeypatch.setenv(dispatch.BACKEND_VARIABLE, "fastest")
+    with pytest.raises(UnsupportedInput, match="fastest"):
+        choose("rms_norm", LLAMA, BF16, BF16, 8, 4096, 90)
