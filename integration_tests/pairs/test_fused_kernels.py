@@ -69,3 +69,45 @@ def test_triton_pairs_fire_and_agree(model_type: str, repository: Path) -> None:
     assert found["sums"], "a residual sum differs from the model's own add"
     assert found["ulps"] <= 1
     assert found["agree"]
+
+
+COMPILED = """
+import json
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+import rmsnorm_patch
+
+fields = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+              num_key_value_heads=1, head_dim=16, pad_token_id=0)
+torch.manual_seed(0)
+model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **fields), dtype=torch.bfloat16).eval()
+rmsnorm_patch.apply(model, backend="triton")
+targets = []
+
+def record(graph, inputs):
+    targets.extend(str(node.target) for node in graph.graph.nodes)
+    return graph.forward
+
+tokens = torch.arange(1, 6)[None]
+with torch.no_grad():
+    eager = model(tokens, use_cache=False).logits
+    compiled = torch.compile(model, backend=record, fullgraph=True)(tokens, use_cache=False).logits
+ops = [target for target in targets if "rmsnorm_patch" in target]
+print(json.dumps({"same": torch.equal(eager, compiled), "ops": sorted(ops)}))
+"""
+
+
+def test_compiled_graphs_hold_the_fused_op(repository: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED],
+        cwd=repository,
+        env={**os.environ, "TRITON_INTERPRET": "1", "RMSNORM_PATCH_COMPILE": "op"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    # entry norms and the final norm stand alone in a graph; each layer's second norm is fused with its add
+    expected = 2 * ["rmsnorm_patch.fused_add_rms_norm.default"] + 3 * ["rmsnorm_patch.rms_norm.default"]
+    assert found == {"same": True, "ops": expected}

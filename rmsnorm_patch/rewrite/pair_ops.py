@@ -17,7 +17,7 @@ import torch.nn as nn
 from torch.nn.modules import module as _module
 
 from .. import observe, ops
-from . import guards
+from . import guards, traced
 from .classes import STATE, original_class, role_of
 from .handover import CARRIED, LINK, MAX_UNTAKEN, Carry, Link
 
@@ -93,24 +93,25 @@ def kernel_of(norm: nn.Module) -> NormKernel | None:
 
 def in_layer(norm: nn.Module, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(a + b, norm(a + b)), in one call where the guards hold."""
-    if not _is_tracing():
-        kernel = _KERNELS.get(norm.__class__) or kernel_of(norm)
-        if kernel is not None and _unhooked(norm):
-            if observe.active is None and not _is_grad_enabled():
-                done = kernel.attempt(norm, a, b)
-                if done is not None:
-                    return done[1], done[0]
-            if kernel.fused is None or not (a.is_cuda or kernel.on_cpu):
-                return _in_layer_reference(norm, kernel, a, b)
-            weight = kernel.weight_of(norm)
-            if _pair_servable(kernel, a, b, weight) and not norm.training:
-                normed, total = kernel.fused(a, b, weight, kernel.eps_of(norm))
-                if observe.active is not None:
-                    backend = kernel.backend(a, weight)
-                    observe.active(observe.Event("in_layer", norm, (a, b), normed, total, backend))
-                return total, normed
-        if observe.active is not None:
-            return _in_layer_observed(norm, kernel, a, b)
+    if _is_tracing():
+        return traced.in_layer(norm, kernel_of(norm), a, b)
+    kernel = _KERNELS.get(norm.__class__) or kernel_of(norm)
+    if kernel is not None and _unhooked(norm):
+        if observe.active is None and not _is_grad_enabled():
+            done = kernel.attempt(norm, a, b)
+            if done is not None:
+                return done[1], done[0]
+        if kernel.fused is None or not (a.is_cuda or kernel.on_cpu):
+            return _in_layer_reference(norm, kernel, a, b)
+        weight = kernel.weight_of(norm)
+        if _pair_servable(kernel, a, b, weight) and not norm.training:
+            normed, total = kernel.fused(a, b, weight, kernel.eps_of(norm))
+            if observe.active is not None:
+                backend = kernel.backend(a, weight)
+                observe.active(observe.Event("in_layer", norm, (a, b), normed, total, backend))
+            return total, normed
+    if observe.active is not None:
+        return _in_layer_observed(norm, kernel, a, b)
     total = a + b
     return total, norm(total)
 
