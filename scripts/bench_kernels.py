@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -116,13 +117,20 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="names of built-in providers")
     parser.add_argument("--provider", nargs="*", default=[], help="module:function of one more provider")
     parser.add_argument("--replays", type=int, default=20)
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="begin no case after this long; says what is left"
+    )
     parser.add_argument("--json", type=Path, help="write the rows here")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("bench_kernels: needs a CUDA device; this machine has none")
     rows, loaded = [], {}
+    begun, todo = time.monotonic(), chosen_cases(args)
     with torch.no_grad():
-        for case in chosen_cases(args):
+        for number, case in enumerate(todo):
+            if time.monotonic() - begun > args.seconds:
+                print(f"{len(todo) - number} of {len(todo)} cases not run: {args.seconds:.0f} s are over", flush=True)
+                break
             if case.op not in loaded:
                 loaded[case.op] = providers.load(case.op, set(args.only or ()), tuple(args.provider))
                 for name, why in loaded[case.op][1].items():

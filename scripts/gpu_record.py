@@ -30,8 +30,12 @@ LAUNCH_CODE = (
     "ops.py",
     "validate.py",
     "dispatch.py",
+    "registry.py",
     "jit.py",
+    "nvrtc.py",
+    "driver.py",
     "cuda_backend.py",
+    "cuda_pair.py",
     "triton_backend.py",
 )
 """Files of the package between a tensor and a kernel; with everything in `kernels/` they are what a record proves."""
@@ -40,7 +44,8 @@ PEERS = ("torch", "triton", "transformers", "liger-kernel", "quack-kernels", "fl
 
 
 def covered_files() -> list[Path]:
-    kernels = [p for p in (ROOT / "kernels").rglob("*") if p.is_file() and p.suffix in (".py", ".cu", ".cuh", ".toml")]
+    suffixes = (".py", ".cu", ".cuh", ".toml", ".json")
+    kernels = [p for p in (ROOT / "kernels").rglob("*") if p.is_file() and p.suffix in suffixes]
     package = ROOT / "rmsnorm_patch"
     launch = [package / name for name in LAUNCH_CODE if (package / name).exists()]
     launch += [p for p in package.glob("launch*") if p.is_file()]
@@ -113,10 +118,10 @@ def run_tests() -> dict[str, object]:
     return {"passed": total - failed - skipped, "failed": failed, "skipped": skipped, "failures": names}
 
 
-def run_kernels(suites: list[str]) -> list[dict]:
+def run_kernels(suites: list[str], seconds: float) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.json"
-        _script("scripts/bench_kernels.py", "--suite", *suites, "--json", str(rows))
+        _script("scripts/bench_kernels.py", "--suite", *suites, "--seconds", str(seconds), "--json", str(rows))
         return json.loads(rows.read_text())
 
 
@@ -158,7 +163,9 @@ def write(args: argparse.Namespace) -> None:
         record["tests"] = run_tests()
         save()
     if "kernels" in args.parts:
-        record["kernels"] = _replace(record["kernels"], run_kernels(args.suite), ("op", "mode", "dtype", "m", "n"))
+        record["kernels"] = _replace(
+            record["kernels"], run_kernels(args.suite, args.seconds), ("op", "mode", "dtype", "m", "n")
+        )
         save()
     if "hf" in args.parts:
         record["hf"] = _replace(record["hf"], run_hf(args.hf.split()), ("model", "layers", "work", "mode"))
@@ -206,6 +213,7 @@ def main() -> None:
     run.add_argument(
         "--suite", nargs="+", default=["prefill", "prefill_norm", "kernel", "decode", "hot", "long", "dtypes", "host"]
     )
+    run.add_argument("--seconds", type=float, default=3600, help="begin no further kernel case after this long")
     run.add_argument("--hf", default="--shape llama-8b", help="arguments of scripts/bench_hf.py, in one string")
     run.add_argument("--fresh", action="store_true", help="replace a record of another version of the code")
     verbs.add_parser("check", help="compare every record's digest with this tree")

@@ -295,7 +295,20 @@ def test_odd_calls_take_the_slow_path(functions, recorded, name):
     operands = odd_calls()[name]
     assert op.call(*operands) == "slow"
     assert op.slow_calls == [operands] if len(operands) < 4 else len(op.slow_calls) == 1
+    assert op.attempt(*operands) is None
+    assert len(op.slow_calls) == 1
     assert recorded.last["launches"] == before
+
+
+def test_attempt_serves_what_call_serves(functions, recorded):
+    op = Op(functions, "fused_add_rms_norm")
+    x, r = rows(2, 3), rows(2, 3)
+    before = recorded.last["launches"]
+    normed, total = op.attempt(x, r, weight(), 1e-6)
+    assert normed.shape == total.shape == x.shape
+    assert recorded.last["launches"] == before + 1
+    assert (recorded.last["x"], recorded.last["residual"]) == (x.data_ptr(), r.data_ptr())
+    assert (recorded.last["normed"], recorded.last["total"]) == (normed.data_ptr(), total.data_ptr())
 
 
 def test_eps_that_is_no_number_takes_the_slow_path(recorded):
