@@ -1,0 +1,328 @@
+"""Tokens per second and device time of a decode step of a vLLM engine: stock, patched, and norms and adds removed.
+
+    python scripts/bench_vllm.py --json out.json
+    python scripts/bench_vllm.py --engines llama-8b:stock llama-8b:ir llama-8b-fp8:stock llama-8b-fp8:ir --rounds 5
+
+Every engine is a process of its own with dummy weights, the default compile mode and CUDA graphs. All of them start at
+once; then they are measured one at a time in alternating rounds, so that clocks and host noise hit all of them.
+
+Device time: the graph of the last decode step is replayed back to back between two CUDA events, without the host in
+between. "removed" replaces every norm, with its residual add, by nothing: a ceiling with no right answer. Activations
+collapse there, and matrix products run faster on them: it holds only where weights dominate, at batches up to 32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "torch_dtype": "bfloat16",
+    "tie_word_embeddings": False,
+}
+SMALL = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64}
+QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "rms_norm_eps": 1e-6,
+}
+SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "llama-8b": (LLAMA_8B, {}),
+    "llama-1b": ({**LLAMA_8B, **SMALL}, {}),
+    "qwen3-8b": ({**LLAMA_8B, **QWEN3}, {}),
+    "llama-8b-fp8": (LLAMA_8B, {"quantization": "fp8"}),
+    "llama-8b-tp2": (LLAMA_8B, {"tensor_parallel_size": 2}),
+}
+VARIANTS = ("stock", "ir", "oot", "removed")
+DECODE = {1: 128, 8: 128, 32: 96, 256: 48}
+"""Batch -> tokens generated for each sequence in one round."""
+PREFILL = (16, 1024)
+REPLAYS = 40
+DEFAULT = [f"{shape}:{variant}" for shape in ("llama-8b", "llama-1b") for variant in ("stock", "ir", "removed")]
+
+
+class Engine:
+    """The child's side: one LLM, answering commands from stdin."""
+
+    def __init__(self, shape: str, variant: str, eager: bool) -> None:
+        import torch
+        from vllm import LLM, SamplingParams
+
+        if variant == "removed":
+            remove_norms()
+        self.torch, self.sampling = torch, SamplingParams
+        self.graphs: list[Any] = []
+        replay = torch.cuda.CUDAGraph.replay
+
+        def kept(graph: Any) -> None:
+            self.graphs.append(graph)
+            replay(graph)
+
+        torch.cuda.CUDAGraph.replay = kept  # type: ignore[method-assign]
+        self.replay = replay
+        config, extra = SHAPES[shape]
+        folder = tempfile.mkdtemp()
+        Path(folder, "config.json").write_text(json.dumps(config))
+        self.llm = LLM(
+            model=folder,
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            dtype="bfloat16",
+            max_model_len=2048,
+            max_num_seqs=256,
+            max_num_batched_tokens=16384,
+            gpu_memory_utilization=0.05,
+            kv_cache_memory_bytes=6 << 30,
+            enable_prefix_caching=False,
+            enforce_eager=eager,
+            compilation_config={} if eager else {"cudagraph_capture_sizes": sorted(DECODE)},
+            disable_log_stats=True,
+            **extra,
+        )
+
+    def generate(self, batch: int, prompt: int, tokens: int) -> float:
+        """Seconds for `batch` prompts of `prompt` tokens, `tokens` generated for each."""
+        prompts = [{"prompt_token_ids": [(7 * i + j) % 1000 + 1 for j in range(prompt)]} for i in range(batch)]
+        sampling = self.sampling(
+            temperature=0, max_tokens=tokens, min_tokens=tokens, ignore_eos=True, detokenize=False
+        )
+        self.torch.cuda.synchronize()
+        start = time.perf_counter()
+        outputs = self.llm.generate(prompts, sampling, use_tqdm=False)
+        self.torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        self.last_tokens = [list(output.outputs[0].token_ids) for output in outputs]
+        return seconds
+
+    def decode(self, batch: int) -> dict[str, float]:
+        tokens = DECODE[batch]
+        self.graphs.clear()
+        rate = batch * tokens / self.generate(batch, 16, tokens)
+        return {"tokens_per_s": rate, "step_us": self.step_us(), "graphs_per_step": len(self.graphs) / tokens}
+
+    def prefill(self) -> dict[str, float]:
+        batch, length = PREFILL
+        return {"tokens_per_s": batch * length / self.generate(batch, length, 1)}
+
+    def step_us(self) -> float:
+        """Device time of the last decode graph, in microseconds; 0.0 without a graph."""
+        if not self.graphs:
+            return 0.0
+        start, end = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
+        graph = self.graphs[-1]
+        for _ in range(5):
+            self.replay(graph)
+        start.record()
+        for _ in range(REPLAYS):
+            self.replay(graph)
+        end.record()
+        end.synchronize()
+        return 1000 * start.elapsed_time(end) / REPLAYS
+
+    def kernels(self, batch: int) -> dict[str, list[float]]:
+        """Profiled device time and count of each kernel in one decode step: name -> [us, count]."""
+        self.graphs.clear()
+        self.generate(batch, 16, 8)
+        with self.torch.profiler.profile(activities=[self.torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(10):
+                self.replay(self.graphs[-1])
+            self.torch.cuda.synchronize()
+        rows = [row for row in profile.key_averages() if row.self_device_time_total > 0]
+        rows.sort(key=lambda row: -row.self_device_time_total)
+        return {row.key[:90]: [row.self_device_time_total / 10, row.count / 10] for row in rows[:12]}
+
+
+def remove_norms() -> None:
+    from vllm.model_executor.custom_op import CustomOp
+    from vllm.model_executor.layers.layernorm import RMSNorm
+
+    class Removed(RMSNorm):
+        def forward(self, x: Any, residual: Any = None) -> Any:
+            return x if residual is None else (x, residual)
+
+    CustomOp.register_oot(Removed, name="RMSNorm")
+
+
+def serve(shape: str, variant: str, eager: bool) -> None:
+    """Child: answer each command line with one JSON line on the descriptor that stdout was."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what vLLM prints goes to the log
+    start = time.perf_counter()
+    engine = Engine(shape, variant, eager)
+    for batch in DECODE:
+        engine.generate(batch, 16, 4)
+    engine.generate(*PREFILL, 1)
+    print(json.dumps({"ready_s": round(time.perf_counter() - start, 1)}), file=answers)
+    for line in sys.stdin:
+        command = json.loads(line)
+        result = getattr(engine, command["do"])(*command.get("args", []))
+        print(json.dumps(result), file=answers)
+
+
+class Child:
+    """The parent's side of one engine."""
+
+    def __init__(self, name: str, eager: bool, log: Path) -> None:
+        self.shape, self.variant = name.split(":")
+        plugin = {"stock": "off", "removed": "off"}.get(self.variant, self.variant)
+        environment = {
+            **os.environ,
+            "RMSNORM_PATCH_VLLM": plugin,
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_USE_FLASHINFER_SAMPLER": "0",
+            "VLLM_CACHE_ROOT": tempfile.mkdtemp(),
+        }
+        self.log = log
+        command = [sys.executable, __file__, "--serve", name] + ["--eager"] * eager
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("w"), text=True, env=environment
+        )
+
+    def read(self) -> dict[str, Any]:
+        line = self.process.stdout.readline()  # type: ignore[union-attr]
+        if not line:
+            raise RuntimeError(f"{self.shape}:{self.variant} ended; its log:\n{self.log.read_text()[-3000:]}")
+        return json.loads(line)
+
+    def ask(self, do: str, *args: Any) -> dict[str, Any]:
+        self.process.stdin.write(json.dumps({"do": do, "args": args}) + "\n")  # type: ignore[union-attr]
+        self.process.stdin.flush()  # type: ignore[union-attr]
+        return self.read()
+
+    def selected(self) -> str:
+        lines = [line for line in self.log.read_text().splitlines() if "rmsnorm_patch: " in line]
+        return lines[0].split("rmsnorm_patch: ", 1)[1] if lines else ""
+
+
+def start(names: list[str], eager: bool) -> list[Child]:
+    folder = Path(tempfile.mkdtemp())
+    children = [Child(name, eager, folder / f"{name.replace(':', '_')}.log") for name in names]
+    ready = []
+    for child in children:
+        try:
+            print(f"{child.shape}:{child.variant} ready in {child.read()['ready_s']} s; {child.selected()}", flush=True)
+            ready.append(child)
+        except RuntimeError as error:
+            print(error, flush=True)
+    return ready
+
+
+def measure(children: list[Child], rounds: int, deadline: float, save: Any) -> dict[str, Any]:
+    """Alternating rounds: (shape, variant, case) -> samples."""
+    samples: dict[tuple[str, str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for number in range(rounds):
+        for batch in (*DECODE, None):
+            for child in children if number % 2 == 0 else children[::-1]:
+                result = child.ask("prefill") if batch is None else child.ask("decode", batch)
+                case = "prefill" if batch is None else f"decode-{batch}"
+                for key, value in result.items():
+                    samples[child.shape, child.variant, case][key].append(value)
+        save(rows_of(samples))
+        if time.monotonic() > deadline:
+            break
+    return rows_of(samples)
+
+
+def rows_of(samples: dict[tuple[str, str, str], dict[str, list[float]]]) -> dict[str, Any]:
+    rows = []
+    for (shape, variant, case), values in samples.items():
+        row: dict[str, Any] = {"shape": shape, "variant": variant, "case": case}
+        for key, found in values.items():
+            row[key] = round(statistics.median(found), 3)
+            row[f"{key}_range"] = [round(min(found), 3), round(max(found), 3)]
+        rows.append(row)
+    for row in rows:
+        of = {r["variant"]: r for r in rows if (r["shape"], r["case"]) == (row["shape"], row["case"])}
+        if "stock" not in of or row["variant"] == "stock":
+            continue
+        row["speedup"] = round(row["tokens_per_s"] / of["stock"]["tokens_per_s"], 4)
+        if row.get("step_us") and "removed" in of and row["variant"] != "removed":
+            ceiling = of["stock"]["step_us"] - of["removed"]["step_us"]
+            row["share_recovered"] = round((of["stock"]["step_us"] - row["step_us"]) / ceiling, 3)
+    return {"rows": rows}
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = ["| shape | case | variant | tokens/s | vs stock | step us | share |", "|---|---|---|---|---|---|---|"]
+    for row in sorted(result["rows"], key=lambda r: (r["shape"], r["case"], VARIANTS.index(r["variant"]))):
+        lines.append(
+            f"| {row['shape']} | {row['case']} | {row['variant']} | {row['tokens_per_s']:.1f} "
+            f"{row['tokens_per_s_range']} | {row.get('speedup', '')} | {row.get('step_us', '')} "
+            f"{row.get('step_us_range', '')} | {row.get('share_recovered', '')} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engines", nargs="+", default=DEFAULT, metavar="SHAPE:VARIANT")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--eager", action="store_true", help="enforce_eager: no compilation, no graphs")
+    parser.add_argument("--kernels", type=int, nargs="*", default=[], help="batches whose kernels are listed")
+    parser.add_argument("--seconds", type=float, default=3600, help="start no new round after this time")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        serve(*options.serve.split(":"), options.eager)
+        return
+    for name in options.engines:
+        shape, _, variant = name.partition(":")
+        if shape not in SHAPES or variant not in VARIANTS:
+            parser.error(f"--engines: got {name!r}; SHAPE is one of {', '.join(SHAPES)}, VARIANT of {VARIANTS}")
+
+    def save(result: dict[str, Any]) -> None:
+        if options.json:
+            options.json.write_text(json.dumps(result, indent=1))
+
+    deadline = time.monotonic() + options.seconds
+    children = start(options.engines, options.eager)
+    try:
+        result = measure(children, options.rounds, deadline, save)
+        result["selected"] = {f"{child.shape}:{child.variant}": child.selected() for child in children}
+        result["kernels"] = {
+            f"{child.shape}:{child.variant}:{batch}": child.ask("kernels", batch)
+            for batch in options.kernels
+            for child in children
+        }
+        save(result)
+        print(table(result))
+    finally:
+        for child in children:
+            child.process.stdin.close()  # type: ignore[union-attr]
+        waiting = threading.Timer(60, lambda: [child.process.kill() for child in children])
+        waiting.start()
+        for child in children:
+            child.process.wait()
+        waiting.cancel()
+
+
+if __name__ == "__main__":
+    main()
