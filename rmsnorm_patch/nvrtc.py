@@ -68,7 +68,7 @@ def _library() -> ctypes.CDLL:
         raise KernelBuildError(
             site="NVRTC",
             got="no libnvrtc beside torch, under CUDA_HOME or /usr/local/cuda",
-            supported="NVRTC 12.8 or newer",
+            supported="NVRTC 12.6 or newer",
             next_step="pip install nvidia-cuda-nvrtc, or use backend='triton'",
         )
     try:
@@ -111,7 +111,7 @@ def _check(library: ctypes.CDLL, code: int, call: str) -> None:
         raise KernelBuildError(
             site=f"NVRTC {call}",
             got=library.nvrtcGetErrorString(code).decode(),
-            supported="NVRTC 12.8 or newer",
+            supported="NVRTC 12.6 or newer",
             next_step="reinstall nvidia-cuda-nvrtc, or use backend='triton'",
         )
 
