@@ -269,6 +269,14 @@ def test_a_carry_that_no_longer_holds_is_refused(twins, what: str) -> None:
         assert handover.CARRIED not in total.__dict__
 
 
+def test_the_callers_depth_is_learned_once(twins, tokens) -> None:
+    _, patched = twins()
+    assert taken(patched, tokens) == taken(patched, tokens) == LAYERS
+    link = patched.model.layers[0].__dict__[STATE][handover.LINK]
+    # the layer's forward, the checkpointing wrapper, torch's two frames, and the model's forward above them
+    assert (link.caller, link.depth) == (4, 6)
+
+
 @pytest.mark.usefixtures("any_caller")
 def test_copies_of_a_sum_carry_nothing(twins) -> None:
     _, patched = twins()

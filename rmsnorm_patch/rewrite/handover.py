@@ -102,10 +102,10 @@ class Link:
         or in inference mode counts no version.
     passive: that code and the layers' do nothing between the add and the norm but pass the tensor on. Without it, an
         inference tensor, which has no version counter, is never handed over.
-    depth: how many frames up from `pair_ops._called_by_loop` that code ran the last time.
+    depth, caller: how many frames up from `pair_ops._called_by_loop` that code and torch's module call ran last time.
     """
 
-    __slots__ = ("depth", "loop", "norm", "passive", "receiver", "untaken")
+    __slots__ = ("caller", "depth", "loop", "norm", "passive", "receiver", "untaken")
 
     def __init__(
         self,
@@ -120,6 +120,7 @@ class Link:
         self.passive = passive
         self.untaken = 0
         self.depth = 0
+        self.caller = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Link:
         return Link()  # a layer copied alone has no next one; with its model, the copied Chain links it again

@@ -178,11 +178,12 @@ def _called_by_loop(link: Link) -> bool:
     """Whether the layer that is running now was called, as a module, by the loop that was read.
 
     The walk up the stack is done once for a link. Later calls look at two frames: the loop's, as far up as it was, and
-    the one that called the layer's forward, which tells a wrapper that calls `layer.forward` itself. (Each frame that
-    Python code looks at costs 2 to 4 us, because the interpreter makes an object of it.)
+    the one that called the layer's forward (past `GradientCheckpointingLayer`'s own), which tells a wrapper that calls
+    `layer.forward` itself. (Each frame that Python code looks at costs 2 to 4 us, because the interpreter makes an
+    object of it.)
     """
     try:
-        if _getframe(link.depth).f_code is link.loop and _getframe(3).f_code is _CALL_IMPL:
+        if _getframe(link.depth).f_code is link.loop and _getframe(link.caller).f_code is _CALL_IMPL:
             return True
     except ValueError:  # called from less deep than before
         pass
@@ -196,6 +197,7 @@ def _called_by_loop(link: Link) -> bool:
             return False
         code = frame.f_code
     link.depth = depth
+    link.caller = 4 if _getframe(3).f_code.co_name == _CHECKPOINTING else 3
     return True
 
 
