@@ -28,7 +28,7 @@ from .errors import KernelBuildError, UnsafeCacheError, UnsupportedInput
 VARIABLE = "RMSNORM_PATCH_LAUNCHER"
 CHOICES = ("auto", "c", "python")
 TOO_MANY_ROWS = launcher_ctypes.TOO_MANY_ROWS
-_SOURCES = ("launcher.c", "launcher_start.h", "launcher_abi.h")
+_SOURCES = ("launcher.c", "launcher_start.h", "launcher_tensor.h", "launcher_abi.h")
 _FLAGS = ("-O2", "-shared", "-fPIC", "-std=gnu11")
 
 
