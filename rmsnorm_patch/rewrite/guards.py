@@ -21,6 +21,7 @@ TRAINING = "the module is in training mode (reentrant checkpointing runs it with
 _PLAIN = frozenset((torch.Tensor, Parameter))
 _DTYPES = frozenset(SUPPORTED_DTYPES)
 _float32 = torch.float32
+_strided = torch.strided
 
 _is_grad_enabled = torch.is_grad_enabled
 _is_autocast_enabled = torch._C._is_any_autocast_enabled
@@ -31,22 +32,21 @@ _is_jit_tracing = torch._C._is_tracing
 
 def servable(x: torch.Tensor, weight: torch.Tensor | None) -> bool:
     """Whether a kernel may compute the norm of `x` [..., N] with `weight` [N] or None in eager mode."""
+    if type(x) not in _PLAIN or x.is_meta or x.layout is not _strided or not x.dim():
+        return False
+    dtype = x.dtype
+    if dtype not in _DTYPES:
+        return False
+    if weight is None:
+        return not ((_is_grad_enabled() and x.requires_grad) or ambient())
     return (
-        type(x) in _PLAIN
-        and x.dtype in _DTYPES
-        and (
-            weight is None
-            or (
-                type(weight) in _PLAIN
-                and (weight.dtype is x.dtype or weight.dtype is _float32)
-                and weight.get_device() == x.get_device()
-                and weight.is_meta is x.is_meta
-                and weight.shape == x.shape[-1:]
-            )
-        )
-        and not (_is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)))
-        and not x.is_meta  # as a CPU tensor, it has device index -1
-        and x.layout is torch.strided
+        type(weight) in _PLAIN
+        and (weight.dtype is dtype or weight.dtype is _float32)
+        and weight.get_device() == x.get_device()
+        and not weight.is_meta  # as a CPU tensor, it has device index -1
+        and weight.dim() == 1
+        and weight.numel() == x.shape[-1]  # comparing two torch.Size costs 0.7 us more
+        and not (_is_grad_enabled() and (x.requires_grad or weight.requires_grad))
         and not ambient()
     )
 
@@ -84,8 +84,8 @@ def reason(x: torch.Tensor, weight: torch.Tensor | None) -> str:
         return f"input dtype {x.dtype}"
     if x.is_meta:
         return "input on meta"
-    if x.layout is not torch.strided:
-        return f"input layout {x.layout}"
+    if x.layout is not torch.strided or x.dim() == 0:
+        return f"input layout {x.layout}, {x.dim()} dimensions"
     if weight is not None:
         if type(weight) not in _PLAIN:
             return f"weight is a {type(weight).__name__}"
