@@ -1,10 +1,11 @@
 # Needs make and Python 3.10+; everything else is installed into $(VENV) from pyproject.toml.
 #   make demo    build the environment, patch two trained models, prove them, compare text and speed
-#   make test    lint, type check and run every test
+#   make test    lint, type check and run every test, those of the vLLM plugin in an environment of their own
 # PYTHON, VENV, TORCH and PIP_ARGS can be set on the command line, e.g. `make test PYTHON=python3.12 VENV=/tmp/v`.
 
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 # The tests pin bits and code objects of one torch release. A machine with a package index that carries CPU builds
 # gets one of those; elsewhere pip takes the CUDA build. `make demo TORCH="torch==2.13.0+cpu"` insists.
 TORCH ?= torch==2.13.0
@@ -17,13 +18,18 @@ INSTALLED := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint record env train clean
+.PHONY: demo test test-vllm lint record env train clean
 
 demo: $(INSTALLED)
 	$(BIN)/python scripts/demo.py
 
 test: lint record
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(MAKE) test-vllm
+
+# One engine at a time: each takes both cores of a small machine. vLLM pins its own torch and transformers.
+test-vllm: $(VLLM_VENV)/.installed
+	$(VLLM_VENV)/bin/python -m pytest integration_tests/vllm -p no:cacheprovider
 
 lint: $(INSTALLED)
 	$(BIN)/python -m ruff check .
@@ -39,7 +45,7 @@ train: $(INSTALLED)
 	OMP_NUM_THREADS=2 $(BIN)/python scripts/train_tiny.py
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # Debian's python3 may come without ensurepip: then the outer interpreter's pip fills the new environment.
 $(INSTALLED): pyproject.toml Makefile
@@ -47,4 +53,8 @@ $(INSTALLED): pyproject.toml Makefile
 	@$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) && \
 		$(PYTHON) -m pip --python $(BIN)/python install pip; }
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) "$(TORCH)" -e ".[$(EXTRAS)]"
+	@touch $@
+
+$(VLLM_VENV)/.installed: integration_tests/vllm/requirements.txt integration_tests/vllm/environment.py pyproject.toml
+	$(PYTHON) integration_tests/vllm/environment.py $(VLLM_VENV) --torch "$(TORCH)" -- $(PIP_ARGS)
 	@touch $@

