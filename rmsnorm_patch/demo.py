@@ -74,7 +74,7 @@ def tell(
     report = api.apply(model, backend=backend)
     console.print(f"applied: {len(report.norms)} norms, {len(report.layers)} layers and stacks rewritten")
     try:
-        proof = api.verify(model, ids)
+        proof = api.verify(model, ids, greedy_tokens=new_tokens)
     except VerificationFailed as error:
         if error.proof is None:
             raise

@@ -373,6 +373,19 @@ print(kinds.count("in_layer"), kinds.count("taken"), type(model.model.layers[0])
     assert done.stdout.split() == [str(LAYERS), str(LAYERS), "LlamaDecoderLayer"]
 
 
+def test_a_pickle_under_another_loop_hands_nothing_over(twins, tokens) -> None:
+    """The loop's source decides what may lie between an add and its norm; another version of it was not read."""
+    plain, patched = twins()
+    chain = patched.model.__dict__[STATE][handover.CHAIN]
+    restored, arguments, state = chain.__reduce__()
+    assert taken(patched, tokens) == LAYERS
+    restored(*arguments).__setstate__({**state, "digest": "another"})
+    assert taken(patched, tokens) == 0
+    assert torch.equal(logits(patched, tokens), logits(plain, tokens))
+    restored(*arguments).__setstate__(state)
+    assert taken(patched, tokens) == LAYERS
+
+
 def test_links_add_no_module_and_no_key(twins) -> None:
     plain, patched = twins()
     assert list(patched.state_dict()) == list(plain.state_dict())

@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 
 from .. import observe
-from ..scan.source import read_forward
+from ..scan.source import NoSource, read_forward
 from .classes import STATE
 
 CARRIED = "_rmsnorm_patch_normed"
@@ -148,10 +148,12 @@ class Chain:
     Weak references here too: a layer that was removed from the model must not stay in memory.
     """
 
-    def __init__(self, steps: Iterable[Step] = (), runner: type | None = None) -> None:
-        """runner: the unpatched class of the module that runs the layers."""
+    def __init__(self, steps: Iterable[Step] = (), runner: type | None = None, digest: str = "") -> None:
+        """runner: the unpatched class of the module that runs the layers. digest: of its forward's source where it was
+        read; "" reads it now. With another source (a pickle, another version of the model's code) nothing is handed
+        over: what that code does with a sum was not read."""
         self.runner = runner
-        self._loop = None if runner is None else read_forward(runner).function.__code__
+        self._loop, self.digest = (None, digest) if runner is None else _loop_of(runner, digest)
         self._links = tuple((weakref.ref(step.layer), self.link(step)) for step in steps)
 
     @property
@@ -174,13 +176,23 @@ class Chain:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Chain:
         copied = [step for step in self.steps if id(step.layer) in memo and id(step.norm) in memo]
-        made = Chain([copy.deepcopy(step, memo) for step in copied], self.runner)
+        made = Chain([copy.deepcopy(step, memo) for step in copied], self.runner, self.digest)
         made.connect()
         return made
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Chain, (), {"steps": self.steps, "runner": self.runner}
+        return Chain, (), {"steps": self.steps, "runner": self.runner, "digest": self.digest}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["steps"], state["runner"])  # type: ignore[misc]
+        self.__init__(state["steps"], state["runner"], state["digest"])  # type: ignore[misc]
         self.connect()
+
+
+def _loop_of(runner: type, digest: str) -> tuple[CodeType | None, str]:
+    try:
+        source = read_forward(runner)
+    except NoSource:
+        return None, digest
+    if digest and source.digest != digest:
+        return None, digest
+    return source.function.__code__, source.digest

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import inspect
 import textwrap
 import types
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,12 @@ class Source:
     function: types.FunctionType
     wrappers: tuple[types.FunctionType, ...]
     tree: ast.FunctionDef
+
+    @property
+    def digest(self) -> str:
+        """Of the function's statements, comments and layout left out, and of where its wrappers come from."""
+        wrappers = [f"{Path(w.__code__.co_filename).name}:{w.__code__.co_firstlineno}" for w in self.wrappers]
+        return hashlib.sha256("\n".join([ast.unparse(self.tree), *wrappers]).encode()).hexdigest()[:16]
 
     def where(self, node: ast.AST) -> str:
         return f"{self.function.__code__.co_filename.rpartition('/')[2]}:{getattr(node, 'lineno', 0)}"
