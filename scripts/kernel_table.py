@@ -217,7 +217,7 @@ def page() -> str:
         f"bandwidth*: predicted from them by Little's law, {LATENCY * 1e6:.1f} us of latency, of the datasheet's "
         f"bandwidth; {REACHABLE} is the most that a plain copy reaches. Few rows do not fill the chip: there the "
         "figure says what a full multiprocessor would do. "
-        "Only sm_90 was measured (`docs/results.md`).",
+        "Only sm_90 was measured (`records/README.md`, `docs/decisions.md`).",
     ]
     for arch in (80, 89, 90, 100, 103, 120):
         gpu = GPUS[arch]
