@@ -1,4 +1,4 @@
-"""accelerate's hooks before and after apply, CPU and disk offload, dispatch_model: case 48."""
+"""accelerate's hooks before and after apply, CPU and disk offload, dispatch_model."""
 
 from __future__ import annotations
 

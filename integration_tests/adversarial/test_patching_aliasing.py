@@ -1,4 +1,4 @@
-"""Tensors that alias, and hooks that edit them: cases 28 to 31."""
+"""Tensors that alias, and hooks that edit them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torch.compile(fullgraph=True), patching after compiling, torch.export, jit.trace and fx: cases 40 and 58."""
+"""torch.compile(fullgraph=True), patching after compiling, torch.export, jit.trace and fx."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""deepcopy, pickle, torch.save, state dicts, safetensors, save_pretrained: cases 50 to 52."""
+"""deepcopy, pickle, torch.save, state dicts, safetensors, save_pretrained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Greedy, sampled, beam and assisted generation, dynamic and static caches: the same tokens (case 58)."""
+"""Greedy, sampled, beam and assisted generation, dynamic and static caches: the same tokens."""
 
 from __future__ import annotations
 

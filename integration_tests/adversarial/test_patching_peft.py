@@ -1,4 +1,4 @@
-"""PEFT: LoRA in both orders, modules_to_save on a norm, several adapters, disable_adapter, merging: case 49."""
+"""PEFT: LoRA in both orders, modules_to_save on a norm, several adapters, disable_adapter, merging."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models that Liger or `kernelize` patched before us or patch after us, and other people's forwards: case 53."""
+"""Models that Liger or `kernelize` patched before us or patch after us, and other people's forwards."""
 
 from __future__ import annotations
 

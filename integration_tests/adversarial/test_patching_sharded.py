@@ -1,4 +1,4 @@
-"""DTensor, FSDP, ZeRO-3, tensor parallelism, quantised weights: left alone, or right (case 56)."""
+"""DTensor, FSDP, ZeRO-3, tensor parallelism, quantised weights: left alone, or right."""
 
 from __future__ import annotations
 

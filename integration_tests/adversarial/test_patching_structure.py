@@ -1,4 +1,4 @@
-"""A model that changes shape after it was patched, and threads: cases 54 and 58."""
+"""A model that changes shape after it was patched, and threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training and gradient checkpointing use the original arithmetic: gradients are identical (case 55)."""
+"""Training and gradient checkpointing use the original arithmetic: gradients are identical."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ def test_recorded_hidden_states_keep_the_hand_over(twins, tokens) -> None:
 
 
 def test_callers_hidden_states_are_not_written(twins, tokens) -> None:
-    """adversarial 30: what a caller keeps of one call stays as it is in the next."""
+    """What a caller keeps of one call stays as it is in the next."""
     _, patched = twins()
     with torch.no_grad():
         kept = patched(tokens, output_hidden_states=True).hidden_states
@@ -145,7 +145,7 @@ def test_callers_hidden_states_are_not_written(twins, tokens) -> None:
 
 
 def test_residual_is_hidden_states(twins) -> None:
-    """adversarial 28: both operands of an add are one tensor."""
+    """Both operands of an add are one tensor."""
     plain, patched = twins()
     for model in (plain, patched):
         for layer in model.model.layers:

@@ -252,7 +252,7 @@ def test_fused_forms(layer: type[nn.Module], x: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("layer", LEFT, ids=lambda layer: layer.__name__)
 def test_forms_that_are_left_alone(layer: type[nn.Module], x: torch.Tensor) -> None:
-    """adversarial 54: the class keeps its own in-layer arithmetic."""
+    """The class keeps its own in-layer arithmetic."""
     model = Model(layer)
     plan = rmsnorm_patch.plan(model, backend="reference")
     assert not list(plan.fused_pairs("in_layer"))

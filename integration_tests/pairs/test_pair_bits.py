@@ -147,7 +147,7 @@ def test_hand_over_works_in_both_modes_without_grad(small_model, tokens, mode) -
 
 
 def test_cosine_of_every_layer_is_one(small_model, tokens) -> None:
-    """The last hidden state of a patched model equals the unpatched one's at every depth (adversarial 31)."""
+    """The last hidden state of a patched model equals the unpatched one's at every depth."""
     model = small_model("llama", torch.bfloat16, num_hidden_layers=8)
     before = run(model, tokens)[1:]
     rmsnorm_patch.apply(model, backend="reference")
