@@ -1,6 +1,7 @@
 """One vLLM engine in this process, driven by a JSON request in argv[1]; writes a JSON answer to argv[2].
 
-Request: model (folder), enforce_eager, prompts (lists of token ids), max_tokens, and `engine` (further LLM arguments).
+Request: model (folder), enforce_eager, prompts (lists of token ids), max_tokens; `engine` (further LLM
+arguments) and `vllm_version` (what vLLM shall say it is).
 Answer: tokens and logprobs of every prompt, the number of forwards while they were generated, the lines of our call
 trace that belong to them, the classes of the model's norms, and whether CUDA was initialised.
 """
@@ -22,6 +23,10 @@ def trace_lines() -> list[dict[str, Any]]:
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
+    import vllm
+
+    if "vllm_version" in request:
+        vllm.__version__ = request["vllm_version"]
     from vllm import LLM, SamplingParams
 
     llm = LLM(

@@ -1,0 +1,171 @@
+"""Starting: bad settings, vLLM releases that are not served, processes of all kinds, the compile-cache key."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed in this environment; `make test-vllm` builds one")
+pytestmark = pytest.mark.slow
+
+HERE = Path(__file__).resolve().parent
+DATA = HERE.parent / "data"
+Environment = Callable[..., dict[str, str]]
+
+
+def _python(code: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
+
+
+def test_a_bad_value_stops_the_start_before_weights_load(tmp_path: Path, environment: Environment) -> None:
+    request = {"model": str(DATA / "tiny-llama"), "enforce_eager": True, "prompts": [[1]], "max_tokens": 1}
+    done = subprocess.run(
+        [sys.executable, str(HERE / "engine.py"), json.dumps(request), str(tmp_path / "answer")],
+        env=environment(RMSNORM_PATCH_VLLM="fast", RMSNORM_PATCH_VLLM_TRACE=str(tmp_path / "trace")),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode != 0
+    assert "RMSNORM_PATCH_VLLM: got 'fast'; supported: auto, ir, oot, off" in done.stderr
+    assert "oading" not in (done.stdout + done.stderr).split("Traceback")[0].replace("Loading plugin", "")
+
+
+def test_an_unsupported_release_serves_with_its_own_norms(run_engine: Any) -> None:
+    answer = run_engine(DATA / "tiny-llama", True, "auto", vllm_version="0.40.0")
+    assert (answer["trace"], answer["priority"], answer["norms"]) == ([], ["native"], ["RMSNorm"])
+    warnings = [line for line in answer["log"].splitlines() if "outside the supported range 0.26 to 0.33" in line]
+    assert len(warnings) == 1
+    assert answer["tokens"] == run_engine(DATA / "tiny-llama", True, "off")["tokens"]
+
+
+PROCESSES = """
+import multiprocessing, torch
+def boom(*args): raise AssertionError("CUDA was initialised")
+def register_here(queue=None):
+    torch.cuda._lazy_init = boom
+    from vllm import ir
+    from rmsnorm_patch import vllm_plugin
+    vllm_plugin.register()
+    first = {op: list(getattr(ir.ops, op).impls) for op in ("rms_norm", "fused_add_rms_norm")}
+    from vllm.config import VllmConfig
+    key = VllmConfig.compute_hash
+    vllm_plugin.register()
+    assert {op: list(getattr(ir.ops, op).impls) for op in first} == first
+    assert VllmConfig.compute_hash is key
+    assert first["rms_norm"].count("rmsnorm_patch") == 1
+    queue and queue.put("ok")
+if __name__ == "__main__":
+    for method in ("fork", "spawn"):
+        context = multiprocessing.get_context(method)
+        queue = context.Queue()
+        process = context.Process(target=register_here, args=(queue,))
+        process.start()
+        process.join(200)
+        assert process.exitcode == 0 and queue.get(timeout=5) == "ok", method
+    register_here()
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=register_here)
+    process.start()
+    process.join(200)
+    assert process.exitcode == 0
+"""
+
+
+@pytest.mark.parametrize("route", ["ir", "oot"])
+def test_register_twice_forked_and_spawned(route: str, tmp_path: Path, environment: Environment) -> None:
+    script = tmp_path / "processes.py"
+    script.write_text(PROCESSES)
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env=environment(RMSNORM_PATCH_VLLM=route),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "rmsnorm_patch: the vLLM plugin is off" not in done.stderr + done.stdout
+
+
+KEYS = """
+import importlib
+from rmsnorm_patch import vllm_plugin
+from rmsnorm_patch.vllm_plugin import arithmetic
+vllm_plugin.register()
+from vllm.config import VllmConfig
+first = VllmConfig().compute_hash()
+arithmetic.VERSION += 1
+print("KEYS", first, VllmConfig().compute_hash())
+"""
+
+
+def test_the_compile_cache_key_sees_the_route_and_our_version(environment: Environment) -> None:
+    keys = {}
+    for route in ("off", "ir", "oot"):
+        done = _python(KEYS, environment(RMSNORM_PATCH_VLLM=route))
+        assert done.returncode == 0, done.stderr[-3000:]
+        keys[route] = next(line for line in done.stdout.splitlines() if line.startswith("KEYS")).split()[1:]
+    assert keys["off"][0] == keys["off"][1]
+    assert len({keys["off"][0], *keys["ir"], *keys["oot"]}) == 5
+
+
+def test_a_foreign_out_of_tree_norm_is_left_in_place(environment: Environment) -> None:
+    code = (
+        "from vllm.model_executor.custom_op import CustomOp, op_registry_oot\n"
+        "from vllm.model_executor.layers.layernorm import RMSNorm\n"
+        "class Foreign(RMSNorm): pass\n"
+        "CustomOp.register_oot(Foreign, name='RMSNorm')\n"
+        "from rmsnorm_patch import vllm_plugin\n"
+        "vllm_plugin.register()\n"
+        "assert op_registry_oot['RMSNorm'] is Foreign\n"
+    )
+    done = _python(code, environment(RMSNORM_PATCH_VLLM="oot"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "is registered for RMSNorm already" in done.stderr + done.stdout
+
+
+def test_the_op_keeps_its_name_for_custom_ops(environment: Environment) -> None:
+    code = (
+        "from rmsnorm_patch import vllm_plugin\n"
+        "vllm_plugin.register()\n"
+        "from vllm.model_executor.custom_op import op_registry_oot\n"
+        "assert op_registry_oot['RMSNorm'].name == 'rms_norm'\n"
+    )
+    done = _python(code, environment(RMSNORM_PATCH_VLLM="oot"))
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_calls_of_other_kinds_are_served_or_declined(environment: Environment) -> None:
+    """variance_size and weightless calls are served bit for bit; an fp32 weight for bf16 rows is left to vLLM."""
+    code = (
+        "import torch\n"
+        "from rmsnorm_patch import vllm_plugin\n"
+        "vllm_plugin.register()\n"
+        "from vllm import ir\n"
+        "op = ir.ops.rms_norm\n"
+        "ours, native = op.impls['rmsnorm_patch_native'], op.impls['native']\n"
+        "x = torch.randn(5, 3, 64).bfloat16().transpose(0, 1)\n"
+        "w = torch.randn(64).bfloat16()\n"
+        "for args in [(x, w, 1e-6), (x, None, 1e-6), (x, w, 0.0), (x, w, 1e-6, 32), (x, None, 1e-6, 16)]:\n"
+        "    assert ours.supports_args(*args)\n"
+        "    got, want = ours.impl_fn(*args), native.impl_fn(*args)\n"
+        "    assert torch.equal(got, want) and got.dtype == want.dtype and got.is_contiguous()\n"
+        "assert not ours.supports_args(x, w.float(), 1e-6)\n"
+        "op = ir.ops.fused_add_rms_norm\n"
+        "ours, native = op.impls['rmsnorm_patch_native'], op.impls['native']\n"
+        "x, r = torch.randn(2, 7, 64).bfloat16()\n"
+        "for args in [(x, r, w, 1e-6), (x, r, None, 1e-6), (x, r, w, 1e-6, 32)]:\n"
+        "    before = x.clone(), r.clone()\n"
+        "    for got, want in zip(ours.impl_fn(*args), native.impl_fn(*args)):\n"
+        "        assert torch.equal(got, want) and got.dtype == want.dtype\n"
+        "    assert torch.equal(x, before[0]) and torch.equal(r, before[1])\n"
+        "assert not ours.supports_args(x, r.float(), w, 1e-6)\n"
+    )
+    done = _python(code, environment())
+    assert done.returncode == 0, done.stderr[-3000:]
