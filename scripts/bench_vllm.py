@@ -57,11 +57,13 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "qwen3-8b": ({**LLAMA_8B, **QWEN3}, {}),
     "llama-8b-fp8": (LLAMA_8B, {"quantization": "fp8"}),
     "llama-8b-tp2": (LLAMA_8B, {"tensor_parallel_size": 2}),
+    "tiny": ({**LLAMA_8B, "hidden_size": 512, "num_hidden_layers": 2, "head_dim": 16, "vocab_size": 1024}, {}),
 }
 VARIANTS = ("stock", "ir", "oot", "removed")
 DECODE = {1: 128, 8: 128, 32: 96, 256: 48}
 """Batch -> tokens generated for each sequence in one round."""
 PREFILL = (16, 1024)
+"""Prompts, tokens of each."""
 REPLAYS = 40
 DEFAULT = [f"{shape}:{variant}" for shape in ("llama-8b", "llama-1b") for variant in ("stock", "ir", "removed")]
 
@@ -77,14 +79,8 @@ class Engine:
             remove_norms()
         self.torch, self.sampling = torch, SamplingParams
         self.graphs: list[Any] = []
-        replay = torch.cuda.CUDAGraph.replay
-
-        def kept(graph: Any) -> None:
-            self.graphs.append(graph)
-            replay(graph)
-
-        torch.cuda.CUDAGraph.replay = kept  # type: ignore[method-assign]
-        self.replay = replay
+        if torch.cuda.is_available():
+            self._keep_graphs()
         config, extra = SHAPES[shape]
         folder = tempfile.mkdtemp()
         Path(folder, "config.json").write_text(json.dumps(config))
@@ -95,9 +91,9 @@ class Engine:
             dtype="bfloat16",
             max_model_len=2048,
             max_num_seqs=256,
-            max_num_batched_tokens=16384,
+            max_num_batched_tokens=max(PREFILL[0] * PREFILL[1], 2048),
             gpu_memory_utilization=0.05,
-            kv_cache_memory_bytes=6 << 30,
+            kv_cache_memory_bytes=(6 << 30) if torch.cuda.is_available() else (64 << 20),
             enable_prefix_caching=False,
             enforce_eager=eager,
             compilation_config={} if eager else {"cudagraph_capture_sizes": sorted(DECODE)},
@@ -105,18 +101,31 @@ class Engine:
             **extra,
         )
 
+    def _keep_graphs(self) -> None:
+        self.replay = replay = self.torch.cuda.CUDAGraph.replay
+
+        def kept(graph: Any) -> None:
+            self.graphs.append(graph)
+            replay(graph)
+
+        self.torch.cuda.CUDAGraph.replay = kept  # type: ignore[method-assign]
+
+    def sync(self) -> None:
+        if self.torch.cuda.is_available():
+            self.torch.cuda.synchronize()
+
     def generate(self, batch: int, prompt: int, tokens: int) -> float:
         """Seconds for `batch` prompts of `prompt` tokens, `tokens` generated for each."""
         prompts = [{"prompt_token_ids": [(7 * i + j) % 1000 + 1 for j in range(prompt)]} for i in range(batch)]
         sampling = self.sampling(
             temperature=0, max_tokens=tokens, min_tokens=tokens, ignore_eos=True, detokenize=False
         )
-        self.torch.cuda.synchronize()
+        self.sync()
         start = time.perf_counter()
         outputs = self.llm.generate(prompts, sampling, use_tqdm=False)
-        self.torch.cuda.synchronize()
+        self.sync()
         seconds = time.perf_counter() - start
-        self.last_tokens = [list(output.outputs[0].token_ids) for output in outputs]
+        assert all(len(output.outputs[0].token_ids) == tokens for output in outputs)
         return seconds
 
     def decode(self, batch: int) -> dict[str, float]:
@@ -200,7 +209,7 @@ class Child:
             "VLLM_CACHE_ROOT": tempfile.mkdtemp(),
         }
         self.log = log
-        command = [sys.executable, __file__, "--serve", name] + ["--eager"] * eager
+        command = [sys.executable, __file__, "--serve", name, "--decode", json.dumps(DECODE)] + ["--eager"] * eager
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("w"), text=True, env=environment
         )
@@ -286,10 +295,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--eager", action="store_true", help="enforce_eager: no compilation, no graphs")
     parser.add_argument("--kernels", type=int, nargs="*", default=[], help="batches whose kernels are listed")
+    parser.add_argument("--decode", type=json.loads, help='{"1": 128}: batch -> tokens of a round; default all batches')
     parser.add_argument("--seconds", type=float, default=3600, help="start no new round after this time")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.decode:
+        DECODE.clear()
+        DECODE.update({int(batch): tokens for batch, tokens in options.decode.items()})
     if options.serve:
         serve(*options.serve.split(":"), options.eager)
         return

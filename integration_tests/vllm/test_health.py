@@ -1,0 +1,59 @@
+"""A kernel that does not build, or that computes something else, is declined with one warning."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from rmsnorm_patch import ops
+from rmsnorm_patch.errors import KernelBuildError
+from rmsnorm_patch.vllm_plugin import health
+from rmsnorm_patch.vllm_plugin.decision import SPECS
+
+SPEC = SPECS["rmsnorm_patch"]
+CPU = torch.device("cpu")
+
+
+def _trial(op: str, n: int = 96) -> str:
+    return health._trial(torch.bfloat16, n, torch.bfloat16, SPEC, op, CPU)
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "fused_add_rms_norm"])
+@pytest.mark.parametrize("provider", sorted(SPECS))
+def test_what_computes_the_reference_passes(op: str, provider: str) -> None:
+    assert health._trial(torch.bfloat16, 96, torch.bfloat16, SPECS[provider], op, CPU) == ""
+    assert health._trial(torch.float16, 96, None, SPECS[provider], op, CPU) == ""
+
+
+def test_a_toolchain_that_cannot_build_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(spec: object) -> object:
+        raise KernelBuildError("rms_norm_rows.cu", "no NVRTC", "NVRTC 12.8 or newer", "install nvidia-cuda-nvrtc")
+
+    monkeypatch.setattr(ops, "bind_rms_norm", broken)
+    assert "does not run here (rms_norm_rows.cu: got no NVRTC" in _trial("rms_norm")
+
+
+def test_a_kernel_with_wrong_results_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """eps 1e-5 for 1e-6 moves a row of the trial by less than bf16 shows; a wrong rstd does not."""
+    real = ops.bind_rms_norm
+
+    def wrong(spec: object) -> object:
+        return lambda x, weight, eps: real(SPEC)(x, weight, eps + 0.1)
+
+    monkeypatch.setattr(ops, "bind_rms_norm", wrong)
+    assert "disagrees with the reference" in _trial("rms_norm")
+
+
+def test_declined_calls_are_warned_about_once(caplog: pytest.LogCaptureFixture) -> None:
+    health._declined.cache_clear()
+    health.warn_once.cache_clear()
+    x = torch.randn(2, 48).bfloat16()
+    logging.getLogger("vllm").propagate = True
+    with caplog.at_level(logging.WARNING, logger=health.logger.name):
+        for _ in range(3):
+            assert "weight of torch.float32" in health.declined(x, torch.ones(48), SPEC, "rms_norm")
+            assert "dtype torch.float64" in health.declined(x.double(), None, SPEC, "rms_norm")
+            assert health.declined(x, torch.ones(48).bfloat16(), SPEC, "rms_norm") == ""
+    assert len(caplog.records) == 2
