@@ -52,22 +52,25 @@ def rand(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0, scale:
     return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
 
 
-def check(actual: torch.Tensor, expected: torch.Tensor, x: torch.Tensor) -> None:
+def check(actual: torch.Tensor, expected: torch.Tensor, x: torch.Tensor, rounded: torch.dtype | None = None) -> None:
+    """rounded: dtype that x * rstd was rounded to. Where that is a half type and the result fp32, a flip is one unit of
+    the half type and thousands of fp32's."""
     assert actual.dtype == expected.dtype
     assert actual.is_contiguous()
-    if expected.dtype == torch.float32 and x.dtype != torch.float32:
-        # Rounded to a half type on the way: a flip is one unit of that type, thousands of fp32's.
-        actual, expected = actual.to(x.dtype), expected.to(x.dtype)
+    if expected.dtype == torch.float32:
+        narrow = x.dtype if rounded in (None, torch.float32) else rounded
+        actual, expected = actual.to(narrow), expected.to(narrow)
     assert compare(actual, expected).violations(SITE[expected.dtype], expected.dtype) == ()
 
 
 def check_all_ops(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, spec: NormSpec, eps: float = EPS
 ) -> None:
-    check(ops.bind_rms_norm(spec, "triton")(x, weight, eps), reference.rms_norm(x, weight, spec, eps), x)
+    rounded = spec.rounded_dtype(x.dtype, None if weight is None else weight.dtype)
+    check(ops.bind_rms_norm(spec, "triton")(x, weight, eps), reference.rms_norm(x, weight, spec, eps), x, rounded)
     normed, total = reference.fused_add_rms_norm(x, residual, weight, spec, eps)
     fused_normed, fused_total = ops.bind_fused_add_rms_norm(spec, "triton")(x, residual, weight, eps)
-    check(fused_normed, normed, x)
+    check(fused_normed, normed, x, rounded)
     assert torch.equal(fused_total, total)
     assert fused_total.is_contiguous()
     if normed.dtype == x.dtype:

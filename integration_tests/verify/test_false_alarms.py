@@ -8,12 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 from proof_models import apply_as_kernel, as_kernel, build, finish, honest, prompts
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from rmsnorm_patch import VerificationFailed, apply, plan, rewrite, verify
+from rmsnorm_patch import VerificationFailed, apply, observe, plan, rewrite, verify
 from rmsnorm_patch.proof import logits, prove
 from rmsnorm_patch.proof.difference import bits
 from rmsnorm_patch.proof.runs import Run
+from rmsnorm_patch.proof.sites import SiteWatcher
 from rmsnorm_patch.proof.wide import wide_outputs
+from rmsnorm_patch.scan import scan_norms
 from rmsnorm_patch.tolerances import LOGIT_ERROR_RATIO
 
 
@@ -137,3 +140,21 @@ def test_logits_that_match_bit_for_bit_need_no_ratio() -> None:
     model = build("mixtral", torch.bfloat16)
     apply(model)
     assert verify(model, prompts()).logits.bit_identical
+
+
+@pytest.mark.parametrize(("eps", "green"), [(1e-6, True), (1e-5, False)])
+def test_a_result_widened_by_an_fp32_weight_is_judged_where_it_was_rounded(eps: float, green: bool) -> None:
+    """x * rstd is rounded to fp16 and multiplied by an fp32 weight: a flip is thousands of units of the fp32 result."""
+    norm = LlamaRMSNorm(512, 1e-6)
+    norm.weight.data.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(0))
+    site = next(site for site in scan_norms(torch.nn.ModuleDict({"norm": norm})) if site.path == "norm")
+    assert site.spec is not None
+    x = torch.randn(256, 512, generator=torch.Generator().manual_seed(1)).to(torch.float16)
+    normed = honest(x, norm.weight, site.spec, eps)
+    assert normed.dtype == torch.float32
+    watcher = SiteWatcher(torch.nn.ModuleDict({"norm": norm}), {"norm": site}, "triton", seed=0)
+    with torch.no_grad():
+        assert not torch.equal(normed, norm(x))
+        watcher(observe.Event("norm", norm, (x,), normed, None, "triton"))
+    captured = next(m for m in watcher.proofs()[0].measurements if m.name == "captured")
+    assert (captured.violations == ()) is green

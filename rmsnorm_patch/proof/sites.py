@@ -23,6 +23,7 @@ from . import probes
 from .difference import Difference, bit_mismatches, compare, compare_sum, finite, row_keys
 from .report import Measurement, SiteProof
 
+_ORIGINAL_ARITHMETIC = ("reference", "original")
 _KEPT_ROWS = 16
 """Rows of failing operands kept for a site, so that the failure can be replayed elsewhere."""
 
@@ -54,6 +55,15 @@ class _Site:
         eps = getattr(norm, self.plan.eps_attribute) if self.plan.eps_attribute else self.plan.spec.eps
         weight = getattr(norm, self.plan.weight_attribute) if self.plan.weight_attribute else None
         return weight, self.plan.spec.resolve_eps(dtype) if eps is None else eps
+
+
+    def judged_dtype(self, norm: nn.Module, x: torch.dtype, result: torch.dtype, backend: str) -> torch.dtype:
+        """The dtype in which a result is compared. Where x * rstd was rounded to a half type and an fp32 weight widened
+        it again, one honest flip is one unit of the half type and thousands of fp32's: those are compared as halves."""
+        if backend in _ORIGINAL_ARITHMETIC or self.plan is None or self.plan.spec is None or result != torch.float32:
+            return result
+        weight, _ = self.weight_and_eps(norm, x)
+        return self.plan.spec.rounded_dtype(x, None if weight is None else weight.dtype)
 
 
 @dataclass
@@ -136,7 +146,7 @@ class SiteWatcher:
                 Difference(error="no residual sum returned") if event.total is None else compare_sum(event.total, total)
             )
         expected = _original(event.norm, total)
-        dtype = expected.dtype
+        dtype = site.judged_dtype(event.norm, total.dtype, expected.dtype, event.backend)
         kept = self._new_rows(site, total, event.normed)
         named = {"total_expected": total, "normed": event.normed, "normed_expected": expected}
         named |= dict(zip(("left", "right"), event.operands, strict=False))
@@ -146,7 +156,7 @@ class SiteWatcher:
             named = {name: tensor.detach().reshape(-1, tensor.shape[-1])[kept] for name, tensor in named.items()}
         if site.differs_by_design and event.backend != "original" and event.kind != "norm":
             return self._judge_by_design(site, event, expected, found)
-        found = found + compare(named["normed"], named["normed_expected"])
+        found = found + _compare_as(dtype, named["normed"], named["normed_expected"])
         self._put(site, self.run, event.backend, dtype, found)
         if not site.failing and found.violations(_tolerance(event.backend, dtype), dtype):
             site.failing = _excerpt(named, event.norm, found.worst_row)
@@ -232,9 +242,10 @@ class SiteWatcher:
                 actual, returned = ops.bind_fused_add_rms_norm(spec, self._backend)(*made, weight, self.eps)
                 found = compare_sum(returned, total)
             expected = _original(event.norm, total)
-            found = found + compare(actual, expected)
+            dtype = site.judged_dtype(event.norm, total.dtype, expected.dtype, event.backend)
+            found = found + _compare_as(dtype, actual, expected)
             name = f"{form}:{family}"
-            self._put(site, name, event.backend, expected.dtype, found)
+            self._put(site, name, event.backend, dtype, found)
             self._measure_exact(site, name, event.norm, made, actual, expected)
 
     def proofs(self) -> tuple[SiteProof, ...]:
@@ -275,7 +286,11 @@ def _original(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def _tolerance(backend: str, dtype: torch.dtype) -> SiteTolerance:
-    return EXACT if backend in ("reference", "original") else SITE.get(dtype, EXACT)
+    return EXACT if backend in _ORIGINAL_ARITHMETIC else SITE.get(dtype, EXACT)
+
+
+def _compare_as(dtype: torch.dtype, actual: torch.Tensor, expected: torch.Tensor) -> Difference:
+    return compare(actual.to(dtype), expected.to(dtype)) if actual.dtype == expected.dtype else compare(actual, expected)
 
 
 def _exact_violations(found: Difference, fused_error: float | None, original_error: float | None) -> tuple[str, ...]:
