@@ -290,7 +290,9 @@ def _tolerance(backend: str, dtype: torch.dtype) -> SiteTolerance:
 
 
 def _compare_as(dtype: torch.dtype, actual: torch.Tensor, expected: torch.Tensor) -> Difference:
-    return compare(actual.to(dtype), expected.to(dtype)) if actual.dtype == expected.dtype else compare(actual, expected)
+    if actual.dtype == expected.dtype:
+        actual, expected = actual.to(dtype), expected.to(dtype)
+    return compare(actual, expected)
 
 
 def _exact_violations(found: Difference, fused_error: float | None, original_error: float | None) -> tuple[str, ...]:
