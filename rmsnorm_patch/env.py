@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import cache, cuda_backend, dispatch, triton_backend
+from . import cache, cuda_backend, dispatch, triton_backend, vllm_plugin
 from ._paths import kernels_dir
 from .errors import RMSNormPatchError
 from .semantics import LLAMA
@@ -53,11 +53,14 @@ class CacheState:
 
 @dataclass(frozen=True)
 class VllmState:
-    """version: None = not installed. entry_point: our plugin as vLLM will find it, "" where it is not registered."""
+    """version: None = not installed. entry_point: our plugin as vLLM will find it, "" where it is not registered.
+    route: "ir", "oot" or "none", what an engine started now would get; reason: why."""
 
     version: str | None
     entry_point: str
     allowed_plugins: str | None
+    route: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,9 @@ def _cache() -> CacheState:
 
 def _vllm() -> VllmState:
     ours = [p.value for p in metadata.entry_points(group="vllm.general_plugins") if p.value.startswith("rmsnorm_patch")]
-    return VllmState(_version("vllm"), ", ".join(sorted(set(ours))), os.environ.get("VLLM_PLUGINS"))
+    found = vllm_plugin.describe()
+    entry_point = ", ".join(sorted(set(ours)))
+    return VllmState(found.version, entry_point, os.environ.get("VLLM_PLUGINS"), found.route, found.reason)
 
 
 def report() -> Environment:

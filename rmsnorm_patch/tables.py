@@ -109,7 +109,8 @@ def environment_tables(env: Environment) -> list[Table]:
     places.add_row("kernel sources", env.kernels)
     places.add_row("kernel cache", f"{env.cache.directory} ({env.cache.artefacts} kernels, {env.cache.state})")
     vllm = "not installed" if env.vllm.version is None else env.vllm.version
-    places.add_row("vLLM", f"{vllm}; plugin {env.vllm.entry_point or 'not registered'}")
+    route = f"; route {env.vllm.route} ({env.vllm.reason})" if env.vllm.version else ""
+    places.add_row("vLLM", f"{vllm}; plugin {env.vllm.entry_point or 'not registered'}{route}")
     for name, value in env.variables.items():
         places.add_row(name, value)
     return [versions, devices, places]

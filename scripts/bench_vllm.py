@@ -43,6 +43,8 @@ LLAMA_8B = {
     "tie_word_embeddings": False,
 }
 SMALL = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64}
+TINY = {**LLAMA_8B, "vocab_size": 1024, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
 QWEN3 = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
@@ -57,7 +59,7 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "qwen3-8b": ({**LLAMA_8B, **QWEN3}, {}),
     "llama-8b-fp8": (LLAMA_8B, {"quantization": "fp8"}),
     "llama-8b-tp2": (LLAMA_8B, {"tensor_parallel_size": 2}),
-    "tiny": ({**LLAMA_8B, "hidden_size": 512, "num_hidden_layers": 2, "head_dim": 16, "vocab_size": 1024}, {}),
+    "tiny": (TINY, {}),
 }
 VARIANTS = ("stock", "ir", "oot", "removed")
 DECODE = {1: 128, 8: 128, 32: 96, 256: 48}

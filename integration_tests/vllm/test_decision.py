@@ -71,6 +71,27 @@ def test_a_bad_value_names_the_allowed_ones(monkeypatch: pytest.MonkeyPatch) -> 
     assert "auto, ir, oot, off" in vllm_plugin.describe().reason
 
 
+@pytest.mark.parametrize(
+    ("variables", "route", "reason"),
+    [
+        ({}, "ir", "the worker's log has what each engine got"),
+        ({"RMSNORM_PATCH_VLLM": "oot"}, "oot", "RMSNORM_PATCH_VLLM=oot"),
+        ({"RMSNORM_PATCH_VLLM": "off"}, "none", "RMSNORM_PATCH_VLLM=off"),
+        ({"VLLM_PLUGINS": "other"}, "none", "VLLM_PLUGINS does not name rmsnorm_patch"),
+        ({"VLLM_PLUGINS": "other,rmsnorm_patch"}, "ir", "the worker's log"),
+    ],
+)
+def test_description(variables: dict, route: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RMSNORM_PATCH_VLLM", "VLLM_PLUGINS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(vllm_plugin, "installed", lambda: "0.32.0")
+    found = vllm_plugin.describe()
+    assert found.route == route
+    assert reason in found.reason
+
+
 def test_importing_and_registering_load_nothing_of_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Importing the plugin is free; without vLLM so is `register`, which then imports no more than itself."""
     code = (

