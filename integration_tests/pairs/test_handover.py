@@ -200,14 +200,83 @@ def test_early_exit(twins, tokens) -> None:
 
 def test_a_link_that_nobody_takes_is_given_up(twins, tokens) -> None:
     _, patched = twins()
-    del patched.model.layers[2]
-    patched.config.num_hidden_layers = LAYERS - 1
+    patched.config.num_hidden_layers = 2  # layer 1 is the last now; the norm that it hands to never runs
     ran: Counter[str] = Counter()
     for _ in range(handover.MAX_UNTAKEN):
         logits(patched, tokens)
     with observe.observing(lambda event: ran.update([event.kind])):
         logits(patched, tokens)
-    assert (ran["cross_layer"], ran["taken"]) == (2, 2)
+    assert (ran["cross_layer"], ran["taken"]) == (1, 1)
+
+
+class Editing(nn.Module):
+    """Writes to the hidden states before what it wraps, or, with nothing inside, returns them."""
+
+    def __init__(self, inner: nn.Module | None, uncounted: bool) -> None:
+        super().__init__()
+        self.inner = inner
+        self.uncounted = uncounted
+
+    def forward(self, hidden_states: torch.Tensor, *arguments, **named):
+        written = hidden_states.data if self.uncounted else hidden_states
+        written[..., :9].add_(2.0)
+        return hidden_states if self.inner is None else self.inner(hidden_states, *arguments, **named)
+
+
+def _insert(model: Model, at: int, module: nn.Module) -> None:
+    model.model.layers.insert(at, module)
+    model.config.num_hidden_layers = len(model.model.layers)
+
+
+def _wrap_in_new_list(model: Model, uncounted: bool) -> None:
+    layers = list(model.model.layers)
+    layers[2] = Editing(layers[2], uncounted)
+    model.before = (model.model.layers,)  # still alive, and unchanged
+    model.model.layers = nn.ModuleList(layers)
+
+
+def _subclass(model: Model, uncounted: bool) -> None:
+    layer = model.model.layers[2]
+    cls = type(layer)
+
+    class Edited(cls):
+        def forward(self, hidden_states: torch.Tensor, **named):
+            Editing(None, uncounted)(hidden_states)
+            return cls.forward(self, hidden_states, **named)
+
+    layer.__class__ = Edited
+
+
+EDITORS: dict[str, Callable[[Model, bool], object]] = {
+    "layer wrapped": lambda m, u: m.model.layers.__setitem__(2, Editing(m.model.layers[2], u)),
+    "layer wrapped in a new list": _wrap_in_new_list,
+    "its norm wrapped": lambda m, u: setattr(
+        m.model.layers[2], "input_layernorm", Editing(m.model.layers[2].input_layernorm, u)
+    ),
+    "final norm wrapped": lambda m, u: setattr(m.model, "norm", Editing(m.model.norm, u)),
+    "inserted": lambda m, u: _insert(m, 2, Editing(None, u)),
+    "appended": lambda m, u: _insert(m, LAYERS, Editing(None, u)),
+    "in the place of another": lambda m, u: setattr(
+        m.model, "layers", nn.ModuleList([m.model.layers[1], Editing(None, u), *m.model.layers[2:]])
+    ),
+    "layer of another class": _subclass,
+}
+
+
+@pytest.mark.parametrize("edit", EDITORS)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+def test_a_module_put_between_the_layers_may_edit_the_sum(twins, tokens, edit: str, mode) -> None:
+    """Steering wrappers do; neither `.data` nor inference mode counts the write."""
+    plain, patched = twins()
+    logits(patched, tokens, mode)
+    for model in (plain, patched):
+        EDITORS[edit](model, mode is torch.no_grad)
+    expected = logits(plain, tokens, mode)
+    assert torch.equal(logits(patched, tokens, mode), expected)
+    copied = copy.deepcopy(patched) if "class" not in edit else patched
+    assert torch.equal(logits(copied, tokens, mode), expected)
+    rmsnorm_patch.revert(patched)
+    assert torch.equal(logits(patched, tokens, mode), expected)
 
 
 CHANGES: dict[str, Callable[[Model], object]] = {
@@ -413,7 +482,7 @@ def test_a_removed_layer_dies(twins, tokens) -> None:
     del patched.model.layers[2]
     gc.collect()
     assert layer() is None
-    assert taken(copy.deepcopy(patched), tokens) == 2  # layer 0 to 1, and the last one to the final norm
+    assert taken(copy.deepcopy(patched), tokens) == 1  # layer 0 to 1; the last one is not where it was
 
 
 def test_eight_threads_on_one_model(twins) -> None:

@@ -23,6 +23,7 @@ import torch.nn as nn
 from .. import observe
 from ..scan.source import NoSource, read_forward
 from .classes import STATE
+from .places import Place, Places
 
 CARRIED = "_rmsnorm_patch_normed"
 """Attribute of a sum tensor that holds its Carry."""
@@ -100,12 +101,13 @@ class Link:
     loop: the forward that runs the layers. Only while this very code is the layer's caller is anything handed over:
         what a user's own loop does with the sum was not read, and an edit through `.data`, another library's kernel
         or in inference mode counts no version.
+    places: where the modules that this code runs stood; nothing is handed over once one of them was moved or wrapped.
     passive: that code and the layers' do nothing between the add and the norm but pass the tensor on. Without it, an
         inference tensor, which has no version counter, is never handed over.
     depth, caller: how many frames up from `pair_ops._called_by_loop` that code and torch's module call ran last time.
     """
 
-    __slots__ = ("caller", "depth", "loop", "norm", "passive", "receiver", "untaken")
+    __slots__ = ("caller", "depth", "loop", "norm", "passive", "places", "receiver", "untaken")
 
     def __init__(
         self,
@@ -113,11 +115,13 @@ class Link:
         receiver: nn.Module | None = None,
         loop: CodeType | None = None,
         passive: bool = False,
+        places: tuple[Place, ...] = (),
     ) -> None:
         self.norm = _gone if norm is None else weakref.ref(norm)
         self.receiver = None if receiver is None else weakref.ref(receiver)
         self.loop = loop
         self.passive = passive
+        self.places = Places(places)
         self.untaken = 0
         self.depth = 0
         self.caller = 0
@@ -134,12 +138,14 @@ def _gone() -> None:
 
 
 class Step(NamedTuple):
-    """One hand-over: the layer whose last add it is, the norm, the layer that calls the norm (None: the model)."""
+    """One hand-over: the layer whose last add it is, the norm, the layer that calls the norm (None: the model), and
+    where they stand."""
 
     layer: nn.Module
     norm: nn.Module
     receiver: nn.Module | None
     passive: bool
+    places: tuple[Place, ...] = ()
 
 
 class Chain:
@@ -163,19 +169,22 @@ class Chain:
         for layer_of, link in self._links:
             layer, norm = layer_of(), link.norm()
             receiver = None if link.receiver is None else link.receiver()
-            if layer is not None and norm is not None and (receiver is not None or link.receiver is None):
-                alive.append(Step(layer, norm, receiver, link.passive))
+            places = link.places.alive()
+            if layer is not None and norm is not None and places and (receiver is not None or link.receiver is None):
+                alive.append(Step(layer, norm, receiver, link.passive, places))
         return tuple(alive)
 
     def link(self, step: Step) -> Link:
-        return Link(step.norm, step.receiver, self._loop, step.passive)
+        return Link(step.norm, step.receiver, self._loop, step.passive, step.places)
 
     def connect(self) -> None:
         for step in self.steps:
             step.layer.__dict__.setdefault(STATE, {})[LINK] = self.link(step)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Chain:
-        copied = [step for step in self.steps if id(step.layer) in memo and id(step.norm) in memo]
+        copied = [
+            step for step in self.steps if all(id(p.holder) in memo and id(p.module) in memo for p in step.places)
+        ]
         made = Chain([copy.deepcopy(step, memo) for step in copied], self.runner, self.digest)
         made.connect()
         return made

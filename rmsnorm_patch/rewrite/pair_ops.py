@@ -250,7 +250,7 @@ def _undisturbed(layer: nn.Module, link: Link) -> bool:
     for hook in layer._forward_hooks.values():
         if getattr(hook, "__module__", "") != _OUTPUT_RECORDER:
             return False
-    if "forward" in layer.__dict__:
+    if "forward" in layer.__dict__ or not link.places.unchanged():
         return False
     if link.receiver is None:
         return True

@@ -17,6 +17,7 @@ from ..plan import Action, NormSite, PairKind, PairSite
 from ..rewrite import instance_forward
 from ..rewrite.classes import original_class
 from ..rewrite.handover import Step
+from ..rewrite.places import Index, between, index_of
 from .dataflow import Add, Flow, NormCall, analyse, runs_first
 from .loops import layer_loops
 from .source import NoSource, Source, read_forward
@@ -94,6 +95,12 @@ class PlannedStep:
     receiver: Layer | None
     passive: bool
 
+    def step(self, index: Index) -> Step:
+        """index: of the parent."""
+        layer, receiver = self.layer.module, None if self.receiver is None else self.receiver.module
+        places = between(self.parent, index, layer, self.norm, receiver)
+        return Step(layer, self.norm, receiver, self.passive, places)
+
 
 @dataclass
 class Layout:
@@ -107,10 +114,9 @@ class Layout:
         """For each module that runs layers: its hand-overs among `fused` (kind, layer path, norm path)."""
         parents = {id(step.parent): step.parent for step in self.steps}
         for parent in parents.values():
+            index = index_of(parent)
             steps = [
-                Step(s.layer.module, s.norm, None if s.receiver is None else s.receiver.module, s.passive)
-                for s in self.steps
-                if s.parent is parent and (s.kind, s.layer.path, s.site.path) in fused
+                s.step(index) for s in self.steps if s.parent is parent and (s.kind, s.layer.path, s.site.path) in fused
             ]
             if steps:
                 yield parent, steps
