@@ -192,6 +192,11 @@ def verify(
         from . import api
 
         api.apply(loaded.model, include=include or (), exclude=exclude or (), backend=backend.value)
+        valued = {"--prompt": prompt, "--compare": compare, "--device": None if device == "auto" else device}
+        given = [word for name, value in valued.items() if value is not None for word in (name, str(value))]
+        given += [word for path in include or () for word in ("--include", path)]
+        given += [word for path in exclude or () for word in ("--exclude", path)]
+        given += ["--strict"] * strict + ["--trust-remote-code"] * trust_remote_code
         with out.progress(None, "proving") as step:
             proof = api.verify(
                 loaded.model,
@@ -203,6 +208,7 @@ def verify(
                 record=record,
                 compare=compare,
                 source=str(model),
+                arguments=[*given, "--max-new-tokens", str(max_new_tokens)],
                 progress=step,
             )
         out.document(proof.to_dict())

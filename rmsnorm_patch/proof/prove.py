@@ -44,6 +44,7 @@ def verify(
     raise_on_failure: bool = True,
     space: int = DEFAULT_SPACE,
     source: str = "",
+    arguments: Sequence[str] = (),
     progress: Callable[[str], None] | None = None,
 ) -> Proof:
     """Prove a patched model against its unpatched self. `model` comes back exactly as it was given, patched.
@@ -62,7 +63,8 @@ def verify(
         `compare_logits`), once the proof is green.
     save_failure: safetensors file for the failing rows of the worst site, written only when the proof is red.
     space: bytes of norm outputs kept (on the CPU) for the data-flow layer; a longer input is shortened for it.
-    source: checkpoint folder or name, for the command that repeats the proof. progress: called with each step's name.
+    source, arguments: checkpoint folder or name and further words, for the command that repeats the proof.
+    progress: called with each step's name.
 
     Raises UnsupportedModel (not patched), UnsupportedInput, and VerificationFailed, whose `proof` is the report, unless
     `raise_on_failure` is False.
@@ -72,6 +74,7 @@ def verify(
     work = _Work(model, plan, prefix, seed, strict, space, progress or (lambda step: None), sites)
     with evaluating(model):
         proof = work.proof(normalise(inputs, model), reference, greedy_tokens, source)
+        proof = replace(proof, arguments=tuple(arguments))
         if save_failure is not None and not proof.passed:
             proof = work.save_failure(proof, Path(save_failure))
         if proof.passed:

@@ -234,6 +234,8 @@ class Proof:
     fired: FiredProof
     notes: tuple[str, ...] = field(default=())
     saved_failure: str = ""
+    arguments: tuple[str, ...] = ()
+    """Further words for `command`: what the caller gave on the command line."""
 
     @property
     def passed(self) -> bool:
@@ -279,7 +281,7 @@ class Proof:
         words = ["rmsnorm-patch", "verify", self.source or "MODEL", "--backend", self.backend, "--dtype", self.dtype]
         if self.red_site:
             words += ["--site", self.red_site]
-        return shlex.join([*words, "--seed", str(self.seed)])
+        return shlex.join([*words, "--seed", str(self.seed), *self.arguments])
 
     def _lines(self) -> list[tuple[bool, str]]:
         red = [site.path for site in self.sites if not site.passed]
@@ -297,7 +299,8 @@ class Proof:
         return lines
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "passed": self.passed, "verdicts": list(self.verdicts()), "red_site": self.red_site}
+        judged = {"passed": self.passed, "verdicts": list(self.verdicts()), "red_site": self.red_site}
+        return {**asdict(self), **judged, "command": self.command()}
 
     def to_json(self, indent: int | None = None) -> str:
         return json.dumps(self.to_dict(), indent=indent)

@@ -56,7 +56,6 @@ class _Site:
         weight = getattr(norm, self.plan.weight_attribute) if self.plan.weight_attribute else None
         return weight, self.plan.spec.resolve_eps(dtype) if eps is None else eps
 
-
     def judged_dtype(self, norm: nn.Module, x: torch.dtype, result: torch.dtype, backend: str) -> torch.dtype:
         """The dtype in which a result is compared. Where x * rstd was rounded to a half type and an fp32 weight widened
         it again, one honest flip is one unit of the half type and thousands of fp32's: those are compared as halves."""
@@ -120,6 +119,8 @@ class SiteWatcher:
             if self.listener is not None:
                 self.listener(path, event)
             fell_apart = event.kind == "in_layer" and event.backend == "original"  # the norm's own event is judged
+            if not fell_apart:
+                self._measure_sum(site, event)
             if not fell_apart and (self._only is None or path in self._only):
                 self._judge(site, event)
                 if event.backend != "original":
@@ -141,7 +142,6 @@ class SiteWatcher:
         total = left
         if len(event.operands) == 2:
             total = left + event.operands[1]
-            self._measure_sum(site, total)
             found = (
                 Difference(error="no residual sum returned") if event.total is None else compare_sum(event.total, total)
             )
@@ -214,11 +214,16 @@ class SiteWatcher:
                 new.append(index)
         return None if len(new) == keys.numel() else torch.tensor(new, dtype=torch.int64, device=total.device)
 
-    def _measure_sum(self, site: _Site, total: torch.Tensor) -> None:
-        """How large the model's own residual sums are: the driven runs scale them."""
-        if self.run == "captured" and site.plan is not None and total.numel():
+    def _measure_sum(self, site: _Site, event: observe.Event) -> None:
+        """How large the model's own residual sums are, also at sites that are not judged: the driven runs scale them,
+        and must be the same runs when one site is judged alone."""
+        if self.run != "captured" or len(event.operands) != 2 or site.plan is None or site.plan.spec is None:
+            return
+        total = event.operands[0] + event.operands[1]
+        if total.numel():
             self.sum_rms[site.plan.path] = float(total.to(torch.float64).pow(2).mean().sqrt())
             self.sum_width = total.shape[-1]
+            _, self.eps = site.weight_and_eps(event.norm, total.dtype)
 
     def _put(self, site: _Site, name: str, backend: str, dtype: torch.dtype, found: Difference) -> None:
         key = (name, backend, dtype)
@@ -231,15 +236,15 @@ class SiteWatcher:
             return
         site.probed.add(form)
         x, spec = event.operands[0], site.plan.spec
-        weight, self.eps = site.weight_and_eps(event.norm, x.dtype)
+        weight, eps = site.weight_and_eps(event.norm, x.dtype)
         for family in probes.FAMILIES:
             seed = probes.site_seed(self._seed, path, family)
-            made = probes.operands(family, len(event.operands), x.shape[-1], x.dtype, x.device, self.eps, seed)
+            made = probes.operands(family, len(event.operands), x.shape[-1], x.dtype, x.device, eps, seed)
             if form == "norm":
                 total, found, actual = made[0], Difference(), type(event.norm).forward(event.norm, made[0])
             else:
                 total = made[0] + made[1]
-                actual, returned = ops.bind_fused_add_rms_norm(spec, self._backend)(*made, weight, self.eps)
+                actual, returned = ops.bind_fused_add_rms_norm(spec, self._backend)(*made, weight, eps)
                 found = compare_sum(returned, total)
             expected = _original(event.norm, total)
             dtype = site.judged_dtype(event.norm, total.dtype, expected.dtype, event.backend)
