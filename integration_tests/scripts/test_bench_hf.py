@@ -1,0 +1,63 @@
+"""The end-to-end benchmark on a tiny model on the CPU: its columns, ratios and JSON, and what it refuses to time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SMALL = ("--shape", "tiny", "--layers", "2", "--tokens", "3", "--rounds", "2", "--prefill", "1", "16", "--repeats", "1")
+
+
+def bench(root: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, str(root / "scripts" / "bench_hf.py"), *SMALL, *options]
+    environment = {**os.environ, "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(words, cwd=root, env=environment, capture_output=True, text=True, check=False, timeout=300)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
+def test_every_column_is_checked_timed_and_written(repository: Path, tmp_path: Path, compiled: bool) -> None:
+    target = tmp_path / "out.json"
+    ended = bench(repository, "--batch", "1", "2", "--json", str(target), *["--compile"] * compiled)
+    assert ended.returncode == 0, ended.stderr
+    assert "liger is not here: Liger's kernels need a GPU" in ended.stdout
+    rows = json.loads(target.read_text())
+    assert [row["work"] for row in rows] == ["decode 1", "decode 2", "prefill 1x16"]
+    for row in rows:
+        assert row["mode"] == ("compiled" if compiled else "eager")
+        assert list(row["tokens_per_s"]) == ["stock", "F.rms_norm", "patched", "removed"]
+        for variant, ratio in row["ratio_to_stock"].items():
+            low, high = row["spread"][variant]
+            assert 0 < low <= row["tokens_per_s"][variant] <= high
+            assert ratio == pytest.approx(row["tokens_per_s"][variant] / row["tokens_per_s"]["stock"], rel=1e-2)
+        assert row["logit_error"]["patched"] == 0.0
+        assert row["logit_error"].keys() == {"stock", "F.rms_norm", "patched"}
+
+
+def test_a_variant_that_computes_something_else_is_not_timed(repository: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out.json"
+    code = (
+        "import sys; sys.path.insert(0, 'scripts')\n"
+        "import bench_hf\n"
+        "from benchlib import models\n"
+        "models.VARIANTS['patched'] = models.removed_norm\n"
+        f"sys.argv = ['bench_hf.py', *{SMALL!r}, '--json', {str(target)!r}]\n"
+        "bench_hf.main()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(repository), "CUDA_VISIBLE_DEVICES": ""}
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=repository, env=environment, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 1
+    assert "patched differs from stock" in ended.stderr
+    assert not target.exists()
+
+
+def test_stock_is_always_a_column(repository: Path) -> None:
+    ended = bench(repository, "--variants", "patched")
+    assert ended.returncode == 2
+    assert "must hold stock" in ended.stderr
