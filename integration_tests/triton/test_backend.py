@@ -66,8 +66,12 @@ def test_importing_the_package_leaves_triton_alone() -> None:
 
 def test_warmup_compiles_by_running(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    key = (torch.bfloat16, (328,), torch.bfloat16)  # a length of this test alone
     for op in ("rms_norm", "fused_add_rms_norm", "fused_add_rms_norm_"):
-        triton_backend.warmup(op, LLAMA, 64, torch.bfloat16, torch.bfloat16, device="cpu")
+        layouts = triton_backend.bind(op, LLAMA)._layouts  # type: ignore[attr-defined]
+        assert key not in layouts
+        triton_backend.warmup(op, LLAMA, 328, torch.bfloat16, torch.bfloat16, device="cpu")
+        assert key in layouts
 
 
 @pytest.mark.parametrize("inputs", [1, 2])
