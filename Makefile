@@ -56,5 +56,5 @@ $(INSTALLED): pyproject.toml Makefile
 	@touch $@
 
 $(VLLM_VENV)/.installed: integration_tests/vllm/requirements.txt integration_tests/vllm/environment.py pyproject.toml
-	$(PYTHON) integration_tests/vllm/environment.py $(VLLM_VENV) --torch "$(TORCH)" -- $(PIP_ARGS)
+	$(PYTHON) integration_tests/vllm/environment.py $(VLLM_VENV) --torch "$(TORCH)" --pip-args="$(PIP_ARGS)"
 	@touch $@

@@ -7,6 +7,7 @@ Exits non-zero, with pip's own message, when any of it cannot be installed.
 from __future__ import annotations
 
 import argparse
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("venv", type=Path)
     parser.add_argument("--torch", default="torch==2.13.0")
-    parser.add_argument("pip_args", nargs="*")
+    parser.add_argument("--pip-args", type=shlex.split, default=[], help="further arguments of pip install, quoted")
     options = parser.parse_args()
     build(options.venv, options.torch, options.pip_args)
