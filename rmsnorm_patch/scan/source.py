@@ -1,14 +1,19 @@
 """The source of a module class's `forward`: the innermost function under its decorators, and its syntax tree."""
 
 from __future__ import annotations
+import __future__
 
 import ast
+import functools
 import hashlib
 import inspect
 import textwrap
 import types
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
+
+_FUTURE_FLAGS = sum({getattr(__future__, name).compiler_flag for name in __future__.all_feature_names})
 
 
 @dataclass(frozen=True)
@@ -70,15 +75,34 @@ def _parse(function: types.FunctionType) -> ast.FunctionDef:
     found = [n for n in module.body if isinstance(n, ast.FunctionDef) and n.name == function.__code__.co_name]
     if len(found) != 1:
         raise NoSource(f"{function.__qualname__}: its source is not one plain function")
-    _check_is_the_running_code(function, found[0])
+    _check_is_the_running_code(function)
     return found[0]
 
 
-def _check_is_the_running_code(function: types.FunctionType, tree: ast.FunctionDef) -> None:
-    """A file edited after its import would give another function: the names must be those of the running code."""
-    arguments = tree.args
-    names = [a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
-    names += [a.arg for a in (arguments.vararg, arguments.kwarg) if a is not None]
+def _check_is_the_running_code(function: types.FunctionType) -> None:
+    """A file edited after its import, or code that an import hook rewrote, would give another function."""
     code = function.__code__
-    if tuple(names) != code.co_varnames[: len(names)]:
+    lines, _ = inspect.findsource(function)
+    written = _functions_in("".join(lines), code.co_filename, code.co_flags & _FUTURE_FLAGS)
+    if not any(candidate == code for candidate in written.get((code.co_name, code.co_firstlineno), ())):
         raise NoSource(f"{function.__qualname__}: the source on disk is not the code that runs")
+
+
+@functools.lru_cache(maxsize=32)
+def _functions_in(text: str, filename: str, flags: int) -> dict[tuple[str, int], list[types.CodeType]]:
+    """(name, first line) -> the code of every function and class body in a file; {} where it cannot be compiled.
+
+    The whole file, because what its imports bind changes the bytecode of a function below them.
+    """
+    found: dict[tuple[str, int], list[types.CodeType]] = {}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            waiting = [compile(text, filename, "exec", flags=flags, dont_inherit=True)]
+    except (SyntaxError, ValueError):
+        return found
+    while waiting:
+        code = waiting.pop()
+        found.setdefault((code.co_name, code.co_firstlineno), []).append(code)
+        waiting += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return found
