@@ -19,7 +19,7 @@ import torch.nn as nn
 
 Factory = Callable[[type, Any], "Mapping[str, Any]"]
 
-_FACTORIES: dict[str, Factory] = {}
+_FACTORIES: dict[str, tuple[Factory, Callable[[type], None] | None]] = {}
 _CLASSES: dict[tuple[type, str, Hashable], type] = {}
 _LOCK = threading.Lock()
 
@@ -28,9 +28,10 @@ STATE = "_rmsnorm_patch"
 removes it."""
 
 
-def register_factory(role: str, factory: Factory) -> None:
-    """`factory(original, key)` returns the namespace (methods, class attributes) of the patched subclass."""
-    _FACTORIES[role] = factory
+def register_factory(role: str, factory: Factory, made: Callable[[type], None] | None = None) -> None:
+    """`factory(original, key)` returns the namespace (methods, class attributes) of the patched subclass; `made` is
+    called with the subclass before anything uses it."""
+    _FACTORIES[role] = factory, made
 
 
 def patched_class(original: type, role: str, key: Hashable) -> type:
@@ -41,7 +42,8 @@ def patched_class(original: type, role: str, key: Hashable) -> type:
         known = _CLASSES.get((original, role, key))
         if known is not None:
             return known
-        namespace = dict(_FACTORIES[role](original, key))
+        factory, register = _FACTORIES[role]
+        namespace = dict(factory(original, key))
         namespace.update(
             __module__=original.__module__,
             __qualname__=original.__qualname__,
@@ -52,6 +54,8 @@ def patched_class(original: type, role: str, key: Hashable) -> type:
         )
         made = type(original)(original.__name__, (original,), namespace)
         type.__setattr__(made, "__reduce_ex__", _reduce_ex_of(made))
+        if register is not None:
+            register(made)
         _CLASSES[(original, role, key)] = made
         return made
 

@@ -17,7 +17,7 @@ from .. import observe, ops
 from ..errors import PatchConflict
 from ..plan import Backend, NormSite
 from ..semantics import NormSpec
-from . import guards, instance_forward
+from . import guards, instance_forward, pair_ops
 from .classes import is_patched, patched_class, register_factory
 from .handover import take
 from .journal import Journal
@@ -156,4 +156,4 @@ def _in_the_guise_of(original: type[nn.Module], forward: Any) -> FunctionType:
     return made
 
 
-register_factory(ROLE, namespace)
+register_factory(ROLE, namespace, pair_ops.register)

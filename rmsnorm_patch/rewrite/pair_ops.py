@@ -18,7 +18,7 @@ from torch.nn.modules import module as _module
 
 from .. import observe, ops
 from . import guards, traced
-from .classes import STATE, original_class, role_of
+from .classes import STATE, original_class
 from .handover import CARRIED, LINK, MAX_UNTAKEN, Carry, Link
 
 _is_tracing = torch.compiler.is_dynamo_compiling
@@ -83,19 +83,23 @@ class NormKernel:
 _KERNELS: dict[type, NormKernel] = {}
 
 
+def register(cls: type) -> None:
+    """Make the kernel of a patched norm class; called once, when the class is made. (Made at a first call, it would
+    change a dictionary inside a traced region: every graph was compiled twice.)"""
+    if cls.__call__ is nn.Module.__call__:
+        _KERNELS[cls] = NormKernel(cls)
+
+
 def kernel_of(norm: nn.Module) -> NormKernel | None:
     """The kernel of a patched norm; None for any other module."""
-    kernel = _KERNELS.get(norm.__class__)
-    if kernel is None and role_of(norm) == "norm" and type(norm).__call__ is nn.Module.__call__:
-        kernel = _KERNELS.setdefault(norm.__class__, NormKernel(norm.__class__))
-    return kernel
+    return _KERNELS.get(norm.__class__)
 
 
 def in_layer(norm: nn.Module, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(a + b, norm(a + b)), in one call where the guards hold."""
     if _is_tracing():
         return traced.in_layer(norm, kernel_of(norm), a, b)
-    kernel = _KERNELS.get(norm.__class__) or kernel_of(norm)
+    kernel = _KERNELS.get(norm.__class__)
     if kernel is not None and _unhooked(norm):
         if observe.active is None and not _is_grad_enabled():
             done = kernel.attempt(norm, a, b)
@@ -149,7 +153,7 @@ def tail(layer: nn.Module, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     norm = link.norm()
     if norm is None or link.untaken >= MAX_UNTAKEN:
         return a + b
-    kernel = _KERNELS.get(norm.__class__) or kernel_of(norm)
+    kernel = _KERNELS.get(norm.__class__)
     if kernel is None or not (_unhooked(norm) and _undisturbed(layer, link)):
         return a + b
     if not _called_by_loop(link) or (not link.passive and torch.is_inference_mode_enabled()):
