@@ -11,6 +11,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
@@ -31,7 +32,8 @@ class Launcher:
 
     def attempt(self, a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor, eps: float):
         self.asked.append((weight, eps))
-        return reference.fused_add_rms_norm(a, b, weight, LLAMA, eps) if self.serves else None
+        with torch._C.DisableTorchFunction():  # no mode sees what a kernel does
+            return reference.fused_add_rms_norm(a, b, weight, LLAMA, eps) if self.serves else None
 
     def __call__(self, *operands: object):
         raise AssertionError("the guards' call: CPU tensors never reach it")
@@ -104,7 +106,38 @@ class Watching(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("around", ["grad", "training", "autocast", "dispatch mode", "forward AD", "observer", "hooks"])
+class CoarseAdd(TorchFunctionMode):
+    """Simulates another precision, as quantisation studies do."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        return result.to(torch.float8_e5m2).to(result.dtype) if func is torch.Tensor.add else result
+
+
+def test_a_default_device_is_no_reason(model, install) -> None:
+    launcher = Launcher()
+    install(model, launcher)
+    with torch.no_grad(), torch.device("cpu"):
+        model(TOKENS)
+    assert len(launcher.asked) == 6
+
+
+def test_a_function_mode_sees_the_adds(model, install) -> None:
+    with torch.no_grad():
+        plain = model(TOKENS).logits
+        with CoarseAdd():
+            before = model(TOKENS).logits
+        install(model, Launcher())
+        with CoarseAdd():
+            after = model(TOKENS).logits
+    assert torch.equal(after, before)
+    assert not torch.equal(after, plain)
+
+
+AROUND = ["grad", "training", "autocast", "dispatch mode", "function mode", "forward AD", "observer", "hooks"]
+
+
+@pytest.mark.parametrize("around", AROUND)
 def test_not_asked_where_the_original_must_run(model, install, around: str) -> None:
     launcher = Launcher()
     install(model, launcher)
@@ -118,6 +151,7 @@ def test_not_asked_where_the_original_must_run(model, install, around: str) -> N
         "grad": torch.enable_grad(),
         "autocast": torch.autocast("cpu", dtype=torch.bfloat16),
         "dispatch mode": Watching(),
+        "function mode": CoarseAdd(),
         "forward AD": torch.autograd.forward_ad.dual_level(),
         "observer": observe.observing(lambda event: None),
     }

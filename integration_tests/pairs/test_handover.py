@@ -279,12 +279,17 @@ def test_a_module_put_between_the_layers_may_edit_the_sum(twins, tokens, edit: s
     assert torch.equal(logits(patched, tokens, mode), expected)
 
 
+EPS = torch.linspace(1e-6, 0.5, 7)[:, None]
+
 CHANGES: dict[str, Callable[[Model], object]] = {
     "weight written": lambda m: m.model.layers[2].input_layernorm.weight.data.mul_(3.0),
     "weight replaced": lambda m: setattr(
         m.model.layers[2].input_layernorm, "weight", nn.Parameter(torch.full((64,), 2.0))
     ),
     "eps changed": lambda m: setattr(m.model.layers[2].input_layernorm, "variance_epsilon", 0.5),
+    "eps of each token": lambda m: [
+        setattr(layer.input_layernorm, "variance_epsilon", EPS) for layer in m.model.layers
+    ],
     "norm replaced": lambda m: setattr(m.model.layers[2], "input_layernorm", nn.LayerNorm(64)),
     "in-layer norm replaced": lambda m: setattr(m.model.layers[2], "post_attention_layernorm", nn.LayerNorm(64)),
     "final norm replaced": lambda m: setattr(m.model, "norm", nn.Identity()),

@@ -4,7 +4,7 @@
 core); `reason` says afterwards, for an observer, which of them failed.
 
 A launcher reads raw pointers. Whatever gives a tensor a meaning beyond its memory (a subclass such as DTensor, a
-quantised or fake tensor, a tracer or dispatch mode that must see the aten ops, vmap and forward-mode differentiation,
+quantised or fake tensor, a tracer or mode that must see the ops, vmap and forward-mode differentiation,
 autograd) therefore goes to the original arithmetic.
 """
 
@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch.autograd import forward_ad
 from torch.nn import Parameter
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from ..semantics import SUPPORTED_DTYPES
 
@@ -26,6 +28,7 @@ _strided = torch.strided
 _is_grad_enabled = torch.is_grad_enabled
 _is_autocast_enabled = torch._C._is_any_autocast_enabled
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
 _functorch_level = torch._C._functorch.maybe_current_level
 _is_jit_tracing = torch._C._is_tracing
 
@@ -52,14 +55,20 @@ def servable(x: torch.Tensor, weight: torch.Tensor | None) -> bool:
 
 
 def ambient() -> bool:
-    """Whether something around the call must see aten ops: a dispatch mode, functorch, autocast, tracing."""
+    """Whether something around the call must see the ops: a dispatch or function mode, functorch, autocast, tracing."""
     return (
         _dispatch_modes() > 0
+        or (_function_modes() > 0 and _function_mode_watches())
         or _functorch_level() is not None
         or forward_ad._current_level >= 0
         or _is_autocast_enabled()
         or _is_jit_tracing()
     )
+
+
+def _function_mode_watches() -> bool:
+    """Whether a function mode is active other than the default device's, which only places new tensors."""
+    return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
 
 
 def traceable(x: torch.Tensor, weight: torch.Tensor | None) -> bool:
@@ -99,6 +108,8 @@ def reason(x: torch.Tensor, weight: torch.Tensor | None) -> str:
         return "a gradient is wanted"
     if _dispatch_modes() > 0:
         return "a torch dispatch mode is active"
+    if _function_mode_watches():
+        return "a torch function mode is active"
     if _functorch_level() is not None or forward_ad._current_level >= 0:
         return "a function transform is active"
     if _is_autocast_enabled():

@@ -108,8 +108,9 @@ def in_layer(norm: nn.Module, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.T
         if kernel.fused is None or not (a.is_cuda or kernel.on_cpu):
             return _in_layer_reference(norm, kernel, a, b)
         weight = kernel.weight_of(norm)
-        if _pair_servable(kernel, a, b, weight) and not norm.training:
-            normed, total = kernel.fused(a, b, weight, kernel.eps_of(norm))
+        eps = kernel.eps_of(norm)
+        if type(eps) is float and _pair_servable(kernel, a, b, weight) and not norm.training:
+            normed, total = kernel.fused(a, b, weight, eps)
             if observe.active is not None:
                 backend = kernel.backend(a, weight)
                 observe.active(observe.Event("in_layer", norm, (a, b), normed, total, backend))
@@ -162,14 +163,14 @@ def tail(layer: nn.Module, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if done is not None:
         normed, total = done
     else:
-        weight = kernel.weight_of(norm)
-        if norm.training or not _pair_servable(kernel, a, b, weight):
+        weight, eps = kernel.weight_of(norm), kernel.eps_of(norm)
+        if norm.training or type(eps) is not float or not _pair_servable(kernel, a, b, weight):
             return a + b
         if kernel.fused is None or not (a.is_cuda or kernel.on_cpu):
             total = a + b
             normed = kernel.original(norm, total)
         else:
-            normed, total = kernel.fused(a, b, weight, kernel.eps_of(norm))
+            normed, total = kernel.fused(a, b, weight, eps)
         if observe.active is not None:
             backend = kernel.backend(a, weight)
             observe.active(observe.Event("cross_layer", norm, (a, b), normed, total, backend))
@@ -231,6 +232,8 @@ def why_not(norm: nn.Module, kernel: NormKernel | None, a: torch.Tensor, b: torc
     weight = kernel.weight_of(norm)
     if weight is None and kernel.weight_attribute is not None:
         return f"the norm's {kernel.weight_attribute} is not a parameter or buffer of its own"
+    if type(kernel.eps_of(norm)) is not float:
+        return f"eps is {kernel.eps_of(norm)!r}, no float"
     return guards.reason(a, weight) or guards.reason(b, weight) or (guards.TRAINING if norm.training else "")
 
 
