@@ -26,7 +26,6 @@ BUILT_CAPABILITIES = (80, 89, 90, 100, 103, 120)
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 BACKEND_VARIABLE = "RMSNORM_PATCH_BACKEND"
-MAX_N = 262144
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ LAUNCH_CODE = (
     "cuda_backend.py",
     "cuda_pair.py",
     "triton_backend.py",
+    "triton_loader.py",
 )
 """Files of the package between a tensor and a kernel; with everything in `kernels/` they are what a record proves."""
 
