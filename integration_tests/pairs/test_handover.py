@@ -279,6 +279,15 @@ def test_a_module_put_between_the_layers_may_edit_the_sum(twins, tokens, edit: s
     assert torch.equal(logits(patched, tokens, mode), expected)
 
 
+def test_a_proof_names_what_was_put_between(twins, tokens) -> None:
+    """The model is right, if slower: no failure, and the reason."""
+    _, patched = twins()
+    EDITORS["appended"](patched, False)
+    (fallback,) = rmsnorm_patch.verify(patched, tokens).fired.fallbacks
+    assert fallback.startswith("model.norm: 1 of 1")
+    assert "put between the layer and the norm" in fallback
+
+
 EPS = torch.linspace(1e-6, 0.5, 7)[:, None]
 
 CHANGES: dict[str, Callable[[Model], object]] = {

@@ -9,6 +9,8 @@ import torch.nn as nn
 from torch.nn.modules import module as _module
 
 from ..plan import PairSite, Plan
+from ..rewrite.classes import STATE
+from ..rewrite.handover import LINK
 from .report import FiredProof, SiteProof
 
 _PAIR_KINDS = ("in_layer", "cross_layer", "final")
@@ -93,6 +95,9 @@ def _why_apart(model: nn.Module, prefix: str, pairs: Sequence[PairSite], calls: 
                 return f"the {role} has an instance-level forward"
             if (role != "next layer" and module._forward_hooks) or (role != "layer" and module._forward_pre_hooks):
                 return f"the {role} has hooks"
+        link = layer.__dict__.get(STATE, {}).get(LINK)
+        if pair.kind != "in_layer" and link is not None and not link.places.unchanged():
+            return "a module was wrapped, moved or put between the layer and the norm since apply"
         if any(p.device.type == "meta" for p in norm.parameters()):
             return "the norm's weight is offloaded"
     return ""
