@@ -26,26 +26,28 @@ class Place(NamedTuple):
 class Places:
     """Some places, held weakly."""
 
-    __slots__ = ("_kinds", "_places")
+    __slots__ = ("_places",)
 
     def __init__(self, places: Sequence[Place] = ()) -> None:
-        self._places = tuple((weakref.ref(p.holder), p.name, weakref.ref(p.module), p.among) for p in places)
-        self._kinds = tuple(type(p.module) for p in places)
+        self._places = tuple(
+            (weakref.ref(p.holder), p.name, weakref.ref(p.module), type(p.module), p.among) for p in places
+        )
 
     def unchanged(self) -> bool:
         """Whether each is as it was, its module of the same class; False for no places at all."""
-        for (holder_of, name, module_of, among), kind in zip(self._places, self._kinds, strict=True):
+        for holder_of, name, module_of, kind, among in self._places:
             holder, module = holder_of(), module_of()
-            if holder is None or module is None or type(module) is not kind:
+            if holder is None or module is None or module.__class__ is not kind:
                 return False
-            if holder._modules.get(name) is not module or (among is not None and len(holder._modules) != among):
+            modules = holder._modules
+            if modules.get(name) is not module or (among is not None and len(modules) != among):
                 return False
         return bool(self._places)
 
     def alive(self) -> tuple[Place, ...]:
         """Those whose modules are still there; () where one is gone."""
         found = []
-        for holder_of, name, module_of, among in self._places:
+        for holder_of, name, module_of, _, among in self._places:
             holder, module = holder_of(), module_of()
             if holder is None or module is None:
                 return ()
