@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -126,18 +125,14 @@ def patched(
 
 
 def _scan(model: nn.Module, settings: Settings) -> Plan:
-    from .rewrite import instance_forward
     from .scan import scan_norms
     from .scan.pairs import find_pairs
 
-    norms = []
-    for site in scan_norms(model, settings.include, settings.exclude):
-        obstacle = instance_forward.foreign(model.get_submodule(site.path)) if site.action == "fuse" else None
-        norms.append(site if obstacle is None else replace(site, action="leave", reason=obstacle))
+    norms = scan_norms(model, settings.include, settings.exclude)
     return Plan(
         model_class=type(model).__name__,
         backend=settings.backend,
-        norms=tuple(norms),
+        norms=norms,
         pairs=find_pairs(model, norms),
         include=settings.include,
         exclude=settings.exclude,

@@ -45,17 +45,19 @@ class Carry:
         normed: torch.Tensor,
         total: torch.Tensor,
         norm: nn.Module,
+        weight: torch.Tensor | None,
+        eps: float,
         kernel: Any,
         link: Link,
     ) -> None:
+        """weight, eps: those that `normed` was computed with."""
         self.normed = normed
         self.total = id(total)  # a reference would be a cycle, and keep every layer's sum until the next collection
         self.version = None if total.is_inference() else total._version
         self.norm = norm
-        weight = kernel.weight_of(norm)
         self.weight = weight
         self.written = None if weight is None or weight.is_inference() else weight._version
-        self.eps = kernel.eps_of(norm)
+        self.eps = eps
         self.kernel = kernel
         self.link = link
 

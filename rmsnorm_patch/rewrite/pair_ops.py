@@ -62,15 +62,14 @@ class NormKernel:
         eps = self.eps if self.eps_attribute is None else getattr(norm, self.eps_attribute)
         return torch.finfo(torch.float32).eps if eps is None else eps  # see `NormSpec.eps`
 
-    def attempt(self, norm: nn.Module, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def attempt(
+        self, norm: nn.Module, a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor | None, eps: Any
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(normed, total), or None where that takes a closer look. Never call it with grad enabled."""
         attempt = None if self.fused is None else self.fused.attempt
-        if attempt is None or norm.training or _ambient():
+        if attempt is None or norm.training or type(eps) is not float or _ambient():
             return None
-        name = self.weight_attribute
-        weight = None if name is None else norm._parameters.get(name)
-        eps = self.eps if self.eps_attribute is None else getattr(norm, self.eps_attribute)
-        if type(eps) is not float or (weight is None and name is not None):
+        if weight is None and self.weight_attribute is not None:
             return None
         return attempt(a, b, weight, eps)
 
@@ -101,14 +100,13 @@ def in_layer(norm: nn.Module, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.T
         return traced.in_layer(norm, kernel_of(norm), a, b)
     kernel = _KERNELS.get(norm.__class__)
     if kernel is not None and _unhooked(norm):
+        weight, eps = kernel.weight_of(norm), kernel.eps_of(norm)
         if observe.active is None and not _is_grad_enabled():
-            done = kernel.attempt(norm, a, b)
+            done = kernel.attempt(norm, a, b, weight, eps)
             if done is not None:
                 return done[1], done[0]
         if kernel.fused is None or not (a.is_cuda or kernel.on_cpu):
             return _in_layer_reference(norm, kernel, a, b)
-        weight = kernel.weight_of(norm)
-        eps = kernel.eps_of(norm)
         if type(eps) is float and _pair_servable(kernel, a, b, weight) and not norm.training:
             normed, total = kernel.fused(a, b, weight, eps)
             if observe.active is not None:
@@ -159,11 +157,11 @@ def tail(layer: nn.Module, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return a + b
     if not _called_by_loop(link) or (not link.passive and torch.is_inference_mode_enabled()):
         return a + b
-    done = kernel.attempt(norm, a, b) if observe.active is None else None
+    weight, eps = kernel.weight_of(norm), kernel.eps_of(norm)
+    done = kernel.attempt(norm, a, b, weight, eps) if observe.active is None else None
     if done is not None:
         normed, total = done
     else:
-        weight, eps = kernel.weight_of(norm), kernel.eps_of(norm)
         if norm.training or type(eps) is not float or not _pair_servable(kernel, a, b, weight):
             return a + b
         if kernel.fused is None or not (a.is_cuda or kernel.on_cpu):
@@ -175,7 +173,7 @@ def tail(layer: nn.Module, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
             backend = kernel.backend(a, weight)
             observe.active(observe.Event("cross_layer", norm, (a, b), normed, total, backend))
     link.untaken += 1
-    total.__dict__[CARRIED] = Carry(normed, total, norm, kernel, link)
+    total.__dict__[CARRIED] = Carry(normed, total, norm, weight, eps, kernel, link)
     return total
 
 
