@@ -85,29 +85,18 @@ def device() -> dict[str, object]:
     }
 
 
-def _script(*arguments: str) -> None:
+def _python(*arguments: str, check: bool = True) -> None:
+    """Run this interpreter in the checkout, with the checkout's package ahead of an installed one."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, check=True)
+    subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, check=check)
 
 
 def run_tests() -> dict[str, object]:
     """Counts of the GPU tests, and the names of those that failed."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "junit.xml"
-        subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "pytest",
-                "integration_tests/gpu",
-                "-q",
-                "-p",
-                "no:cacheprovider",
-                f"--junitxml={report}",
-            ],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
-        )
+        tests = ("-m", "pytest", "integration_tests/gpu", "-q", "-p", "no:cacheprovider")
+        _python(*tests, f"--junitxml={report}", check=False)  # failures are counted below
         suite = ElementTree.parse(report).getroot().find("testsuite")
     total, skipped = int(suite.get("tests")), int(suite.get("skipped"))
     failed = int(suite.get("failures")) + int(suite.get("errors"))
@@ -122,14 +111,14 @@ def run_tests() -> dict[str, object]:
 def run_kernels(suites: list[str], seconds: float) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.json"
-        _script("scripts/bench_kernels.py", "--suite", *suites, "--seconds", str(seconds), "--json", str(rows))
+        _python("scripts/bench_kernels.py", "--suite", *suites, "--seconds", str(seconds), "--json", str(rows))
         return json.loads(rows.read_text())
 
 
 def run_hf(arguments: list[str]) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.json"
-        _script("scripts/bench_hf.py", *arguments, "--json", str(rows))
+        _python("scripts/bench_hf.py", *arguments, "--json", str(rows))
         return json.loads(rows.read_text())
 
 
