@@ -26,6 +26,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from gpu_record import digest
+
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -314,8 +316,8 @@ def main() -> None:
             parser.error(f"--engines: got {name!r}; SHAPE is one of {', '.join(SHAPES)}, VARIANT of {VARIANTS}")
 
     def save(result: dict[str, Any]) -> None:
-        if options.json:
-            options.json.write_text(json.dumps(result, indent=1))
+        if options.json:  # the digest lets scripts/gpu_record.py refuse rows of other code
+            options.json.write_text(json.dumps({"digest": digest(), **result}, indent=1))
 
     deadline = time.monotonic() + options.seconds
     children = start(options.engines, options.eager)

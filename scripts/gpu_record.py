@@ -1,10 +1,12 @@
 """The record of what was proved and measured on a GPU, and the check that it still speaks of this code.
 
     python scripts/gpu_record.py run --record records/nvidia-h200.json     # on a machine with a GPU
+    python scripts/gpu_record.py run --parts kernels --suite decode qk --warm-jobs 14
+    python scripts/gpu_record.py run --parts vllm --vllm-json vllm.json    # rows of scripts/bench_vllm.py
     python scripts/gpu_record.py check                                     # anywhere: non-zero when a record is stale
 
-`run` can be given in parts (`--parts tests`, `--parts kernels --suite decode`): a part replaces its own rows of a
-record with the same digest, and refuses one with another, so that no record mixes two versions of the code.
+`run` can be given in parts: each replaces its own rows of a record with the same digest, and refuses one with another,
+so that no record mixes two versions of the code. records/README.md says what a record holds.
 """
 
 from __future__ import annotations
@@ -12,13 +14,16 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,6 +45,10 @@ LAUNCH_CODE = (
     "triton_loader.py",
 )
 """Files of the package between a tensor and a kernel; with everything in `kernels/` they are what a record proves."""
+
+SUITES = ["prefill", "prefill_norm", "kernel", "decode", "hot", "qk", "long", "odd", "variants", "fp16", "fp32", "host"]
+HF = ["--shape llama-8b --rounds 4", "--shape llama-8b --layers 8 --compile --variants stock F.rms_norm patched"]
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 PEERS = ("torch", "triton", "transformers", "liger-kernel", "quack-kernels", "flashinfer-python", "vllm")
 
@@ -85,21 +94,38 @@ def device() -> dict[str, object]:
     }
 
 
+def _environment() -> dict[str, str]:
+    """This process's, with the checkout's package ahead of an installed one."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+
+
 def _python(*arguments: str, check: bool = True) -> None:
-    """Run this interpreter in the checkout, with the checkout's package ahead of an installed one."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, check=check)
+    """Run this interpreter in the checkout."""
+    subprocess.run([sys.executable, *arguments], cwd=ROOT, env=_environment(), check=check)
 
 
-def run_tests() -> dict[str, object]:
+def run_tests(workers: int = 0) -> dict[str, object]:
     """Counts of the GPU tests, and the names of those that failed."""
+    options = ("-n", str(workers), "--dist", "worksteal") if workers and _has("xdist") else ()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "junit.xml"
-        tests = ("-m", "pytest", "integration_tests/gpu", "-q", "-p", "no:cacheprovider")
+        tests = ("-m", "pytest", "integration_tests/gpu", "-q", "-p", "no:cacheprovider", *options)
         _python(*tests, f"--junitxml={report}", check=False)  # failures are counted below
-        suite = ElementTree.parse(report).getroot().find("testsuite")
-    total, skipped = int(suite.get("tests")), int(suite.get("skipped"))
-    failed = int(suite.get("failures")) + int(suite.get("errors"))
+        return _counts(report)
+
+
+def _has(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _counts(report: Path) -> dict[str, object]:
+    """passed, failed, skipped and the names of failures, from pytest's XML; a run without one has failed."""
+    if not report.exists():
+        return {"passed": 0, "failed": 1, "skipped": 0, "failures": ["pytest wrote no report"]}
+    suite = ElementTree.parse(report).getroot().find("testsuite")
+    assert suite is not None
+    total, skipped = int(suite.get("tests", 0)), int(suite.get("skipped", 0))
+    failed = int(suite.get("failures", 0)) + int(suite.get("errors", 0))
     names = [
         f"{case.get('classname')}::{case.get('name')}"
         for case in suite.iter("testcase")
@@ -108,77 +134,153 @@ def run_tests() -> dict[str, object]:
     return {"passed": total - failed - skipped, "failed": failed, "skipped": skipped, "failures": names}
 
 
-def run_kernels(suites: list[str], seconds: float) -> list[dict]:
+def _rows_from(script: str, *arguments: str) -> list[dict]:
+    """The rows that a benchmark script writes to its --json; partial rows count, its exit status too."""
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.json"
-        _python("scripts/bench_kernels.py", "--suite", *suites, "--seconds", str(seconds), "--json", str(rows))
+        _python(f"scripts/{script}", *arguments, "--json", str(rows))
         return json.loads(rows.read_text())
 
 
-def run_hf(arguments: list[str]) -> list[dict]:
-    with tempfile.TemporaryDirectory() as folder:
-        rows = Path(folder) / "rows.json"
-        _python("scripts/bench_hf.py", *arguments, "--json", str(rows))
-        return json.loads(rows.read_text())
+def run_sanitizer(tools: list[str], tests: list[str], seconds: float) -> list[dict]:
+    """Each tool over the tests marked `sanitized`; the tools run beside each other, since nothing is timed."""
+    program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if program is None:
+        raise SystemExit("gpu_record: compute-sanitizer is not on the PATH")
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(tools)) as pool:
+        return list(pool.map(lambda tool: _sanitize(program, tool, tests, seconds, Path(folder)), tools))
+
+
+def _sanitize(program: str, tool: str, tests: list[str], seconds: float, folder: Path) -> dict:
+    report, log = folder / f"{tool}.xml", folder / f"{tool}.log"
+    words = [program, "--tool", tool, "--target-processes", "application-only", "--log-file", str(log)]
+    # initcheck must see who writes what our kernels read, the other tools watch our kernels alone.
+    words += [] if tool == "initcheck" else ["--kernel-name", "kernel_substring=rms_norm"]
+    words += [sys.executable, "-m", "pytest", *tests, "-m", "sanitized", "-q", "-p", "no:cacheprovider"]
+    # An allocation for each tensor: an access past its end is then one outside of any allocation.
+    environment = {**_environment(), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    try:
+        done = subprocess.run(
+            [*words, f"--junitxml={report}"], cwd=ROOT, env=environment, timeout=seconds, capture_output=True, text=True
+        )
+        ended = f"exit status {done.returncode}"
+    except subprocess.TimeoutExpired:
+        ended = f"stopped after {seconds:.0f} s"
+    text = log.read_text() if log.exists() else ""
+    print(f"{tool}: {ended}\n{text[-3000:]}", flush=True)
+    return {"tool": tool, "ended": ended, "errors": sanitizer_errors(text), **_counts(report)}
+
+
+def sanitizer_errors(log: str) -> int | None:
+    """Errors and hazards of a compute-sanitizer log; None where it holds no summary, so that nothing passes unseen."""
+    found = re.findall(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)", log)
+    return sum(int(errors or hazards) for errors, hazards in found) if found else None
+
+
+def vllm_rows(path: Path) -> list[dict]:
+    """Rows of scripts/bench_vllm.py, refused where they were measured with other kernels or launch code."""
+    result = json.loads(path.read_text())
+    if result.get("digest") != digest():
+        raise SystemExit(
+            f"{path}: measured with code {str(result.get('digest'))[:12]}, this tree is {digest()[:12]}; "
+            "run scripts/bench_vllm.py again"
+        )
+    return result["rows"]
 
 
 def _replace(old: list[dict], new: list[dict], key: tuple[str, ...]) -> list[dict]:
-    fresh = {tuple(row[k] for k in key) for row in new}
-    return [row for row in old if tuple(row[k] for k in key) not in fresh] + new
+    identity = lambda row: tuple(row.get(k, "") for k in key)  # noqa: E731
+    fresh = {identity(row) for row in new}
+    return [row for row in old if identity(row) not in fresh] + new
+
+
+KEYS = {
+    "kernels": ("op", "mode", "dtype", "m", "n", "variant"),
+    "hf": ("model", "layers", "work", "mode"),
+    "vllm": ("shape", "variant", "case"),
+    "jit": ("what", "op", "n"),
+    "profile": ("op", "dtype", "m", "n", "provider"),
+    "sanitizer": ("tool",),
+}
+"""The lists of a record, and what makes a row of each the same one, to be replaced by a newer run."""
+
+PARTS = ("tests", *KEYS)
+
+
+def _measure(part: str, args: argparse.Namespace) -> list[dict]:
+    if part == "kernels":
+        limits = ("--seconds", str(args.seconds), "--warm-jobs", str(args.warm_jobs))
+        return _rows_from("bench_kernels.py", "--suite", *args.suite, *limits)
+    if part == "hf":
+        return [row for words in args.hf for row in _rows_from("bench_hf.py", *words.split())]
+    if part == "vllm":
+        return vllm_rows(args.vllm_json)
+    if part == "jit":
+        return _rows_from("bench_jit.py")
+    if part == "profile":
+        return _rows_from("profile_counts.py")
+    return run_sanitizer(args.tool, args.sanitizer_tests, args.seconds)
+
+
+def begin(path: Path, fresh: bool) -> dict:
+    """The record at `path`, or an empty one for this code and device; refuses to mix digests."""
+    record = {"digest": digest(), "device": device(), "versions": versions(), "tests": None}
+    record |= {part: [] for part in KEYS}
+    if not path.exists():
+        return record
+    before = json.loads(path.read_text())
+    if before["digest"] != record["digest"]:
+        if not fresh:
+            raise SystemExit(f"{path}: holds another version of the code; give --fresh to start it anew")
+        return record
+    return {**record, **before, "device": record["device"], "versions": {**before["versions"], **record["versions"]}}
 
 
 def write(args: argparse.Namespace) -> None:
     path: Path = args.record
-    record = {
-        "digest": digest(),
-        "device": device(),
-        "versions": versions(),
-        "tests": None,
-        "kernels": [],
-        "hf": [],
-        "vllm": [],
-    }
-    if path.exists():
-        before = json.loads(path.read_text())
-        if before["digest"] == record["digest"]:
-            record = {**before, "device": record["device"], "versions": {**before["versions"], **record["versions"]}}
-        elif not args.fresh:
-            raise SystemExit(f"{path}: holds another version of the code; give --fresh to start it anew")
+    record = begin(path, args.fresh)
     path.parent.mkdir(parents=True, exist_ok=True)
-
-    def save() -> None:
+    for part in args.parts:
+        if part == "tests":
+            record["tests"] = run_tests(args.workers)
+        else:
+            record[part] = _replace(record[part], _measure(part, args), KEYS[part])
+        if digest() != record["digest"]:
+            raise SystemExit(f"{path}: kernels or launch code changed while {part} ran; its rows are not written")
         path.write_text(json.dumps(record, indent=1) + "\n")
+        held = {name: len(record[name]) for name in KEYS}
+        print(f"{path}: {part} written; tests {record['tests']}, rows {held}", flush=True)
 
-    if "tests" in args.parts:
-        record["tests"] = run_tests()
-        save()
-    if "kernels" in args.parts:
-        record["kernels"] = _replace(
-            record["kernels"], run_kernels(args.suite, args.seconds), ("op", "mode", "dtype", "m", "n")
+
+def problems_of(record: dict, now: str) -> list[str]:
+    """What keeps a record from speaking for the code with the digest `now`."""
+    found = []
+    if record["digest"] != now:
+        found.append(
+            f"recorded for code {record['digest'][:12]}, this tree is {now[:12]}; "
+            "run scripts/gpu_record.py run on that GPU and commit the result"
         )
-        save()
-    if "hf" in args.parts:
-        record["hf"] = _replace(record["hf"], run_hf(args.hf.split()), ("model", "layers", "work", "mode"))
-        save()
-    print(f"{path}: written, digest {record['digest'][:12]}, tests {record['tests']}")
+    if not record["tests"]:
+        found.append("holds no test run; run with --parts tests")
+    elif record["tests"]["failed"] or not record["tests"]["passed"]:
+        found.append(f"GPU tests {record['tests']}")
+    for row in record["kernels"]:
+        wrong = {name: why for name, why in row["failed"].items() if name.startswith("ours")}
+        if wrong:
+            found.append(f"{row['op']} {row['mode']} {row['dtype']} {row['m']}x{row['n']}: no figure for {wrong}")
+    for row in record.get("sanitizer", ()):
+        if row["errors"] != 0 or row["failed"] or not row["passed"]:
+            found.append(f"compute-sanitizer {row}")
+    return found
 
 
 def check(args: argparse.Namespace) -> None:
-    """Exit 1 where a record is missing, speaks of other code, or holds failed tests."""
+    """Exit 1 where a record is missing, speaks of other code, or holds failed tests, kernels or sanitizer findings."""
     paths = sorted(RECORDS.glob("*.json"))
-    problems = [] if paths else ["records/: no record; run scripts/gpu_record.py run on a GPU"]
     now = digest()
-    for path in paths:
-        record = json.loads(path.read_text())
-        if record["digest"] != now:
-            problems.append(
-                f"{path.name}: recorded for code {record['digest'][:12]}, this tree is {now[:12]}; "
-                "run scripts/gpu_record.py run on that GPU and commit the result"
-            )
-        if not record["tests"]:
-            problems.append(f"{path.name}: holds no test run; run with --parts tests")
-        elif record["tests"]["failed"] or not record["tests"]["passed"]:
-            problems.append(f"{path.name}: GPU tests {record['tests']}")
+    problems = [f"{path.name}: {what}" for path in paths for what in problems_of(json.loads(path.read_text()), now)]
+    if not paths:
+        problems = ["records/: no record; run scripts/gpu_record.py run on a GPU"]
     for problem in problems:
         print(problem, file=sys.stderr)
     if problems:
@@ -194,25 +296,37 @@ def _default_record() -> Path:
     return RECORDS / (re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(0).lower()).strip("-") + ".json")
 
 
-def main() -> None:
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
     run = verbs.add_parser("run", help="run the GPU tests and the benchmarks, write the record")
     run.add_argument("--record", type=Path, help="default: records/<gpu>.json")
-    run.add_argument("--parts", nargs="+", choices=("tests", "kernels", "hf"), default=["tests", "kernels", "hf"])
-    run.add_argument(
-        "--suite", nargs="+", default=["prefill", "prefill_norm", "kernel", "decode", "hot", "long", "dtypes", "host"]
-    )
-    run.add_argument("--seconds", type=float, default=3600, help="begin no further kernel case after this long")
-    run.add_argument("--hf", default="--shape llama-8b", help="arguments of scripts/bench_hf.py, in one string")
+    run.add_argument("--parts", nargs="+", choices=PARTS, help="default: all, vllm only with --vllm-json")
+    run.add_argument("--workers", type=int, default=0, help="processes of the GPU tests, where pytest-xdist is here")
+    run.add_argument("--suite", nargs="+", default=SUITES, help="of scripts/bench_kernels.py")
+    run.add_argument("--warm-jobs", type=int, default=0, help="processes that compile ahead of the kernels' timing")
+    run.add_argument("--seconds", type=float, default=3600, help="limit of the kernels' timing, and of each sanitizer")
+    run.add_argument("--hf", nargs="+", default=HF, help="runs of scripts/bench_hf.py, the arguments of each a string")
+    run.add_argument("--vllm-json", type=Path, help="what scripts/bench_vllm.py wrote")
+    run.add_argument("--tool", nargs="+", choices=TOOLS, default=list(TOOLS), help="of compute-sanitizer")
+    run.add_argument("--sanitizer-tests", nargs="+", default=["integration_tests/gpu"])
     run.add_argument("--fresh", action="store_true", help="replace a record of another version of the code")
     verbs.add_parser("check", help="compare every record's digest with this tree")
     args = parser.parse_args()
     if args.verb == "run":
-        args.record = args.record or _default_record()
-        write(args)
-    else:
+        args.parts = args.parts or [part for part in PARTS if part != "vllm" or args.vllm_json]
+        if "vllm" in args.parts and not args.vllm_json:
+            parser.error("--parts vllm: give the file of scripts/bench_vllm.py as --vllm-json")
+    return args
+
+
+def main() -> None:
+    args = parsed()
+    if args.verb == "check":
         check(args)
+        return
+    args.record = args.record or _default_record()
+    write(args)
 
 
 if __name__ == "__main__":

@@ -60,14 +60,17 @@ def functional_norm(model: nn.Module) -> None:
 
 
 def liger_norm(model: nn.Module) -> None:
-    """Liger's RMSNorm as its own monkey patch installs it on a Llama instance."""
+    """Liger's RMSNorm as its own monkey patch installs it on a Llama instance, and on that one alone."""
     if not next(model.parameters()).is_cuda:
         raise ImportError("Liger's kernels need a GPU")
     from liger_kernel.transformers import apply_liger_kernel_to_llama
+    from transformers.models.llama import modeling_llama
 
+    own = modeling_llama.LlamaRMSNorm
     apply_liger_kernel_to_llama(
         rope=False, swiglu=False, cross_entropy=False, fused_linear_cross_entropy=False, rms_norm=True, model=model
     )
+    modeling_llama.LlamaRMSNorm = own  # Liger also replaces the class for every model built later
 
 
 def removed_norm(model: nn.Module) -> None:

@@ -1,7 +1,8 @@
 """Who is timed: one function per provider and op; an import that fails drops the row with its reason.
 
-A provider is a function (x, residual, weight, eps) -> (normed, total) for "fused_add_rms_norm", in place or not, or
-(x, weight, eps) -> normed for "rms_norm". `in_place` says that it overwrites (x, residual) with (normed, total).
+A provider is a function of the op's tensors and eps: (x, residual, weight, eps) -> (normed, total) for
+"fused_add_rms_norm", (x, weight, eps) -> normed for "rms_norm", (q, k, q_weight, k_weight, eps) -> (normed q, normed k)
+for "rms_norm_pair". `in_place` says that it overwrites (x, residual) with (normed, total).
 """
 
 from __future__ import annotations
@@ -9,85 +10,106 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-Make = Callable[[], Callable[..., Any]]
+from rmsnorm_patch.semantics import NormSpec
+
+FUSED, PLAIN, PAIR = "fused_add_rms_norm", "rms_norm", "rms_norm_pair"
+
+Call = Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class Provider:
     name: str
     op: str
-    call: Callable[..., Any]
+    call: Call
     in_place: bool = False
 
 
-_MAKERS: dict[tuple[str, str], tuple[Make, bool]] = {}
+_MAKERS: dict[tuple[str, str], tuple[Callable[[NormSpec], Call], bool]] = {}
+_OURS: set[tuple[str, str]] = set()
 
 
 def provider(name: str, op: str, in_place: bool = False):
-    def register(make: Make) -> Make:
-        _MAKERS[name, op] = (make, in_place)
+    """Register `make()` -> callable. A peer computes one rounding at the end, whatever variant is asked for."""
+
+    def register(make: Callable[[], Call]) -> Callable[[], Call]:
+        _MAKERS[name, op] = (lambda _: make(), in_place)
         return make
 
     return register
 
 
-def load(op: str, wanted: set[str] | None = None, extra: tuple[str, ...] = ()) -> tuple[list[Provider], dict[str, str]]:
+def ours(name: str, op: str, in_place: bool = False):
+    """Register `make(spec)` -> callable: one of our kernels, which come in every variant."""
+
+    def register(make: Callable[[NormSpec], Call]) -> Callable[[NormSpec], Call]:
+        _MAKERS[name, op] = (make, in_place)
+        _OURS.add((name, op))
+        return make
+
+    return register
+
+
+def load(
+    op: str,
+    spec: NormSpec,
+    only_ours: bool = False,
+    extra: Collection[str] = (),
+    wanted: Collection[str] = (),
+) -> tuple[list[Provider], dict[str, str]]:
     """The providers of `op` that this machine has, and why the others are missing.
 
-    extra: "module:function" entries; the function takes the same arguments as a built-in provider.
+    wanted: names; empty: all. extra: "module:function" entries; the function takes the arguments of a built-in one.
     """
+    from . import pair_providers  # noqa: F401  registers its providers
+
     found, missing = [], {}
     for (name, of), (make, in_place) in _MAKERS.items():
-        if of != op or (wanted and name not in wanted):
+        if of != op or (only_ours and (name, of) not in _OURS) or (wanted and name not in wanted):
             continue
         try:
-            found.append(Provider(name, op, make(), in_place))
+            found.append(Provider(name, op, make(spec), in_place))
         except Exception as error:  # a peer that does not import or build on this machine is a missing row, not a crash
             missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    for entry in extra:
-        module, _, function = entry.partition(":")
-        if not function:
-            raise SystemExit(f"--provider {entry}: write it as module:function")
-        sys.path.insert(0, os.getcwd())
-        found.append(Provider(entry, op, getattr(importlib.import_module(module), function)))
-    return found, missing
+    return found + [_from_outside(entry, op) for entry in extra if not only_ours], missing
 
 
-def _spec():
-    """Rounded sum, one final rounding: what FlashInfer, quack and vLLM compute, so that the work is the same."""
-    from rmsnorm_patch.semantics import FP32_WEIGHT_MULTIPLY
+def _from_outside(entry: str, op: str) -> Provider:
+    module, _, function = entry.partition(":")
+    if not function:
+        raise SystemExit(f"--provider {entry}: write it as module:function")
+    sys.path.insert(0, os.getcwd())
+    return Provider(entry, op, getattr(importlib.import_module(module), function))
 
-    return FP32_WEIGHT_MULTIPLY
 
-
-@provider("ours", "fused_add_rms_norm")
-def _ours():
+@ours("ours", FUSED)
+def _ours(spec):
     from rmsnorm_patch import ops
 
-    return ops.bind_fused_add_rms_norm(_spec(), "cuda")
+    return ops.bind_fused_add_rms_norm(spec, "cuda")
 
 
-@provider("ours_inplace", "fused_add_rms_norm", in_place=True)
-def _ours_inplace():
+@ours("ours_inplace", FUSED, in_place=True)
+def _ours_inplace(spec):
     from rmsnorm_patch import ops
 
-    return ops.bind_fused_add_rms_norm_(_spec(), "cuda")
+    return ops.bind_fused_add_rms_norm_(spec, "cuda")
 
 
-@provider("ours_triton", "fused_add_rms_norm")
-def _ours_triton():
+@ours("ours_triton", FUSED)
+def _ours_triton(spec):
     from rmsnorm_patch import ops
 
-    return ops.bind_fused_add_rms_norm(_spec(), "triton")
+    return ops.bind_fused_add_rms_norm(spec, "triton")
 
 
-@provider("eager", "fused_add_rms_norm")
+@provider("eager", FUSED)
 def _eager():
     def call(x, residual, weight, eps):
         total = x + residual
@@ -98,7 +120,7 @@ def _eager():
     return call
 
 
-@provider("F.rms_norm", "fused_add_rms_norm")
+@provider("F.rms_norm", FUSED)
 def _functional():
     def call(x, residual, weight, eps):
         total = x + residual
@@ -107,7 +129,7 @@ def _functional():
     return call
 
 
-@provider("inductor", "fused_add_rms_norm")
+@provider("inductor", FUSED)
 def _inductor():
     def body(x, residual, weight, eps: float):
         total = x + residual
@@ -118,7 +140,7 @@ def _inductor():
     return torch.compile(body, fullgraph=True, dynamic=False)
 
 
-@provider("liger", "fused_add_rms_norm")
+@provider("liger", FUSED)
 def _liger():
     from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
 
@@ -127,7 +149,7 @@ def _liger():
     )
 
 
-@provider("quack", "fused_add_rms_norm")
+@provider("quack", FUSED)
 def _quack():
     from quack.rmsnorm import rmsnorm_fwd
 
@@ -149,19 +171,19 @@ def _flashinfer(use_cuda: bool):
     return call
 
 
-@provider("flashinfer", "fused_add_rms_norm", in_place=True)
+@provider("flashinfer", FUSED, in_place=True)
 def _flashinfer_default():
     return _flashinfer(False)
 
 
-@provider("flashinfer_cuda", "fused_add_rms_norm", in_place=True)
+@provider("flashinfer_cuda", FUSED, in_place=True)
 def _flashinfer_cuda():
     return _flashinfer(True)
 
 
-@provider("vllm", "fused_add_rms_norm", in_place=True)
+@provider("vllm", FUSED, in_place=True)
 def _vllm():
-    import vllm._C  # noqa: F401
+    import vllm._custom_ops  # noqa: F401  loads the library behind torch.ops._C
 
     op = torch.ops._C.fused_add_rms_norm
 
@@ -172,21 +194,21 @@ def _vllm():
     return call
 
 
-@provider("ours", "rms_norm")
-def _ours_norm():
+@ours("ours", PLAIN)
+def _ours_norm(spec):
     from rmsnorm_patch import ops
 
-    return ops.bind_rms_norm(_spec(), "cuda")
+    return ops.bind_rms_norm(spec, "cuda")
 
 
-@provider("ours_triton", "rms_norm")
-def _ours_triton_norm():
+@ours("ours_triton", PLAIN)
+def _ours_triton_norm(spec):
     from rmsnorm_patch import ops
 
-    return ops.bind_rms_norm(_spec(), "triton")
+    return ops.bind_rms_norm(spec, "triton")
 
 
-@provider("eager", "rms_norm")
+@provider("eager", PLAIN)
 def _eager_norm():
     def call(x, weight, eps):
         h = x.float()
@@ -195,12 +217,12 @@ def _eager_norm():
     return call
 
 
-@provider("F.rms_norm", "rms_norm")
+@provider("F.rms_norm", PLAIN)
 def _functional_norm():
     return lambda x, weight, eps: torch.nn.functional.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
-@provider("inductor", "rms_norm")
+@provider("inductor", PLAIN)
 def _inductor_norm():
     def body(x, weight, eps: float):
         h = x.float()
@@ -209,21 +231,21 @@ def _inductor_norm():
     return torch.compile(body, fullgraph=True, dynamic=False)
 
 
-@provider("liger", "rms_norm")
+@provider("liger", PLAIN)
 def _liger_norm():
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
     return lambda x, weight, eps: LigerRMSNormFunction.apply(x, weight, eps, 0.0, "llama", False)
 
 
-@provider("quack", "rms_norm")
+@provider("quack", PLAIN)
 def _quack_norm():
     from quack.rmsnorm import rmsnorm_fwd
 
     return lambda x, weight, eps: rmsnorm_fwd(x, weight, eps=eps)[0]
 
 
-@provider("flashinfer", "rms_norm")
+@provider("flashinfer", PLAIN)
 def _flashinfer_norm():
     import flashinfer.norm as norm
 
@@ -234,7 +256,7 @@ def _flashinfer_norm():
     return call
 
 
-@provider("flashinfer_cuda", "rms_norm")
+@provider("flashinfer_cuda", PLAIN)
 def _flashinfer_cuda_norm():
     import flashinfer.norm as norm
 
@@ -245,9 +267,9 @@ def _flashinfer_cuda_norm():
     return call
 
 
-@provider("vllm", "rms_norm")
+@provider("vllm", PLAIN)
 def _vllm_norm():
-    import vllm._C  # noqa: F401
+    import vllm._custom_ops  # noqa: F401  loads the library behind torch.ops._C
 
     op = torch.ops._C.rms_norm
 

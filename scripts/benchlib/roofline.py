@@ -24,6 +24,24 @@ def _norm_traffic(x, normed, numel, BLOCK: tl.constexpr):
     tl.store(normed + offsets, tl.load(x + offsets, mask=inside) * 0.5, mask=inside)
 
 
+@triton.jit
+def _strided_half(x, normed, row, row_stride, columns, block, BLOCK: tl.constexpr):
+    offsets = block * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < columns
+    value = tl.load(x + row * row_stride + offsets, mask=inside)
+    tl.store(normed + row * columns + offsets, value * 0.5, mask=inside)
+
+
+@triton.jit
+def _pair_traffic(q, k, q_out, k_out, q_stride, k_stride, q_columns, k_columns, q_blocks, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    if block < q_blocks:
+        _strided_half(q, q_out, row, q_stride, q_columns, block, BLOCK)
+    else:
+        _strided_half(k, k_out, row, k_stride, k_columns, block - q_blocks, BLOCK)
+
+
 CONFIGS = ((2048, 4), (4096, 4), (4096, 8), (8192, 8), (8192, 16))
 """(elements per program, warps); the fastest of them is the roofline of a shape."""
 
@@ -42,6 +60,11 @@ def norm_traffic(x, normed, config) -> None:
     _norm_traffic[(triton.cdiv(x.numel(), block),)](x, normed, x.numel(), BLOCK=block, num_warps=warps)
 
 
-def bytes_moved(op: str, m: int, n: int, dtype: torch.dtype) -> int:
-    """Bytes that `op` must move, the weight left out: each operand read once, each result written once."""
-    return m * n * dtype.itemsize * (4 if op == "fused_add_rms_norm" else 2)
+def pair_traffic(q: torch.Tensor, k: torch.Tensor, q_out: torch.Tensor, k_out: torch.Tensor, config) -> None:
+    """q and k [tokens, heads, n], the heads of a token together, read once and written contiguously, in one launch."""
+    block, warps = config
+    columns = [x.shape[1] * x.shape[2] for x in (q, k)]
+    blocks = [triton.cdiv(c, block) for c in columns]
+    grid = (q.shape[0], sum(blocks))
+    strides = (q.stride(0), k.stride(0))
+    _pair_traffic[grid](q, k, q_out, k_out, *strides, *columns, blocks[0], BLOCK=block, num_warps=warps)

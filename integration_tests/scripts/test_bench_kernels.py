@@ -1,0 +1,144 @@
+"""The kernel benchmark without a GPU: what it lets be timed, its suites, how the compiling is shared out."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rmsnorm_patch import reference
+from rmsnorm_patch.semantics import LLAMA
+
+FUSED, PLAIN, PAIR = "fused_add_rms_norm", "rms_norm", "rms_norm_pair"
+
+
+@pytest.fixture(scope="module")
+def cases(script):
+    return script("benchlib.cases")
+
+
+def provider(script, op, call, in_place=False):
+    return script("benchlib.providers").Provider("under test", op, call, in_place)
+
+
+def right(op, spec):
+    """The reference arithmetic with the call of a provider of `op`."""
+    if op == FUSED:
+        return lambda x, residual, weight, eps: reference.fused_add_rms_norm(x, residual, weight, spec, eps)
+    norm = lambda x, weight, eps: reference.rms_norm(x, weight, spec, eps)  # noqa: E731
+    if op == PAIR:
+        return lambda q, k, q_weight, k_weight, eps: (norm(q, q_weight, eps), norm(k, k_weight, eps))
+    return norm
+
+
+@pytest.mark.parametrize("op", [FUSED, PLAIN, PAIR])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("variant", ["", "llama", "fp32 weight", "fp32 weight and result", "1+w", "weightless"])
+def test_a_right_kernel_is_let_through(script, cases, op, dtype, variant):
+    case = cases.Case(op, "hot", dtype, 5, 256, variant)
+    assert cases.check(provider(script, op, right(op, case.spec)), case) == ""
+
+
+def test_the_fp32_sum_is_held_against_the_unrounded_sum(script, cases):
+    case = cases.Case(FUSED, "hot", torch.bfloat16, 16, 512, "fp32 sum")
+    assert cases.check(provider(script, FUSED, right(FUSED, case.spec)), case) == ""
+
+
+def test_in_place_results_are_read_from_the_operands(script, cases):
+    case = cases.Case(FUSED, "hot", torch.bfloat16, 5, 256)
+
+    def call(x, residual, weight, eps):
+        normed, total = reference.fused_add_rms_norm(x, residual, weight, case.spec, eps)
+        x.copy_(normed), residual.copy_(total)
+
+    assert cases.check(provider(script, FUSED, call, in_place=True), case) == ""
+    assert "sum differs" in cases.check(provider(script, FUSED, lambda *_: None, in_place=True), case)
+
+
+def _first(x):
+    return torch.arange(x.shape[-1], device=x.device) < 250
+
+
+@pytest.mark.parametrize(
+    ("what", "call", "said"),
+    [
+        ("scale", lambda x, w, eps: reference.rms_norm(x, w, LLAMA, eps) * 1.05, "relative error"),
+        (
+            "last columns",
+            lambda x, w, eps: reference.rms_norm(x, w, LLAMA, eps) * (torch.arange(256) < 250),
+            "relative",
+        ),
+        ("NaN", lambda x, w, eps: reference.rms_norm(x, w, LLAMA, eps) * float("nan"), "relative error nan"),
+        ("dtype", lambda x, w, eps: reference.rms_norm(x, w, LLAMA, eps).float(), "torch.float32"),
+        ("shape", lambda x, w, eps: reference.rms_norm(x, w, LLAMA, eps)[:3], "returned (3, 256)"),
+        ("count", lambda x, w, eps: (x, x), "returned 2 tensors"),
+    ],
+)
+def test_a_wrong_kernel_is_not_timed(script, cases, what, call, said):
+    case = cases.Case(PLAIN, "hot", torch.bfloat16, 5, 256)
+    assert said in cases.check(provider(script, PLAIN, call), case)
+
+
+def test_a_second_norm_of_a_pair_is_checked_too(script, cases):
+    case = cases.Case(PAIR, "hot", torch.bfloat16, 3, 128)
+    norm = reference.rms_norm
+    swapped = lambda q, k, qw, kw, eps: (norm(q, qw, LLAMA, eps), norm(k, qw, LLAMA, eps))  # noqa: E731
+    assert "relative error" in cases.check(provider(script, PAIR, swapped), case)
+
+
+def test_a_pair_is_views_of_one_projection(cases):
+    case = cases.Case(PAIR, "cold", torch.bfloat16, 7, 128)
+    ((q, k),) = cases.operands(case, 1)
+    assert (q.shape, k.shape) == ((7, 32, 128), (7, 8, 128))
+    assert q.stride(0) == k.stride(0) == 48 * 128
+    assert k.data_ptr() - q.data_ptr() == 32 * 128 * 2
+    assert case.bytes == 2 * 7 * 40 * 128 * 2
+
+
+def test_bytes_follow_the_dtypes(cases):
+    count = 4096 * 4096
+    assert cases.Case(FUSED, "cold", torch.bfloat16, 4096, 4096).bytes == 8 * count
+    assert cases.Case(FUSED, "cold", torch.bfloat16, 4096, 4096, "fp32 weight and result").bytes == 10 * count
+    assert cases.Case(PLAIN, "cold", torch.float32, 4096, 4096).bytes == 8 * count
+
+
+def test_suites_hold_what_the_aims_need(script):
+    suites = script("benchlib.suites").SUITES
+    shapes = lambda name: {(t.case.op, t.case.mode, t.case.m, t.case.n) for t in suites[name]}  # noqa: E731
+    assert {(FUSED, "cold", 4096, n) for n in (1024, 16384, 20480, 24576, 32768)} <= shapes("prefill")
+    assert {(FUSED, "chain", m, n) for m in (1, 16, 64, 128, 256) for n in (2048, 2880, 16384)} <= shapes("decode")
+    assert {(op, "cold", 512, n) for op in (FUSED, PLAIN) for n in (65536, 131072, 262144)} <= shapes("long")
+    assert {(PAIR, "hot", 1, 128), (PAIR, "hot", 16, 128), (PAIR, "cold", 4096, 128)} <= shapes("qk")
+    keys = [t.case for name in suites for t in suites[name]]
+    assert len(keys) == len(set(keys)), "two suites hold one case: the second would replace the first's row"
+
+
+def test_the_record_runs_every_suite(script):
+    assert sorted(script("gpu_record").SUITES) == sorted(script("benchlib.suites").SUITES)
+
+
+@pytest.mark.parametrize("jobs", [1, 5, 14])
+def test_every_case_is_compiled_by_one_process(script, jobs):
+    suites, warm = script("benchlib.suites").SUITES, script("benchlib.warm")
+    todo = [item for suite in suites.values() for item in suite]
+    portions = [warm.portion(todo, index, jobs) for index in range(jobs)]
+    shape = lambda item: (item.case.op, item.case.dtype, item.case.m, item.case.n, item.case.variant)  # noqa: E731
+    assert {shape(item) for part in portions for item in part} == {shape(item) for item in todo}
+    for item in (item for part in portions for item in part):
+        rows = (item.case.op, item.case.dtype, item.case.n, item.case.variant)
+        holders = [part for part in portions if rows in {(*shape(i)[:2], *shape(i)[3:]) for i in part}]
+        assert len(holders) == 1
+
+
+def test_a_machine_without_a_gpu_is_refused(repository: Path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    words = [sys.executable, "scripts/bench_kernels.py", "--suite", "hot"]
+    environment = {**os.environ, "PYTHONPATH": str(repository)}
+    ended = subprocess.run(words, cwd=repository, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert "needs a CUDA device" in ended.stderr
