@@ -3,236 +3,319 @@
     python scripts/results.py records/nvidia-h200.json
 
 Every figure in the page comes from that file, except the columns that another project publishes
-(`benchlib/published.json`), which are marked as theirs.
+(`benchlib/published.json`), which are marked as theirs. What the record does not hold is said to be missing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-DOCS = ROOT / "docs"
-FUSED = "fused_add_rms_norm"
-OURS = ("ours", "ours_inplace")
+from benchlib import aims, plots
+from benchlib.aims import PUBLISHED
+from benchlib.rows import FUSED, PAIR, PLAIN, Row, best_peer, gain, geometric_mean, ours, rate, select, shape, share
 
-PUBLISHED = json.loads((Path(__file__).parent / "benchlib" / "published.json").read_text())
+ROOT = Path(__file__).resolve().parents[1]
+MISSING = "Not in this record.\n"
 
 
 def table(head: list[str], rows: Iterable[list[object]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     lines += ["| " + " | ".join("-" if cell is None else str(cell) for cell in row) + " |" for row in rows]
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
-def select(record: dict, op: str, mode: str, dtype: str = "bf16") -> list[dict]:
-    rows = [r for r in record["kernels"] if (r["op"], r["mode"], r["dtype"]) == (op, mode, dtype) and r["us"]]
-    return sorted(rows, key=lambda r: (r["n"], r["m"]))
+def figure(value: float | None, form: str = ".2f") -> str | None:
+    return None if value is None else format(value, form)
 
 
-def ours(row: dict) -> float | None:
-    times = [row["us"][name] for name in OURS if name in row["us"]]
-    return min(times) if times else None
-
-
-def best_peer(row: dict) -> tuple[str, float] | None:
-    peers = {name: t for name, t in row["us"].items() if not name.startswith("ours")}
-    return min(peers.items(), key=lambda kv: kv[1]) if peers else None
-
-
-def gain(row: dict) -> float | None:
-    mine, peer = ours(row), best_peer(row)
-    return peer[1] / mine if mine and peer else None
-
-
-def geometric_mean(values: Iterable[float]) -> float:
-    logs = [math.log(v) for v in values]
-    return math.exp(sum(logs) / len(logs))
-
-
-def providers(rows: list[dict]) -> list[str]:
-    names = {name for row in rows for name in row["us"]}
-    return sorted(names, key=lambda name: (not name.startswith("ours"), name))
-
-
-def peer_table(rows: list[dict]) -> str:
-    names = providers(rows)
-    body = []
+def peer_table(rows: list[Row]) -> str:
+    """Times of everybody; the fastest in bold."""
+    names = plots.names_of(rows)
+    body: list[list[object]] = []
     for row in rows:
+        least = min(row["us"].values())
+        times = [figure(row["us"].get(name)) for name in names]
+        bold = [
+            f"**{cell}**" if row["us"].get(name) == least else cell for name, cell in zip(names, times, strict=True)
+        ]
         peer, ratio = best_peer(row), gain(row)
-        share = f"{row['roofline_us'] / ours(row):.3f}" if row.get("roofline_us") and ours(row) else None
-        times = [f"{row['us'][name]:.2f}" if name in row["us"] else None for name in names]
-        against = f"{ratio:.3f} ({peer[0]})" if ratio else None
-        body.append([f"{row['m']} x {row['n']}", *times, row.get("roofline_us"), share, against])
-    return table(["rows x N", *names, "roofline", "of roofline", "best peer / ours"], body)
+        against = f"{ratio:.3f} ({peer[0]})" if ratio and peer else None
+        body.append([shape(row), *bold, figure(row.get("roofline_us")), figure(share(row), ".3f"), against])
+    return table(["rows x N", *names, "copy", "copy / ours", "best peer / ours"], body) + failures(rows)
 
 
-def summary_line(rows: list[dict]) -> str:
-    ratios = [g for g in map(gain, rows) if g]
-    if not ratios:
-        return ""
-    return f"Best peer over ours: geometric mean {geometric_mean(ratios):.3f}, worst shape {min(ratios):.3f}."
-
-
-def section(record: dict, title: str, op: str, mode: str, note: str, dtype: str = "bf16") -> str:
-    rows = select(record, op, mode, dtype)
-    if not rows:
-        return ""
-    return f"## {title}\n\n{note} Microseconds per launch. {summary_line(rows)}\n\n{peer_table(rows)}\n"
-
-
-def published_table(record: dict) -> str:
-    rows = [r for r in select(record, FUSED, "kernel") if r["m"] == 4096 and r["n"] in PUBLISHED["n"]]
-    if not rows:
-        return ""
-    body = []
+def failures(rows: list[Row]) -> str:
+    """Who got no figure at which shape, and why."""
+    found: dict[tuple[str, str], list[str]] = {}
     for row in rows:
-        at = PUBLISHED["n"].index(row["n"])
-        theirs = [PUBLISHED[gpu][at] for gpu in ("H200", "H20", "B200")]
-        mine = ours(row)
-        body.append(
-            [
-                row["n"],
-                f"{mine:.2f}" if mine else None,
-                *theirs,
-                f"{theirs[0] / mine:.3f}" if mine else None,
-            ]
-        )
-    head = ["N", "ours here", "published H200", "published H20", "published B200", "published H200 / ours"]
+        for name, why in row.get("failed", {}).items():
+            found.setdefault((name, why), []).append(shape(row))
+    where = lambda shapes: "any of these" if len(shapes) == len(rows) else ", ".join(shapes)  # noqa: E731
+    lines = [f"- {name} has no figure at {where(shapes)}: {why}" for (name, why), shapes in found.items()]
+    return "\n" + "\n".join(lines) + "\n" if lines else ""
+
+
+def peers(note: str, rows: list[Row]) -> str:
+    if not rows:
+        return MISSING
+    gains = [g for g in map(gain, rows) if g]
+    summary = ""
+    if gains:
+        summary = f" Best peer over ours: geometric mean {geometric_mean(gains):.3f}, worst {min(gains):.3f}."
+    return f"{note} Microseconds per call.{summary}\n\n{peer_table(rows)}"
+
+
+def aims_table(record: Row) -> str:
+    said = {True: "yes", False: "**no**", None: "open"}
+    body = [[aim.work, aim.wanted, aim.measured, said[aim.met]] for aim in aims.of(record)]
     return (
-        "## Batch 4096, fused add, kernel time alone\n\nKernel durations from CUPTI beside the columns that "
-        f"hp_rms_norm publishes (theirs).\n\n{table(head, body)}\n"
+        "Computed from the record. `ours` is the better of the functional and the in-place form, as the peers' own "
+        "forms differ; the best peer is the best at that shape. Open: not measured, or not against every peer.\n\n"
+        + table(["work", "aim", "measured", "met"], body)
     )
 
 
-def bandwidth_table(record: dict) -> str:
-    rows = [r for r in select(record, "rms_norm", "cold", "fp16") if r["m"] == 4096]
+def decode_table(record: Row) -> str:
+    rows = select(record, FUSED, "chain")
     if not rows:
-        return ""
-    body = []
-    for row in rows:
-        rate = lambda us, row=row: 2 * row["m"] * row["n"] * 2 / us / 1e3  # noqa: E731
-        mine, eager = ours(row), row["us"].get("eager")
-        body.append(
-            [row["n"], f"{rate(mine):.0f}" if mine else None, f"{rate(eager):.0f}" if eager else None,
-             f"{eager / mine:.2f}x" if mine and eager else None]
-        )  # fmt: skip
+        return MISSING
+    ms = sorted({row["m"] for row in rows})
+    cell = {(row["m"], row["n"]): row for row in rows}
+
+    def text(m: int, n: int) -> str | None:
+        row = cell.get((m, n))
+        peer, ratio = (best_peer(row), gain(row)) if row else (None, None)
+        return f"{ours(row):.2f}, {ratio:.2f}x {peer[0]}" if row and ratio and peer else None
+
+    body = [[n, *(text(m, n) for m in ms)] for n in sorted({row["n"] for row in rows})]
     return (
-        "## 4096 tokens, fp16, against eager PyTorch\n\nBytes read once and written once, over time.\n\n"
-        + table(["N", "ours GB/s", "eager PyTorch GB/s", "speed-up"], body)
-        + "\n"
+        "Each launch reads what the one before wrote, in one graph: our microseconds, and the best peer's time over "
+        "ours with its name.\n\n" + table(["N", *(f"{m} rows" for m in ms)], body)
     )
 
 
-def fp32_table(record: dict) -> str:
-    rows = [r for r in select(record, "rms_norm", "hot", "fp32")]
+def host_table(record: Row) -> str:
+    rows = select(record, FUSED, "host") + select(record, PLAIN, "host")
     if not rows:
-        return ""
-    return f"## fp32 shapes\n\nOne buffer, graph of launches, microseconds.\n\n{peer_table(rows)}\n"
+        return MISSING
+    names = sorted({name for row in rows for name in row["us"]}, key=lambda name: rows[0]["us"].get(name, 1e9))
+    body = [[name, *(figure(row["us"].get(name)) for row in rows)] for name in names]
+    head = ["", *(f"{row['op']} {shape(row)}" for row in rows)]
+    return (
+        "Wall time of an eager call while the device keeps up, microseconds; outputs allocated except by the in-place "
+        "forms.\n\n" + table(head, body)
+    )
 
 
-def hf_table(record: dict) -> str:
+def variants_table(record: Row) -> str:
+    rates = aims.variant_rates(record)
+    body = [
+        [
+            row["op"],
+            row["dtype"],
+            row.get("variant") or "-",
+            row["mode"],
+            shape(row),
+            f"{rate(row):.2f}",
+            f"{ratio:.3f}",
+        ]
+        for row, ratio in rates
+    ]
+    if not body:
+        return MISSING
+    return (
+        "Our kernels in other dtypes and numerics. Last column: over the bf16 kernel, one rounding at the end, of the "
+        "same run; a hot fp32 row is held against a bf16 row of the same bytes.\n\n"
+        + table(["op", "dtype", "numerics", "mode", "rows x N", "TB/s", "over bf16"], body)
+    )
+
+
+def published_table(record: Row) -> str:
+    rows = [row for row in select(record, FUSED, "kernel") if row["m"] == 4096 and ours(row)]
+    if not rows:
+        return MISSING
+    body: list[list[object]] = []
+    for row in rows:
+        theirs = [PUBLISHED[gpu].get(str(row["n"])) for gpu in ("H200", "H20", "B200")]
+        ratio = theirs[0] / ours(row) if theirs[0] else None
+        body.append([row["n"], figure(ours(row)), *theirs, figure(ratio, ".3f")])
+    head = ["N", f"ours, {record['device']['name']}", "quoted H200", "quoted H20", "quoted B200", "quoted H200 / ours"]
+    return (
+        "Kernel durations by CUPTI, microseconds, 4096 rows of bf16. The columns marked as quoted were not measured "
+        f"by us: they are from {PUBLISHED['source']}.\n\n{table(head, body)}"
+    )
+
+
+def bandwidth_table(record: Row) -> str:
+    rows = [row for row in select(record, PLAIN, "cold", "fp16") if row["m"] == 4096 and "eager" in row["us"]]
+    if not rows:
+        return MISSING
+    body = []
+    for row in rows:
+        speed = [2 * 2 * row["m"] * row["n"] / us / 1e3 for us in (ours(row), row["us"]["eager"]) if us]
+        body.append([row["n"], *(f"{s:.0f}" for s in speed), f"{row['us']['eager'] / ours(row):.2f}x"])
+    return "Bytes read once and written once, over the time; GB/s.\n\n" + table(
+        ["N", "ours", "eager PyTorch", "speed-up"], body
+    )
+
+
+def profile_table(record: Row) -> str:
+    rows = record.get("profile", ())
+    if not rows:
+        return MISSING
+    metrics = {
+        "dram__sectors_read.sum": "DRAM read",
+        "dram__sectors_write.sum": "DRAM written",
+        "lts__t_sectors.sum": "L2",
+        "l1tex__t_sectors_pipe_lsu_mem_global_op_ld.sum": "L1 global loads",
+        "l1tex__t_sectors_pipe_lsu_mem_global_op_st.sum": "L1 global stores",
+        "smsp__inst_executed.sum": "instructions",
+        "smsp__sass_inst_executed_op_shared_ld.sum": "shared loads",
+        "smsp__sass_inst_executed_op_shared_st.sum": "shared stores",
+    }
+    body = [
+        [f"{row['op']} {row['dtype']} {shape(row)}", row["provider"], row["kernels"]]
+        + [f"{row['counts'][metric]:,.0f}" for metric in metrics]
+        for row in rows
+    ]
+    return (
+        "Nsight Compute over one call; `eager` is the norm as one PyTorch kernel per step. Sectors are 32 bytes, "
+        "instructions are per warp. Caches are emptied before every kernel; what a kernel leaves in the L2 when it "
+        "ends is not counted as written.\n\n" + table(["call", "", "kernels", *metrics.values()], body)
+    )
+
+
+def hf_table(record: Row) -> str:
     if not record["hf"]:
-        return ""
-    names = list(record["hf"][0]["tokens_per_s"])
+        return MISSING
+    names = list(dict.fromkeys(name for row in record["hf"] for name in row["tokens_per_s"]))
     body = []
     for row in record["hf"]:
-        cells = [
-            f"{row['tokens_per_s'][n]:.0f} ({row['ratio_to_stock'][n]:.3f}x)" if n in row["tokens_per_s"] else None
-            for n in names
-        ]
+        rates, ratios = row["tokens_per_s"], row["ratio_to_stock"]
+        cells = [f"{rates[n]:.0f} ({ratios[n]:.3f}x)" if n in rates else None for n in names]
         body.append([f"{row['model']}, {row['layers']} layers", row["mode"], row["work"], *cells])
     return (
-        "## End to end in Hugging Face transformers\n\nTokens per second, medians of alternating rounds on one set of "
-        "random weights; `removed` has no norms at all (adds stay) and is a ceiling, not a model.\n\n"
-        + table(["model", "mode", "work", *names], body)
-        + "\n"
+        "Tokens per second, medians of alternating rounds over one set of random weights, and the ratio to stock; "
+        "`removed` has no norms at all (adds stay) and is a ceiling, not a model. Compiled: `torch.compile` with "
+        "default settings, decoding into a static cache.\n\n" + table(["model", "mode", "work", *names], body)
     )
 
 
-def plot_roofline(record: dict, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "rmsnorm_patch"
-    import matplotlib.pyplot as plt
-
-    rows = [r for r in select(record, FUSED, "cold") if r["m"] == 4096 and r["roofline_us"]]
-    figure, axes = plt.subplots(figsize=(8, 4.2))
-    for name in providers(rows):
-        if name == "eager":
-            continue
-        points = [(r["n"], r["roofline_us"] / r["us"][name]) for r in rows if name in r["us"]]
-        mine = name.startswith("ours")
-        axes.plot(*zip(*points, strict=True), marker="o" if mine else ".", lw=2.2 if mine else 1, label=name)
-    axes.axhline(1.0, color="grey", lw=0.8, ls="--")
-    axes.set(xscale="log", xlabel="N (hidden size)", ylabel="fraction of same-traffic copy", ylim=(0.5, 1.1))
-    axes.set_xscale("log", base=2)
-    axes.set_title(f"Fused residual-add + RMSNorm, 4096 rows, bf16, {record['device']['name']}", fontsize=10)
-    axes.legend(fontsize=7, ncol=2)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
-
-
-def plot_decode(record: dict, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "rmsnorm_patch"
-    import matplotlib.pyplot as plt
-
-    rows = select(record, FUSED, "chain")
-    figure, axes = plt.subplots(figsize=(8, 4.2))
-    for m in sorted({r["m"] for r in rows}):
-        points = [(r["n"], gain(r)) for r in rows if r["m"] == m and gain(r)]
-        axes.plot(*zip(*points, strict=True), marker="o", label=f"{m} rows")
-    axes.axhline(1.0, color="grey", lw=0.8, ls="--")
-    axes.set_xscale("log", base=2)
-    axes.set(xlabel="N (hidden size)", ylabel="best peer's time / ours")
-    axes.set_title(f"Decode: dependent chain of fused add + RMSNorm, bf16, {record['device']['name']}", fontsize=10)
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
-
-
-def page(record: dict, name: str) -> str:
-    device = record["device"]
-    versions = ", ".join(f"{k} {v}" for k, v in record["versions"].items())
-    tests = record["tests"] or {"passed": 0, "failed": 0, "skipped": 0}
-    parts = [
-        f"# Results on {device['name']}\n\nGenerated from `records/{name}` by `scripts/results.py`; code digest "
-        f"`{record['digest'][:16]}`. {versions}. GPU tests: {tests['passed']} passed, {tests['failed']} failed, "
-        f"{tests['skipped']} skipped.\n\nEach row is one run: every provider was checked against fp64 before it was "
-        "timed, and the roofline is a copy of the same bytes in the same run.\n",
-        "![fraction of roofline](results_roofline.svg)\n\n![decode](results_decode.svg)\n",
-        section(record, "Prefill, fused add", FUSED, "cold", "Buffers rotate through ten times the L2."),
-        section(record, "Prefill, plain norm", "rms_norm", "cold", "Buffers rotate through ten times the L2."),
-        section(record, "Decode, dependent chain", FUSED, "chain", "Each launch reads what the one before wrote."),
-        section(record, "One hot buffer", FUSED, "hot", "Everything stays in L2."),
-        section(record, "Host cost of one eager call", FUSED, "host", "Outputs allocated where the API is functional."),
-        section(record, "Host cost of one eager plain norm", "rms_norm", "host", "Output allocated."),
-        published_table(record),
-        bandwidth_table(record),
-        fp32_table(record),
-        hf_table(record),
+def vllm_table(record: Row) -> str:
+    if not record["vllm"]:
+        return MISSING
+    body = [
+        [
+            *(row["shape"], row["case"], row["variant"], f"{row['tokens_per_s']:.0f}"),
+            *(figure(row.get("speedup"), ".4f"), figure(row.get("step_us") or None, ".1f")),
+            figure(row.get("share_recovered"), ".2f"),
+        ]
+        for row in sorted(record["vllm"], key=lambda row: (row["shape"], row["case"], row["variant"]))
     ]
-    return "\n".join(part for part in parts if part)
+    return (
+        "Compiled engines with CUDA graphs and dummy weights, medians of alternating rounds. Step: device time of one "
+        "decode step. Recovered: the share of the time between stock and an engine without norms and adds.\n\n"
+        + table(["shape", "work", "engine", "tokens/s", "over stock", "step us", "recovered"], body)
+    )
+
+
+def jit_table(record: Row) -> str:
+    rows = record.get("jit", ())
+    if not rows:
+        return MISSING
+    cells = lambda values: " / ".join(f"{value:.1f}" for value in values)  # noqa: E731
+    body = [[r["what"], r["op"], r["n"], r["kernels"], cells(r["cold_ms"]), cells(r["disk_ms"])] for r in rows]
+    return (
+        "Milliseconds, one figure for each repeat, every one in a process of its own: with an empty cache, and from "
+        "the disk. `kernel` is one schedule and the first of its process, `first call` compiles every schedule of a "
+        "row length and launches, `warmup` makes a model with Llama-1B norms ready.\n\n"
+        + table(["what", "op", "N", "kernels", "empty cache", "from disk"], body)
+    )
+
+
+def tests_text(record: Row) -> str:
+    tests = record["tests"]
+    said = MISSING
+    if tests:
+        said = f"{tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped.\n"
+    rows = record.get("sanitizer", ())
+    if not rows:
+        return f"GPU tests: {said}\ncompute-sanitizer: {MISSING}"
+    body = [[row["tool"], row["errors"], row["passed"], row["failed"], row["skipped"]] for row in rows]
+    return f"GPU tests: {said}\n" + table(["compute-sanitizer", "errors", "tests passed", "failed", "skipped"], body)
+
+
+def long_and_odd(record: Row, op: str) -> list[Row]:
+    in_prefill = set(aims.PREFILL_N)
+    return [row for row in select(record, op, "cold") if row["m"] != 4096 or row["n"] not in in_prefill]
+
+
+COLD = "Buffers rotate through ten times the L2."
+SECTIONS: dict[str, Callable[[Row], str]] = {
+    "Aims": aims_table,
+    "Prefill, fused add": lambda r: peers(COLD, aims.prefill(r)),
+    "Prefill, plain norm": lambda r: peers(COLD, aims.plain(r)),
+    "Decode": decode_table,
+    "One hot buffer": lambda r: peers("Everything stays in the L2.", select(r, FUSED, "hot")),
+    "Query and key norms": lambda r: peers(
+        "32 + 8 heads, strided views of a packed projection; rows are tokens. `ours` is one launch for both, everybody "
+        "else takes two (Inductor: one compiled function). First cold, then hot.",
+        select(r, PAIR, "cold") + select(r, PAIR, "hot"),
+    ),
+    "Long and odd rows, fused add": lambda r: peers(COLD, long_and_odd(r, FUSED)),
+    "Long rows, plain norm": lambda r: peers(COLD, long_and_odd(r, PLAIN)),
+    "Other dtypes and numerics": variants_table,
+    "Host cost": host_table,
+    "Hugging Face transformers, end to end": hf_table,
+    "vLLM": vllm_table,
+    "Compilation": jit_table,
+    "4096 rows, fused add, beside published figures": published_table,
+    "4096 rows, fp16, against eager PyTorch": bandwidth_table,
+    "Five fp32 shapes": lambda r: peers("One buffer, plain norm.", select(r, PLAIN, "hot", "fp32")),
+    "Sectors and instructions": profile_table,
+    "Tests": tests_text,
+}
+
+
+def draw(record: Row, folder: Path) -> list[str]:
+    """The plots that the record has rows for; their file names."""
+    gpu, made = record["device"]["name"], []
+    rows = aims.prefill(record)
+    if any(row["roofline_us"] for row in rows):
+        plots.roofline(rows, f"Fused add + RMSNorm, 4096 rows, bf16, cold, {gpu}", folder / "results_roofline.svg")
+        made.append("results_roofline.svg")
+    rows = select(record, FUSED, "chain")
+    if any(map(gain, rows)):
+        plots.gains(rows, gain, f"Fused add + RMSNorm, dependent chain, bf16, {gpu}", folder / "results_decode.svg")
+        made.append("results_decode.svg")
+    return made
+
+
+def page(record: Row, name: str, drawn: list[str]) -> str:
+    versions = ", ".join(f"{key} {value}" for key, value in record["versions"].items())
+    parts = [
+        f"# Results on {record['device']['name']}\n\nGenerated by `scripts/results.py` from `records/{name}`; code "
+        f"digest `{record['digest'][:16]}`; {versions}.\n\nA row is one run: every provider was checked against fp64 "
+        "before it was timed, and the copy moves the same bytes in the same run. Medians; times hold for this GPU, "
+        "ratios are within a run.\n",
+        *(f"![{file.removeprefix('results_').removesuffix('.svg')}]({file})\n" for file in drawn),
+        *(f"## {title}\n\n{build(record)}" for title, build in SECTIONS.items()),
+    ]
+    return "\n".join(parts)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("record", type=Path)
+    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of results.md and the plots")
     args = parser.parse_args()
     record = json.loads(args.record.read_text())
-    (DOCS / "results.md").write_text(page(record, args.record.name))
-    plot_roofline(record, DOCS / "results_roofline.svg")
-    plot_decode(record, DOCS / "results_decode.svg")
-    print("docs/results.md written")
+    drawn = draw(record, args.out)
+    (args.out / "results.md").write_text(page(record, args.record.name, drawn))
+    print(f"{args.out / 'results.md'} written, plots: {', '.join(drawn) or 'none'}")
 
 
 if __name__ == "__main__":

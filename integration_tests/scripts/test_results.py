@@ -1,0 +1,170 @@
+"""The results page from made-up records (test data, no measurement): figures, verdicts, what is missing, plots."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from copy import deepcopy
+
+import pytest
+
+FUSED, PLAIN, PAIR = "fused_add_rms_norm", "rms_norm", "rms_norm_pair"
+PEERS = ("eager", "F.rms_norm", "inductor", "liger", "quack", "flashinfer", "flashinfer_cuda", "vllm")
+EMPTY = {
+    "digest": "test data " * 4,
+    "device": {"name": "test data, no GPU"},
+    "versions": {"torch": "0"},
+    "tests": None,
+    "kernels": [],
+    "hf": [],
+    "vllm": [],
+}
+
+
+def row(op, mode, m, n, ours, peer, dtype="bf16", variant="", roofline=None, **more):
+    us = {"ours": ours, **dict.fromkeys(PEERS, peer)} if peer else {"ours": ours}
+    shape = {"op": op, "mode": mode, "dtype": dtype, "m": m, "n": n, "variant": variant, "bytes": m * n * 8}
+    return {**shape, "us": {**us, **more}, "failed": {}, "roofline_us": roofline}
+
+
+@pytest.fixture
+def record(script):
+    """Every section, every aim met."""
+    suites = script("benchlib.suites").SUITES
+    published = script("benchlib.aims").PUBLISHED["H200"]
+    kernels = [
+        row(op, "cold", 4096, item.case.n, 10.0, 11.0, roofline=9.95, ours_triton=10.2)
+        for op, suite in ((FUSED, "prefill"), (PLAIN, "prefill_norm"))
+        for item in suites[suite]
+    ]
+    kernels += [row(FUSED, "kernel", 4096, int(n), us - 0.5, None) for n, us in published.items()]
+    kernels += [row(FUSED, "chain", t.case.m, t.case.n, 1.0, 1.5) for t in suites["decode"]]
+    kernels += [row(FUSED, "hot", 4096, n, 1.0, 1.5) for n in (1024, 2048)]
+    kernels += [row(PAIR, mode, 4096, 128, 1.0, 1.5, ours_two_launches=1.4) for mode in ("cold", "hot")]
+    kernels += [row(op, "cold", 512, n, 1.0, 1.1) for op in (FUSED, PLAIN) for n in (65536, 131072, 262144)]
+    kernels += [row(FUSED, "cold", 4096, 4096, 1.0, None, variant=v) for v in ("one rounding", "1+w", "weightless")]
+    kernels += [row(PLAIN, "hot", 64, 768, 1.0, 2.0, dtype="fp32"), row(PLAIN, "hot", 64, 1536, 2.0, None)]
+    kernels += [row(PLAIN, "cold", 4096, 1024, 2.0, 8.0, dtype="fp16")]
+    kernels += [row(FUSED, "host", 8, 4096, 5.0, 10.0)]
+    hf = [
+        {
+            "model": "llama-8b", "layers": 32, "work": work, "mode": "eager",
+            "tokens_per_s": {"stock": 10.0, "F.rms_norm": 13.0, "patched": 14.0, "removed": 15.0},
+            "ratio_to_stock": {"stock": 1.0, "F.rms_norm": 1.3, "patched": 1.4, "removed": 1.5},
+        }
+        for work in ("decode 1", "decode 32", "prefill 4x2048")
+    ]  # fmt: skip
+    counts = dict.fromkeys(script("profile_counts").METRICS, 1234.0)
+    made = {
+        "kernels": kernels,
+        "hf": hf,
+        "tests": {"passed": 7, "failed": 0, "skipped": 2},
+        "vllm": [{"shape": "llama-8b", "variant": "ir", "case": "decode-1", "tokens_per_s": 9.0, "speedup": 1.01}],
+        "jit": [{"what": "kernel", "op": FUSED, "n": 8192, "kernels": 1, "cold_ms": [99.0], "disk_ms": [1.5]}],
+        "profile": [{**call, "kernels": 1, "counts": counts} for call in script("profile_counts").calls()],
+        "sanitizer": [{"tool": "memcheck", "errors": 0, "passed": 5, "failed": 0, "skipped": 0}],
+    }
+    return {**deepcopy(EMPTY), **made}
+
+
+def verdicts(script, record) -> dict[str, bool | None]:
+    return {aim.work: aim.met for aim in script("benchlib.aims").of(record)}
+
+
+def test_every_aim_is_met_by_figures_that_meet_it(script, record):
+    assert set(verdicts(script, record).values()) == {True}
+
+
+def test_every_aim_is_open_without_figures(script, record):
+    assert set(verdicts(script, EMPTY).values()) == {None}
+    assert verdicts(script, EMPTY).keys() == verdicts(script, record).keys()
+
+
+@pytest.mark.parametrize(
+    ("choose", "change", "aims"),
+    [
+        (lambda r: r["mode"] == "chain" and r["m"] == 64, 1.2, ["dependent chain, 1 to 64 rows"]),
+        (lambda r: r["mode"] == "chain" and r["m"] == 256, 1.4, ["dependent chain, 128 and 256 rows"]),
+        (lambda r: r["mode"] == "hot" and r["op"] == FUSED, 1.45, ["hot"]),
+        (lambda r: r["mode"] == "kernel" and r["n"] == 16384, 136.0, ["kernel time alone"]),
+        (lambda r: r["n"] == 262144 and r["op"] == PLAIN, 1.2, ["rows of 65536"]),
+        (lambda r: r["variant"] == "1+w", 1.1, ["bytes per second"]),
+        (lambda r: r["mode"] == "host", 9.0, ["over quack", "over add + F.rms_norm"]),
+        (lambda r: r["op"] == PAIR, 1.3, ["one launch for both"]),
+    ],
+)
+def test_one_slow_row_fails_its_aim_and_no_other(script, record, choose, change, aims):
+    rows = [row for row in record["kernels"] if choose(row)]
+    assert rows
+    rows[-1]["us"]["ours"] = change
+    failed = [work for work, met in verdicts(script, record).items() if met is not True]
+    assert len(failed) == len(aims)
+    assert all(any(aim in work for work in failed) for aim in aims), failed
+
+
+def test_an_aim_is_not_met_while_a_peer_was_not_timed(script, record):
+    for found in record["kernels"]:
+        found["us"].pop("quack", None)
+    aims = [aim for aim in script("benchlib.aims").of(record) if "not timed: quack" in aim.measured]
+    assert len(aims) == 10
+    assert {aim.met for aim in aims} == {None}
+
+
+def test_the_in_place_form_does_not_count_for_host_cost(script, record):
+    host = next(row for row in record["kernels"] if row["mode"] == "host")
+    host["us"].update(ours=9.0, ours_inplace=1.0)
+    assert [work for work, met in verdicts(script, record).items() if not met] == [
+        "host cost of an eager fused add, output allocated, over quack",
+        "host cost of an eager fused add, output allocated, over add + F.rms_norm",
+    ]
+
+
+def write(script, record, folder, monkeypatch) -> str:
+    path = folder / "test-data.json"
+    path.write_text(json.dumps(record))
+    monkeypatch.setattr(sys, "argv", ["results.py", str(path), "--out", str(folder)])
+    script("results").main()
+    return (folder / "results.md").read_text()
+
+
+def test_a_page_of_everything(script, record, tmp_path, monkeypatch):
+    text = write(script, record, tmp_path, monkeypatch)
+    assert "Not in this record" not in text
+    assert "test data, no GPU" in text
+    published = script("benchlib.aims").PUBLISHED
+    assert f"| 4096 | 32.59 | {published['H200']['4096']} | {published['H20']['4096']}" in text
+    assert "| 1024 | 8389 | 2097 | 4.00x |" in text  # 2 * 2 * 4096 * 1024 bytes in 2 and in 8 us
+    assert "1,234" in text
+    for name in ("results_roofline.svg", "results_decode.svg"):
+        assert f"]({name})" in text
+        assert (tmp_path / name).read_text().startswith("<?xml")
+
+
+def test_a_page_of_nothing_says_so_in_every_section(script, tmp_path, monkeypatch):
+    text = write(script, EMPTY, tmp_path, monkeypatch)
+    sections = re.split(r"^## ", text, flags=re.MULTILINE)[1:]
+    assert len(sections) == len(script("results").SECTIONS)
+    assert all("Not in this record" in section for section in sections[1:])
+    assert "svg" not in text
+
+
+def test_the_same_record_gives_the_same_files(script, record, tmp_path, monkeypatch):
+    first, second = tmp_path / "a", tmp_path / "b"
+    for folder in (first, second):
+        folder.mkdir()
+        write(script, record, folder, monkeypatch)
+    for name in ("results.md", "results_roofline.svg", "results_decode.svg"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def test_a_provider_without_a_figure_is_listed_with_the_reason(script, record):
+    record["kernels"][0]["us"].pop("vllm")
+    record["kernels"][0]["failed"] = {"vllm": "relative error 3"}
+    page = script("results").page(record, "test-data.json", [])
+    assert "vllm has no figure at 4096 x 1024: relative error 3" in page
+
+
+def test_earlier_records_can_still_be_read(script, repository, tmp_path, monkeypatch):
+    for path in (repository / "records" / "superseded").glob("*.json"):
+        assert "## Prefill, fused add" in script("results").page(json.loads(path.read_text()), path.name, [])

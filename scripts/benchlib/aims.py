@@ -1,0 +1,208 @@
+"""The aims of this project, each with what a record holds on it. No figure is typed in here but the aims' own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .rows import FUSED, PAIR, PLAIN, Row, gain, geometric_mean, ours, rate, select, share, worst
+
+PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text())
+LONG_N = (65536, 131072, 262144)
+PREFILL_N = (*range(1024, 16385, 1024), 20480, 24576, 32768)
+PEERS = ("eager", "F.rms_norm", "inductor", "liger", "quack", "flashinfer", "flashinfer_cuda", "vllm")
+
+
+@dataclass(frozen=True)
+class Aim:
+    """met: None where the record holds nothing to judge by, or not every peer and the aim is met without them."""
+
+    work: str
+    wanted: str
+    measured: str
+    met: bool | None
+
+    @classmethod
+    def least(cls, work: str, wanted: float, found: tuple[float, str] | None, unit: str = "x") -> Aim:
+        """The worst of several figures must reach `wanted`."""
+        text = f"at least {wanted:g}{unit}"
+        if found is None:
+            return cls(work, text, "not measured", None)
+        return cls(work, text, f"{found[0]:.3f}{unit} ({found[1]})", found[0] >= wanted)
+
+    def against(self, rows: list[Row]) -> Aim:
+        """Open where a peer was timed at none of `rows`: it might have been the best."""
+        absent = [peer for peer in PEERS if not any(peer in row["us"] for row in rows)]
+        if not rows or not absent:
+            return self
+        measured = f"{self.measured}; not timed: {', '.join(absent)}"
+        return replace(self, measured=measured, met=None if self.met else self.met)
+
+
+def prefill(record: Row) -> list[Row]:
+    return [row for row in select(record, FUSED, "cold") if row["m"] == 4096 and row["n"] in PREFILL_N]
+
+
+def plain(record: Row) -> list[Row]:
+    return [row for row in select(record, PLAIN, "cold") if row["m"] == 4096 and row["n"] in PREFILL_N]
+
+
+def chain(record: Row, least: int, most: int) -> list[Row]:
+    return [row for row in select(record, FUSED, "chain") if least <= row["m"] <= most]
+
+
+def long_rows(record: Row) -> list[Row]:
+    return [row for op in (FUSED, PLAIN) for row in select(record, op, "cold") if row["n"] in LONG_N]
+
+
+def _throughput(record: Row) -> Iterator[Aim]:
+    for name, rows in (("fused add", prefill(record)), ("plain norm", plain(record))):
+        work = f"{name}, bf16, 4096 rows, N = 1024 to 32768, cold"
+        yield Aim.least(f"{work}: worst against the best peer", 0.99, worst(rows, gain)).against(rows)
+        gains = [g for g in map(gain, rows) if g]
+        mean = (geometric_mean(gains), f"geometric mean of {len(gains)} shapes") if gains else None
+        yield Aim.least(f"{work}: mean against the best peer", 1.02, mean).against(rows)
+        wide = [row for row in rows if row["n"] >= 4096]
+        yield Aim.least(f"{work}: N >= 4096 against a copy of the same bytes", 0.985, worst(wide, share))
+
+
+def _published(record: Row) -> Iterator[Aim]:
+    theirs = PUBLISHED["H200"]
+    rows = [row for row in select(record, FUSED, "kernel") if row["m"] == 4096 and str(row["n"]) in theirs]
+    found = worst(rows, lambda row: theirs[str(row["n"])] / mine if (mine := ours(row)) else None)
+    work = "fused add, 4096 rows, kernel time alone, against the column published for H200"
+    if found is None:
+        yield Aim(work, "below every row", "not measured", None)
+        return
+    text = f"published / ours {found[0]:.3f} at worst ({found[1]}), {len(rows)} of {len(theirs)} rows"
+    yield Aim(work, "below every row", text, found[0] > 1 and len(rows) == len(theirs))
+
+
+def _decode(record: Row) -> Iterator[Aim]:
+    groups = (
+        ("fused add, dependent chain, 1 to 64 rows", 1.40, chain(record, 1, 64)),
+        ("fused add, dependent chain, 128 and 256 rows", 1.12, chain(record, 128, 256)),
+        ("fused add, 4096 rows, N = 1024 to 2048, hot", 1.05, select(record, FUSED, "hot")),
+    )
+    for work, wanted, rows in groups:
+        yield Aim.least(work, wanted, worst(rows, gain)).against(rows)
+
+
+def _query_key(record: Row) -> Iterator[Aim]:
+    rows = [row for mode in ("cold", "hot") for row in select(record, PAIR, mode) if row["m"] == 4096]
+
+    def against(name: str) -> Callable[[Row], float | None]:
+        def ratio(row: Row) -> float | None:
+            peers = [us for provider, us in row["us"].items() if not provider.startswith("ours")]
+            return min(peers) / row["us"][name] if peers and name in row["us"] else None
+
+        return ratio
+
+    work = "q and k norm, 4096 tokens x (32 + 8) x 128, strided"
+    yield Aim.least(f"{work}: a launch each", 1.0, worst(rows, against("ours_two_launches"))).against(rows)
+    yield Aim.least(f"{work}: one launch for both", 1.3, worst(rows, against("ours"))).against(rows)
+
+
+def _long(record: Row) -> Iterator[Aim]:
+    rows = long_rows(record)
+    yield Aim.least("rows of 65536, 131072 and 262144, both ops", 1.0, worst(rows, gain)).against(rows)
+
+
+def variant_rates(record: Row) -> list[tuple[Row, float]]:
+    """Every row of our kernels alone, with its bytes per second over the bf16 kernel's on as many bytes or more."""
+    found = []
+    for row in record["kernels"]:
+        base = _bf16_like(record, row)
+        mine, its = rate(row), rate(base) if base else None
+        if mine and its:
+            found.append((row, mine / its))
+    return found
+
+
+def _bf16_like(record: Row, row: Row) -> Row | None:
+    if row["mode"] == "cold" and row.get("variant"):
+        rows = select(record, row["op"], "cold", "bf16", "one rounding")
+        return next((base for base in rows if base["m"] == row["m"] and base is not row), None)
+    if (row["op"], row["mode"], row["dtype"]) == (PLAIN, "hot", "fp32"):
+        wanted = (row["m"], 2 * row["n"])
+        return next((b for b in select(record, PLAIN, "hot") if (b["m"], b["n"]) == wanted), None)
+    return None
+
+
+def _dtypes(record: Row) -> Iterator[Aim]:
+    asked = {"one rounding", "fp32 weight", "1+w", "weightless", ""}
+    rates = [(ratio, row) for row, ratio in variant_rates(record) if row.get("variant", "") in asked]
+    found = min(rates, key=lambda pair: pair[0], default=None)
+    label = (
+        found
+        and f"{found[1]['op']} {found[1]['dtype']} {found[1].get('variant', '')} {found[1]['m']} x {found[1]['n']}"
+    )
+    work = "fp16, fp32, fp32 weight, 1 + w, weightless: bytes per second over the bf16 kernel's"
+    yield Aim.least(work, 0.97, (found[0], label) if found else None)
+
+
+def _host(record: Row) -> Iterator[Aim]:
+    (row,) = select(record, FUSED, "host")[:1] or ({"us": {}},)
+    for peer, limit in (("quack", 0.75), ("F.rms_norm", 0.6)):
+        name = "quack" if peer == "quack" else "add + F.rms_norm"
+        work = f"host cost of an eager fused add, output allocated, over {name}"
+        if "ours" not in row["us"] or peer not in row["us"]:
+            yield Aim(work, f"at most {limit:g}x", "not measured", None)
+            continue
+        mine, theirs = row["us"]["ours"], row["us"][peer]
+        yield Aim(work, f"at most {limit:g}x", f"{mine / theirs:.3f}x ({mine:.2f} us)", mine <= limit * theirs)
+
+
+def _triton(record: Row) -> Iterator[Aim]:
+    def ratio(row: Row) -> float | None:
+        return row["us"]["ours"] / row["us"]["ours_triton"] if {"ours", "ours_triton"} <= row["us"].keys() else None
+
+    yield Aim.least(
+        "Triton fallback, prefill, over the CUDA kernel", 0.95, worst(prefill(record) + plain(record), ratio)
+    )
+
+
+def _end_to_end(record: Row) -> Iterator[Aim]:
+    rows = {row["work"]: row for row in record["hf"] if (row["model"], row["mode"]) == ("llama-8b", "eager")}
+    for work, wanted in (("decode 1", 1.38), ("decode 32", 1.38), ("prefill 4x2048", 1.10)):
+        row = rows.get(work)
+        patched = row and row["ratio_to_stock"].get("patched")
+        found = (patched, f"{row['layers']} layers") if row and patched else None
+        yield Aim.least(f"Hugging Face, Llama-8B shapes, {work}, over stock", wanted, found)
+    yield _ahead(list(rows.values()))
+
+
+def _ahead(rows: list[Row]) -> Aim:
+    work, wanted = "Hugging Face, patched against every other column (`removed` is a ceiling)", "ahead"
+    others = [
+        (row["tokens_per_s"]["patched"] / rate, f"{row['work']}, {name}")
+        for row in rows
+        for name, rate in row["tokens_per_s"].items()
+        if "patched" in row["tokens_per_s"] and name not in ("patched", "removed")
+    ]
+    if not others:
+        return Aim(work, wanted, "not measured", None)
+    ratio, name = min(others)
+    return Aim(work, wanted, f"{ratio:.3f}x at worst ({name})", ratio > 1)
+
+
+def _jit(record: Row) -> Iterator[Aim]:
+    rows = record.get("jit", ())
+    for what, key, wanted in (("cold", "cold_ms", 500), ("from the disk", "disk_ms", 30)):
+        kernels = [
+            (max(row[key]), f"{row['op']}, N = {row['n']}") for row in rows if row["what"] in ("kernel", "first call")
+        ]
+        work = f"JIT, kernels of a first call {what}"
+        if not kernels:
+            yield Aim(work, f"under {wanted} ms", "not measured", None)
+            continue
+        slowest, where = max(kernels)
+        yield Aim(work, f"under {wanted} ms", f"{slowest:.1f} ms at worst ({where})", slowest < wanted)
+
+
+def of(record: Row) -> list[Aim]:
+    """Every aim, in the order in which they were set."""
+    groups = (_throughput, _published, _decode, _query_key, _long, _dtypes, _host, _triton, _end_to_end, _jit)
+    return [aim for group in groups for aim in group(record)]
