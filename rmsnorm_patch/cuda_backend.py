@@ -20,6 +20,8 @@ from .errors import KernelBuildError, UnsupportedInput
 from .semantics import NormSpec
 
 MAX_ALIGN = 32
+DLPACK_CUDA = 2
+"""CUDA in DLPack's numbering of devices."""
 _OP_CODES = {"rms_norm": 0, "fused_add_rms_norm": 1, "fused_add_rms_norm_": 2}
 
 
@@ -47,10 +49,10 @@ def bind(op: Op, spec: NormSpec) -> Callable[..., Any]:
     return _bound(op, spec.variant)[1]
 
 
-def attempt(op: Op, spec: NormSpec) -> Callable[..., Any]:
-    """The callable of `bind` without its slow path: None, and nothing done, for any call that launcher.c does not serve
-    (no plan yet, other dtypes, shapes, subclasses, strides that no kernel addresses)."""
-    return _bound(op, spec.variant)[0].attempt
+def table(op: Op, spec: NormSpec) -> object | None:
+    """What launcher.c knows of the op, for `rewrite.native`; None where it is not launcher.c that serves."""
+    bound, _ = _bound(op, spec.variant)
+    return bound.table if bound.functions.kind == "c" else None
 
 
 def warmup(
@@ -72,21 +74,26 @@ def warmup(
 @cache
 def _bound(op: Op, spec: NormSpec) -> tuple[BoundOp, Callable[..., Any]]:
     bound = BoundOp(op, spec)
-    functions = launcher.functions()
-    empty_strided = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
-    if empty_strided is None:  # torch without Inductor's allocation entry: 0.8 us instead of 1.4 us a tensor
-        functions = launcher.python_functions("torch has no _empty_strided_cuda")
-    bound.functions = functions
-    bound.table, call, bound.attempt = functions.make_callable(
-        _OP_CODES[op],
-        spec.has_weight,
-        bound,
-        torch.Tensor,
-        torch.nn.Parameter,
-        empty_strided,
-        torch._C._cuda_getCurrentRawStream,
-        _wrote,
-    )
+    empty_strided = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)  # Inductor's: skips the dispatcher
+    exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    made = None
+    if empty_strided is not None and exchange is not None:
+        bound.functions = launcher.functions()
+        made = bound.functions.make_callable(
+            _OP_CODES[op],
+            spec.has_weight,
+            bound,
+            torch.Tensor,
+            torch.nn.Parameter,
+            empty_strided,
+            _wrote,
+            exchange,
+            DLPACK_CUDA,
+        )
+    if made is None:
+        bound.functions = launcher.python_functions("torch before 2.10 lacks what launcher.c asks it for")
+        made = bound.functions.make_callable(_OP_CODES[op], spec.has_weight, bound)
+    bound.table, call = made
     return bound, call
 
 
@@ -152,7 +159,6 @@ class BoundOp:
         self.in_place = op == "fused_add_rms_norm_"
         self.functions: launcher.Functions
         self.table: object = None
-        self.attempt: Callable[..., Any]
         self._kernels: dict[tuple[Any, ...], list[tuple[int, int]]] = {}
 
     def __repr__(self) -> str:
@@ -373,6 +379,8 @@ class BoundOp:
             x.element_size(),
             0 if weight is None else weight.element_size(),
             self.default_eps(x.dtype),
+            launcher.dlpack_code(x.dtype),
+            launcher.dlpack_code(weight_dtype),
         )
 
 

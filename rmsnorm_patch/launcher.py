@@ -1,6 +1,7 @@
 """The two ways to start a kernel: launcher.c, compiled on first use, or the same calls through ctypes.
 
-Both give the same four functions, documented in launcher.c. RMSNORM_PATCH_LAUNCHER chooses.
+Both give the same four functions, documented in launcher.c; C has those of launcher_pair.h besides.
+RMSNORM_PATCH_LAUNCHER chooses.
 """
 
 from __future__ import annotations
@@ -22,19 +23,32 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from . import cache, driver, launcher_ctypes
 from .errors import KernelBuildError, UnsafeCacheError, UnsupportedInput
 
 VARIABLE = "RMSNORM_PATCH_LAUNCHER"
 CHOICES = ("auto", "c", "python")
 TOO_MANY_ROWS = launcher_ctypes.TOO_MANY_ROWS
-_SOURCES = ("launcher.c", "launcher_start.h", "launcher_tensor.h", "launcher_abi.h")
+_SOURCES = ("launcher.c", "launcher_start.h", "launcher_tensor.h", "launcher_pair.h", "launcher_abi.h")
 _FLAGS = ("-O2", "-shared", "-fPIC", "-std=gnu11")
 
 
 @dataclass(frozen=True)
+class Pairs:
+    """What the layers of a patched model call (launcher_pair.h; `rewrite.native` is the Python side)."""
+
+    set_surroundings: Callable[..., None]
+    new_norm: Callable[..., Any]
+    in_layer: Callable[..., Any]
+    hand_over: Callable[..., Any]
+    take: Callable[..., Any]
+
+
+@dataclass(frozen=True)
 class Functions:
-    """kind: "c" or "python"; reason: why it is not C, "" if it is."""
+    """kind: "c" or "python"; reason: why it is not C, "" if it is. pairs: None without C."""
 
     new_kernel: Callable[..., int]
     launch: Callable[..., int]
@@ -42,6 +56,7 @@ class Functions:
     add_plan: Callable[..., int]
     kind: str
     reason: str
+    pairs: Pairs | None = None
 
 
 @lru_cache(maxsize=1)
@@ -53,7 +68,7 @@ def functions() -> Functions:
     if wanted == "python":
         return python_functions(f"{VARIABLE}=python")
     try:
-        new_kernel, launch, make_callable, add_plan = _load(_shared_object())
+        new_kernel, launch, make_callable, add_plan, *pairs = _load(_shared_object())
     except UnsafeCacheError:
         raise
     except (OSError, KernelBuildError, subprocess.SubprocessError) as error:
@@ -66,7 +81,15 @@ def functions() -> Functions:
             stacklevel=2,
         )
         return python_functions(str(error))
-    return Functions(new_kernel, launch, make_callable, add_plan, kind="c", reason="")
+    return Functions(new_kernel, launch, make_callable, add_plan, "c", "", Pairs(*pairs))
+
+
+def dlpack_code(dtype: torch.dtype | None) -> int:
+    """DLPack's description of a dtype (type code, bits, lanes) as the integer that launcher.c compares; 0 for None."""
+    if dtype is None:
+        return 0
+    kind = {torch.float32: 2, torch.float16: 2, torch.bfloat16: 4}[dtype]
+    return kind | dtype.itemsize * 8 << 8 | 1 << 16
 
 
 def compiler() -> list[str]:

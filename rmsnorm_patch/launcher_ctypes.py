@@ -140,10 +140,6 @@ class PlainCall:
         return normed if total is None else (normed, total)
 
 
-def _nothing(*operands: Any) -> None:
-    """Where a call that only attempts gives up."""
-
-
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _kernels: list[_Kernel] = []
 
@@ -186,9 +182,7 @@ def functions() -> tuple[Callable[..., Any], ...]:
 
     def make_callable(op: int, has_weight: bool, slow: Callable[..., Any], *_: Any) -> tuple[PlainCall, ...]:
         call = PlainCall(launch, op, has_weight, slow)
-        attempt = PlainCall(launch, op, has_weight, _nothing)
-        attempt.plans = call.plans
-        return call, call, attempt
+        return call, call
 
     def add_plan(
         table: PlainCall,
@@ -202,6 +196,7 @@ def functions() -> tuple[Callable[..., Any], ...]:
         itemsize: int,
         weight_itemsize: int,
         default_eps: float,
+        *codes: int,
     ) -> int:
         table.plans.setdefault((dtype, weight_dtype, n, device), _Plan(handle, out_dtype, default_eps))
         return 1

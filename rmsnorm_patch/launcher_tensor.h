@@ -1,10 +1,30 @@
-/* Asking a torch tensor what the launcher must know, by its Python methods; errors mean "not sure" to the caller. */
+/* What the launcher must know of a torch tensor, through the DLPack exchange API that `torch.Tensor` offers
+ * (`__dlpack_c_exchange_api__`, torch 2.10 and newer; DLPack 1.2): one C call for a tensor's address, dtype, device, sizes and
+ * strides, where torch's Python methods take five. Errors mean "not sure" to the caller. */
 #pragma once
 #include "launcher_abi.h"
 
 enum { MAX_DIMS = 16 };
 
-static PyObject *s_dtype, *s_shape, *s_get_device, *s_is_contiguous, *s_data_ptr, *s_stride;
+/* The structures of dlpack.h; DLTensor's fields in its order. */
+typedef struct {
+    void *data;
+    int32_t device_type, device;
+    int32_t dims;
+    uint32_t dtype; /* code | bits << 8 | lanes << 16 */
+    i64 *sizes, *strides; /* the tensor's own: valid while it lives and nobody resizes it */
+    uint64_t byte_offset;
+} Tensor;
+typedef struct {
+    struct {
+        uint32_t major, minor;
+        void *older;
+    } header;
+    void *allocate, *from_object, *to_object;
+    int (*look)(PyObject *, Tensor *);
+    int (*current_stream)(int32_t device_type, int32_t device, void **stream);
+} Exchange;
+enum { EXCHANGE_MAJOR = 1, EXCHANGE_MINOR = 2 };
 
 static int is_type(PyObject *object, PyObject *a, PyObject *b) {
     PyObject *type = PyObject_Type(object);
@@ -13,40 +33,20 @@ static int is_type(PyObject *object, PyObject *a, PyObject *b) {
     return same;
 }
 
-static int same_attribute(PyObject *object, PyObject *name, PyObject *expected) {
-    PyObject *value = PyObject_GetAttr(object, name);
-    if (!value)
-        return 0;
-    int same = value == expected;
-    Py_DecRef(value);
-    return same;
-}
+static uint64_t address_of(const Tensor *tensor) { return (uint64_t)(uintptr_t)tensor->data + tensor->byte_offset; }
 
-static int method_true(PyObject *object, PyObject *name) {
-    PyObject *value = PyObject_CallMethodObjArgs(object, name, 0);
-    if (!value)
-        return 0;
-    int result = PyObject_IsTrue(value);
-    Py_DecRef(value);
-    return result == 1;
-}
-
-static int method_integer(PyObject *object, PyObject *name, uint64_t *result) {
-    PyObject *value = PyObject_CallMethodObjArgs(object, name, 0);
-    if (!value)
-        return 0;
-    *result = (uint64_t)PyLong_AsLongLong(value);
-    if (*result == (uint64_t)-1 && PyErr_Occurred()) {
-        PyErr_Clear();
-        *result = PyLong_AsUnsignedLongLong(value);
+static int is_contiguous(const Tensor *tensor) {
+    i64 expected = 1;
+    for (int d = tensor->dims - 1; d >= 0; d--) {
+        if (tensor->sizes[d] != 1 && tensor->strides[d] != expected)
+            return 0;
+        expected *= tensor->sizes[d];
     }
-    Py_DecRef(value);
     return 1;
 }
 
-static int on_device(PyObject *tensor, i64 device) {
-    uint64_t value;
-    return method_integer(tensor, s_get_device, &value) && (i64)value == device;
+static int same_sizes(const Tensor *a, const i64 *sizes, int dims) {
+    return a->dims == dims && memcmp(a->sizes, sizes, (size_t)dims * sizeof *sizes) == 0;
 }
 
 static int overlap(uint64_t a, uint64_t a_bytes, uint64_t b, uint64_t b_bytes) {
@@ -59,29 +59,28 @@ typedef struct {
 } Rows;
 
 /* The rows of a tensor that is not contiguous; 0 where no kernel can address them. */
-static int strided_rows(PyObject *tensor, const i64 *sizes, Py_ssize_t dims, Rows *rows) {
-    PyObject *strides = PyObject_CallMethodObjArgs(tensor, s_stride, 0);
-    if (!strides)
-        return 0;
+static int strided_rows(const Tensor *tensor, Rows *rows) {
     i64 size[2] = {1, 1}, stride[2] = {0, 0}; /* levels from the innermost, after merging what lies evenly */
-    int levels = 0, addressable = 1;
-    for (Py_ssize_t d = dims - 1; d >= 0 && addressable; d--) {
-        i64 step = PyLong_AsLongLong(PyTuple_GetItem(strides, d));
-        if (d == dims - 1)
-            addressable = step == 1 || sizes[d] == 1;
-        else if (sizes[d] == 1)
+    const int last = tensor->dims - 1;
+    int levels = 0;
+    for (int d = last; d >= 0; d--) {
+        const i64 step = tensor->strides[d], count = tensor->sizes[d];
+        if (d == last) {
+            if (step != 1 && count != 1)
+                return 0;
+        } else if (count == 1) {
             continue;
-        else if (levels && step == size[levels - 1] * stride[levels - 1])
-            size[levels - 1] *= sizes[d];
-        else if (levels < 2 && (levels == 0 || step != 0)) {
-            size[levels] = sizes[d];
+        } else if (levels && step == size[levels - 1] * stride[levels - 1]) {
+            size[levels - 1] *= count;
+        } else if (levels < 2 && (levels == 0 || step != 0)) {
+            size[levels] = count;
             stride[levels++] = step;
-        } else
-            addressable = 0;
+        } else {
+            return 0;
+        }
     }
-    Py_DecRef(strides);
-    rows->stride = levels ? stride[0] : sizes[dims - 1];
+    rows->stride = levels ? stride[0] : tensor->sizes[last];
     rows->inner = levels == 2 ? size[0] : 0;
     rows->outer = stride[1];
-    return addressable;
+    return 1;
 }

@@ -101,7 +101,7 @@ class Bound:
     An instance, not a function: held as a class attribute it does not turn into a method.
     """
 
-    __slots__ = ("_args", "_device_call", "_reference", "_routes", "attempt", "backend", "op", "spec")
+    __slots__ = ("_args", "_device_call", "_reference", "_routes", "backend", "op", "spec", "table")
 
     def __init__(self, op: str, spec: NormSpec, backend: str) -> None:
         self.op = op
@@ -113,8 +113,8 @@ class Bound:
         self._device_call: Callable[..., Any] | None = None
         """The CUDA backend's own callable once a call has been routed there: it knows what it serves, and says
         KernelBuildError to the rest, so that the usual call pays for no look-up here."""
-        self.attempt: Callable[..., Any] | None = None
-        """`cuda_backend.attempt`, from the same moment on: gives None for what it does not serve at once."""
+        self.table: object | None = None
+        """`cuda_backend.table`, from the same moment on."""
 
     def __call__(self, *args: Any) -> Any:
         if _is_compiling():
@@ -174,7 +174,7 @@ class Bound:
 
             call = cuda_backend.bind(self.op, self.spec)  # type: ignore[arg-type]
             self._device_call = self._device_call or call
-            self.attempt = cuda_backend.attempt(self.op, self.spec)  # type: ignore[arg-type]
+            self.table = cuda_backend.table(self.op, self.spec)  # type: ignore[arg-type]
             return name, self._device_call
         return name, self._reference
 

@@ -357,7 +357,7 @@ def test_the_callers_depth_is_learned_once(twins, tokens) -> None:
     assert taken(patched, tokens) == taken(patched, tokens) == LAYERS
     link = patched.model.layers[0].__dict__[STATE][handover.LINK]
     # the layer's forward, the checkpointing wrapper, torch's two frames, and the model's forward above them
-    assert (link.caller, link.depth) == (4, 6)
+    assert (link.caller, link.depth) == (3, 5)
 
 
 @pytest.mark.usefixtures("any_caller")

@@ -28,7 +28,7 @@ _strided = torch.strided
 _is_grad_enabled = torch.is_grad_enabled
 _is_autocast_enabled = torch._C._is_any_autocast_enabled
 _dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
+function_modes = torch._C._len_torch_function_stack
 _functorch_level = torch._C._functorch.maybe_current_level
 _is_jit_tracing = torch._C._is_tracing
 
@@ -54,11 +54,16 @@ def servable(x: torch.Tensor, weight: torch.Tensor | None) -> bool:
     )
 
 
+AMBIENT = (_is_grad_enabled, _dispatch_modes, _is_autocast_enabled, _is_jit_tracing)
+"""Functions of no argument. Where all give False or 0, and there is no watching function mode, no function transform
+and no forward-mode differentiation, nothing around a call must see the ops (`launcher_pair.h` asks them)."""
+
+
 def ambient() -> bool:
     """Whether something around the call must see the ops: a dispatch or function mode, functorch, autocast, tracing."""
     return (
         _dispatch_modes() > 0
-        or (_function_modes() > 0 and _function_mode_watches())
+        or (function_modes() > 0 and function_mode_watches())
         or _functorch_level() is not None
         or forward_ad._current_level >= 0
         or _is_autocast_enabled()
@@ -66,7 +71,7 @@ def ambient() -> bool:
     )
 
 
-def _function_mode_watches() -> bool:
+def function_mode_watches() -> bool:
     """Whether a function mode is active other than the default device's, which only places new tensors."""
     return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
 
@@ -108,7 +113,7 @@ def reason(x: torch.Tensor, weight: torch.Tensor | None) -> str:
         return "a gradient is wanted"
     if _dispatch_modes() > 0:
         return "a torch dispatch mode is active"
-    if _function_mode_watches():
+    if function_mode_watches():
         return "a torch function mode is active"
     if _functorch_level() is not None or forward_ad._current_level >= 0:
         return "a function transform is active"

@@ -6,7 +6,7 @@ since (version counter), computed for this norm object with the weight (object a
 Anything else, a layer dropped, reordered, shared or left early, a hook that edits, a copy of the tensor, finds no
 match and computes.
 
-`take` is what a patched norm's forward calls first.
+`put` and `take` are the two ends; where launcher.c is in use, launcher_pair.h does both without Python code.
 """
 
 from __future__ import annotations
@@ -35,37 +35,45 @@ MAX_UNTAKEN = 64
 """After so many hand-overs in a row that no norm took (its layer was removed, say), a link is given up."""
 
 
-class Carry:
-    """What rides on a sum tensor. Copies and pickles of the tensor carry nothing."""
+class Carry(NamedTuple):
+    """What rides on a sum tensor; launcher_pair.h makes it too. Copies and pickles of the tensor carry nothing.
 
-    __slots__ = ("eps", "kernel", "link", "norm", "normed", "total", "version", "weight", "written")
+    total: id of the sum (a reference would be a cycle, and keep every layer's sum until the next collection).
+    version, written: of the sum and of the weight, None where none is counted. weight, eps: those that `normed` was
+    computed with.
+    """
 
-    def __init__(
-        self,
-        normed: torch.Tensor,
-        total: torch.Tensor,
-        norm: nn.Module,
-        weight: torch.Tensor | None,
-        eps: float,
-        kernel: Any,
-        link: Link,
-    ) -> None:
-        """weight, eps: those that `normed` was computed with."""
-        self.normed = normed
-        self.total = id(total)  # a reference would be a cycle, and keep every layer's sum until the next collection
-        self.version = None if total.is_inference() else total._version
-        self.norm = norm
-        self.weight = weight
-        self.written = None if weight is None or weight.is_inference() else weight._version
-        self.eps = eps
-        self.kernel = kernel
-        self.link = link
+    normed: torch.Tensor
+    total: int
+    version: int | None
+    norm: nn.Module
+    weight: torch.Tensor | None
+    written: int | None
+    eps: float
+    kernel: Any
+    link: Any
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _nothing, ()
+
+
+def put(
+    normed: torch.Tensor,
+    total: torch.Tensor,
+    norm: nn.Module,
+    weight: torch.Tensor | None,
+    eps: float,
+    kernel: Any,
+    link: Link,
+) -> None:
+    """Let `normed` ride on `total`, of which it is the norm."""
+    version = None if total.is_inference() else total._version
+    written = None if weight is None or weight.is_inference() else weight._version
+    link.untaken += 1
+    total.__dict__[CARRIED] = Carry(normed, id(total), version, norm, weight, written, eps, kernel, link)
 
 
 def _nothing() -> None:
@@ -106,7 +114,7 @@ class Link:
     places: where the modules that this code runs stood; nothing is handed over once one of them was moved or wrapped.
     passive: that code and the layers' do nothing between the add and the norm but pass the tensor on. Without it, an
         inference tensor, which has no version counter, is never handed over.
-    depth, caller: how many frames up from `pair_ops._called_by_loop` that code and torch's module call ran last time.
+    depth, caller: how many frames up from `pair_ops.tail` that code and torch's module call ran last time.
     """
 
     __slots__ = ("caller", "depth", "loop", "norm", "passive", "places", "receiver", "untaken")

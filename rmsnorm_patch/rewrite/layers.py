@@ -1,15 +1,17 @@
 """Decoder layers whose residual-adds are fused with the norms that read them: the forward, rewritten by AST.
 
-The original source is parsed, two kinds of statement are replaced, and the result is compiled as the original was:
+The original source is parsed, three kinds of statement are replaced, and the result is compiled as the original was:
 same file, same lines (a traceback shows the model's own source), same globals (the live dict; a copy of it breaks
 dynamo), same closure cells plus one cell for each helper, same defaults and decorators.
 
-    x = a + b                    x, _n = in_layer(self._modules["norm"], a, b)
+    x = a + b                    _n, x = in_layer(self._modules["norm"], a, b)
     residual = x           ->    residual = x
     y = self.norm(x)             y = _n; del _n
 
     x = a + b                    x = tail(self, a, b)
     return x                     return x
+
+    y = self.norm(argument)      y = entry(self._modules["norm"], argument)
 """
 
 from __future__ import annotations
@@ -31,25 +33,35 @@ from .journal import Journal
 
 ROLE = "layer"
 _FUTURE_FLAGS = sum({getattr(__future__, name).compiler_flag for name in __future__.all_feature_names})
-_HELPERS: dict[str, Any] = {"_rmsnorm_in_layer": pair_ops.in_layer, "_rmsnorm_tail": pair_ops.tail}
+_HELPERS: dict[str, Any] = {
+    "_rmsnorm_in_layer": pair_ops.in_layer,
+    "_rmsnorm_tail": pair_ops.tail,
+    "_rmsnorm_entry": pair_ops.entry,
+}
 
 
 class LayerKey(NamedTuple):
     """What is rewritten in a layer class; plain data, so that a pickle can name it.
 
     norms: the class's norm attributes. in_layer: ranks of the adds fused with their norm. tail: whether the last add
-    hands over. digest: of the source; a process with another version of the model's code keeps its own forward.
+    hands over. entries: norms that read the layer's argument, and so what the layer before handed over. digest: of the
+    source; a process with another version of the model's code keeps its own forward.
     """
 
     norms: tuple[str, ...]
     in_layer: tuple[int, ...]
     tail: bool
+    entries: tuple[str, ...]
     digest: str
 
 
-def layer_key(cls: type, norms: frozenset[str], in_layer: frozenset[int], tail: bool) -> LayerKey:
+def layer_key(
+    cls: type, norms: frozenset[str], in_layer: frozenset[int], tail: bool, entries: frozenset[str]
+) -> LayerKey:
     """Raises NoSource."""
-    return LayerKey(tuple(sorted(norms)), tuple(sorted(in_layer)), tail, read_forward(cls).digest)
+    return LayerKey(
+        tuple(sorted(norms)), tuple(sorted(in_layer)), tail, tuple(sorted(entries)), read_forward(cls).digest
+    )
 
 
 def layer_factory(original: type, key: LayerKey) -> Mapping[str, Any]:
@@ -70,6 +82,9 @@ def rewrite(source: Source, key: LayerKey) -> types.FunctionType:
     flow = analyse(tree, frozenset(key.norms))
     for number, (add, norm) in enumerate((a, n) for a, n in flow.in_layer if a.index in key.in_layer):
         _fuse_in_layer(tree, add, norm, f"_rmsnorm_normed_{number}")
+    for call in flow.entries:
+        if call.attr in key.entries:
+            _read_entry(tree, call)
     if key.tail and flow.tail is not None:
         _fuse_tail(tree, flow)
     return _decorate(_compile(tree, source.function), source)
@@ -79,18 +94,28 @@ def _self(tree: ast.FunctionDef) -> ast.expr:
     return ast.Name((*tree.args.posonlyargs, *tree.args.args)[0].arg, ast.Load())
 
 
-def _fuse_in_layer(tree: ast.FunctionDef, add: Add, norm: NormCall, name: str) -> None:
+def _module(tree: ast.FunctionDef, norm: NormCall) -> ast.expr:
+    """`self._modules["norm"]`: `self.norm` without `nn.Module.__getattr__`."""
     modules = ast.Attribute(_self(tree), "_modules", ast.Load())
-    module = ast.Subscript(modules, ast.Constant(norm.attr), ast.Load())
-    call = ast.Call(ast.Name("_rmsnorm_in_layer", ast.Load()), [module, add.node.left, add.node.right], [])
+    return ast.Subscript(modules, ast.Constant(norm.attr), ast.Load())
+
+
+def _fuse_in_layer(tree: ast.FunctionDef, add: Add, norm: NormCall, name: str) -> None:
+    call = ast.Call(ast.Name("_rmsnorm_in_layer", ast.Load()), [_module(tree, norm), add.node.left, add.node.right], [])
     target = add.statement.targets[0] if isinstance(add.statement, ast.Assign) else add.statement.target  # type: ignore[attr-defined]
-    both = ast.Tuple([target, ast.Name(name, ast.Store())], ast.Store())
+    both = ast.Tuple([ast.Name(name, ast.Store()), target], ast.Store())
     _replace(add.block, add.statement, [ast.Assign([both], call)])
     _Substitute(norm.node, ast.Name(name, ast.Load())).visit(norm.statement)
     if not isinstance(norm.statement, ast.Return):
         drop = ast.Delete([ast.Name(name, ast.Del())])
         ast.fix_missing_locations(ast.copy_location(drop, norm.statement))
         add.block.insert(add.block.index(norm.statement) + 1, drop)
+
+
+def _read_entry(tree: ast.FunctionDef, norm: NormCall) -> None:
+    call = ast.Call(ast.Name("_rmsnorm_entry", ast.Load()), [_module(tree, norm), *norm.node.args], [])
+    ast.fix_missing_locations(ast.copy_location(call, norm.node))
+    _Substitute(norm.node, call).visit(norm.statement)
 
 
 def _fuse_tail(tree: ast.FunctionDef, flow: Flow) -> None:
@@ -201,6 +226,7 @@ def install(model: nn.Module, plan: Any, journal: Journal) -> None:
 
     found = layout(model, plan.norms)
     fused: set[tuple[str, str, str]] = {(p.kind, p.layer, p.norm) for p in plan.pairs if p.action == "fuse"}
+    handing_over = any(p.kind == "cross_layer" and p.action == "fuse" for p in plan.pairs)
     for layer in found.layers.values():
         in_layer = frozenset(
             add.index
@@ -210,7 +236,9 @@ def install(model: nn.Module, plan: Any, journal: Journal) -> None:
         tail = any(s.layer is layer and (s.kind, layer.path, s.site.path) in fused for s in found.steps)
         if in_layer or tail:
             original = type(layer.module)
-            key = layer_key(original, layer.norm_attributes, in_layer, tail)
+            entry = layer.live_entry() if handing_over else None
+            entries = frozenset() if entry is None or layer.norms[entry.attr].action != "fuse" else {entry.attr}
+            key = layer_key(original, layer.norm_attributes, in_layer, tail, frozenset(entries))
             journal.swap_class(layer.module, patched_class(original, ROLE, key))
             instance_forward.adopt(layer.module, original, journal)
     for parent, steps in found.chains(fused):

@@ -1,9 +1,9 @@
-"""What a rewritten layer calls in place of `a + b`: the fused call where the guards hold, else the original arithmetic.
+"""What a rewritten layer calls in place of `a + b` and of its first norm: the fused call where the guards hold, else
+the original arithmetic.
 
-`in_layer` and `tail` are the hot path of an eager decode step. Between the operations of a whole model every Python
-function costs several times what a tight loop shows (cold caches: 467 us a step for 8 layers, where a loop of the same
-calls gave 120), so they first attempt the call with few look-ups and leave all checks of the tensors to the launcher,
-which makes them anyway; whatever it does not serve at once goes through the guards.
+`in_layer`, `tail` and `entry` are the hot path of an eager decode step. Between the operations of a whole model every
+Python function costs several times what a tight loop shows, so they first ask `native`, which makes all checks and
+the call in one C function; whatever it is not sure of, and the first call of each kind, goes through the guards here.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ import torch.nn as nn
 from torch.nn.modules import module as _module
 
 from .. import observe, ops
-from . import guards, traced
+from . import guards, native, traced
 from .classes import STATE, original_class
-from .handover import CARRIED, LINK, MAX_UNTAKEN, Carry, Link
+from .handover import CARRIED, LINK, MAX_UNTAKEN, Carry, Link, put
 
 _is_tracing = torch.compiler.is_dynamo_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _servable = guards.servable
 _getframe = sys._getframe
-_ambient = guards.ambient
 _CALL_IMPL = nn.Module._call_impl.__code__
 _MODULE_FILE = _CALL_IMPL.co_filename
 _CHECKPOINTING = "forward_with_checkpointing"
@@ -62,21 +61,27 @@ class NormKernel:
         eps = self.eps if self.eps_attribute is None else getattr(norm, self.eps_attribute)
         return torch.finfo(torch.float32).eps if eps is None else eps  # see `NormSpec.eps`
 
-    def attempt(
+    def serves(self, x: torch.Tensor) -> bool:
+        """False where the reference backend is what there is for this tensor: `a + b` and then `original`."""
+        return self.fused is not None and (x.is_cuda or self.on_cpu)
+
+    def run(
         self, norm: nn.Module, a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor | None, eps: Any
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """(normed, total), or None where that takes a closer look. Never call it with grad enabled."""
-        attempt = None if self.fused is None else self.fused.attempt
-        if attempt is None or norm.training or type(eps) is not float or _ambient():
+        """(norm(a + b), a + b), or None where a guard says no."""
+        if norm.training or type(eps) is not float or not _pair_servable(self, a, b, weight):
             return None
-        if weight is None and self.weight_attribute is not None:
-            return None
-        return attempt(a, b, weight, eps)
+        if not self.serves(a):
+            total = a + b
+            return self.original(norm, total), total
+        assert self.fused is not None
+        normed, total = self.fused(a, b, weight, eps)
+        if self.fused.table is not None:
+            native.enroll(norm.__class__, self)
+        return normed, total
 
     def backend(self, x: torch.Tensor, weight: torch.Tensor | None) -> str:
-        if self.fused is None or not (x.is_cuda or self.on_cpu):
-            return "reference"
-        return self.fused.backend_for(x, weight)
+        return self.fused.backend_for(x, weight) if self.fused is not None and self.serves(x) else "reference"
 
 
 _KERNELS: dict[type, NormKernel] = {}
@@ -95,40 +100,61 @@ def kernel_of(norm: nn.Module) -> NormKernel | None:
 
 
 def in_layer(norm: nn.Module, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(a + b, norm(a + b)), in one call where the guards hold."""
+    """(norm(a + b), a + b), in one call where the guards hold."""
     if _is_tracing():
         return traced.in_layer(norm, kernel_of(norm), a, b)
+    done = native.in_layer(norm, a, b)
+    if done is None:
+        return _in_layer(norm, a, b)
+    normed, total = done
+    if observe.active is not None:
+        observe.active(observe.Event("in_layer", norm, (a, b), normed, total, "cuda"))
+    return normed, total
+
+
+def tail(layer: nn.Module, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a + b; where the layer has a Link and the guards hold, with the next norm's result riding on it."""
+    if _is_tracing():
+        return a + b
+    total: torch.Tensor | None = native.hand_over(layer, a, b)
+    if total is None:
+        return _tail(layer, a, b)
+    if observe.active is not None:
+        carried: Carry = total.__dict__[CARRIED]
+        observe.active(observe.Event("cross_layer", carried.norm, (a, b), carried.normed, total, "cuda"))
+    return total
+
+
+def entry(norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """norm(hidden_states), without calling the module where the layer before has left it there."""
+    if not _is_tracing():
+        normed: torch.Tensor | None = native.take(norm, hidden_states)
+        if normed is not None:
+            if observe.active is not None:
+                observe.active(observe.Event("taken", norm, (hidden_states,), normed, None, "cuda"))
+            return normed
+    return norm(hidden_states)  # type: ignore[no-any-return]
+
+
+def _in_layer(norm: nn.Module, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`in_layer` with every check in Python."""
     kernel = _KERNELS.get(norm.__class__)
     if kernel is not None and _unhooked(norm):
-        weight, eps = kernel.weight_of(norm), kernel.eps_of(norm)
-        if observe.active is None and not _is_grad_enabled():
-            done = kernel.attempt(norm, a, b, weight, eps)
-            if done is not None:
-                return done[1], done[0]
-        if kernel.fused is None or not (a.is_cuda or kernel.on_cpu):
+        if not kernel.serves(a):
             return _in_layer_reference(norm, kernel, a, b)
-        if type(eps) is float and _pair_servable(kernel, a, b, weight) and not norm.training:
-            normed, total = kernel.fused(a, b, weight, eps)
+        weight, eps = kernel.weight_of(norm), kernel.eps_of(norm)
+        done = kernel.run(norm, a, b, weight, eps)
+        if done is not None:
             if observe.active is not None:
                 backend = kernel.backend(a, weight)
-                observe.active(observe.Event("in_layer", norm, (a, b), normed, total, backend))
-            return total, normed
-    if observe.active is not None:
-        return _in_layer_observed(norm, kernel, a, b)
-    total = a + b
-    return total, norm(total)
-
-
-def _in_layer_observed(
-    norm: nn.Module, kernel: NormKernel | None, a: torch.Tensor, b: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The original arithmetic, and why."""
+                observe.active(observe.Event("in_layer", norm, (a, b), *done, backend))
+            return done
     total = a + b
     normed = norm(total)
     if observe.active is not None:
         reason = why_not(norm, kernel, a, b)
         observe.active(observe.Event("in_layer", norm, (a, b), normed, total, "original", reason))
-    return total, normed
+    return normed, total
 
 
 def _in_layer_reference(
@@ -138,19 +164,15 @@ def _in_layer_reference(
     normed = kernel.original(norm, total)
     if observe.active is not None:
         observe.active(observe.Event("in_layer", norm, (a, b), normed, total, "reference"))
-    return total, normed
+    return normed, total
 
 
-def tail(layer: nn.Module, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a + b; where the layer has a Link and the guards hold, with the next norm's result riding on it."""
-    if _is_tracing() or _is_grad_enabled():
-        return a + b
+def _tail(layer: nn.Module, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`tail` with every check in Python."""
     state = layer.__dict__.get(STATE)
     link: Link | None = None if state is None else state.get(LINK)
-    if link is None:
-        return a + b
-    norm = link.norm()
-    if norm is None or link.untaken >= MAX_UNTAKEN:
+    norm = None if link is None or _is_grad_enabled() else link.norm()
+    if link is None or norm is None or link.untaken >= MAX_UNTAKEN:
         return a + b
     kernel = _KERNELS.get(norm.__class__)
     if kernel is None or not (_unhooked(norm) and _undisturbed(layer, link)):
@@ -158,22 +180,14 @@ def tail(layer: nn.Module, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if not _called_by_loop(link) or (not link.passive and torch.is_inference_mode_enabled()):
         return a + b
     weight, eps = kernel.weight_of(norm), kernel.eps_of(norm)
-    done = kernel.attempt(norm, a, b, weight, eps) if observe.active is None else None
-    if done is not None:
-        normed, total = done
-    else:
-        if norm.training or type(eps) is not float or not _pair_servable(kernel, a, b, weight):
-            return a + b
-        if kernel.fused is None or not (a.is_cuda or kernel.on_cpu):
-            total = a + b
-            normed = kernel.original(norm, total)
-        else:
-            normed, total = kernel.fused(a, b, weight, eps)
-        if observe.active is not None:
-            backend = kernel.backend(a, weight)
-            observe.active(observe.Event("cross_layer", norm, (a, b), normed, total, backend))
-    link.untaken += 1
-    total.__dict__[CARRIED] = Carry(normed, total, norm, weight, eps, kernel, link)
+    done = kernel.run(norm, a, b, weight, eps)
+    if done is None:
+        return a + b
+    normed, total = done
+    if observe.active is not None:
+        backend = kernel.backend(a, weight)
+        observe.active(observe.Event("cross_layer", norm, (a, b), normed, total, backend))
+    put(normed, total, norm, weight, eps, kernel, link)
     return total
 
 
@@ -182,16 +196,21 @@ def _called_by_loop(link: Link) -> bool:
 
     The walk up the stack is done once for a link. Later calls look at two frames: the loop's, as far up as it was, and
     the one that called the layer's forward (past `GradientCheckpointingLayer`'s own), which tells a wrapper that calls
-    `layer.forward` itself. (Each frame that Python code looks at costs 2 to 4 us, because the interpreter makes an
-    object of it.)
+    `layer.forward` itself.
     """
+    tail_frame = 2  # past this function and `_tail`
     try:
-        if _getframe(link.depth).f_code is link.loop and _getframe(link.caller).f_code is _CALL_IMPL:
+        if (
+            _getframe(tail_frame + link.depth).f_code is link.loop
+            and _getframe(tail_frame + link.caller).f_code is _CALL_IMPL
+        ):
             return True
     except ValueError:  # called from less deep than before
         pass
-    frame, depth = _getframe(3), 3  # past this function, `tail` and the layer's own forward
-    code = frame.f_code
+    above_layer = 2  # past `tail` and the layer's own forward
+    frame, depth = _getframe(tail_frame + above_layer), above_layer
+    called_as = frame.f_code
+    code = called_as
     while code is not link.loop:
         if code.co_filename != _MODULE_FILE and code.co_name != _CHECKPOINTING:
             return False
@@ -200,7 +219,7 @@ def _called_by_loop(link: Link) -> bool:
             return False
         code = frame.f_code
     link.depth = depth
-    link.caller = 4 if _getframe(3).f_code.co_name == _CHECKPOINTING else 3
+    link.caller = above_layer + (called_as.co_name == _CHECKPOINTING)
     return True
 
 

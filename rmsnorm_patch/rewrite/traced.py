@@ -16,7 +16,7 @@ from . import guards
 
 
 def in_layer(norm: nn.Module, kernel: Any, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(a + b, norm(a + b)). kernel: the norm's NormKernel, or None. Everything here is traced by dynamo."""
+    """(norm(a + b), a + b). kernel: the norm's NormKernel, or None. Everything here is traced by dynamo."""
     if (
         kernel is not None
         and kernel.fused is not None
@@ -34,7 +34,6 @@ def in_layer(norm: nn.Module, kernel: Any, a: torch.Tensor, b: torch.Tensor) -> 
             and guards.traceable(a, weight)
             and guards.traceable(b, weight)
         ):
-            normed, total = kernel.fused(a, b, weight, kernel.eps_of(norm))
-            return total, normed
+            return kernel.fused(a, b, weight, kernel.eps_of(norm))  # type: ignore[no-any-return]
     total = a + b
-    return total, norm(total)
+    return norm(total), total

@@ -210,7 +210,8 @@ def _read_class(cls: type, forward: object, norms: frozenset[str]) -> tuple[Sour
     source = read_forward(cls)
     flow = analyse(source.tree, norms)
     try:
-        rewrite(source, LayerKey(tuple(norms), tuple(add.index for add, _ in flow.in_layer), True, ""))
+        adds, entries = (add.index for add, _ in flow.in_layer), (call.attr for call in flow.entries)
+        rewrite(source, LayerKey(tuple(norms), tuple(adds), True, tuple(entries), ""))
     except (NoSource, SyntaxError) as error:
         return source, flow, f"its forward cannot be rewritten: {error}"
     return source, flow, ""

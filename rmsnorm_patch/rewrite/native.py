@@ -1,0 +1,76 @@
+"""launcher.c's part in a patched model: the checks and the call of a pair in one C function each (`launcher_pair.h`).
+
+`in_layer`, `hand_over` and `take` are called first; they give None, and have done nothing, for whatever they are not
+sure of, and where there is no C launcher. A norm class is served once `enroll` was called for it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as _module
+
+from .. import launcher
+from . import guards
+from .handover import MAX_UNTAKEN, Carry
+
+
+def _declined(*operands: Any) -> None:
+    """Nothing is served yet."""
+
+
+in_layer: Callable[..., Any] = _declined
+"""(norm, a, b) -> (normed, a + b) or None."""
+hand_over: Callable[..., Any] = _declined
+"""(layer, a, b) -> a + b, with the next norm's result riding on it, or None. Looks at the frames of its caller."""
+take: Callable[..., Any] = _declined
+"""(norm, x) -> the normed tensor that rides on x, or None."""
+
+_classes: dict[type, Any] = {}
+"""What the C functions know: patched norm class -> how to read its weight and eps, and the op. They hold this dict."""
+
+
+def enroll(cls: type, kernel: Any) -> None:
+    """Let the C functions serve the norms of `cls`, whose `pair_ops.NormKernel` is `kernel`, from now on."""
+    global in_layer, hand_over, take
+    functions = launcher.functions()
+    pairs = functions.pairs
+    if pairs is None or cls in _classes:
+        return
+    if in_layer is _declined:
+        _set_surroundings(pairs)
+        in_layer, hand_over, take = pairs.in_layer, pairs.hand_over, pairs.take
+    eps = kernel.eps if kernel.eps_attribute is None else None
+    default = torch.finfo(torch.float32).eps if eps is None else eps
+    _classes[cls] = pairs.new_norm(
+        kernel.fused.table, kernel, kernel.weight_attribute, kernel.eps_attribute, float(default)
+    )
+
+
+def _set_surroundings(pairs: launcher.Pairs) -> None:
+    pairs.set_surroundings(
+        _classes,
+        guards.AMBIENT,
+        guards.function_modes,
+        guards.function_mode_watches,
+        torch._C._functorch.maybe_current_level,
+        vars(forward_ad),
+        torch.is_grad_enabled,
+        torch.is_inference_mode_enabled,
+        sys._getframe,
+        nn.Module._call_impl.__code__,
+        Carry,
+        tuple.__new__,
+        MAX_UNTAKEN,
+        (
+            _module._global_forward_hooks,
+            _module._global_forward_pre_hooks,
+            _module._global_backward_hooks,
+            _module._global_backward_pre_hooks,
+        ),
+    )
