@@ -66,11 +66,11 @@ def launchers(driver_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(guards, "_empty_strided_cuda", guards._empty_strided_cpu, raising=False)
     for name in ("in_layer", "hand_over", "take", "_classes"):  # `enroll` fills them
         monkeypatch.setattr(native, name, {} if name == "_classes" else native._declined)
-    launcher.functions.cache_clear()
-    cuda_backend._bound.cache_clear()
+    for forget in (cache.forget, launcher.functions.cache_clear, cuda_backend._bound.cache_clear):
+        forget()
     yield driver_path
-    launcher.functions.cache_clear()
-    cuda_backend._bound.cache_clear()
+    for forget in (cache.forget, launcher.functions.cache_clear, cuda_backend._bound.cache_clear):
+        forget()
 
 
 @pytest.fixture
