@@ -57,8 +57,8 @@ def driver_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def launchers(driver_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv(cache.DIRECTORY_VARIABLE, str(tmp_path / "cache"))
+def launchers(driver_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv(cache.DIRECTORY_VARIABLE, str(driver_path.parent / "cache"))  # compiled once for this file
     monkeypatch.delenv(launcher.VARIABLE, raising=False)
     monkeypatch.setattr(driver, "LIBRARY", str(driver_path))
     monkeypatch.setattr(cuda_backend, "DLPACK_CUDA", DLPACK_CPU)
