@@ -134,6 +134,26 @@ def test_every_case_is_compiled_by_one_process(script, jobs):
         assert len(holders) == 1
 
 
+@pytest.mark.parametrize("op", [FUSED, PLAIN, PAIR])
+def test_a_provider_that_is_not_here_is_named_with_the_reason(script, cases, op):
+    found, missing = script("benchlib.providers").load(op, cases.Case(op, "hot", torch.bfloat16, 1, 64).spec)
+    names = {provider.name for provider in found}
+    assert {"ours_triton", "eager", "F.rms_norm", "inductor"} <= names
+    assert names.isdisjoint(missing)
+    assert names | missing.keys() >= set(script("benchlib.aims").PEERS)
+    assert all(missing.values())
+
+
+def test_a_provider_from_outside(script, cases, tmp_path, monkeypatch):
+    (tmp_path / "somebody.py").write_text("def norm(x, weight, eps):\n    return x\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    case = cases.Case(PLAIN, "hot", torch.bfloat16, 4, 64)
+    found, _ = script("benchlib.providers").load(PLAIN, case.spec, extra=["somebody:norm"], wanted=["eager"])
+    assert [provider.name for provider in found] == ["eager", "somebody:norm"]
+    assert [cases.check(provider, case)[:14] for provider in found] == ["", "relative error"]
+
+
 def test_a_machine_without_a_gpu_is_refused(repository: Path):
     if torch.cuda.is_available():
         pytest.skip("this machine has one")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from .providers import PAIR, ours, provider
+from .providers import PAIR, ours, provider, vllm_op
 
 
 def twice(norm: Callable[..., torch.Tensor]) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
@@ -98,9 +98,7 @@ def _flashinfer_cuda():
 
 @provider("vllm", PAIR)
 def _vllm():
-    import vllm._custom_ops  # noqa: F401  loads the library behind torch.ops._C
-
-    op = torch.ops._C.rms_norm
+    op = vllm_op("rms_norm")
 
     def call(x, weight, eps):
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)

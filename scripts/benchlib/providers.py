@@ -7,11 +7,12 @@ for "rms_norm_pair". `in_place` says that it overwrites (x, residual) with (norm
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -181,11 +182,21 @@ def _flashinfer_cuda():
     return _flashinfer(True)
 
 
+def vllm_op(name: str) -> Call:
+    """An op of vLLM's compiled library, without importing vLLM: that would change Inductor's settings."""
+    found = importlib.util.find_spec("vllm")
+    folders = (found.submodule_search_locations if found else None) or ()
+    libraries = [library for folder in folders for library in sorted(Path(folder).glob("_C*.so"))]
+    if not libraries:
+        raise ImportError("vLLM's library is not installed")
+    for library in libraries:
+        torch.ops.load_library(library)
+    return getattr(torch.ops._C, name)
+
+
 @provider("vllm", FUSED, in_place=True)
 def _vllm():
-    import vllm._custom_ops  # noqa: F401  loads the library behind torch.ops._C
-
-    op = torch.ops._C.fused_add_rms_norm
+    op = vllm_op("fused_add_rms_norm")
 
     def call(x, residual, weight, eps):
         op(x, residual, weight, eps)
@@ -269,9 +280,7 @@ def _flashinfer_cuda_norm():
 
 @provider("vllm", PLAIN)
 def _vllm_norm():
-    import vllm._custom_ops  # noqa: F401  loads the library behind torch.ops._C
-
-    op = torch.ops._C.rms_norm
+    op = vllm_op("rms_norm")
 
     def call(x, weight, eps):
         out = torch.empty_like(x)
