@@ -47,8 +47,13 @@ LAUNCH_CODE = (
 """Files of the package between a tensor and a kernel; with everything in `kernels/` they are what a record proves."""
 
 SUITES = ["prefill", "prefill_norm", "kernel", "decode", "hot", "qk", "long", "odd", "variants", "fp16", "fp32", "host"]
-HF = ["--shape llama-8b --rounds 4", "--shape llama-8b --layers 8 --compile --variants stock F.rms_norm patched"]
+HF = [
+    "--shape llama-8b --rounds 4",
+    "--shape llama-8b --layers 8 --compile --batch 1 --variants stock F.rms_norm patched",
+]
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+PLANTED = "planted fault"
+"""The sanitizer's row that must hold errors."""
 
 PEERS = ("torch", "triton", "transformers", "liger-kernel", "quack-kernels", "flashinfer-python", "vllm")
 
@@ -143,32 +148,42 @@ def _rows_from(script: str, *arguments: str) -> list[dict]:
 
 
 def run_sanitizer(tools: list[str], tests: list[str], seconds: float) -> list[dict]:
-    """Each tool over the tests marked `sanitized`; the tools run beside each other, since nothing is timed."""
+    """Each tool over the tests marked `sanitized`, and memcheck over a fault that it must find, all at once."""
     program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if program is None:
         raise SystemExit("gpu_record: compute-sanitizer is not on the PATH")
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(tools)) as pool:
-        return list(pool.map(lambda tool: _sanitize(program, tool, tests, seconds, Path(folder)), tools))
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(len(tools) + 1) as pool:
+        folder = Path(name)
+        planted = pool.submit(
+            _sanitize, program, "memcheck", PLANTED, ["scripts/benchlib/planted_fault.py"], 300, folder
+        )
+        words = ["-m", "pytest", *tests, "-m", "sanitized", "-q", "-p", "no:cacheprovider"]
+
+        def watch(tool: str) -> dict:
+            report = folder / f"{tool}.xml"
+            row = _sanitize(program, tool, tool, [*words, f"--junitxml={report}"], seconds, folder)
+            return {**row, **_counts(report)}
+
+        return [*pool.map(watch, tools), planted.result()]
 
 
-def _sanitize(program: str, tool: str, tests: list[str], seconds: float, folder: Path) -> dict:
-    report, log = folder / f"{tool}.xml", folder / f"{tool}.log"
+def _sanitize(program: str, tool: str, name: str, arguments: list[str], seconds: float, folder: Path) -> dict:
+    """One run of this interpreter under one tool; `name` is what its row is called."""
+    log = folder / f"{name}.log"
     words = [program, "--tool", tool, "--target-processes", "application-only", "--log-file", str(log)]
     # initcheck must see who writes what our kernels read, the other tools watch our kernels alone.
     words += [] if tool == "initcheck" else ["--kernel-name", "kernel_substring=rms_norm"]
-    words += [sys.executable, "-m", "pytest", *tests, "-m", "sanitized", "-q", "-p", "no:cacheprovider"]
     # An allocation for each tensor: an access past its end is then one outside of any allocation.
     environment = {**_environment(), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    words += [sys.executable, *arguments]
     try:
-        done = subprocess.run(
-            [*words, f"--junitxml={report}"], cwd=ROOT, env=environment, timeout=seconds, capture_output=True, text=True
-        )
+        done = subprocess.run(words, cwd=ROOT, env=environment, timeout=seconds, capture_output=True, check=False)
         ended = f"exit status {done.returncode}"
     except subprocess.TimeoutExpired:
         ended = f"stopped after {seconds:.0f} s"
     text = log.read_text() if log.exists() else ""
-    print(f"{tool}: {ended}\n{text[-3000:]}", flush=True)
-    return {"tool": tool, "ended": ended, "errors": sanitizer_errors(text), **_counts(report)}
+    print(f"{name}: {ended}\n{text[-3000:]}", flush=True)
+    return {"tool": name, "ended": ended, "errors": sanitizer_errors(text)}
 
 
 def sanitizer_errors(log: str) -> int | None:
@@ -269,7 +284,9 @@ def problems_of(record: dict, now: str) -> list[str]:
         if wrong:
             found.append(f"{row['op']} {row['mode']} {row['dtype']} {row['m']}x{row['n']}: no figure for {wrong}")
     for row in record.get("sanitizer", ()):
-        if row["errors"] != 0 or row["failed"] or not row["passed"]:
+        if row["tool"] == PLANTED and not row["errors"]:
+            found.append("compute-sanitizer did not see the planted fault: that it saw no other says nothing")
+        elif row["tool"] != PLANTED and (row["errors"] != 0 or row["failed"] or not row["passed"]):
             found.append(f"compute-sanitizer {row}")
     return found
 

@@ -17,7 +17,7 @@ import torch._dynamo.testing
 import torch.nn as nn
 
 import rmsnorm_patch
-from rmsnorm_patch import cache, cuda_backend, dispatch, ops, reference
+from rmsnorm_patch import cache, cuda_backend, cuda_pair, dispatch, ops, reference
 from rmsnorm_patch.errors import UnsupportedInput
 from rmsnorm_patch.proof.difference import compare
 from rmsnorm_patch.semantics import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, NormSpec
@@ -193,6 +193,18 @@ def test_slices_of_a_packed_projection(backend):
     query, key = packed[:, :4096].view(33, 32, 128), packed[:, 4096:5120].view(33, 8, 128)
     for heads in (query, key):
         check(heads, rand(*heads.shape, seed=1), parameter(128), backend)
+
+
+@sanitized
+@case(10)
+@pytest.mark.parametrize("tokens", [1, 33, 700])
+def test_query_and_key_of_a_packed_projection_in_one_launch(tokens):
+    heads = rand(tokens, 48 * 128).view(tokens, 48, 128)
+    weights = parameter(128), nn.Parameter(1 - parameter(128).data, requires_grad=False)
+    results = cuda_pair.bind_rms_norm_pair(LLAMA)(heads[:, :32], heads[:, 32:40], *weights, EPS)
+    for got, x, weight in zip(results, (heads[:, :32], heads[:, 32:40]), weights, strict=True):
+        assert torch.equal(got, norm(LLAMA, "cuda")(x, weight, EPS))
+        same(got, reference.rms_norm(x, weight, LLAMA, EPS))
 
 
 @sanitized

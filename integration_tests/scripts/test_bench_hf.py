@@ -36,6 +36,7 @@ def test_every_column_is_checked_timed_and_written(repository: Path, tmp_path: P
             assert ratio == pytest.approx(row["tokens_per_s"][variant] / row["tokens_per_s"]["stock"], rel=1e-2)
         assert row["logit_error"]["patched"] == 0.0
         assert row["logit_error"].keys() == {"stock", "F.rms_norm", "patched"}
+        assert row["missing"] == {"liger": "Liger's kernels need a GPU"}
 
 
 def test_a_variant_that_computes_something_else_is_not_timed(repository: Path, tmp_path: Path) -> None:

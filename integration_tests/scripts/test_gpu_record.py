@@ -24,7 +24,10 @@ def record(gpu_record):
         "versions": {},
         "tests": {"passed": 3, "failed": 0, "skipped": 1, "failures": []},
         "kernels": [KERNEL],
-        "sanitizer": [{"tool": "memcheck", "errors": 0, "passed": 3, "failed": 0, "skipped": 0}],
+        "sanitizer": [
+            {"tool": "memcheck", "errors": 0, "passed": 3, "failed": 0, "skipped": 0},
+            {"tool": gpu_record.PLANTED, "errors": 60},
+        ],
     }
 
 
@@ -43,6 +46,8 @@ def test_a_right_record_has_no_problems(gpu_record, record):
         ({"sanitizer": [{"tool": "racecheck", "errors": 2, "passed": 3, "failed": 0}]}, "racecheck"),
         ({"sanitizer": [{"tool": "racecheck", "errors": None, "passed": 3, "failed": 0}]}, "racecheck"),
         ({"sanitizer": [{"tool": "memcheck", "errors": 0, "passed": 0, "failed": 0}]}, "memcheck"),
+        ({"sanitizer": [{"tool": "planted fault", "errors": 0}]}, "planted fault"),
+        ({"sanitizer": [{"tool": "planted fault", "errors": None}]}, "planted fault"),
     ],
 )
 def test_what_the_check_refuses(gpu_record, record, change, said):
@@ -152,6 +157,32 @@ def test_the_vllm_part_needs_its_file(gpu_record, monkeypatch, capsys):
 )
 def test_what_a_sanitizer_said(gpu_record, log, errors):
     assert gpu_record.sanitizer_errors(log) == errors
+
+
+SANITIZER = """#!/usr/bin/env python3
+import pathlib, sys
+words = sys.argv
+log = pathlib.Path(words[words.index("--log-file") + 1])
+planted = any(word.endswith("planted_fault.py") for word in words)
+log.write_text(f"========= ERROR SUMMARY: {60 if planted else 0} errors\\n")
+for word in words:
+    if word.startswith("--junitxml="):
+        pathlib.Path(word.removeprefix("--junitxml=")).write_text(
+            '<testsuites><testsuite tests="4" failures="0" errors="0" skipped="1"/></testsuites>'
+        )
+"""
+
+
+def test_rows_of_the_sanitizer(gpu_record, tmp_path, monkeypatch):
+    """With a program in its place that only writes logs: which runs there are, and what becomes a row."""
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(SANITIZER)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    rows = gpu_record.run_sanitizer(["memcheck", "initcheck"], ["integration_tests/gpu"], 60)
+    assert [row["tool"] for row in rows] == ["memcheck", "initcheck", gpu_record.PLANTED]
+    assert [row["errors"] for row in rows] == [0, 0, 60]
+    assert [row.get("passed") for row in rows] == [3, 3, None]
 
 
 def test_a_test_run_without_a_report_counts_as_failed(gpu_record, tmp_path):
