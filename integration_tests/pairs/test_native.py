@@ -340,6 +340,22 @@ def test_a_changed_model_computes_what_it_would(small_model, launchers, monkeypa
         assert found.launches > start
 
 
+def test_checkpointing_around_the_layers_call(model, launchers, monkeypatch) -> None:
+    """Where `GradientCheckpointingLayer` has the `__call__` that older transformers gave it."""
+    from transformers import modeling_layers
+
+    code = "def __call__(self, *args, **named):\n    return call(self, *args, **named)"
+    scope = {"call": nn.Module.__call__}
+    exec(compile(code, modeling_layers.__file__, "exec"), scope)
+    monkeypatch.setattr(modeling_layers.GradientCheckpointingLayer, "__call__", scope["__call__"], raising=False)
+    found = patch(model, launchers, monkeypatch)
+    with torch.no_grad():
+        settle(model)
+        start = found.launches
+        model(TOKENS)
+    assert found.launches - start == PAIRS
+
+
 def test_a_users_loop_gets_nothing_handed_over(patched) -> None:
     model, found = patched
     base = model.model

@@ -27,8 +27,9 @@ _servable = guards.servable
 _getframe = sys._getframe
 _CALL_IMPL = nn.Module._call_impl.__code__
 _MODULE_FILE = _CALL_IMPL.co_filename
-_CHECKPOINTING = "forward_with_checkpointing"
-"""Frames of torch's module call and of `GradientCheckpointingLayer` lie between a layer and what called it."""
+_CHECKPOINTING = "transformers.modeling_layers"
+"""Frames of torch's module call and of this module's `GradientCheckpointingLayer` lie between a layer and what called
+it: around the layer's `__call__` up to transformers 5.17 at least, around its `forward` in 5.23."""
 _OUTPUT_RECORDER = "transformers.utils.output_capturing"
 """Its forward hooks (`output_hidden_states=True`) stay on every layer once used; they keep outputs and edit nothing."""
 
@@ -207,19 +208,15 @@ def _called_by_loop(link: Link) -> bool:
             return True
     except ValueError:  # called from less deep than before
         pass
-    above_layer = 2  # past `tail` and the layer's own forward
-    frame, depth = _getframe(tail_frame + above_layer), above_layer
-    called_as = frame.f_code
-    code = called_as
-    while code is not link.loop:
-        if code.co_filename != _MODULE_FILE and code.co_name != _CHECKPOINTING:
+    depth = above_layer = 2  # past `tail` and the layer's own forward
+    frame = _getframe(tail_frame + above_layer)
+    checkpointing = getattr(sys.modules.get(_CHECKPOINTING), "__file__", None)
+    caller = above_layer + (frame.f_code.co_filename == checkpointing)
+    while frame.f_code is not link.loop:
+        if frame.f_code.co_filename not in (_MODULE_FILE, checkpointing) or frame.f_back is None:
             return False
-        frame, depth = frame.f_back, depth + 1  # type: ignore[assignment]
-        if frame is None:
-            return False
-        code = frame.f_code
-    link.depth = depth
-    link.caller = above_layer + (called_as.co_name == _CHECKPOINTING)
+        frame, depth = frame.f_back, depth + 1
+    link.depth, link.caller = depth, caller
     return True
 
 
