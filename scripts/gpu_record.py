@@ -140,7 +140,7 @@ def _counts(report: Path) -> dict[str, object]:
 
 
 def _rows_from(script: str, *arguments: str) -> list[dict]:
-    """The rows that a benchmark script writes to its --json; partial rows count, its exit status too."""
+    """The rows that a benchmark script writes to its --json; one that fails ends the run."""
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.json"
         _python(f"scripts/{script}", *arguments, "--json", str(rows))

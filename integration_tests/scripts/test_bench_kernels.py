@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,30 @@ def test_bytes_follow_the_dtypes(cases):
     assert cases.Case(FUSED, "cold", torch.bfloat16, 4096, 4096).bytes == 8 * count
     assert cases.Case(FUSED, "cold", torch.bfloat16, 4096, 4096, "fp32 weight and result").bytes == 10 * count
     assert cases.Case(PLAIN, "cold", torch.float32, 4096, 4096).bytes == 8 * count
+
+
+@pytest.mark.parametrize(("mode", "held"), [("hot", 1), ("cold", 4)])
+def test_results_of_a_hot_run_are_dropped_and_of_a_cold_one_kept(cases, monkeypatch, mode, held):
+    """A hot run whose results stayed alive would write to fresh memory at every call, as long as it allocates."""
+    monkeypatch.setattr(cases, "_sets", lambda case: 4 if case.mode == "cold" else 1)
+    made = []
+
+    def step(inputs):
+        made.append(weakref.ref(result := inputs[0] * 2))
+        return result
+
+    launches, count = cases._launches(cases.Case(PLAIN, mode, torch.float32, 2, 8), step)
+    kept = launches()
+    assert len(made) == count
+    assert sum(reference() is not None for reference in made) == len(kept) == held
+
+
+def test_a_chain_passes_its_results_on(cases):
+    double = lambda inputs: tuple(2 * x for x in inputs)  # noqa: E731
+    case = cases.Case(FUSED, "chain", torch.float64, 2, 8)
+    launches, count = cases._launches(case, double)
+    for x, start in zip(launches(), cases.operands(case, 1)[0], strict=True):
+        assert torch.equal(x, start * 2.0**count)
 
 
 def test_suites_hold_what_the_aims_need(script):

@@ -2,7 +2,7 @@
 
 Modes (all in microseconds per launch):
     cold    rotating operand sets that together exceed the L2 cache several times; outputs are distinct as well
-    hot     one operand set, used again and again
+    hot     one operand set and one set of results, used again and again (in place, they are the same memory)
     chain   each launch reads what the one before wrote, as decode does
     host    wall time of an eager call, the queue never waiting for the device
     kernel  device time of the kernels alone, from CUPTI through torch.profiler (no launch gaps)
