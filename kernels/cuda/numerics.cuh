@@ -9,6 +9,7 @@
 
 typedef unsigned int u32;
 typedef unsigned short u16;
+typedef unsigned long long u64;
 
 __host__ __device__ constexpr int size_of(int dtype) { return dtype == DT_F32 ? 4 : 2; }
 

@@ -1,8 +1,8 @@
 // Sums of squares over a row, in an order that is fixed by N and VEC ("lanes") or by the schedule ("threads").
 //
 // "lanes" (TREE_THREADS == 0): chunks are taken 32 at a time; each group of 32 is summed by a butterfly, the group sums by
-// four interleaved running sums. Which thread held a chunk does not enter, so schedules for few and for many rows that
-// differ in THREADS_PER_ROW give the same bits.
+// a few interleaved running sums and a butterfly over those. Which thread held a chunk does not enter, so schedules for few and
+// for many rows that differ in THREADS_PER_ROW give the same bits.
 // "threads" (TREE_THREADS == 1): each thread first adds up its own chunks. Cheaper for long rows; one schedule per N.
 
 #pragma once
@@ -19,7 +19,9 @@ constexpr int CHUNKS = ceil_div(N, VEC);
 constexpr int CHUNKS_PER_THREAD = ceil_div(CHUNKS, TPR * CLUSTER);
 constexpr int SUMS_PER_THREAD = TREE_THREADS ? 1 : CHUNKS_PER_THREAD;
 // Sums that meet at the end: one per 32 chunks (lanes tree) or one per warp (threads tree).
-constexpr int SUMS = TREE_THREADS ? WARPS : ceil_div(CHUNKS, 32);
+constexpr int SUMS = TREE_THREADS ? WARPS * CLUSTER : ceil_div(CHUNKS, 32);
+// Interleaved running sums over them. 128 sums in eight cost more registers than a CTA of 512 threads and 8 chunks has.
+constexpr int RUNNING = SUMS <= 32 ? 4 : TREE_THREADS ? 32 : SUMS <= 64 ? 8 : 4;
 
 static_assert(TPR % 32 == 0 || (TPR < 32 && (TPR & (TPR - 1)) == 0), "a row takes a power of two of lanes or whole warps");
 static_assert(TREE_THREADS || TPR >= 32 || CHUNKS <= TPR, "the lanes tree takes 32 chunks at a time: rows of more need a warp");
@@ -86,45 +88,74 @@ __device__ __forceinline__ float add_up(Get4 get4) {
     return (running[0] + running[1]) + (running[2] + running[3]);
 }
 
+// COUNT sums of shared memory, the same in all lanes. A lane adds up every RUNNING-th: one four-byte read for each in place of
+// every lane reading all of them, which keeps the shared memory of a CTA of many warps busy for longer than the reduction takes.
+template <int COUNT>
+__device__ __forceinline__ float add_up_in_warp(const float* sums, int lane) {
+    const int k = lane % RUNNING;
+    float sum = COUNT >= RUNNING || k < COUNT ? sums[k] : 0.0f;
+#pragma unroll
+    for (int i = RUNNING; i < COUNT; i += RUNNING)
+        if (i + RUNNING <= COUNT || i + k < COUNT) sum += sums[i + k];
+#pragma unroll
+    for (int mask = 1; mask < RUNNING; mask *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, mask);
+    return sum;
+}
+
 #if CLUSTER > 1
+// CTAs of a cluster write their sums into one another's shared memory; a barrier in each counts the bytes that arrived. That
+// takes one trip through the cluster where stores and a cluster barrier take three.
+__shared__ u64 sums_arrived;
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
 __device__ __forceinline__ u32 cluster_rank() {
     u32 rank;
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     return rank;
 }
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
-// Writes `value` to the place of `here` (a shared variable) in the CTA of that rank.
-__device__ __forceinline__ void store_in_cta(float* here, u32 rank, float value) {
-    u32 there;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"((u32)__cvta_generic_to_shared(here)), "r"(rank));
-    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(value) : "memory");
+// Every thread calls it first.
+__device__ __forceinline__ void open_cluster() {
+    if (threadIdx.x == 0) {
+        const u32 barrier = shared_address(&sums_arrived);
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "n"(ROWS_PER_CTA * SUMS * 4)
+                     : "memory");
+    }
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
 
-// The CTAs of a cluster write their row sums into one another's shared memory; each adds them in rank order.
-template <int ROWS>
-__device__ __forceinline__ void add_across_cluster(float (&sums)[ROWS], int slot, int thread) {
-    __shared__ float from_rank[SLOTS][ROWS][CLUSTER];
-    if (thread < CLUSTER) {
-#pragma unroll
-        for (int u = 0; u < ROWS; ++u) store_in_cta(&from_rank[slot][u][cluster_rank()], thread, sums[u]);
-    }
-    cluster_arrive();
-    cluster_wait();
-#pragma unroll
-    for (int u = 0; u < ROWS; ++u) {
-        float sum = from_rank[slot][u][0];
-#pragma unroll
-        for (int rank = 1; rank < CLUSTER; ++rank) sum += from_rank[slot][u][rank];
-        sums[u] = sum;
-    }
+// No CTA writes into one that has not opened.
+__device__ __forceinline__ void wait_for_open_cluster() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// Writes `value` to the place of `here` (a shared variable) in the CTA of that rank.
+__device__ __forceinline__ void send_to_cta(const float* here, u32 rank, float value) {
+    u32 there, barrier;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(here)), "r"(rank));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(barrier) : "r"(shared_address(&sums_arrived)), "r"(rank));
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(there),
+                 "r"(__float_as_uint(value)), "r"(barrier)
+                 : "memory");
+}
+
+// A CTA may exit after this: all that was sent to it has arrived.
+__device__ __forceinline__ void wait_for_sums() {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n"
+        "@!done bra again;\n"
+        "}" ::"r"(shared_address(&sums_arrived))
+        : "memory");
 }
 #endif
 
 // In: each thread's sums of squares, [row][chunk of the thread] (lanes tree) or [row][0] (threads tree).
 // Out: the whole row's sum, the same in all threads of the row.
-// In a cluster the caller arrived once at the cluster barrier before: no CTA writes into one that has not started.
+// In a cluster the caller opened it.
 template <int ROWS>
 __device__ __forceinline__ void sum_rows(const float (&partial)[ROWS * SUMS_PER_THREAD], float (&sums)[ROWS], int slot,
                                          int thread) {
@@ -149,34 +180,32 @@ __device__ __forceinline__ void sum_rows(const float (&partial)[ROWS * SUMS_PER_
         const int row = index / SUMS_PER_THREAD;
         int group = index % SUMS_PER_THREAD * WARPS + thread / 32;
 #if CLUSTER > 1
-        cluster_wait();
-        if constexpr (!TREE_THREADS) group += cluster_rank() * (SUMS_PER_THREAD * WARPS);
+        group += cluster_rank() * (SUMS_PER_THREAD * WARPS);
 #endif
-        const bool writes = lane % (32 / PADDED) == 0 && index < COUNT && group < SUMS;
-        float* here = (float*)shared_sums[slot][writes ? row : 0] + group;
+        const bool has_sum = index < COUNT && group < SUMS;
+        float* here = (float*)shared_sums[slot][has_sum ? row : 0] + group;
 #if CLUSTER > 1
-        if constexpr (!TREE_THREADS) {
-            if constexpr (COUNT == 1) {  // every lane has the sum: one lane per CTA
-                if (lane < CLUSTER && group < SUMS) store_in_cta(here, lane, sum);
-            } else if (writes) {
+        wait_for_open_cluster();
+        if (has_sum) {
 #pragma unroll
-                for (int rank = 0; rank < CLUSTER; ++rank) store_in_cta(here, rank, sum);
+            for (int rank = 0; rank < CLUSTER; rank += 32 / PADDED) {
+                const int to = rank + lane % (32 / PADDED);
+                if (CLUSTER % (32 / PADDED) == 0 || to < CLUSTER) send_to_cta(here, to, sum);
             }
-            cluster_arrive();
-            cluster_wait();
-        } else
-#endif
-        {
-            if (writes) *here = sum;
-            row_group_barrier(slot);
         }
+        wait_for_sums();
+#else
+        if (has_sum && lane % (32 / PADDED) == 0) *here = sum;
+        row_group_barrier(slot);
+#endif
 #pragma unroll
         for (int u = 0; u < ROWS; ++u) {
-            const float4* row_sums = shared_sums[slot][u];
-            sums[u] = add_up<SUMS>([&](int i) { return row_sums[i / 4]; });
+            if constexpr (SUMS > 8) {
+                sums[u] = add_up_in_warp<SUMS>((const float*)shared_sums[slot][u], lane);
+            } else {
+                const float4* row_sums = shared_sums[slot][u];
+                sums[u] = add_up<SUMS>([&](int i) { return row_sums[i / 4]; });
+            }
         }
     }
-#if CLUSTER > 1
-    if constexpr (TREE_THREADS) add_across_cluster<ROWS>(sums, slot, thread);
-#endif
 }

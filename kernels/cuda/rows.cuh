@@ -28,10 +28,10 @@ constexpr int WEIGHT_MORE = HAS_WEIGHT ? CHUNKS_PER_THREAD * (CHUNK_WORDS<W_T> -
 constexpr int OUT_MORE = CHUNK_WORDS<OUT_T> - X_WORDS;
 constexpr int WORDS_OF_CTA = THREADS_ALLOCATED * CHUNKS_PER_THREAD * X_WORDS;
 constexpr int WEIGHT_WHEN =
-    (WORDS_OF_CTA > 8192 && HELD_MORE + WEIGHT_MORE > 0) || (WORDS_OF_CTA >= 8192 && OFFSET == 2) ? 2 : WEIGHT_AT;
+    (WORDS_OF_CTA > 8192 && HELD_MORE + WEIGHT_MORE > 0) || (WORDS_OF_CTA >= 8192 && OFFSET == 2) || WEIGHT_ROWS > 1 ? 2 : WEIGHT_AT;
 __host__ __device__ constexpr int at_least_0(int n) { return n > 0 ? n : 0; }
 constexpr int MORE_REGISTERS =
-    at_least_0(HELD_MORE) + (WEIGHT_WHEN == 2 ? 0 : at_least_0(WEIGHT_MORE)) + at_least_0(OUT_MORE) + (STRIDE2 ? 6 : 0) +
+    at_least_0(HELD_MORE) + (WEIGHT_WHEN >= 2 ? 0 : at_least_0(WEIGHT_MORE)) + at_least_0(OUT_MORE) + (STRIDE2 ? 6 : 0) +
     (smaller(ALIGN, W_ALIGN) < smaller(16, VEC * size_of(X_T)) ? 16 : 0);  // narrow pieces are put together
 constexpr int REGISTER_FILE = 65536;
 constexpr int CTAS_WITH_MORE =
@@ -111,6 +111,25 @@ __device__ __forceinline__ void normalise_chunk(const u32 (&held)[HELD_WORDS], f
     }
 }
 
+// fp32 results of a 16-byte chunk of 16-bit values take two stores. Two neighbouring threads write one chunk, then the other, so
+// that each store fills whole sectors of 32 bytes. All threads of the warp take part.
+constexpr bool WIDE_OUTPUT =
+    VEC * size_of(OUT_T) == 32 && OUT_ALIGN >= 16 && MAX_ACCESS == 16 && N % VEC == 0 && TPR % 32 == 0;
+
+__device__ __forceinline__ void store_wide_chunk(char* p, const u32* w, int thread) {
+    const bool upper = thread & 1;
+    u32 first[4], second[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const u32 other = __shfl_xor_sync(0xffffffffu, upper ? w[i] : w[i + 4], 1);
+        first[i] = upper ? other : w[i];
+        second[i] = upper ? w[i + 4] : other;
+    }
+    char* chunk = p - (upper ? 16 : 0);  // the lower thread's chunk is 32 bytes below the upper one's
+    store_piece<16>(chunk, first);
+    store_piece<16>(chunk + 32, second);
+}
+
 // A set of rows with one weight.
 struct Rows {
     const char* x;
@@ -161,7 +180,7 @@ __device__ __forceinline__ void norm_rows(const Rows& rows, i64 first, float eps
     const int slot = SLOTS == 1 ? 0 : threadIdx.x / TPR;
     const int thread = SLOTS == 1 ? threadIdx.x : threadIdx.x % TPR;
 #if CLUSTER > 1
-    cluster_arrive();
+    open_cluster();
     const int first_of_cta = cluster_rank() * (TPR * K);
 #else
     const int first_of_cta = 0;
@@ -169,14 +188,21 @@ __device__ __forceinline__ void norm_rows(const Rows& rows, i64 first, float eps
     const int first_chunk = first_of_cta + thread;
     if constexpr (LAUNCH_AT == 0) launch_next_kernel();
 
-    // Chunk j of this thread exists: known at compile time for all but the last.
+    // Chunk j of this thread exists: known at compile time for all but the last, in a cluster where its CTAs have equal parts.
+    auto in_every_cta = [](int j) { return CLUSTER == 1 ? (j + 1) * TPR <= CHUNKS : CHUNKS == TPR * K * CLUSTER; };
     auto exists = [&](int j) {
-        return CLUSTER == 1 && (j + 1) * TPR <= CHUNKS ? true : first_chunk + j * TPR < CHUNKS;
+        return in_every_cta(j) ? true : first_chunk + j * TPR < CHUNKS;
     };
 
-    // After the reduction a few chunks' weights at a time, so that those of a long row do not all need registers at once.
-    constexpr int GROUP_OF_WEIGHTS = WEIGHT_WHEN == 2 ? smaller(K, ceil_div(16, CHUNK_WORDS<W_T>)) : K;
-    Weights weights[GROUP_OF_WEIGHTS];
+    // From the reduction on a few chunks' weights at a time, so that those of a long row do not all need registers at once; with
+    // WEIGHT_WHEN == 3 a group is on its way while the one before is used.
+#ifndef GW
+#define GW 8
+#endif
+    constexpr int GROUP_OF_WEIGHTS = WEIGHT_WHEN < 2 ? K : smaller(K, ceil_div(WEIGHT_WHEN == 2 ? 16 : GW, CHUNK_WORDS<W_T>));
+    constexpr int WEIGHTS_HELD = WEIGHT_WHEN == 3 ? smaller(K, 2 * GROUP_OF_WEIGHTS) : GROUP_OF_WEIGHTS;
+    static_assert(WEIGHT_WHEN != 3 || U == 1, "the weights of one row");
+    Weights weights[WEIGHTS_HELD];
     auto load_weights = [&](i64 row, int from) {
         const char* weight = rows.weight;
         if constexpr (WEIGHT_ROWS > 1) weight += row % WEIGHT_ROWS * (i64)(N * W_SIZE);
@@ -184,10 +210,10 @@ __device__ __forceinline__ void norm_rows(const Rows& rows, i64 first, float eps
         for (int j = from; j < smaller(from + GROUP_OF_WEIGHTS, K); ++j) {
             int chunk = first_chunk + j * TPR;
             if (HAS_WEIGHT && exists(j))
-                load_chunk<W_T, W_ALIGN>(weights[j - from].word, weight + (i64)chunk * (VEC * W_SIZE), valid_elements(chunk));
+                load_chunk<W_T, W_ALIGN>(weights[j % WEIGHTS_HELD].word, weight + (i64)chunk * (VEC * W_SIZE), valid_elements(chunk));
         }
     };
-    if constexpr (WEIGHT_WHEN == 0 && WEIGHT_ROWS == 1) load_weights(0, 0);
+    if constexpr (WEIGHT_WHEN == 0) load_weights(0, 0);
     if constexpr (PREFETCH) prefetch_rows(rows, first, slot, thread, first_of_cta * VEC * X_SIZE);
     wait_for_previous_kernel();
     if constexpr (LAUNCH_AT == 1) launch_next_kernel();
@@ -230,7 +256,7 @@ __device__ __forceinline__ void norm_rows(const Rows& rows, i64 first, float eps
         }
         if constexpr (LAUNCH_AT == 2)
             if (stage + STAGE >= U * K) launch_next_kernel();
-        if constexpr (WEIGHT_WHEN == 1 && WEIGHT_ROWS == 1)
+        if constexpr (WEIGHT_WHEN == 1)
             if (stage + STAGE >= U * K) load_weights(0, 0);
 #pragma unroll
         for (int i = stage; i < smaller(stage + STAGE, U * K); ++i) {
@@ -269,7 +295,9 @@ __device__ __forceinline__ void norm_rows(const Rows& rows, i64 first, float eps
             partial[i] = sum;
         }
     }
+    if constexpr (WEIGHT_WHEN == 3) load_weights(0, 0);
     sum_rows<U>(partial, sums, slot, thread);
+    if constexpr (LAUNCH_AT == 3) launch_next_kernel();
     // Without this the compiler keeps the unpacked fp32 values across the reduction: twice the registers.
 #pragma unroll
     for (int i = 0; i < U * K - PARKED; ++i) {
@@ -285,8 +313,8 @@ __device__ __forceinline__ void norm_rows(const Rows& rows, i64 first, float eps
         char* normed_row = rows.normed + row * rows.normed_row_stride * OUT_SIZE;
 #pragma unroll
         for (int j = 0; j < K; ++j) {
-            if constexpr (WEIGHT_WHEN == 2 || WEIGHT_ROWS > 1)
-                if (j % GROUP_OF_WEIGHTS == 0) load_weights(row, j);
+            if (WEIGHT_WHEN == 2 && j % GROUP_OF_WEIGHTS == 0) load_weights(row, j);
+            if (WEIGHT_WHEN == 3 && j % GROUP_OF_WEIGHTS == 0) load_weights(row, j + GROUP_OF_WEIGHTS);
             const int chunk = first_chunk + j * TPR;
             if (!exists(j)) continue;
             u32 now[HELD_WORDS], normed[CHUNK_WORDS<OUT_T>];
@@ -303,8 +331,13 @@ __device__ __forceinline__ void norm_rows(const Rows& rows, i64 first, float eps
                 const uint4 parked = *parking_place(j, thread);
                 now[0] = parked.x, now[1] = parked.y, now[2] = parked.z, now[3] = parked.w;
             }
-            normalise_chunk(now, rstd, weights[j % GROUP_OF_WEIGHTS], normed);
-            store_chunk<OUT_T, OUT_ALIGN>(normed_row + (i64)chunk * (VEC * OUT_SIZE), normed, valid_elements(chunk));
+            normalise_chunk(now, rstd, weights[j % WEIGHTS_HELD], normed);
+            char* place = normed_row + (i64)chunk * (VEC * OUT_SIZE);
+            if (WIDE_OUTPUT && in_every_cta(j)) {
+                store_wide_chunk(place, normed, thread);
+            } else {
+                store_chunk<OUT_T, OUT_ALIGN>(place, normed, valid_elements(chunk));
+            }
         }
     }
 }
