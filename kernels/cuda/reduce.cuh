@@ -121,14 +121,18 @@ __device__ __forceinline__ void open_cluster() {
         const u32 barrier = shared_address(&sums_arrived);
         asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "n"(ROWS_PER_CTA * SUMS * 4)
-                     : "memory");
     }
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");  // the fence has published all there is
 }
 
-// No CTA writes into one that has not opened.
-__device__ __forceinline__ void wait_for_open_cluster() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// No CTA writes into one that has not opened. Sums may arrive before they are expected: the barrier waits for that as well.
+__device__ __forceinline__ void wait_for_open_cluster() {
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    if (threadIdx.x == 0)
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&sums_arrived)),
+                     "n"(ROWS_PER_CTA * SUMS * 4)
+                     : "memory");
+}
 
 // Writes `value` to the place of `here` (a shared variable) in the CTA of that rank.
 __device__ __forceinline__ void send_to_cta(const float* here, u32 rank, float value) {

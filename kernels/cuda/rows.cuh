@@ -2,7 +2,7 @@
 //
 // A thread holds CHUNKS_PER_THREAD chunks of each of its ROWS_PER_THREAD rows, 16-bit values packed. WEIGHT_AT says where the
 // weight is read: 0 above the dependency wait (few rows: its latency hides behind the previous kernel), 1 together with
-// x, 2 after the reduction (fewest registers).
+// x, 2 after the reduction (fewest registers), 3 from just before the reduction on, a part ahead of its use.
 
 #pragma once
 
@@ -32,7 +32,9 @@ constexpr int WEIGHT_WHEN =
 __host__ __device__ constexpr int at_least_0(int n) { return n > 0 ? n : 0; }
 constexpr int MORE_REGISTERS =
     at_least_0(HELD_MORE) + (WEIGHT_WHEN >= 2 ? 0 : at_least_0(WEIGHT_MORE)) + at_least_0(OUT_MORE) + (STRIDE2 ? 6 : 0) +
-    (smaller(ALIGN, W_ALIGN) < smaller(16, VEC * size_of(X_T)) ? 16 : 0);  // narrow pieces are put together
+    (smaller(ALIGN, W_ALIGN) >= smaller(16, VEC * size_of(X_T)) ? 0  // narrow pieces are put together
+     : smaller(ALIGN, W_ALIGN) < 4                              ? 16 * ROWS_PER_THREAD * CHUNKS_PER_THREAD
+                                                                : 16);
 constexpr int REGISTER_FILE = 65536;
 constexpr int CTAS_WITH_MORE =
     REGISTER_FILE / (THREADS_ALLOCATED * smaller(255, REGISTER_FILE / (MIN_CTAS * THREADS_ALLOCATED) + MORE_REGISTERS));
@@ -196,10 +198,8 @@ __device__ __forceinline__ void norm_rows(const Rows& rows, i64 first, float eps
 
     // From the reduction on a few chunks' weights at a time, so that those of a long row do not all need registers at once; with
     // WEIGHT_WHEN == 3 a group is on its way while the one before is used.
-#ifndef GW
-#define GW 8
-#endif
-    constexpr int GROUP_OF_WEIGHTS = WEIGHT_WHEN < 2 ? K : smaller(K, ceil_div(WEIGHT_WHEN == 2 ? 16 : GW, CHUNK_WORDS<W_T>));
+    constexpr int GROUP_WORDS = WEIGHT_WHEN == 3 && K < 16 ? 8 : 16;
+    constexpr int GROUP_OF_WEIGHTS = WEIGHT_WHEN < 2 ? K : smaller(K, ceil_div(GROUP_WORDS, CHUNK_WORDS<W_T>));
     constexpr int WEIGHTS_HELD = WEIGHT_WHEN == 3 ? smaller(K, 2 * GROUP_OF_WEIGHTS) : GROUP_OF_WEIGHTS;
     static_assert(WEIGHT_WHEN != 3 || U == 1, "the weights of one row");
     Weights weights[WEIGHTS_HELD];
