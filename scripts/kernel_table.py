@@ -65,6 +65,7 @@ class MachineCode:
     stores: Counter[int]
     loads_before_wait: int
     waits: int
+    gpu_fences: int
 
     @property
     def spills(self) -> bool:
@@ -114,6 +115,7 @@ def read_machine_code(cubin: bytes) -> MachineCode:
         stores=Counter(_width(line) for line in lines if line.startswith("STG")),
         loads_before_wait=sum(line.startswith("LDG") for line in lines[:wait]),
         waits=lines.count("ACQBULK"),
+        gpu_fences=sum(line.startswith("MEMBAR") and line.endswith(".GPU") for line in lines),
     )
 
 

@@ -110,6 +110,14 @@ def test_long_rows(arch):
         assert set(machine.loads) == {256 if arch >= 100 else 128}
 
 
+@pytest.mark.parametrize("n", [8192, 16384, 131072, 262144])
+def test_a_cluster_meets_without_a_fence_for_the_whole_gpu(n):
+    """The release of a cluster barrier is one: 0.05 us of a decode step, 4 to 6% of long rows."""
+    config, machine = code(FUSED, n, 90, 0)
+    assert config.cluster > 1
+    assert machine.gpu_fences == 0
+
+
 @pytest.mark.parametrize(("align", "widths"), [(16, {128}), (8, {64}), (4, {32}), (2, {16})])
 def test_unaligned_addresses_take_narrower_accesses_in_the_same_schedule(align, widths):
     config, machine = code(FUSED, 4096, 90, 0, align=align)
