@@ -52,6 +52,13 @@ Include = Annotated[list[str] | None, typer.Option("--include", help="Pattern on
 Exclude = Annotated[list[str] | None, typer.Option("--exclude", help="Pattern on norm paths; may be repeated.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let the checkpoint's own Python code run.")]
 Prompt = Annotated[str | None, typer.Option("--prompt", help="Text to run on; a fixed English text by default.")]
+VllmModel = Annotated[
+    Path | None, typer.Option("--vllm-model", metavar="MODEL", help="Say what vLLM would do with each norm of MODEL.")
+]
+VllmArguments = Annotated[
+    list[str] | None,
+    typer.Option("--vllm-arg", help="Argument of `vllm serve`, as --vllm-arg=--enforce-eager; may be repeated."),
+]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to generate.")]
 Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Timed rounds, stock and patched in turn.")]
 
@@ -129,13 +136,15 @@ def _load(out: Output, model: Path, dtype: Dtype, device: str, trust: bool) -> L
 
 
 @app.command()
-def env(as_json: Json = False) -> None:
+def env(vllm_model: VllmModel = None, vllm_arg: VllmArguments = None, as_json: Json = False) -> None:
     """Show versions, devices, which backends run on them and why not, the kernel cache and the vLLM plugin."""
     with output(as_json) as out:
         from . import env as environment
         from .tables import environment_tables
 
-        found = environment.report()
+        if vllm_arg and not vllm_model:
+            raise typer.BadParameter("it belongs to a --vllm-model", param_hint="--vllm-arg")
+        found = environment.report([str(vllm_model), *(vllm_arg or ())] if vllm_model else ())
         out.document(found.to_dict())
         if not as_json:
             for table in environment_tables(found):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import subprocess
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
@@ -17,6 +21,7 @@ from .semantics import LLAMA
 
 PACKAGES = ("rmsnorm_patch", "torch", "transformers", "triton", "nvidia-cuda-nvrtc", "accelerate", "kernels", "vllm")
 PROBED_HIDDEN_SIZE = 4096
+ENGINE_SECONDS = 300
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,20 @@ class VllmState:
 
 
 @dataclass(frozen=True)
+class EngineState:
+    """What `vllm serve MODEL` with `arguments` would do. norms: (path, class, columns, what serves it) of each norm;
+    error: why the engine cannot be configured here, then the rest is empty."""
+
+    arguments: tuple[str, ...]
+    route: str = ""
+    provider: str = ""
+    reason: str = ""
+    compile_mode: str = ""
+    norms: tuple[tuple[str, str, int, str], ...] = ()
+    error: str = ""
+
+
+@dataclass(frozen=True)
 class Environment:
     python: str
     system: str
@@ -73,6 +92,7 @@ class Environment:
     cache: CacheState
     vllm: VllmState
     variables: dict[str, str]
+    engine: EngineState | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -136,8 +156,25 @@ def _vllm() -> VllmState:
     return VllmState(found.version, entry_point, os.environ.get("VLLM_PLUGINS"), found.route, found.reason)
 
 
-def report() -> Environment:
-    """Look at packages, devices, cache and variables. Starts CUDA where there is a GPU; builds nothing."""
+def engine(arguments: Sequence[str]) -> EngineState:
+    """Ask a vLLM of its own process, configured with `arguments` of `vllm serve`; no weights are read."""
+    command = [sys.executable, "-m", "rmsnorm_patch.vllm_plugin.explain", *arguments]
+    if vllm_plugin.installed() is None:
+        return EngineState(tuple(arguments), error="vLLM is not installed")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=ENGINE_SECONDS)
+    try:
+        answer = json.loads(done.stdout)
+    except json.JSONDecodeError:
+        return EngineState(tuple(arguments), error=done.stderr.strip()[-500:] or f"exit status {done.returncode}")
+    norms = tuple((n["path"], n["class"], n["columns"], n["served_by"]) for n in answer.pop("norms", ()))
+    return EngineState(tuple(arguments), norms=norms, **answer)
+
+
+def report(engine_arguments: Sequence[str] = ()) -> Environment:
+    """Look at packages, devices, cache and variables. Starts CUDA where there is a GPU; builds nothing.
+
+    engine_arguments: those of `vllm serve`, the model first: the report then says what happens to each of its norms.
+    """
     gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     try:
         kernels = str(kernels_dir())
@@ -158,4 +195,5 @@ def report() -> Environment:
         cache=_cache(),
         vllm=_vllm(),
         variables={k: v for k, v in sorted(os.environ.items()) if k.startswith("RMSNORM_PATCH_")},
+        engine=engine(engine_arguments) if engine_arguments else None,
     )

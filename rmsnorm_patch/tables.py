@@ -6,9 +6,10 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
-from .env import Environment
+from .env import EngineState, Environment
 from .plan import NormSite, PairSite, Plan
 from .semantics import NormSpec
 from .speed import Comparison
@@ -113,4 +114,18 @@ def environment_tables(env: Environment) -> list[Table]:
     places.add_row("vLLM", f"{vllm}; plugin {env.vllm.entry_point or 'not registered'}{route}")
     for name, value in env.variables.items():
         places.add_row(name, value)
-    return [versions, devices, places]
+    return [versions, devices, places, *([] if env.engine is None else [engine_table(env.engine)])]
+
+
+def engine_table(engine: EngineState) -> Table:
+    """One row for each group of norms that share class, columns and what serves them."""
+    text = engine.error or f"{engine.reason}; compile mode {engine.compile_mode}"
+    table = Table(title=escape(f"vllm serve {' '.join(engine.arguments)}: {text}"), title_justify="left")
+    for name in ("norms", "first", "class", "columns", "served by"):
+        table.add_column(name, overflow="fold")
+    groups: dict[tuple[str, int, str], list[str]] = {}
+    for path, kind, columns, served in engine.norms:
+        groups.setdefault((kind, columns, served), []).append(path)
+    for (kind, columns, served), paths in groups.items():
+        table.add_row(str(len(paths)), escape(paths[0]), kind, str(columns), served)
+    return table

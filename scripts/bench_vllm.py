@@ -2,13 +2,22 @@
 
     python scripts/bench_vllm.py --json out.json
     python scripts/bench_vllm.py --engines llama-8b:stock llama-8b:ir llama-8b-fp8:stock llama-8b-fp8:ir --rounds 5
+    python scripts/bench_vllm.py --engines llama-8b:stock+ir+removed
 
 Every engine is a process of its own with dummy weights, the default compile mode and CUDA graphs. All of them start at
 once; then they are measured one at a time in alternating rounds, so that clocks and host noise hit all of them.
 
+Where weights happen to lie in the device's memory moves matrix products by 1 to 3 %, as much as all norms together
+cost, and stays as it is for the life of a process. Variants joined by "+" are engines of one process with one set of
+weights: their differences are those of the norms. Rows of such a process say "shared".
+
 Device time: the graph of the last decode step is replayed back to back between two CUDA events, without the host in
 between. "removed" replaces every norm, with its residual add, by nothing: a ceiling with no right answer. Activations
 collapse there, and matrix products run faster on them: it holds only where weights dominate, at batches up to 32.
+
+Ideas that lost, to be measured again: "-dependent" launches the compiler's own kernels dependently too
+(`triton.enable_pdl`), "ir-heads" serves the norms over q and k heads, which the plugin leaves to the compiler, and
+"ir-functional" returns new tensors where the plugin writes into its inputs.
 """
 
 from __future__ import annotations
@@ -23,10 +32,12 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from gpu_record import digest
+from gpu_record import digest, versions
 
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -63,7 +74,19 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "llama-8b-tp2": (LLAMA_8B, {"tensor_parallel_size": 2}),
     "tiny": (TINY, {}),
 }
-VARIANTS = ("stock", "ir", "oot", "removed")
+DEPENDENT = "triton.enable_pdl"
+VARIANTS: dict[str, tuple[str, dict[str, bool]]] = {
+    "stock": ("off", {}),
+    "stock-dependent": ("off", {DEPENDENT: True}),
+    "ir": ("ir", {}),
+    "ir-dependent": ("ir", {DEPENDENT: True}),
+    "ir-functional": ("ir", {}),
+    "ir-heads": ("ir", {}),
+    "oot": ("oot", {}),
+    "removed": ("off", {}),
+    "removed-dependent": ("off", {DEPENDENT: True}),
+}
+"""Variant -> RMSNORM_PATCH_VLLM and what is set in Inductor's configuration."""
 DECODE = {1: 128, 8: 128, 32: 96, 256: 48}
 """Batch -> tokens generated for each sequence in one round."""
 PREFILL = (16, 1024)
@@ -73,22 +96,22 @@ DEFAULT = [f"{shape}:{variant}" for shape in ("llama-8b", "llama-1b") for varian
 
 
 class Engine:
-    """The child's side: one LLM, answering commands from stdin."""
+    """The child's side: one LLM. graphs: those that the process replayed since they were cleared."""
 
-    def __init__(self, shape: str, variant: str, eager: bool) -> None:
+    def __init__(self, shape: str, variant: str, eager: bool, graphs: list[Any]) -> None:
         import torch
         from vllm import LLM, SamplingParams
 
-        if variant == "removed":
-            remove_norms()
-        self.torch, self.sampling = torch, SamplingParams
-        self.graphs: list[Any] = []
-        if torch.cuda.is_available():
-            self._keep_graphs()
+        self.torch, self.sampling, self.graphs = torch, SamplingParams, graphs
         config, extra = SHAPES[shape]
         folder = tempfile.mkdtemp()
         Path(folder, "config.json").write_text(json.dumps(config))
-        self.llm = LLM(
+        os.environ["RMSNORM_PATCH_VLLM"] = VARIANTS[variant][0]
+        with CHANGES.get(variant.removesuffix("-dependent"), nullcontext)():
+            self.llm = self._start(LLM, folder, variant, eager, extra)
+
+    def _start(self, llm: Any, folder: str, variant: str, eager: bool, extra: dict[str, Any]) -> Any:
+        return llm(
             model=folder,
             load_format="dummy",
             skip_tokenizer_init=True,
@@ -96,23 +119,16 @@ class Engine:
             max_model_len=2048,
             max_num_seqs=256,
             max_num_batched_tokens=max(PREFILL[0] * PREFILL[1], 2048),
-            gpu_memory_utilization=0.05,
-            kv_cache_memory_bytes=(6 << 30) if torch.cuda.is_available() else (64 << 20),
+            gpu_memory_utilization=0.01,
+            kv_cache_memory_bytes=(3 << 30) if self.torch.cuda.is_available() else (64 << 20),
             enable_prefix_caching=False,
             enforce_eager=eager,
-            compilation_config={} if eager else {"cudagraph_capture_sizes": sorted(DECODE)},
+            compilation_config={}
+            if eager
+            else {"cudagraph_capture_sizes": sorted(DECODE), "inductor_compile_config": VARIANTS[variant][1]},
             disable_log_stats=True,
             **extra,
         )
-
-    def _keep_graphs(self) -> None:
-        self.replay = replay = self.torch.cuda.CUDAGraph.replay
-
-        def kept(graph: Any) -> None:
-            self.graphs.append(graph)
-            replay(graph)
-
-        self.torch.cuda.CUDAGraph.replay = kept  # type: ignore[method-assign]
 
     def sync(self) -> None:
         if self.torch.cuda.is_available():
@@ -121,9 +137,7 @@ class Engine:
     def generate(self, batch: int, prompt: int, tokens: int) -> float:
         """Seconds for `batch` prompts of `prompt` tokens, `tokens` generated for each."""
         prompts = [{"prompt_token_ids": [(7 * i + j) % 1000 + 1 for j in range(prompt)]} for i in range(batch)]
-        sampling = self.sampling(
-            temperature=0, max_tokens=tokens, min_tokens=tokens, ignore_eos=True, detokenize=False
-        )
+        sampling = self.sampling(temperature=0, max_tokens=tokens, min_tokens=tokens, ignore_eos=True, detokenize=False)
         self.sync()
         start = time.perf_counter()
         outputs = self.llm.generate(prompts, sampling, use_tqdm=False)
@@ -136,7 +150,8 @@ class Engine:
         tokens = DECODE[batch]
         self.graphs.clear()
         rate = batch * tokens / self.generate(batch, 16, tokens)
-        return {"tokens_per_s": rate, "step_us": self.step_us(), "graphs_per_step": len(self.graphs) / tokens}
+        graphs = len(self.graphs) / tokens
+        return {"tokens_per_s": rate, "step_us": self.step_us(), "graphs_per_step": graphs}
 
     def prefill(self) -> dict[str, float]:
         batch, length = PREFILL
@@ -149,10 +164,10 @@ class Engine:
         start, end = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
         graph = self.graphs[-1]
         for _ in range(5):
-            self.replay(graph)
+            graph.replay()
         start.record()
         for _ in range(REPLAYS):
-            self.replay(graph)
+            graph.replay()
         end.record()
         end.synchronize()
         return 1000 * start.elapsed_time(end) / REPLAYS
@@ -161,17 +176,19 @@ class Engine:
         """Profiled device time and count of each kernel in one decode step: name -> [us, count]."""
         self.graphs.clear()
         self.generate(batch, 16, 8)
+        graph = self.graphs[-1]
         with self.torch.profiler.profile(activities=[self.torch.profiler.ProfilerActivity.CUDA]) as profile:
             for _ in range(10):
-                self.replay(self.graphs[-1])
+                graph.replay()
             self.torch.cuda.synchronize()
         rows = [row for row in profile.key_averages() if row.self_device_time_total > 0]
         rows.sort(key=lambda row: -row.self_device_time_total)
-        return {row.key[:90]: [row.self_device_time_total / 10, row.count / 10] for row in rows[:12]}
+        return {row.key[:90]: [round(row.self_device_time_total / 10, 2), row.count / 10] for row in rows[:24]}
 
 
-def remove_norms() -> None:
-    from vllm.model_executor.custom_op import CustomOp
+@contextmanager
+def norms_removed() -> Iterator[None]:
+    from vllm.model_executor.custom_op import CustomOp, op_registry_oot
     from vllm.model_executor.layers.layernorm import RMSNorm
 
     class Removed(RMSNorm):
@@ -179,38 +196,102 @@ def remove_norms() -> None:
             return x if residual is None else (x, residual)
 
     CustomOp.register_oot(Removed, name="RMSNorm")
+    yield
+    del op_registry_oot["RMSNorm"]
 
 
-def serve(shape: str, variant: str, eager: bool) -> None:
+@contextmanager
+def changed(name: str, value: Any) -> Iterator[None]:
+    """Set a constant of the plugin, and its version too: vLLM's compile cache must not take one graph for the other."""
+    from rmsnorm_patch.vllm_plugin import arithmetic
+
+    before = getattr(arithmetic, name), arithmetic.VERSION
+    setattr(arithmetic, name, value)
+    arithmetic.VERSION = f"{arithmetic.VERSION} {name}"  # type: ignore[assignment]
+    yield
+    setattr(arithmetic, name, before[0])
+    arithmetic.VERSION = before[1]
+
+
+CHANGES: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "removed": norms_removed,
+    "ir-heads": lambda: changed("COMPILER_HEAD", 0),
+    "ir-functional": lambda: changed("IN_PLACE", False),
+}
+
+
+def keep_graphs() -> list[Any]:
+    """A list that every CUDA graph of this process joins when it is replayed."""
+    import torch
+
+    graphs: list[Any] = []
+    if torch.cuda.is_available():
+        replay = torch.cuda.CUDAGraph.replay
+
+        def kept(graph: Any) -> None:
+            graphs.append(graph)
+            replay(graph)
+
+        torch.cuda.CUDAGraph.replay = kept  # type: ignore[method-assign]
+    return graphs
+
+
+def share_weights() -> None:
+    """Every model that this process loads from now on gets the parameters of the first."""
+    import torch
+    from vllm.v1.worker.gpu_worker import Worker
+
+    load, kept = Worker.load_model, {}
+
+    def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
+        load(self, *args, **kwargs)
+        for name, parameter in self.model_runner.model.named_parameters():
+            parameter.data = kept.setdefault(name, parameter.data)
+        torch.cuda.empty_cache()
+
+    Worker.load_model = load_model
+
+
+def serve(shape: str, variants: list[str], eager: bool) -> None:
     """Child: answer each command line with one JSON line on the descriptor that stdout was."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what vLLM prints goes to the log
     start = time.perf_counter()
-    engine = Engine(shape, variant, eager)
-    for batch in DECODE:
-        engine.generate(batch, 16, 4)
-    engine.generate(*PREFILL, 1)
+    graphs = keep_graphs()
+    if len(variants) > 1:
+        from vllm.plugins import load_general_plugins
+
+        load_general_plugins()  # under the setting of the process; each engine then has its own
+        share_weights()
+    engines = {}
+    for variant in variants:
+        engine = engines[variant] = Engine(shape, variant, eager, graphs)
+        for batch in DECODE:
+            engine.generate(batch, 16, 4)
+        engine.generate(*PREFILL, 1)
     print(json.dumps({"ready_s": round(time.perf_counter() - start, 1)}), file=answers)
     for line in sys.stdin:
         command = json.loads(line)
-        result = getattr(engine, command["do"])(*command.get("args", []))
+        result = getattr(engines[command["variant"]], command["do"])(*command["args"])
         print(json.dumps(result), file=answers)
 
 
 class Child:
-    """The parent's side of one engine."""
+    """The parent's side of a process with one engine, or with several that share their weights."""
 
     def __init__(self, name: str, eager: bool, log: Path) -> None:
-        self.shape, self.variant = name.split(":")
-        plugin = {"stock": "off", "removed": "off"}.get(self.variant, self.variant)
+        self.shape, variants = name.split(":")
+        self.name, self.variants = name, variants.split("+")
+        routes = {VARIANTS[variant][0] for variant in self.variants}
         environment = {
             **os.environ,
-            "RMSNORM_PATCH_VLLM": plugin,
+            "RMSNORM_PATCH_VLLM": max(routes, key=lambda route: route != "off"),
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_USE_FLASHINFER_SAMPLER": "0",
             "VLLM_CACHE_ROOT": tempfile.mkdtemp(),
+            "TORCHINDUCTOR_COMPILE_THREADS": "4",
         }
         self.log = log
         command = [sys.executable, __file__, "--serve", name, "--decode", json.dumps(DECODE)] + ["--eager"] * eager
@@ -221,17 +302,18 @@ class Child:
     def read(self) -> dict[str, Any]:
         line = self.process.stdout.readline()  # type: ignore[union-attr]
         if not line:
-            raise RuntimeError(f"{self.shape}:{self.variant} ended; its log:\n{self.log.read_text()[-3000:]}")
+            raise RuntimeError(f"{self.name} ended; its log:\n{self.log.read_text()[-3000:]}")
         return json.loads(line)
 
-    def ask(self, do: str, *args: Any) -> dict[str, Any]:
-        self.process.stdin.write(json.dumps({"do": do, "args": args}) + "\n")  # type: ignore[union-attr]
+    def ask(self, variant: str, do: str, *args: Any) -> dict[str, Any]:
+        self.process.stdin.write(json.dumps({"variant": variant, "do": do, "args": args}) + "\n")  # type: ignore[union-attr]
         self.process.stdin.flush()  # type: ignore[union-attr]
         return self.read()
 
-    def selected(self) -> str:
-        lines = [line for line in self.log.read_text().splitlines() if "rmsnorm_patch: " in line]
-        return lines[0].split("rmsnorm_patch: ", 1)[1] if lines else ""
+    def selected(self) -> list[str]:
+        """What each worker wrote about the plugin."""
+        lines = self.log.read_text().splitlines()
+        return [line.split("rmsnorm_patch: ", 1)[1] for line in lines if "rmsnorm_patch: " in line]
 
 
 def start(names: list[str], eager: bool) -> list[Child]:
@@ -240,53 +322,61 @@ def start(names: list[str], eager: bool) -> list[Child]:
     ready = []
     for child in children:
         try:
-            print(f"{child.shape}:{child.variant} ready in {child.read()['ready_s']} s; {child.selected()}", flush=True)
+            print(f"{child.name} ready in {child.read()['ready_s']} s; {child.selected()}", flush=True)
             ready.append(child)
         except RuntimeError as error:
             print(error, flush=True)
     return ready
 
 
+Key = tuple[str, str, str, str]
+"""Shape, variant, whose process ("own" or "shared"), case."""
+
+
 def measure(children: list[Child], rounds: int, deadline: float, save: Any) -> dict[str, Any]:
-    """Alternating rounds: (shape, variant, case) -> samples."""
-    samples: dict[tuple[str, str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    """Alternating rounds."""
+    samples: dict[Key, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    engines = [(child, variant) for child in children for variant in child.variants]
     for number in range(rounds):
         for batch in (*DECODE, None):
-            for child in children if number % 2 == 0 else children[::-1]:
-                result = child.ask("prefill") if batch is None else child.ask("decode", batch)
+            for child, variant in engines if number % 2 == 0 else engines[::-1]:
+                result = child.ask(variant, "prefill") if batch is None else child.ask(variant, "decode", batch)
                 case = "prefill" if batch is None else f"decode-{batch}"
+                process = "shared" if len(child.variants) > 1 else "own"
                 for key, value in result.items():
-                    samples[child.shape, child.variant, case][key].append(value)
+                    samples[child.shape, variant, process, case][key].append(value)
         save(rows_of(samples))
         if time.monotonic() > deadline:
             break
     return rows_of(samples)
 
 
-def rows_of(samples: dict[tuple[str, str, str], dict[str, list[float]]]) -> dict[str, Any]:
-    rows = []
-    for (shape, variant, case), values in samples.items():
-        row: dict[str, Any] = {"shape": shape, "variant": variant, "case": case}
-        for key, found in values.items():
-            row[key] = round(statistics.median(found), 3)
-            row[f"{key}_range"] = [round(min(found), 3), round(max(found), 3)]
-        rows.append(row)
-    for row in rows:
-        of = {r["variant"]: r for r in rows if (r["shape"], r["case"]) == (row["shape"], row["case"])}
-        if "stock" not in of or row["variant"] == "stock":
+def rows_of(samples: dict[Key, dict[str, list[float]]]) -> dict[str, Any]:
+    rows: dict[Key, dict[str, Any]] = {}
+    for key, values in samples.items():
+        shape, variant, process, case = key
+        row = rows[key] = {"shape": shape, "variant": variant, "process": process, "case": case}
+        for name, found in values.items():
+            row[name] = round(statistics.median(found), 3)
+            row[f"{name}_range"] = [round(min(found), 3), round(max(found), 3)]
+        row["rounds"] = len(values["tokens_per_s"])
+    for (shape, variant, process, case), row in rows.items():
+        stock, removed = rows.get((shape, "stock", process, case)), rows.get((shape, "removed", process, case))
+        if stock is None or variant == "stock":
             continue
-        row["speedup"] = round(row["tokens_per_s"] / of["stock"]["tokens_per_s"], 4)
-        if row.get("step_us") and "removed" in of and row["variant"] != "removed":
-            ceiling = of["stock"]["step_us"] - of["removed"]["step_us"]
-            row["share_recovered"] = round((of["stock"]["step_us"] - row["step_us"]) / ceiling, 3)
-    return {"rows": rows}
+        row["speedup"] = round(row["tokens_per_s"] / stock["tokens_per_s"], 4)
+        if row.get("step_us") and removed is not None and not variant.startswith("removed"):
+            ceiling = stock["step_us"] - removed["step_us"]
+            row["share_recovered"] = round((stock["step_us"] - row["step_us"]) / ceiling, 3)
+    return {"rows": list(rows.values())}
 
 
 def table(result: dict[str, Any]) -> str:
-    lines = ["| shape | case | variant | tokens/s | vs stock | step us | share |", "|---|---|---|---|---|---|---|"]
-    for row in sorted(result["rows"], key=lambda r: (r["shape"], r["case"], VARIANTS.index(r["variant"]))):
+    lines = ["| shape | process | case | variant | tokens/s | vs stock | step us | share |", "|---" * 8 + "|"]
+    order = list(VARIANTS)
+    for row in sorted(result["rows"], key=lambda r: (r["shape"], r["process"], r["case"], order.index(r["variant"]))):
         lines.append(
-            f"| {row['shape']} | {row['case']} | {row['variant']} | {row['tokens_per_s']:.1f} "
+            f"| {row['shape']} | {row['process']} | {row['case']} | {row['variant']} | {row['tokens_per_s']:.1f} "
             f"{row['tokens_per_s_range']} | {row.get('speedup', '')} | {row.get('step_us', '')} "
             f"{row.get('step_us_range', '')} | {row.get('share_recovered', '')} |"
         )
@@ -308,12 +398,13 @@ def main() -> None:
         DECODE.clear()
         DECODE.update({int(batch): tokens for batch, tokens in options.decode.items()})
     if options.serve:
-        serve(*options.serve.split(":"), options.eager)
+        shape, variants = options.serve.split(":")
+        serve(shape, variants.split("+"), options.eager)
         return
     for name in options.engines:
-        shape, _, variant = name.partition(":")
-        if shape not in SHAPES or variant not in VARIANTS:
-            parser.error(f"--engines: got {name!r}; SHAPE is one of {', '.join(SHAPES)}, VARIANT of {VARIANTS}")
+        shape, _, variants = name.partition(":")
+        if shape not in SHAPES or not set(variants.split("+")) <= set(VARIANTS):
+            parser.error(f"--engines: got {name!r}; shapes: {', '.join(SHAPES)}; variants: {', '.join(VARIANTS)}")
 
     def save(result: dict[str, Any]) -> None:
         if options.json:  # the digest lets scripts/gpu_record.py refuse rows of other code
@@ -323,11 +414,13 @@ def main() -> None:
     children = start(options.engines, options.eager)
     try:
         result = measure(children, options.rounds, deadline, save)
-        result["selected"] = {f"{child.shape}:{child.variant}": child.selected() for child in children}
+        result["versions"] = versions()
+        result["selected"] = {child.name: child.selected() for child in children}
         result["kernels"] = {
-            f"{child.shape}:{child.variant}:{batch}": child.ask("kernels", batch)
+            f"{child.shape}:{variant}:{batch}": child.ask(variant, "kernels", batch)
             for batch in options.kernels
             for child in children
+            for variant in child.variants
         }
         save(result)
         print(table(result))

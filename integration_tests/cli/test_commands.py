@@ -114,6 +114,17 @@ def test_env_names_every_backend_with_a_reason(command) -> None:
     assert command("env").status == 0
 
 
+def test_env_asks_a_vllm_that_is_not_here(command, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rmsnorm_patch import vllm_plugin
+
+    monkeypatch.setattr(vllm_plugin, "installed", lambda: None)
+    found = command("env", "--vllm-model", tiny_llama, "--vllm-arg=--enforce-eager", "--json").document["engine"]
+    assert found["arguments"] == [str(tiny_llama), "--enforce-eager"]
+    assert found["error"] == "vLLM is not installed"
+    assert "vLLM is not installed" in command("env", "--vllm-model", tiny_llama).stdout
+    assert command("env", "--vllm-arg=--enforce-eager").status == 2
+
+
 def test_cache_commands(command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A damaged artefact is shown, found by `verify` with status 1, and gone after `clear`."""
     from rmsnorm_patch import cache

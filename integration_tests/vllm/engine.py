@@ -3,7 +3,9 @@
 Request: model (folder), enforce_eager, prompts (lists of token ids), max_tokens; `engine` (further LLM
 arguments) and `vllm_version` (what vLLM shall say it is).
 Answer: tokens and logprobs of every prompt, the number of forwards while they were generated, the lines of our call
-trace that belong to them, the classes of the model's norms, and whether CUDA was initialised.
+trace that belong to them and those from the start (where a CUDA graph's calls are captured), the classes of the model's
+norms, and whether CUDA was initialised. On a GPU: which of our kernels the device ran while the tokens were generated.
+With several workers, which are processes of their own, only tokens, logprobs and the lines of each worker.
 """
 
 from __future__ import annotations
@@ -20,6 +22,37 @@ import torch
 def trace_lines() -> list[dict[str, Any]]:
     path = Path(os.environ["RMSNORM_PATCH_VLLM_TRACE"]) / f"{os.getpid()}.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+KERNELS = ("rms_norm_rows", "rms_norm_stream", "rms_norm_pair")
+
+
+def told(outputs: list[Any]) -> dict[str, Any]:
+    completions = [output.outputs[0] for output in outputs]
+    return {
+        "tokens": [list(completion.token_ids) for completion in completions],
+        "logprobs": [
+            [step[token].logprob for step, token in zip(completion.logprobs, completion.token_ids, strict=True)]
+            for completion in completions
+        ],
+        "texts": [completion.text for completion in completions],
+    }
+
+
+def generate(llm: Any, prompts: list[Any], sampling: Any) -> tuple[list[Any], dict[str, int]]:
+    """The outputs, and kernel -> launches of it, replays of a CUDA graph included."""
+    if not torch.cuda.is_available():
+        return llm.generate(prompts, sampling, use_tqdm=False), {}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        outputs = llm.generate(prompts, sampling, use_tqdm=False)
+        torch.cuda.synchronize()
+    return outputs, {row.key: row.count for row in profile.key_averages() if row.key in KERNELS}
+
+
+def lines_of_workers() -> dict[str, list[dict[str, Any]]]:
+    """Process id -> the lines it wrote."""
+    folder = Path(os.environ["RMSNORM_PATCH_VLLM_TRACE"])
+    return {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in folder.glob("*.jsonl")}
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
@@ -42,6 +75,10 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         seed=0,
         **request.get("engine", {}),
     )
+    sampling = SamplingParams(temperature=0, max_tokens=request["max_tokens"], ignore_eos=True, logprobs=1)
+    prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
+    if llm.llm_engine.vllm_config.parallel_config.world_size > 1:
+        return {**told(llm.generate(prompts, sampling, use_tqdm=False)), "workers": lines_of_workers()}
     model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
     forwards = 0
     compute_logits = model.compute_logits
@@ -52,19 +89,14 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         return compute_logits(*args, **kwargs)
 
     model.compute_logits = counted
-    before = len(trace_lines())
-    sampling = SamplingParams(temperature=0, max_tokens=request["max_tokens"], ignore_eos=True, logprobs=1)
-    outputs = llm.generate([{"prompt_token_ids": ids} for ids in request["prompts"]], sampling, use_tqdm=False)
-    completions = [output.outputs[0] for output in outputs]
+    at_start = trace_lines()
+    outputs, kernels = generate(llm, prompts, sampling)
     return {
-        "tokens": [list(completion.token_ids) for completion in completions],
-        "logprobs": [
-            [step[token].logprob for step, token in zip(completion.logprobs, completion.token_ids, strict=True)]
-            for completion in completions
-        ],
-        "texts": [completion.text for completion in completions],
+        **told(outputs),
         "forwards": forwards,
-        "trace": trace_lines()[before:],
+        "trace": trace_lines()[len(at_start) :],
+        "trace_at_start": at_start,
+        "kernels": kernels,
         "norms": sorted({type(m).__name__ for m in model.modules() if "RMSNorm" in type(m).__name__}),
         "priority": llm.llm_engine.vllm_config.kernel_config.ir_op_priority.rms_norm,
         "cuda_initialised": torch.cuda.is_initialized(),

@@ -46,13 +46,12 @@ def test_calls_per_forward(name: str, route: str, eager: bool, run_engine: Any, 
     assert answer["norms"] == (["PatchedRMSNorm"] if route == "oot" else ["RMSNorm"])
     assert not answer["cuda_initialised"]
     heads = [line for line in answer["trace"] if line["shape"][-1] != width]
-    if name != "qwen3":
+    if name != "qwen3" or not eager:  # compiled, the norms over heads are the compiler's
         assert heads == []
         return
     assert len(heads) == 2 * layers * forwards
     assert {(line["op"], len(line["shape"]), line["result_contiguous"]) for line in heads} == {("rms_norm", 3, True)}
-    if eager:  # the compiler may lay q and k out anew
-        assert not any(line["contiguous"] for line in heads if line["shape"][0] > 1)
+    assert not any(line["contiguous"] for line in heads if line["shape"][0] > 1)
 
 
 COMPARED = [

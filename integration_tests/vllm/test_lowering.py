@@ -14,6 +14,7 @@ pytestmark = pytest.mark.slow
 LOWERED = """
 import torch
 from rmsnorm_patch import vllm_plugin
+from rmsnorm_patch.vllm_plugin import arithmetic
 vllm_plugin.register()
 from torch._inductor import config as inductor
 from vllm import ir
@@ -45,20 +46,25 @@ with set_current_vllm_config(vllm_config), torch.no_grad(), pass_context(Range(1
             with inductor.patch(post_grad_custom_post_pass=watched, force_disable_caches=True):
                 return torch.compile(layer, dynamic=True, fullgraph=True)(x, residual, weight, heads), watched
     stock, _ = compiled(["native"])
-    ours, watched = compiled(["rmsnorm_patch", "native"])
-assert not any("rmsnorm_patch" in name for name in seen[0]), seen[0]
-used = sorted(name for name in seen[1] if "rmsnorm_patch" in name)
-assert used == ["rmsnorm_patch.fused_add_rms_norm.default"] + 2 * ["rmsnorm_patch.rms_norm.default"], seen[1]
-chosen = [provider for nodes in watched.selected_impls.values() for provider in nodes.values()]
-assert sorted(chosen) == ["native"] + 3 * ["rmsnorm_patch"], chosen
-for got, want in zip(ours, stock):
-    assert got.shape == want.shape and got.dtype == want.dtype and got.stride() == want.stride()
-    torch.testing.assert_close(got, want, rtol=2**-7, atol=1e-6)
+    assert not any("rmsnorm_patch" in name for name in seen[0]), seen[0]
+    for number, longest_head in enumerate([256, 0], start=1):
+        arithmetic.COMPILER_HEAD = longest_head
+        ours, watched = compiled(["rmsnorm_patch", "native"])
+        plain = 1 if longest_head else 2
+        used = sorted(name for name in seen[number] if "rmsnorm_patch" in name)
+        wanted = ["rmsnorm_patch.fused_add_rms_norm_.default"] + plain * ["rmsnorm_patch.rms_norm.default"]
+        assert used == wanted, seen[number]
+        chosen = [provider for nodes in watched.selected_impls.values() for provider in nodes.values()]
+        assert sorted(chosen) == (3 - plain) * ["native"] + (1 + plain) * ["rmsnorm_patch"], chosen
+        for got, want in zip(ours, stock):
+            assert got.shape == want.shape and got.dtype == want.dtype and got.stride() == want.stride()
+            torch.testing.assert_close(got, want, rtol=2**-7, atol=1e-6)
 """
 
 
 def test_the_lowering_pass_selects_and_inserts_our_ops(environment: Callable[..., dict[str, str]]) -> None:
-    """Fused add, strided 3-D head norm, weightless with variance_size: ours; an fp32 weight: vLLM's."""
+    """Fused add, weightless with variance_size: ours; an fp32 weight: vLLM's; a strided 3-D head norm: the compiler's,
+    and ours with a right, contiguous result where that rule is taken away."""
     done = subprocess.run(
         [sys.executable, "-c", LOWERED],
         env=environment(RMSNORM_PATCH_COMPILE="op"),

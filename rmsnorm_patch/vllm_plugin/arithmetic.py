@@ -10,8 +10,15 @@ from .. import ops
 from ..semantics import NormSpec
 from .decision import SPECS
 
-VERSION = 1
+VERSION = 2
 """Raise it when the graphs that the routes produce change: it is part of vLLM's compile-cache key."""
+
+COMPILER_HEAD = 256
+"""In compiled graphs the norm over heads of up to this length is left to the compiler, which fuses it with the split of
+qkv before it and the rotary embedding behind it (measured: docs/decisions.md)."""
+
+IN_PLACE = True
+"""Whether the fused op of route "ir" writes into tensors that vLLM gave up (measured: docs/decisions.md)."""
 
 
 @cache
@@ -20,10 +27,16 @@ def spec_of(provider: str, has_weight: bool, variance_size: int | None) -> NormS
     return NormSpec(0.0, base.round_before_weight, "none", has_weight, base.output, base.sum, variance_size)
 
 
+BIND = {
+    "rms_norm": ops.bind_rms_norm,
+    "fused_add_rms_norm": ops.bind_fused_add_rms_norm,
+    "fused_add_rms_norm_": ops.bind_fused_add_rms_norm_,
+}
+
+
 @cache
 def _eager(op: str, provider: str, has_weight: bool, variance_size: int | None) -> ops.Bound:
-    spec = spec_of(provider, has_weight, variance_size)
-    return ops.bind_rms_norm(spec) if op == "rms_norm" else ops.bind_fused_add_rms_norm(spec)
+    return BIND[op](spec_of(provider, has_weight, variance_size))
 
 
 def is_eager(x: torch.Tensor) -> bool:
@@ -61,9 +74,36 @@ def fused_add_rms_norm(
     )
 
 
+def fused_add_rms_norm_in_place(
+    provider: str,
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    variance_size: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in x and residual, which the caller gives up: fewer lines of L2 to write back before the next weights
+    fit in. (On the CPU eager code gets new tensors, which the in-place op would only copy.)"""
+    if not IN_PLACE or (is_eager(x) and x.device.type == "cpu"):
+        return fused_add_rms_norm(provider, x, residual, weight, eps, variance_size)
+    if is_eager(x):
+        _eager("fused_add_rms_norm_", provider, weight is not None, variance_size)(x, residual, weight, eps)
+        return x, residual
+    spec = SPECS[provider]
+    torch.ops.rmsnorm_patch.fused_add_rms_norm_.default(
+        x, residual, weight, eps, spec.round_before_weight, "none", spec.output, spec.sum, variance_size, None, "auto"
+    )
+    return x, residual
+
+
 def _on(provider: str, x: torch.Tensor) -> str:
     """Eager CPU code replaces vLLM's PyTorch norm, also where the engine was configured to compile and did not."""
     return "rmsnorm_patch_native" if provider == "rmsnorm_patch" and x.device.type == "cpu" else provider
+
+
+def belongs_to_the_compiler(provider: str, x: torch.Tensor) -> bool:
+    """Whether a call on [..., heads, head length] stays in the graph as vLLM's own arithmetic."""
+    return provider == "rmsnorm_patch" and x.dim() > 2 and x.shape[-1] <= COMPILER_HEAD
 
 
 def keeps_op(x: torch.Tensor) -> bool:

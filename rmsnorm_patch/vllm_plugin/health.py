@@ -22,6 +22,14 @@ ROWS = (1, 3)
 """Rows of the trial calls: a schedule is compiled per row length, for all row counts of one reduction tree."""
 
 
+_trials: list[str] = []
+"""The op whose trial runs now: such calls belong to no forward."""
+
+
+def is_trial() -> bool:
+    return bool(_trials)
+
+
 @cache
 def warn_once(message: str) -> None:
     logger.warning("rmsnorm_patch: %s", message)
@@ -50,8 +58,12 @@ def _why(
     if weight_dtype not in (None, dtype):
         return f"weight of {weight_dtype} for input of {dtype}: vLLM's compiler fuses the weight's own arithmetic"
     if device.type == "cuda":
-        with _disable_current_modes():
-            return _trial(dtype, n, weight_dtype, spec, op, device)
+        _trials.append(op)
+        try:
+            with _disable_current_modes():
+                return _trial(dtype, n, weight_dtype, spec, op, device)
+        finally:
+            _trials.pop()
     return ""
 
 

@@ -19,14 +19,15 @@ def register() -> None:
 
     for provider in SPECS:
         if provider not in ir.ops.rms_norm.impls:
-            _register(ir.ops.rms_norm, provider, _rms_norm, _rms_norm_serves)
+            _register(ir.ops.rms_norm, provider, _rms_norm, _rms_norm_serves, inplace=False)
         if provider not in ir.ops.fused_add_rms_norm.impls:
-            _register(ir.ops.fused_add_rms_norm, provider, _fused_add, _fused_add_serves)
+            _register(ir.ops.fused_add_rms_norm, provider, _fused_add, _fused_add_serves, inplace=True)
 
 
-def _register(op: Any, provider: str, make: Callable[..., Any], serves: Callable[..., Any]) -> None:
+def _register(op: Any, provider: str, make: Callable[..., Any], serves: Callable[..., Any], inplace: bool) -> None:
+    """inplace: vLLM hands over tensors that the caller gave up, and clones those that it did not."""
     native = op.impls["native"].impl_fn
-    op.register_impl(provider, supports_args=serves(provider))(make(provider, native))
+    op.register_impl(provider, supports_args=serves(provider), inplace=inplace)(make(provider, native))
 
 
 def _rms_norm(provider: str, native: Callable[..., Any]) -> Callable[..., Any]:
@@ -44,13 +45,15 @@ def _fused_add(provider: str, native: Callable[..., Any]) -> Callable[..., Any]:
     ) -> tuple[Tensor, Tensor]:
         if not arithmetic.is_eager(x) and not arithmetic.keeps_op(x):
             return native(x, x_residual, weight, epsilon, variance_size)
-        return arithmetic.fused_add_rms_norm(provider, x, x_residual, weight, epsilon, variance_size)
+        return arithmetic.fused_add_rms_norm_in_place(provider, x, x_residual, weight, epsilon, variance_size)
 
     return fused_add_rms_norm
 
 
 def _rms_norm_serves(provider: str) -> Callable[..., bool]:
     def serves(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None) -> bool:
+        if arithmetic.belongs_to_the_compiler(provider, x):
+            return False
         if x.device.type == "cpu":  # Dynamo traces through this on the CPU: no caches, no logging
             return weight is None or weight.dtype == x.dtype
         spec = arithmetic.spec_of(provider, weight is not None, variance_size)

@@ -56,7 +56,9 @@ def _make_class(rms_norm: type) -> type:
             self, x: torch.Tensor, residual: torch.Tensor | None = None
         ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
             served = self._provider != "" and (not self.has_weight or x.dtype == self.weight.dtype)
-            if not served or (not arithmetic.is_eager(x) and not arithmetic.keeps_op(x)):
+            if not served or arithmetic.belongs_to_the_compiler(self._provider, x):
+                return super().forward(x, residual)
+            if not arithmetic.is_eager(x) and not arithmetic.keeps_op(x):
                 return super().forward(x, residual)
             weight = self.weight.data if self.has_weight else None
             if residual is None:

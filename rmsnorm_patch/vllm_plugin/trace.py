@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .. import ops
+from . import health
 
 
 def install(folder: str) -> None:
@@ -26,16 +27,18 @@ def install(folder: str) -> None:
     def call(self: ops.Bound, *args: Any) -> Any:
         result = original(self, *args)
         x = args[0]
-        if type(x) is torch.Tensor and not torch.compiler.is_compiling():
+        if type(x) is torch.Tensor and not torch.compiler.is_compiling() and not health.is_trial():
             first = result[0] if isinstance(result, tuple) else result
             line = {
-                "op": self.op,
+                "op": self.op.rstrip("_"),
+                "in_place": self.op.endswith("_"),
                 "shape": list(x.shape),
                 "contiguous": x.is_contiguous(),
                 "result_contiguous": first is None or first.is_contiguous(),
                 "dtype": str(x.dtype).removeprefix("torch."),
                 "device": x.device.type,
                 "weight": args[-2] is not None,
+                "parameter": type(args[-2]) is torch.nn.Parameter,
                 "width": self.spec.width,
                 "sum": self.spec.sum,
                 "round_before_weight": self.spec.round_before_weight,

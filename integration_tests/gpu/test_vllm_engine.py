@@ -1,0 +1,215 @@
+"""Real vLLM engines on this GPU, stock and patched, eager and compiled with CUDA graphs: calls, tokens, logprobs.
+
+The engines are child processes and start together; a test waits for those that it reads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+pytest.importorskip("vllm", reason="vLLM is not installed here")
+
+HERE = Path(__file__).resolve().parent
+DATA = HERE.parent / "data"
+ENGINE = HERE.parent / "vllm" / "engine.py"
+LAYERS = {"tiny-llama": 4, "tiny-mistral": 4, "qwen3": 2}
+LOGPROB_TOLERANCE = 0.05
+"""Logprobs of a bf16 model whose norms differ in the order of a row's sum: its logits are of the order 10, where bf16
+steps by 0.06, and the final matrix product averages the differences."""
+
+CASES = [
+    *[("tiny-llama", route, eager) for route in ("off", "ir", "oot") for eager in (True, False)],
+    *[("tiny-mistral", "off", False), ("tiny-mistral", "ir", False)],
+    *[("qwen3", route, eager) for route in ("off", "ir") for eager in (True, False)],
+    *[("tiny-llama-fp8", "off", False), ("tiny-llama-fp8", "auto", False)],
+    ("tiny-llama-transformers", "ir", True),
+]
+TWO_DEVICES = [("tiny-llama-tp2", "off", False), ("tiny-llama-tp2", "auto", False)]
+MORE = {
+    "tiny-llama-fp8": {"quantization": "fp8"},
+    "tiny-llama-transformers": {"model_impl": "transformers"},
+    "tiny-llama-tp2": {"tensor_parallel_size": 2},
+}
+PROMPTS = ("You may", "This program is", "Error: ", "When a")
+"""On these the checkpoints' two best tokens stay 0.13 apart in an fp32 run: what differs is not a tie."""
+TOKENS = 24
+
+
+def _qwen3(folder: Path) -> Path:
+    """A random two-layer Qwen3, whose attention norms q and k."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    config = AutoConfig.for_model(
+        "qwen3",
+        vocab_size=258,
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=LAYERS["qwen3"],
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=256,
+    )
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.uniform_(0.5, 1.5) if "norm" in name else parameter.normal_(std=0.08)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(DATA / "tiny-llama").save_pretrained(folder)
+    return folder
+
+
+@dataclass
+class Engines:
+    """`engines("tiny-llama", "ir", True)`: the answer of integration_tests/vllm/engine.py."""
+
+    work: Path
+    prompts: list[list[int]]
+    futures: dict[tuple[str, str, bool], Future[dict[str, Any]]] = field(default_factory=dict)
+
+    def __call__(self, name: str, route: str, eager: bool) -> dict[str, Any]:
+        return self.futures[name, route, eager].result()
+
+    def run(self, name: str, route: str, eager: bool) -> dict[str, Any]:
+        work = self.work / f"{name}-{route}-{eager}"
+        work.mkdir()
+        folder = self.work / "qwen3" if name == "qwen3" else DATA / "-".join(name.split("-")[:2])
+        request = {
+            "model": str(folder),
+            "enforce_eager": eager,
+            "prompts": self.prompts,
+            "max_tokens": TOKENS,
+            "engine": {"gpu_memory_utilization": 0.05, **MORE.get(name, {})},
+        }
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("RMSNORM_PATCH_VLLM", "VLLM_PLUGINS"))}
+        variables = {
+            "RMSNORM_PATCH_VLLM": route,
+            "RMSNORM_PATCH_VLLM_TRACE": str(work / "trace"),
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CACHE_ROOT": str(work / "cache"),
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_USE_FLASHINFER_SAMPLER": "0",
+            "HF_HUB_OFFLINE": "1",
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",
+            "OMP_NUM_THREADS": "1",
+        }
+        done = subprocess.run(
+            [sys.executable, str(ENGINE), json.dumps(request), str(work / "answer")],
+            env={**kept, **variables},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        return {**json.loads((work / "answer").read_text()), "log": done.stdout + done.stderr}
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "tiny-llama")
+    started = Engines(tmp_path_factory.mktemp("engines"), [tokenizer(prompt).input_ids for prompt in PROMPTS])
+    _qwen3(started.work / "qwen3")
+    cases = CASES + TWO_DEVICES * (torch.cuda.device_count() > 1)
+    with ThreadPoolExecutor(max_workers=len(cases)) as pool:
+        for case in cases:
+            started.futures[case] = pool.submit(started.run, *case)
+        yield started
+
+
+def _counts(lines: list[dict[str, Any]], width: int) -> Counter[str]:
+    return Counter(line["op"] for line in lines if line["shape"][-1] == width)
+
+
+def _width(answer: dict[str, Any]) -> int:
+    return max(line["shape"][-1] for line in answer["trace"] + answer["trace_at_start"])
+
+
+SERVED = [case for case in CASES if case[1] in ("ir", "oot") and case[0] in LAYERS]
+
+
+@pytest.mark.parametrize(("name", "route", "eager"), SERVED)
+def test_one_plain_and_two_fused_calls_a_layer(name: str, route: str, eager: bool, engines: Engines) -> None:
+    answer = engines(name, route, eager)
+    layers, forwards = LAYERS[name], answer["forwards"]
+    assert forwards >= TOKENS
+    if eager:
+        expected = {"rms_norm": forwards, "fused_add_rms_norm": 2 * layers * forwards}
+        assert _counts(answer["trace"], _width(answer)) == expected
+    else:  # what the graphs captured, and the prefill
+        calls = _counts(answer["trace_at_start"] + answer["trace"], _width(answer))
+        assert calls["fused_add_rms_norm"] == 2 * layers * calls["rms_norm"] > 0
+        assert {(line["sum"], line["round_before_weight"]) for line in answer["trace_at_start"]} == {("fp32", "none")}
+        assert all(line["parameter"] for line in answer["trace_at_start"])  # else launched without overlap
+    heads = sum(line["shape"][-1] == 64 for line in answer["trace"])
+    assert heads == (2 * layers * forwards if name == "qwen3" and eager else 0)
+
+
+@pytest.mark.parametrize(("name", "route", "eager"), SERVED)
+def test_the_device_ran_our_kernels_in_every_forward(name: str, route: str, eager: bool, engines: Engines) -> None:
+    """Replays of CUDA graphs included: they run no Python, and leave no line in the trace."""
+    answer = engines(name, route, eager)
+    heads = 2 * LAYERS[name] if name == "qwen3" and eager else 0
+    assert sum(answer["kernels"].values()) == (1 + 2 * LAYERS[name] + heads) * answer["forwards"]
+
+
+@pytest.mark.parametrize(("name", "route", "eager"), SERVED)
+def test_same_tokens_and_logprobs_as_stock(name: str, route: str, eager: bool, engines: Engines) -> None:
+    stock, patched = engines(name, "off", eager), engines(name, route, eager)
+    assert stock["trace"] == stock["trace_at_start"] == []
+    assert stock["kernels"] == {}
+    if name != "qwen3":  # random weights have ties
+        assert patched["tokens"] == stock["tokens"]
+    for ours, theirs, got, want in zip(
+        patched["logprobs"], stock["logprobs"], patched["tokens"], stock["tokens"], strict=True
+    ):
+        same = next((i for i, pair in enumerate(zip(got, want, strict=True)) if pair[0] != pair[1]), len(got))
+        assert same > 0
+        assert ours[:same] == pytest.approx(theirs[:same], abs=LOGPROB_TOLERANCE)
+
+
+def test_a_quantised_model_keeps_the_compilers_norms(engines: Engines) -> None:
+    stock, patched = engines("tiny-llama-fp8", "off", False), engines("tiny-llama-fp8", "auto", False)
+    assert patched["trace_at_start"] == patched["trace"] == []
+    assert patched["tokens"] == stock["tokens"]
+    assert patched["logprobs"] == stock["logprobs"]
+    assert "quantization 'fp8'" in patched["log"]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_every_worker_of_a_parallel_engine_runs_our_kernels(engines: Engines) -> None:
+    stock, patched = engines("tiny-llama-tp2", "off", False), engines("tiny-llama-tp2", "auto", False)
+    assert patched["tokens"] == stock["tokens"]
+    assert len(patched["workers"]) == 2
+    for lines in patched["workers"].values():
+        calls = Counter(line["op"] for line in lines)
+        assert calls["fused_add_rms_norm"] == 2 * LAYERS["tiny-llama"] * calls["rms_norm"] > 0
+    assert stock["workers"] == {}
+    assert patched["log"].count("rmsnorm_patch: worker") == 2
+
+
+def test_the_transformers_backend_is_reached(engines: Engines) -> None:
+    answer = engines("tiny-llama-transformers", "ir", True)
+    assert sum(_counts(answer["trace"], _width(answer)).values()) == 9 * answer["forwards"]
+
+
+def test_each_log_names_the_route(engines: Engines) -> None:
+    for route in ("ir", "oot"):
+        lines = [line for line in engines("tiny-llama", route, False)["log"].splitlines() if "patch: worker" in line]
+        assert len(lines) == 1
+        assert f"route {route}, provider rmsnorm_patch: asked for" in lines[0]

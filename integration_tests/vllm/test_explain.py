@@ -1,0 +1,70 @@
+"""`rmsnorm-patch env --vllm-model`: what a real vLLM, configured as for serving, would do with each norm of a model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed in this environment; `make test-vllm` builds one")
+pytestmark = pytest.mark.slow
+
+DATA = Path(__file__).resolve().parent.parent / "data"
+
+
+@pytest.fixture
+def explained(environment: Callable[..., dict[str, str]]) -> Callable[..., dict[str, Any]]:
+    def explain(model: Path, *arguments: str, **variables: str) -> dict[str, Any]:
+        options = [f"--vllm-arg={argument}" for argument in ("--dtype=bfloat16", *arguments)]
+        done = subprocess.run(
+            [sys.executable, "-m", "rmsnorm_patch", "env", "--json", "--vllm-model", str(model), *options],
+            env=environment(**variables),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        engine: dict[str, Any] = json.loads(done.stdout)["engine"]
+        return engine
+
+    return explain
+
+
+def _served(engine: dict[str, Any]) -> Counter[str]:
+    return Counter(served for *_, served in engine["norms"])
+
+
+def test_a_llama(explained: Callable[..., dict[str, Any]]) -> None:
+    compiled = explained(DATA / "tiny-llama")
+    assert (compiled["route"], compiled["provider"], compiled["error"]) == ("ir", "rmsnorm_patch", "")
+    assert _served(compiled) == {"rmsnorm_patch (rmsnorm_patch)": 9}
+    assert ["model.layers.3.input_layernorm", "RMSNorm", 192, "rmsnorm_patch (rmsnorm_patch)"] in compiled["norms"]
+    eager = explained(DATA / "tiny-llama", "--enforce-eager")
+    assert eager["compile_mode"] == "NONE"
+    assert _served(eager) == {"rmsnorm_patch (rmsnorm_patch_native)": 9}
+    off = explained(DATA / "tiny-llama", RMSNORM_PATCH_VLLM="off")
+    assert _served(off) == {"vLLM's own norm": 9}
+    assert off["reason"] == "RMSNORM_PATCH_VLLM=off"
+
+
+def test_norms_over_heads_are_the_compilers(explained: Callable[..., dict[str, Any]], checkpoints: Any) -> None:
+    heads = "the compiler: a norm over heads is fused with its neighbours"
+    assert _served(explained(checkpoints("qwen3"))) == {"rmsnorm_patch (rmsnorm_patch)": 5, heads: 4}
+    oot = explained(checkpoints("qwen3"), RMSNORM_PATCH_VLLM="oot")
+    assert _served(oot) == {"rmsnorm_patch (rmsnorm_patch)": 5, heads: 4}
+
+
+def test_a_weight_of_another_dtype_is_named(explained: Callable[..., dict[str, Any]], checkpoints: Any) -> None:
+    assert _served(explained(checkpoints("gemma"))) == {"vLLM's own norm: its class, dtype or weight is not served": 5}
+
+
+def test_what_vllm_refuses_is_told(explained: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    engine = explained(tmp_path)
+    assert engine["norms"] == []
+    assert engine["error"]
