@@ -120,7 +120,7 @@ class Engine:
             max_num_seqs=256,
             max_num_batched_tokens=max(PREFILL[0] * PREFILL[1], 2048),
             gpu_memory_utilization=0.01,
-            kv_cache_memory_bytes=(3 << 30) if self.torch.cuda.is_available() else (64 << 20),
+            kv_cache_memory_bytes=(2700 << 20) if self.torch.cuda.is_available() else (64 << 20),
             enable_prefix_caching=False,
             enforce_eager=eager,
             compilation_config={}

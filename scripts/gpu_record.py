@@ -212,7 +212,7 @@ def _replace(old: list[dict], new: list[dict], key: tuple[str, ...]) -> list[dic
 KEYS = {
     "kernels": ("op", "mode", "dtype", "m", "n", "variant"),
     "hf": ("model", "layers", "work", "mode"),
-    "vllm": ("shape", "variant", "case"),
+    "vllm": ("shape", "variant", "process", "case"),
     "jit": ("what", "op", "n"),
     "profile": ("op", "dtype", "m", "n", "provider"),
     "sanitizer": ("tool",),

@@ -209,16 +209,17 @@ def vllm_table(record: Row) -> str:
         return MISSING
     body = [
         [
-            *(row["shape"], row["case"], row["variant"], f"{row['tokens_per_s']:.0f}"),
+            *(row["shape"], row["process"], row["case"], row["variant"], f"{row['tokens_per_s']:.0f}"),
             *(figure(row.get("speedup"), ".4f"), figure(row.get("step_us") or None, ".1f")),
             figure(row.get("share_recovered"), ".2f"),
         ]
-        for row in sorted(record["vllm"], key=lambda row: (row["shape"], row["case"], row["variant"]))
+        for row in sorted(record["vllm"], key=lambda row: [row[k] for k in ("shape", "process", "case", "variant")])
     ]
     return (
         "Compiled engines with CUDA graphs and dummy weights, medians of alternating rounds. Step: device time of one "
-        "decode step. Recovered: the share of the time between stock and an engine without norms and adds.\n\n"
-        + table(["shape", "work", "engine", "tokens/s", "over stock", "step us", "recovered"], body)
+        "decode step. Recovered: the share of the time between stock and an engine without norms and adds. Process: "
+        "each engine in its own, or all in one with one set of weights, so that they lie at one place in memory.\n\n"
+        + table(["shape", "process", "work", "engine", "tokens/s", "over stock", "step us", "recovered"], body)
     )
 
 

@@ -60,7 +60,7 @@ def record(script):
         "kernels": kernels,
         "hf": hf,
         "tests": {"passed": 7, "failed": 0, "skipped": 2},
-        "vllm": [{"shape": "llama-8b", "variant": "ir", "case": "decode-1", "tokens_per_s": 9.0, "speedup": 1.01}],
+        "vllm": [{"shape": "llama-8b", "variant": "ir", "process": "own", "case": "decode-1", "tokens_per_s": 9.0}],
         "jit": [{"what": "kernel", "op": FUSED, "n": 8192, "kernels": 1, "cold_ms": [99.0], "disk_ms": [1.5]}],
         "profile": [{**call, "kernels": 1, "counts": counts} for call in script("profile_counts").calls()],
         "sanitizer": [{"tool": "memcheck", "errors": 0, "passed": 5, "failed": 0, "skipped": 0}],
