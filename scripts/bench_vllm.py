@@ -7,9 +7,9 @@
 Every engine is a process of its own with dummy weights, the default compile mode and CUDA graphs. All of them start at
 once; then they are measured one at a time in alternating rounds, so that clocks and host noise hit all of them.
 
-Where weights happen to lie in the device's memory moves matrix products by 1 to 3 %, as much as all norms together
-cost, and stays as it is for the life of a process. Variants joined by "+" are engines of one process with one set of
-weights: their differences are those of the norms. Rows of such a process say "shared".
+Where weights and activations happen to lie in the device's memory moves matrix products by 1 to 3 %, as much as all
+norms together cost, and stays as it is for the life of an engine. Variants joined by "+" are engines of one process
+with one set of weights, which takes a part of that away; their rows say "shared". Judge a difference over several starts.
 
 Device time: the graph of the last decode step is replayed back to back between two CUDA events, without the host in
 between. "removed" replaces every norm, with its residual add, by nothing: a ceiling with no right answer. Activations
