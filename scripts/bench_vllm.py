@@ -9,7 +9,7 @@ once; then they are measured one at a time in alternating rounds, so that clocks
 
 Where weights and activations happen to lie in the device's memory moves matrix products by 1 to 3 %, as much as all
 norms together cost, and stays as it is for the life of an engine. Variants joined by "+" are engines of one process
-with one set of weights, which takes a part of that away; their rows say "shared". Judge a difference over several starts.
+with one set of weights, which takes a part of that away; their rows say "shared". Judge over several starts.
 
 Device time: the graph of the last decode step is replayed back to back between two CUDA events, without the host in
 between. "removed" replaces every norm, with its residual add, by nothing: a ceiling with no right answer. Activations
@@ -291,6 +291,7 @@ class Child:
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_USE_FLASHINFER_SAMPLER": "0",
             "VLLM_CACHE_ROOT": tempfile.mkdtemp(),
+            "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # this process asks for CUDA devices before it forks
             "TORCHINDUCTOR_COMPILE_THREADS": "4",
         }
         self.log = log

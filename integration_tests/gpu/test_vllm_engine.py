@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,17 +119,29 @@ class Engines:
         return {**json.loads((work / "answer").read_text()), "log": done.stdout + done.stderr}
 
 
-@pytest.fixture(scope="module")
-def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
+@contextmanager
+def _started(work: Path, cases: list[tuple[str, str, bool]]) -> Iterator[Engines]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(DATA / "tiny-llama")
-    started = Engines(tmp_path_factory.mktemp("engines"), [tokenizer(prompt).input_ids for prompt in PROMPTS])
-    _qwen3(started.work / "qwen3")
-    cases = CASES + TWO_DEVICES * (torch.cuda.device_count() > 1)
+    started = Engines(work, [tokenizer(prompt).input_ids for prompt in PROMPTS])
     with ThreadPoolExecutor(max_workers=len(cases)) as pool:
         for case in cases:
             started.futures[case] = pool.submit(started.run, *case)
+        yield started
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
+    work = tmp_path_factory.mktemp("engines")
+    _qwen3(work / "qwen3")
+    with _started(work, CASES) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def parallel_engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
+    with _started(tmp_path_factory.mktemp("parallel"), TWO_DEVICES) as started:
         yield started
 
 
@@ -192,8 +205,8 @@ def test_a_quantised_model_keeps_the_compilers_norms(engines: Engines) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_every_worker_of_a_parallel_engine_runs_our_kernels(engines: Engines) -> None:
-    stock, patched = engines("tiny-llama-tp2", "off", False), engines("tiny-llama-tp2", "auto", False)
+def test_every_worker_of_a_parallel_engine_runs_our_kernels(parallel_engines: Engines) -> None:
+    stock, patched = (parallel_engines(*case) for case in TWO_DEVICES)
     assert patched["tokens"] == stock["tokens"]
     assert len(patched["workers"]) == 2
     for lines in patched["workers"].values():

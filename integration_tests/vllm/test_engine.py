@@ -82,6 +82,20 @@ def test_opaque_ops_in_the_compiled_graph_keep_the_tokens(name: str, run_engine:
     assert {(line["sum"], line["round_before_weight"]) for line in patched["trace"]} == {("fp32", "none")}
 
 
+def test_every_worker_of_a_parallel_engine_loads_the_plugin(run_engine: Any) -> None:
+    """Tensor parallel 2: two processes, each with one line in the log and its own calls; the tokens are stock's."""
+    parallel = {"engine": {"tensor_parallel_size": 2}}
+    stock = run_engine(DATA / "tiny-llama", True, "off", **parallel)
+    patched = run_engine(DATA / "tiny-llama", True, "auto", **parallel)
+    assert stock["workers"] == {}
+    assert len(patched["workers"]) == 2
+    for lines in patched["workers"].values():
+        calls = Counter(line["op"] for line in lines)
+        assert calls["fused_add_rms_norm"] == 2 * LAYERS["tiny-llama"] * calls["rms_norm"] > 0
+    assert patched["log"].count("rmsnorm_patch: worker") == 2
+    assert (patched["tokens"], patched["logprobs"]) == (stock["tokens"], stock["logprobs"])
+
+
 def test_one_log_line_says_what_was_selected(run_engine: Any) -> None:
     log = run_engine(DATA / "tiny-llama", True, "ir", op_form=True)["log"]
     lines = [line for line in log.splitlines() if "rmsnorm_patch: worker" in line]
