@@ -237,29 +237,30 @@ def _measure(part: str, args: argparse.Namespace) -> list[dict]:
     return run_sanitizer(args.tool, args.sanitizer_tests, args.seconds)
 
 
-def begin(path: Path, fresh: bool) -> dict:
+def begin(path: Path, fresh: bool, parts: list[str]) -> dict:
     """The record at `path`, or an empty one for this code and device; refuses to mix digests."""
-    record = {"digest": digest(), "device": device(), "versions": versions(), "tests": None}
-    record |= {part: [] for part in KEYS}
-    if not path.exists():
-        return record
-    before = json.loads(path.read_text())
-    if before["digest"] != record["digest"]:
+    before = json.loads(path.read_text()) if path.exists() else {}
+    if before and before["digest"] != digest():
         if not fresh:
             raise SystemExit(f"{path}: holds another version of the code; give --fresh to start it anew")
-        return record
-    return {**record, **before, "device": record["device"], "versions": {**before["versions"], **record["versions"]}}
+        before = {}
+    if before and parts == ["vllm"]:  # measured already: taking the rows in needs no GPU
+        return before
+    record = {"digest": digest(), "device": device(), "tests": None, **{part: [] for part in KEYS}}
+    return {**record, **before, "device": record["device"], "versions": {**before.get("versions", {}), **versions()}}
 
 
 def write(args: argparse.Namespace) -> None:
     path: Path = args.record
-    record = begin(path, args.fresh)
+    record = begin(path, args.fresh, args.parts)
     path.parent.mkdir(parents=True, exist_ok=True)
     for part in args.parts:
         if part == "tests":
             record["tests"] = run_tests(args.workers)
         else:
             record[part] = _replace(record[part], _measure(part, args), KEYS[part])
+        if part == "vllm":
+            record["versions"] = {**json.loads(args.vllm_json.read_text()).get("versions", {}), **record["versions"]}
         if digest() != record["digest"]:
             raise SystemExit(f"{path}: kernels or launch code changed while {part} ran; its rows are not written")
         path.write_text(json.dumps(record, indent=1) + "\n")

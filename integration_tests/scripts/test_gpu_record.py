@@ -110,8 +110,16 @@ def test_parts_of_one_record_and_of_another_code(gpu_record, tmp_path, monkeypat
 
     measured.write_text(json.dumps({"digest": gpu_record.digest(), "rows": [row, {**row, "case": "prefill"}]}))
     run()
-    measured.write_text(json.dumps({"digest": gpu_record.digest(), "rows": [{**row, "tokens_per_s": 2.0}]}))
+
+    def no_gpu() -> dict:
+        raise AssertionError("rows that were measured are taken into a record without a GPU")
+
+    monkeypatch.setattr(gpu_record, "device", no_gpu)
+    again = {"digest": gpu_record.digest(), "versions": {"vllm": "9.9"}, "rows": [{**row, "tokens_per_s": 2.0}]}
+    measured.write_text(json.dumps(again))
     run()
+    assert json.loads(path.read_text())["versions"]["vllm"] == "9.9"
+    monkeypatch.setattr(gpu_record, "device", lambda: {"name": "test data, no GPU"})
     rows = {r["case"]: r["tokens_per_s"] for r in json.loads(path.read_text())["vllm"]}
     assert rows == {"prefill": 1.0, "decode-1": 2.0}
     measured.write_text(json.dumps({"digest": "0" * 64, "rows": [row]}))
