@@ -53,6 +53,15 @@ def test_a_llama(explained: Callable[..., dict[str, Any]]) -> None:
     assert off["reason"] == "RMSNORM_PATCH_VLLM=off"
 
 
+def test_a_plugin_that_does_not_come_first(explained: Callable[..., dict[str, Any]]) -> None:
+    kept_out = explained(DATA / "tiny-llama", VLLM_PLUGINS="other")
+    assert "VLLM_PLUGINS" in kept_out["reason"]
+    assert (kept_out["route"], _served(kept_out)) == ("none", {"vLLM's own norm": 9})
+    native = json.dumps({"rms_norm": ["native"], "fused_add_rms_norm": ["native"]})
+    asked = explained(DATA / "tiny-llama", f"--ir-op-priority={native}")
+    assert _served(asked) == {"vLLM's own norm: the IR priority was set to begin with 'native'": 9}
+
+
 def test_norms_over_heads_are_the_compilers(explained: Callable[..., dict[str, Any]], checkpoints: Any) -> None:
     heads = "the compiler: a norm over heads is fused with its neighbours"
     assert _served(explained(checkpoints("qwen3"))) == {"rmsnorm_patch (rmsnorm_patch)": 5, heads: 4}

@@ -27,6 +27,8 @@ def explain(arguments: list[str]) -> dict[str, Any]:
     """decision, and for each norm its path, class, columns and what serves it; may raise what vLLM raises."""
     config = _configure(arguments)
     decision = hooks.decision_for(config)
+    if decision.route != "none" and not _is_loaded(decision.route):
+        decision = Decision("none", "", "vLLM did not load the plugin: VLLM_PLUGINS, or no installed package names it")
     norms = []
     for path, norm in _model(config).named_modules():
         if "RMSNorm" in type(norm).__name__ and not list(norm.children()):
@@ -52,6 +54,17 @@ def _configure(arguments: list[str]) -> Any:
     return EngineArgs.from_cli_args(parser.parse_args(["--model", model, *rest])).create_engine_config()
 
 
+def _is_loaded(route: str) -> bool:
+    """Whether vLLM called `register`: it does while it reads its arguments."""
+    if route == "oot":
+        from vllm.model_executor.custom_op import op_registry_oot
+
+        return bool(getattr(op_registry_oot.get("RMSNorm"), "is_rmsnorm_patch", False))
+    from vllm import ir
+
+    return all(provider in ir.ops.rms_norm.impls for provider in SPECS)
+
+
 def _model(config: Any) -> torch.nn.Module:
     """vLLM's model on the meta device, as the one rank of a group of its own."""
     from vllm.config import set_current_vllm_config
@@ -75,6 +88,9 @@ def _serving(norm: torch.nn.Module, columns: int, config: Any, decision: Decisio
     shape = (2, 3, columns) if over_heads else (2, columns)
     x = torch.empty(shape, dtype=config.model_config.dtype, device="meta")
     on_class = decision.route == "oot"
+    first = None if on_class else config.kernel_config.ir_op_priority.rms_norm[0]
+    if first is not None and first not in SPECS:
+        return f"vLLM's own norm: the IR priority was set to begin with {first!r}"
     provider = getattr(norm, "_provider", "") if on_class else _chosen_provider(norm, x, config)
     if provider in SPECS and not arithmetic.belongs_to_the_compiler(provider, x):
         return f"rmsnorm_patch ({provider})"
