@@ -111,3 +111,15 @@ def test_compiled_graphs_hold_the_fused_op(repository: Path) -> None:
     # entry norms and the final norm stand alone in a graph; each layer's second norm is fused with its add
     expected = 2 * ["rmsnorm_patch.fused_add_rms_norm.default"] + 3 * ["rmsnorm_patch.rms_norm.default"]
     assert found == {"same": True, "ops": expected}
+
+
+def test_a_graph_has_our_ops_only_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rmsnorm_patch import ops
+    from rmsnorm_patch.rewrite.traced import keeps_op
+
+    found = {}
+    for form in ("", "decomposed", "op"):
+        monkeypatch.setenv(ops.COMPILE_VARIABLE, form)
+        found[form] = keeps_op("cuda")
+    monkeypatch.delenv(ops.COMPILE_VARIABLE)
+    assert (found, keeps_op("cuda")) == ({"": False, "decomposed": False, "op": True}, False)

@@ -21,6 +21,7 @@ from . import guards, instance_forward, pair_ops
 from .classes import is_patched, patched_class, register_factory
 from .handover import take
 from .journal import Journal
+from .traced import keeps_op
 
 ROLE = "norm"
 
@@ -115,8 +116,9 @@ def _forward_of(original: type[nn.Module], key: Key) -> FunctionType:
         return normed
 
     def traced(self, hidden_states):  # type: ignore[no-untyped-def]
-        """Inside `torch.compile`: the op where a kernel would run, else the original arithmetic in the graph."""
-        if reference_only or (automatic and hidden_states.device.type != "cuda"):
+        """Inside `torch.compile`: the op where `keeps_op` and a kernel would run, else the original arithmetic."""
+        kind = hidden_states.device.type
+        if reference_only or (automatic and kind != "cuda") or not keeps_op(kind):
             return original.forward(self, hidden_states)
         weight = self._parameters.get(weight_name)
         if weight is None:
