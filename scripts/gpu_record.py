@@ -171,6 +171,7 @@ def _sanitize(program: str, tool: str, name: str, arguments: list[str], seconds:
     """One run of this interpreter under one tool; `name` is what its row is called."""
     log = folder / f"{name}.log"
     words = [program, "--tool", tool, "--target-processes", "application-only", "--log-file", str(log)]
+    words += ["--launch-timeout", str(int(seconds))]  # the default gave up before five busy processes had begun
     # initcheck must see who writes what our kernels read, the other tools watch our kernels alone.
     words += [] if tool == "initcheck" else ["--kernel-name", "kernel_substring=rms_norm"]
     # An allocation for each tensor: an access past its end is then one outside of any allocation.
