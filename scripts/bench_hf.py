@@ -5,9 +5,11 @@
 
 Variants share one set of weights and run in alternating rounds (forwards, then backwards), so that clocks and host
 noise hit all of them. Each is checked against stock logits before it is timed; "removed" (no norm at all) is a
-ceiling and has no right answer. --compile is torch.compile with its default settings, decoding into a static cache.
+ceiling and has no right answer. --compile is torch.compile, with its default settings or "reduce-overhead" (CUDA
+graphs), decoding into a static cache; --ops puts our ops into the graphs (RMSNORM_PATCH_COMPILE=op).
 
-A row of the JSON: {"model", "layers", "work": "decode BATCH" | "prefill BATCHxLENGTH", "mode": "eager" | "compiled",
+A row of the JSON: {"model", "layers", "work": "decode BATCH" | "prefill BATCHxLENGTH", "mode": "eager" | "compiled"
+["reduce-overhead"] ["with ops"],
 "tokens_per_s": {variant: median of the rounds}, "spread": {variant: [least, most]}, "ratio_to_stock": {variant: ratio
 of medians}, "logit_error": {variant: relative distance from stock logits}, "missing": {variant: why it is not here}}.
 """
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -53,6 +56,7 @@ def decode(model, batch: int, tokens: int, static: bool) -> float:
     token = out.logits[:, -1:].argmax(-1)
     start = 0.0
     for step in range(tokens + warm):
+        torch.compiler.cudagraph_mark_step_begin()
         if step == warm:
             sync()
             start = time.perf_counter()
@@ -72,14 +76,15 @@ def prefill(model, batch: int, length: int, repeats: int, compiled: bool) -> flo
     sync()
     start = time.perf_counter()
     for _ in range(repeats):
+        torch.compiler.cudagraph_mark_step_begin()
         forward(input_ids=ids, use_cache=False, logits_to_keep=1)
     sync()
     return batch * length * repeats / (time.perf_counter() - start)
 
 
 @torch.no_grad()
-def check(variants: dict) -> dict[str, float]:
-    """Relative distance of each variant's logits from stock's; over the limit ends the run."""
+def check(variants: dict, compiled: bool = False) -> dict[str, float]:
+    """Relative distance of each variant's logits from eager stock's; over the limit ends the run."""
     device = next(variants["stock"].parameters()).device
     ids = torch.randint(0, variants["stock"].config.vocab_size, (2, 64), device=device)
     want = variants["stock"](ids, use_cache=False).logits.float()
@@ -87,7 +92,8 @@ def check(variants: dict) -> dict[str, float]:
     for name, model in variants.items():
         if name == "removed":
             continue
-        got = model(ids, use_cache=False).logits.float()
+        forward = model._bench_forward if compiled else model
+        got = forward(input_ids=ids, use_cache=False).logits.float()
         errors[name] = ((got - want).norm() / want.norm()).item()
         if not errors[name] <= MAX_LOGIT_ERROR:
             raise SystemExit(
@@ -97,7 +103,7 @@ def check(variants: dict) -> dict[str, float]:
 
 
 def workloads(args: argparse.Namespace) -> dict[str, Callable]:
-    compiled = args.compile
+    compiled = args.compile is not None
     found: dict[str, Callable] = {
         f"decode {batch}": lambda model, batch=batch: decode(model, batch, args.tokens, static=compiled)
         for batch in args.batch
@@ -117,11 +123,17 @@ def alternate(variants: dict, work: Callable, rounds: int) -> dict[str, list[flo
     return samples
 
 
-def compile_all(variants: dict) -> None:
+def compile_all(variants: dict, mode: str) -> None:
     """All variants share one code object, so the default limit of 8 graphs would leave the ninth uncompiled."""
     torch._dynamo.config.recompile_limit = 64
     for model in variants.values():
-        model._bench_forward = torch.compile(model.forward, dynamic=False)
+        model._bench_forward = torch.compile(model.forward, dynamic=False, mode=mode)
+
+
+def mode_of(args: argparse.Namespace) -> str:
+    if not args.compile:
+        return "eager"
+    return " ".join(["compiled", *[args.compile] * (args.compile != "default"), *["with ops"] * args.ops])
 
 
 def run(args: argparse.Namespace) -> list[dict]:
@@ -131,9 +143,10 @@ def run(args: argparse.Namespace) -> list[dict]:
     for name, why in missing.items():
         print(f"{name} is not here: {why}", flush=True)
     errors = check(variants)
-    print("logits against stock: " + ", ".join(f"{k} {v:.2e}" for k, v in errors.items()), flush=True)
     if args.compile:
-        compile_all(variants)
+        compile_all(variants, args.compile)
+        errors = check(variants, compiled=True)
+    print("logits against stock: " + ", ".join(f"{k} {v:.2e}" for k, v in errors.items()), flush=True)
     rows = []
     for name, work in workloads(args).items():
         if args.compile:
@@ -146,7 +159,7 @@ def run(args: argparse.Namespace) -> list[dict]:
                 "model": args.shape,
                 "layers": variants["stock"].config.num_hidden_layers,
                 "work": name,
-                "mode": "compiled" if args.compile else "eager",
+                "mode": mode_of(args),
                 "tokens_per_s": {variant: round(value, 2) for variant, value in medians.items()},
                 "spread": {variant: [round(min(v), 2), round(max(v), 2)] for variant, v in samples.items()},
                 "ratio_to_stock": {variant: round(value / medians["stock"], 4) for variant, value in medians.items()},
@@ -171,11 +184,20 @@ def main() -> None:
     parser.add_argument("--prefill", type=int, nargs=2, default=[4, 2048], metavar=("BATCH", "LENGTH"))
     parser.add_argument("--repeats", type=int, default=3, help="prefill forwards per round")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--compile", action="store_true", help="torch.compile every variant; static cache for decode")
+    parser.add_argument(
+        "--compile",
+        nargs="?",
+        const="default",
+        choices=("default", "reduce-overhead"),
+        help="torch.compile every variant; static cache for decode",
+    )
+    parser.add_argument("--ops", action="store_true", help="our ops in the patched model's graphs")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if "stock" not in args.variants:
         parser.error("--variants must hold stock: every ratio is against it")
+    if args.ops:
+        os.environ["RMSNORM_PATCH_COMPILE"] = "op"
     run(args)
 
 

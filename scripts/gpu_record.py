@@ -50,6 +50,7 @@ SUITES = ["prefill", "prefill_norm", "kernel", "decode", "hot", "qk", "long", "o
 HF = [
     "--shape llama-8b --rounds 4",
     "--shape llama-8b --layers 8 --compile --batch 1 --variants stock F.rms_norm patched",
+    "--shape llama-8b --layers 8 --compile reduce-overhead --ops --batch 1 --variants stock F.rms_norm patched",
 ]
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 PLANTED = "planted fault"

@@ -19,22 +19,30 @@ def bench(root: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, cwd=root, env=environment, capture_output=True, text=True, check=False, timeout=300)
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
-def test_every_column_is_checked_timed_and_written(repository: Path, tmp_path: Path, compiled: bool) -> None:
+MODES = {
+    "eager": (),
+    "compiled": ("--compile",),
+    "compiled reduce-overhead with ops": ("--compile", "reduce-overhead", "--ops"),
+}
+
+
+@pytest.mark.parametrize("mode", [m if m == "eager" else pytest.param(m, marks=pytest.mark.slow) for m in MODES])
+def test_every_column_is_checked_timed_and_written(repository: Path, tmp_path: Path, mode: str) -> None:
     target = tmp_path / "out.json"
-    ended = bench(repository, "--batch", "1", "2", "--json", str(target), *["--compile"] * compiled)
+    ended = bench(repository, "--batch", "1", "2", "--json", str(target), *MODES[mode])
     assert ended.returncode == 0, ended.stderr
     assert "liger is not here: Liger's kernels need a GPU" in ended.stdout
     rows = json.loads(target.read_text())
     assert [row["work"] for row in rows] == ["decode 1", "decode 2", "prefill 1x16"]
     for row in rows:
-        assert row["mode"] == ("compiled" if compiled else "eager")
+        assert row["mode"] == mode
         assert list(row["tokens_per_s"]) == ["stock", "F.rms_norm", "patched", "removed"]
         for variant, ratio in row["ratio_to_stock"].items():
             low, high = row["spread"][variant]
             assert 0 < low <= row["tokens_per_s"][variant] <= high
             assert ratio == pytest.approx(row["tokens_per_s"][variant] / row["tokens_per_s"]["stock"], rel=1e-2)
-        assert row["logit_error"]["patched"] == 0.0
+        assert row["logit_error"]["patched"] == row["logit_error"]["stock"]
+        assert mode != "eager" or row["logit_error"]["patched"] == 0.0
         assert row["logit_error"].keys() == {"stock", "F.rms_norm", "patched"}
         assert row["missing"] == {"liger": "Liger's kernels need a GPU"}
 
