@@ -528,3 +528,14 @@ def test_beam_search_and_assisted_generation(twins, tokens) -> None:
             for model in (plain, patched)
         ]
         assert torch.equal(*texts), options
+
+
+@pytest.mark.parametrize("model_type", ["llama", "lfm2"])
+def test_the_plan_says_what_is_not_handed_over_in_inference_mode(twins, tokens, model_type: str) -> None:
+    plain, patched = twins(model_type)
+    handed = [pair for pair in rmsnorm_patch.plan(plain).pairs if pair.kind != "in_layer" and pair.action == "fuse"]
+    always = [pair for pair in handed if "except in inference mode" not in pair.reason]
+    assert (len(always) == len(handed)) is (model_type == "llama")
+    assert taken(patched, tokens) == len(handed)
+    assert taken(patched, tokens, torch.inference_mode) == len(always)
+    assert torch.equal(logits(plain, tokens, torch.inference_mode), logits(patched, tokens, torch.inference_mode))

@@ -95,6 +95,14 @@ class PlannedStep:
     receiver: Layer | None
     passive: bool
 
+    @property
+    def reason(self) -> str:
+        """What happens, for the plan."""
+        handed = "its sum is handed to the next norm"
+        if self.passive:
+            return handed
+        return f"{handed}, except in inference mode: code runs in between, and no version there would show that it wrote"
+
     def step(self, index: Index) -> Step:
         """index: of the parent."""
         layer, receiver = self.layer.module, None if self.receiver is None else self.receiver.module
@@ -130,7 +138,7 @@ def find_pairs(model: nn.Module, norm_sites: Sequence[NormSite]) -> tuple[PairSi
         pairs.extend(_in_layer_sites(layer))
         for step in found.steps:
             if step.layer is layer:
-                action, reason = _decide(step.site, "its sum is handed to the next norm")
+                action, reason = _decide(step.site, step.reason)
                 tail = layer.flow.tail
                 where = layer.source.where(tail.node) if tail is not None else ""
                 pairs.append(PairSite(step.kind, layer.path, step.site.path, action, reason, where))
