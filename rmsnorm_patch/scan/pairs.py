@@ -101,7 +101,7 @@ class PlannedStep:
         handed = "its sum is handed to the next norm"
         if self.passive:
             return handed
-        return f"{handed}, except in inference mode: code runs in between, and no version there would show that it wrote"
+        return f"{handed}, except in inference mode: code runs in between, and no version would show that it wrote"
 
     def step(self, index: Index) -> Step:
         """index: of the parent."""
