@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from rmsnorm_patch import cache, driver, launcher, launcher_ctypes
 from rmsnorm_patch.errors import KernelBuildError, UnsupportedInput
@@ -346,6 +348,50 @@ def test_strided_rows_without_python(recorded):
         assert last["function"] == (0x9000 if expected[2] else FUNCTION)
         assert result.shape == view.shape
         assert result.is_contiguous()
+
+
+def addressed(last: dict[str, float], name: str) -> list[int]:
+    """Where the kernel finds the rows of x or residual, from the words of the launch (abi.cuh, row_offset)."""
+    stride, outer, inner = (int(last[n]) for n in (f"{name}_row_stride", f"{name}_outer_stride", "inner_rows"))
+    rows = range(int(last["m"]))
+    offsets = [row // inner * outer + row % inner * stride if inner else row * stride for row in rows]
+    return [int(last[name]) + 2 * offset for offset in offsets]
+
+
+def row_addresses(x: torch.Tensor) -> list[int]:
+    if x.dim() == 1:
+        return [x.data_ptr()]
+    return [address for part in x.unbind(0) for address in row_addresses(part)]
+
+
+@st.composite
+def views(draw: st.DrawFn, shape: tuple[int, ...]) -> torch.Tensor:
+    """A view [*shape, N] of a buffer: any order of the leading dimensions, gaps, repeated rows."""
+    order = draw(st.permutations(range(len(shape))))
+    strides, step = [0] * len(shape), N
+    for dimension in order:
+        step += 8 * draw(st.integers(0, 2))
+        strides[dimension] = draw(st.sampled_from([step, step, step, 0]))
+        step *= shape[dimension]
+    return torch.zeros(step + N, dtype=BF16).as_strided((*shape, N), (*strides, 1))
+
+
+@given(data=st.data(), shape=st.lists(st.integers(1, 4), min_size=1, max_size=4).map(tuple))
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_row_is_found_where_it_is(recorded, data, shape):
+    functions = launcher.functions()
+    op = Op(functions, "fused_add_rms_norm", two_level=kernel(functions, function=0x9000))
+    x, residual = data.draw(views(shape)), data.draw(views(shape))
+    before = recorded.last["launches"]
+    result = op.call(x, residual, weight(), 1e-6)
+    if result == "slow":
+        assert recorded.last["launches"] == before
+        assert not (x.is_contiguous() and residual.is_contiguous())
+        return
+    last = recorded.last
+    assert addressed(last, "x") == row_addresses(x)
+    assert addressed(last, "residual") == row_addresses(residual)
+    assert [tensor.is_contiguous() and tensor.shape == x.shape for tensor in result] == [True, True]
 
 
 def test_strided_and_packed_operands_mix(recorded):
