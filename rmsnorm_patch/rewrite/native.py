@@ -38,9 +38,8 @@ _classes: dict[type, Any] = {}
 def enroll(cls: type, kernel: Any) -> None:
     """Let the C functions serve the norms of `cls`, whose `pair_ops.NormKernel` is `kernel`, from now on."""
     global in_layer, hand_over, take
-    functions = launcher.functions()
-    pairs = functions.pairs
-    if pairs is None or cls in _classes:
+    pairs = None if cls in _classes else launcher.functions().pairs
+    if pairs is None:
         return
     if in_layer is _declined:
         _set_surroundings(pairs)
