@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import cache, cuda_backend, dispatch, triton_backend, vllm_plugin
+from . import cache, cuda_backend, dispatch, launcher, triton_backend, vllm_plugin
 from ._paths import kernels_dir
 from .errors import RMSNormPatchError
 from .semantics import LLAMA
@@ -105,6 +105,17 @@ def _version(package: str) -> str | None:
         return None
 
 
+def starting() -> str:
+    """Who starts CUDA kernels here, the same for all ops, or why nobody can."""
+    try:
+        if cuda_backend.table("rms_norm", LLAMA) is not None:
+            return "started by launcher.c"
+    except RMSNormPatchError as error:
+        return str(error)
+    why = launcher.functions().reason or "torch before 2.10 lacks what launcher.c asks it for"
+    return f"started from Python, a few microseconds more a call: {why}"
+
+
 def _device(device: torch.device) -> DeviceState:
     is_gpu = device.type == "cuda"
     backends = [BackendState("reference", True, "the model's own arithmetic")]
@@ -113,7 +124,7 @@ def _device(device: torch.device) -> DeviceState:
             backends.append(BackendState("cuda", False, "not a CUDA device"))
             continue
         runs, reason = module.available(device)
-        backends.append(BackendState(name, runs, reason))
+        backends.append(BackendState(name, runs, starting() if name == "cuda" and runs else reason))
     try:
         choice = dispatch.choose(
             "fused_add_rms_norm", LLAMA, torch.bfloat16, torch.bfloat16, 1, PROBED_HIDDEN_SIZE, device=device

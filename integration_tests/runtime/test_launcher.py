@@ -17,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rmsnorm_patch import cache, driver, launcher, launcher_ctypes
+from rmsnorm_patch import cache, cuda_backend, driver, env, launcher, launcher_ctypes
 from rmsnorm_patch.errors import KernelBuildError, UnsupportedInput
 
 N = 64
@@ -505,3 +505,32 @@ def test_launcher_variable(recorded, monkeypatch):
     with pytest.raises(UnsupportedInput, match="auto, c, python") as caught:
         launcher.functions()
     assert (caught.value.site, caught.value.got) == (launcher.VARIABLE, "'rust'")
+
+
+def test_env_says_who_starts_kernels(recorded, monkeypatch):
+    guards = torch._C._dynamo.guards
+    monkeypatch.setattr(guards, "_empty_strided_cuda", guards._empty_strided_cpu, raising=False)
+    cuda_backend._bound.cache_clear()
+    assert env.starting() == "started by launcher.c"
+    monkeypatch.delattr(torch.Tensor, "__dlpack_c_exchange_api__")
+    cuda_backend._bound.cache_clear()
+    assert env.starting().startswith("started from Python, a few microseconds more a call: torch before 2.10")
+    monkeypatch.setenv(launcher.VARIABLE, "python")
+    launcher.functions.cache_clear()
+    cuda_backend._bound.cache_clear()
+    assert env.starting().endswith(f"{launcher.VARIABLE}=python")
+    cuda_backend._bound.cache_clear()
+
+
+def test_env_says_why_nobody_can_start_kernels(recorded, tmp_path, monkeypatch):
+    guards = torch._C._dynamo.guards
+    monkeypatch.setattr(guards, "_empty_strided_cuda", guards._empty_strided_cpu, raising=False)
+    folder = tmp_path / "open"
+    folder.mkdir(mode=0o700)
+    folder.chmod(0o777)
+    monkeypatch.setenv(cache.DIRECTORY_VARIABLE, str(folder))
+    for forget in (cache.forget, launcher.functions.cache_clear, cuda_backend._bound.cache_clear):
+        forget()
+    assert str(folder) in env.starting()
+    for forget in (cache.forget, launcher.functions.cache_clear, cuda_backend._bound.cache_clear):
+        forget()
