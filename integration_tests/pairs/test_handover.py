@@ -539,3 +539,16 @@ def test_the_plan_says_what_is_not_handed_over_in_inference_mode(twins, tokens, 
     assert taken(patched, tokens) == len(handed)
     assert taken(patched, tokens, torch.inference_mode) == len(always)
     assert torch.equal(logits(plain, tokens, torch.inference_mode), logits(patched, tokens, torch.inference_mode))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+def test_the_classs_own_forward_put_on_the_layer_is_no_obstacle(twins, tokens, mode) -> None:
+    """transformers 5.0 leaves it there once hidden states were asked for."""
+    plain, patched = twins()
+    for layer in patched.model.layers:
+        layer.forward = layer.forward
+    assert taken(patched, tokens, mode) == LAYERS
+    assert torch.equal(logits(plain, tokens, mode), logits(patched, tokens, mode))
+    rmsnorm_patch.revert(patched)
+    for layer in patched.model.layers:
+        assert layer.__dict__["forward"].__func__ is type(layer).forward

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -271,9 +272,17 @@ def _undisturbed(layer: nn.Module, link: Link) -> bool:
     for hook in layer._forward_hooks.values():
         if getattr(hook, "__module__", "") != _OUTPUT_RECORDER:
             return False
-    if "forward" in layer.__dict__ or not link.places.unchanged():
+    if _replaced(layer) or not link.places.unchanged():
         return False
     if link.receiver is None:
         return True
     receiver = link.receiver()
-    return receiver is not None and not receiver._forward_pre_hooks and "forward" not in receiver.__dict__
+    return receiver is not None and not receiver._forward_pre_hooks and not _replaced(receiver)
+
+
+def _replaced(layer: nn.Module) -> bool:
+    """Whether another forward than its class's stands in the layer's `__dict__`. (After `output_hidden_states=True`
+    transformers 5.0 leaves the class's own there.)"""
+    forward = layer.__dict__.get("forward")
+    own = isinstance(forward, MethodType) and forward.__self__ is layer and forward.__func__ is type(layer).forward
+    return forward is not None and not own
