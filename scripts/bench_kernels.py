@@ -20,10 +20,8 @@ from pathlib import Path
 import torch
 from benchlib import cases, plots, providers, warm
 from benchlib.cases import VARIANTS, Case
-from benchlib.providers import FUSED, PAIR, PLAIN
+from benchlib.rows import FUSED, OURS, PAIR, PLAIN, best_peer, gain, geometric_mean
 from benchlib.suites import DTYPE_NAMES, DTYPES, SUITES, Todo
-
-OURS = ("ours", "ours_inplace")
 
 
 def chosen(args: argparse.Namespace) -> list[Todo]:
@@ -60,20 +58,10 @@ def run_case(item: Todo, found: list[providers.Provider], replays: int) -> dict:
     return {**row, "roofline_us": None if bound is None else round(bound, 4)}
 
 
-def best_ratio(row: dict) -> tuple[float, str] | None:
-    """(best peer's time / our best time, the peer's name)."""
-    ours = [t for name, t in row["us"].items() if name in OURS]
-    peers = {name: t for name, t in row["us"].items() if not name.startswith("ours")}
-    if not ours or not peers:
-        return None
-    name = min(peers, key=peers.__getitem__)
-    return peers[name] / min(ours), name
-
-
 def print_row(row: dict) -> None:
     times = "  ".join(f"{name} {t:.2f}" for name, t in sorted(row["us"].items(), key=lambda kv: kv[1]))
-    ratio = best_ratio(row)
-    against = f"{ratio[0]:.3f}x {ratio[1]}" if ratio else "-"
+    ratio, peer = gain(row), best_peer(row)
+    against = f"{ratio:.3f}x {peer[0]}" if ratio and peer else "-"
     bound = row["roofline_us"]
     share = f"{bound / min(row['us'].values()):.3f}" if bound and row["us"] else "-"
     print(
@@ -88,12 +76,12 @@ def print_row(row: dict) -> None:
 def summary(rows: list[dict]) -> None:
     groups: dict[tuple, list[float]] = {}
     for row in rows:
-        ratio = best_ratio(row)
+        ratio = gain(row)
         if ratio:
-            groups.setdefault((row["op"], row["mode"], row["dtype"]), []).append(ratio[0])
+            groups.setdefault((row["op"], row["mode"], row["dtype"]), []).append(ratio)
     for key, ratios in groups.items():
-        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-        print(f"{' '.join(key)}: best peer / ours, geometric mean {mean:.3f}, worst {min(ratios):.3f}, n={len(ratios)}")
+        mean, worst = geometric_mean(ratios), min(ratios)
+        print(f"{' '.join(key)}: best peer / ours, geometric mean {mean:.3f}, worst {worst:.3f}, n={len(ratios)}")
 
 
 def run(todo: list[Todo], args: argparse.Namespace) -> list[dict]:

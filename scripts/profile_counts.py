@@ -18,16 +18,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-METRICS = (
-    "dram__sectors_read.sum",
-    "dram__sectors_write.sum",
-    "lts__t_sectors.sum",
-    "l1tex__t_sectors_pipe_lsu_mem_global_op_ld.sum",
-    "l1tex__t_sectors_pipe_lsu_mem_global_op_st.sum",
-    "smsp__inst_executed.sum",
-    "smsp__sass_inst_executed_op_shared_ld.sum",
-    "smsp__sass_inst_executed_op_shared_st.sum",
-)
+METRICS = {
+    "dram__sectors_read.sum": "DRAM read",
+    "dram__sectors_write.sum": "DRAM written",
+    "lts__t_sectors.sum": "L2",
+    "l1tex__t_sectors_pipe_lsu_mem_global_op_ld.sum": "L1 global loads",
+    "l1tex__t_sectors_pipe_lsu_mem_global_op_st.sum": "L1 global stores",
+    "smsp__inst_executed.sum": "instructions",
+    "smsp__sass_inst_executed_op_shared_ld.sum": "shared loads",
+    "smsp__sass_inst_executed_op_shared_st.sum": "shared stores",
+}
+"""Nsight Compute's name of each metric, and what the results page calls it."""
 SHAPES = (
     ("rms_norm", "fp32", 1, 2048),
     ("rms_norm", "bf16", 4096, 4096),

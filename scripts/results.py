@@ -16,6 +16,7 @@ from pathlib import Path
 from benchlib import aims, plots
 from benchlib.aims import PUBLISHED
 from benchlib.rows import FUSED, PAIR, PLAIN, Row, best_peer, gain, geometric_mean, ours, rate, select, shape, share
+from profile_counts import METRICS
 
 ROOT = Path(__file__).resolve().parents[1]
 MISSING = "Not in this record.\n"
@@ -166,25 +167,15 @@ def profile_table(record: Row) -> str:
     rows = record.get("profile", ())
     if not rows:
         return MISSING
-    metrics = {
-        "dram__sectors_read.sum": "DRAM read",
-        "dram__sectors_write.sum": "DRAM written",
-        "lts__t_sectors.sum": "L2",
-        "l1tex__t_sectors_pipe_lsu_mem_global_op_ld.sum": "L1 global loads",
-        "l1tex__t_sectors_pipe_lsu_mem_global_op_st.sum": "L1 global stores",
-        "smsp__inst_executed.sum": "instructions",
-        "smsp__sass_inst_executed_op_shared_ld.sum": "shared loads",
-        "smsp__sass_inst_executed_op_shared_st.sum": "shared stores",
-    }
     body = [
         [f"{row['op']} {row['dtype']} {shape(row)}", row["provider"], row["kernels"]]
-        + [f"{row['counts'][metric]:,.0f}" for metric in metrics]
+        + [f"{row['counts'][metric]:,.0f}" for metric in METRICS]
         for row in rows
     ]
     return (
         "Nsight Compute over one call; `eager` is the norm as one PyTorch kernel per step. Sectors are 32 bytes, "
         "instructions are per warp. Caches are emptied before every kernel; what a kernel leaves in the L2 when it "
-        "ends is not counted as written.\n\n" + table(["call", "", "kernels", *metrics.values()], body)
+        "ends is not counted as written.\n\n" + table(["call", "", "kernels", *METRICS.values()], body)
     )
 
 

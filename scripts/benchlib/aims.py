@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .rows import FUSED, PAIR, PLAIN, Row, gain, geometric_mean, ours, rate, select, share, worst
+from .rows import FUSED, PAIR, PLAIN, Row, best_peer, gain, geometric_mean, ours, rate, select, shape, share, worst
 
 PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text())
 LONG_N = (65536, 131072, 262144)
@@ -95,8 +95,8 @@ def _query_key(record: Row) -> Iterator[Aim]:
 
     def against(name: str) -> Callable[[Row], float | None]:
         def ratio(row: Row) -> float | None:
-            peers = [us for provider, us in row["us"].items() if not provider.startswith("ours")]
-            return min(peers) / row["us"][name] if peers and name in row["us"] else None
+            peer = best_peer(row)
+            return peer[1] / row["us"][name] if peer and name in row["us"] else None
 
         return ratio
 
@@ -135,10 +135,7 @@ def _dtypes(record: Row) -> Iterator[Aim]:
     asked = {"one rounding", "fp32 weight", "1+w", "weightless", ""}
     rates = [(ratio, row) for row, ratio in variant_rates(record) if row.get("variant", "") in asked]
     found = min(rates, key=lambda pair: pair[0], default=None)
-    label = (
-        found
-        and f"{found[1]['op']} {found[1]['dtype']} {found[1].get('variant', '')} {found[1]['m']} x {found[1]['n']}"
-    )
+    label = found and f"{found[1]['op']} {found[1]['dtype']} {found[1].get('variant', '')} {shape(found[1])}"
     work = "fp16, fp32, fp32 weight, 1 + w, weightless: bytes per second over the bf16 kernel's"
     yield Aim.least(work, 0.97, (found[0], label) if found else None)
 

@@ -11,7 +11,8 @@ import torch
 from rmsnorm_patch.semantics import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, NormSpec
 
 from . import roofline, timing
-from .providers import FUSED, PAIR, Provider
+from .providers import Provider
+from .rows import FUSED, PAIR
 
 EPS = 1e-6
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # nothing is timed on a CPU; the checks are tested there

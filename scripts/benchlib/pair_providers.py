@@ -9,7 +9,17 @@ from collections.abc import Callable
 
 import torch
 
-from .providers import PAIR, ours, provider, vllm_op
+from .providers import (
+    compiled,
+    flashinfer_norm,
+    functional_norm,
+    liger_norm,
+    one_rounding,
+    ours,
+    provider,
+    vllm_op,
+)
+from .rows import PAIR
 
 
 def twice(norm: Callable[..., torch.Tensor]) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
@@ -38,34 +48,24 @@ def _ours_triton(spec):
     return twice(ops.bind_rms_norm(spec, "triton"))
 
 
-def _one_rounding(x, weight, eps: float):
-    h = x.float()
-    return (weight.float() * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps))).to(x.dtype)
-
-
 @provider("eager", PAIR)
 def _eager():
-    return twice(_one_rounding)
+    return twice(one_rounding)
 
 
 @provider("F.rms_norm", PAIR)
 def _functional():
-    return twice(lambda x, weight, eps: torch.nn.functional.rms_norm(x, (x.shape[-1],), weight, eps))
+    return twice(functional_norm)
 
 
 @provider("inductor", PAIR)
 def _inductor():
-    def body(q, k, q_weight, k_weight, eps: float):
-        return _one_rounding(q, q_weight, eps), _one_rounding(k, k_weight, eps)
-
-    return torch.compile(body, fullgraph=True, dynamic=False)
+    return compiled(twice(one_rounding))
 
 
 @provider("liger", PAIR)
 def _liger():
-    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
-
-    return twice(lambda x, weight, eps: LigerRMSNormFunction.apply(x, weight, eps, 0.0, "llama", False))
+    return twice(liger_norm())
 
 
 @provider("quack", PAIR)
@@ -76,24 +76,14 @@ def _quack():
     return twice(lambda x, weight, eps: rmsnorm_fwd(x, weight.expand(x.shape[1], -1), eps=eps)[0])
 
 
-def _flashinfer(use_cuda: bool):
-    import flashinfer.norm as norm
-
-    def call(x, weight, eps):
-        norm._USE_CUDA_NORM = use_cuda
-        return norm.rmsnorm(x, weight, eps)
-
-    return twice(call)
-
-
 @provider("flashinfer", PAIR)
 def _flashinfer_default():
-    return _flashinfer(False)
+    return twice(flashinfer_norm(False))
 
 
 @provider("flashinfer_cuda", PAIR)
 def _flashinfer_cuda():
-    return _flashinfer(True)
+    return twice(flashinfer_norm(True))
 
 
 @provider("vllm", PAIR)

@@ -35,9 +35,14 @@ def _axes(width: float = 8.0):
     return figure, axes
 
 
-def _save(figure: Any, path: Path) -> None:
+def _finish(figure: Any, axes: Any, rows: Sequence[dict], ylabel: str, title: str, path: Path, legend: int = 7) -> None:
+    """The columns of `rows` below, the texts around; legend: its font size."""
     import matplotlib.pyplot as plt
 
+    _columns(axes, rows)
+    axes.set_ylabel(ylabel)
+    axes.set_title(title)
+    axes.legend(fontsize=legend, ncol=3, frameon=False)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
@@ -68,11 +73,7 @@ def roofline(rows: Sequence[dict], title: str, path: Path, skip: Sequence[str] =
         if name not in skip and points:
             _line(axes, name, points)
     axes.axhline(1.0, color="black", lw=0.8, ls="--")
-    _columns(axes, rows)
-    axes.set_ylabel("speed relative to a copy of the same bytes")
-    axes.set_title(title)
-    axes.legend(fontsize=7, ncol=3, frameon=False)
-    _save(figure, path)
+    _finish(figure, axes, rows, "speed relative to a copy of the same bytes", title, path)
 
 
 def gains(rows: Sequence[dict], gain: Any, title: str, path: Path) -> None:
@@ -83,11 +84,7 @@ def gains(rows: Sequence[dict], gain: Any, title: str, path: Path) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", ms=4, label=f"{m} row{'s' * (m > 1)}")
     axes.axhline(1.0, color="black", lw=0.8, ls="--")
-    _columns(axes, rows)
-    axes.set_ylabel("best peer's time / ours")
-    axes.set_title(title)
-    axes.legend(fontsize=8, ncol=3, frameon=False)
-    _save(figure, path)
+    _finish(figure, axes, rows, "best peer's time / ours", title, path, legend=8)
 
 
 def times(rows: Sequence[dict], path: Path) -> None:
@@ -99,9 +96,6 @@ def times(rows: Sequence[dict], path: Path) -> None:
     figure, axes = _axes()
     for name in names_of(chosen):
         _line(axes, name, [(row["n"], row["us"][name]) for row in chosen if name in row["us"]])
-    _columns(axes, chosen)
     axes.set_yscale("log")
-    axes.set_ylabel("microseconds")
-    axes.set_title(" ".join(map(str, (*first[:3], f"{first[3]} rows"))))
-    axes.legend(fontsize=7, ncol=3, frameon=False)
-    _save(figure, path)
+    title = " ".join(map(str, (*first[:3], f"{first[3]} rows")))
+    _finish(figure, axes, chosen, "microseconds", title, path)

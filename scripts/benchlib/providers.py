@@ -19,7 +19,7 @@ import torch
 
 from rmsnorm_patch.semantics import NormSpec
 
-FUSED, PLAIN, PAIR = "fused_add_rms_norm", "rms_norm", "rms_norm_pair"
+from .rows import FUSED, PLAIN
 
 Call = Callable[..., Any]
 
@@ -110,35 +110,48 @@ def _ours_triton(spec):
     return ops.bind_fused_add_rms_norm(spec, "triton")
 
 
-@provider("eager", FUSED)
-def _eager():
+def after_add(norm: Call) -> Call:
+    """The add, then norm(x, weight, eps)."""
+
     def call(x, residual, weight, eps):
         total = x + residual
-        h = total.float()
-        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
-        return weight * h.to(x.dtype), total
+        return norm(total, weight, eps), total
 
     return call
+
+
+def eager_norm(x, weight, eps):
+    """Hugging Face's Llama: x * rstd is rounded before the weight."""
+    h = x.float()
+    return weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def one_rounding(x, weight, eps: float):
+    h = x.float()
+    return (weight.float() * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps))).to(x.dtype)
+
+
+def functional_norm(x, weight, eps):
+    return torch.nn.functional.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+def compiled(body: Call) -> Call:
+    return torch.compile(body, fullgraph=True, dynamic=False)
+
+
+@provider("eager", FUSED)
+def _eager():
+    return after_add(eager_norm)
 
 
 @provider("F.rms_norm", FUSED)
 def _functional():
-    def call(x, residual, weight, eps):
-        total = x + residual
-        return torch.nn.functional.rms_norm(total, (total.shape[-1],), weight, eps), total
-
-    return call
+    return after_add(functional_norm)
 
 
 @provider("inductor", FUSED)
 def _inductor():
-    def body(x, residual, weight, eps: float):
-        total = x + residual
-        h = total.float()
-        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
-        return (weight.float() * h).to(x.dtype), total
-
-    return torch.compile(body, fullgraph=True, dynamic=False)
+    return compiled(after_add(one_rounding))
 
 
 @provider("liger", FUSED)
@@ -221,29 +234,21 @@ def _ours_triton_norm(spec):
 
 @provider("eager", PLAIN)
 def _eager_norm():
-    def call(x, weight, eps):
-        h = x.float()
-        return weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
-
-    return call
+    return eager_norm
 
 
 @provider("F.rms_norm", PLAIN)
 def _functional_norm():
-    return lambda x, weight, eps: torch.nn.functional.rms_norm(x, (x.shape[-1],), weight, eps)
+    return functional_norm
 
 
 @provider("inductor", PLAIN)
 def _inductor_norm():
-    def body(x, weight, eps: float):
-        h = x.float()
-        return (weight.float() * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps))).to(x.dtype)
-
-    return torch.compile(body, fullgraph=True, dynamic=False)
+    return compiled(one_rounding)
 
 
 @provider("liger", PLAIN)
-def _liger_norm():
+def liger_norm():
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
     return lambda x, weight, eps: LigerRMSNormFunction.apply(x, weight, eps, 0.0, "llama", False)
@@ -256,26 +261,24 @@ def _quack_norm():
     return lambda x, weight, eps: rmsnorm_fwd(x, weight, eps=eps)[0]
 
 
-@provider("flashinfer", PLAIN)
-def _flashinfer_norm():
+def flashinfer_norm(use_cuda: bool) -> Call:
     import flashinfer.norm as norm
 
     def call(x, weight, eps):
-        norm._USE_CUDA_NORM = False
+        norm._USE_CUDA_NORM = use_cuda
         return norm.rmsnorm(x, weight, eps)
 
     return call
+
+
+@provider("flashinfer", PLAIN)
+def _flashinfer_norm():
+    return flashinfer_norm(False)
 
 
 @provider("flashinfer_cuda", PLAIN)
 def _flashinfer_cuda_norm():
-    import flashinfer.norm as norm
-
-    def call(x, weight, eps):
-        norm._USE_CUDA_NORM = True
-        return norm.rmsnorm(x, weight, eps)
-
-    return call
+    return flashinfer_norm(True)
 
 
 @provider("vllm", PLAIN)
