@@ -7,6 +7,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,6 +49,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def repository() -> Path:
     """Root of the source checkout."""
     return DATA.parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_library(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`shared_library(source, "-lm")`: a C file compiled into a folder of its own."""
+    from rmsnorm_patch import launcher
+
+    def build(source: Path, *words: str) -> Path:
+        command = launcher.compiler()
+        if not command:
+            pytest.skip("needs a C compiler")
+        path = tmp_path_factory.mktemp(source.stem) / f"lib{source.stem}.so"
+        subprocess.run([*command, "-shared", "-fPIC", "-O1", str(source), "-o", str(path), *words], check=True)
+        return path
+
+    return build
 
 
 @pytest.fixture(scope="session", params=["tiny-llama", "tiny-mistral"])

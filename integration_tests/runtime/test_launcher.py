@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -50,14 +50,8 @@ class Driver:
 
 
 @pytest.fixture(scope="module")
-def driver_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    command = launcher.compiler()
-    if not command:
-        pytest.skip("needs a C compiler")
-    path = tmp_path_factory.mktemp("driver") / "librecording.so"
-    source = Path(__file__).with_name("recording_driver.c")
-    subprocess.run([*command, "-shared", "-fPIC", "-O1", str(source), "-o", str(path)], check=True)
-    return path
+def driver_path(shared_library: Callable[..., Path]) -> Path:
+    return shared_library(Path(__file__).with_name("recording_driver.c"))
 
 
 @pytest.fixture(scope="module")

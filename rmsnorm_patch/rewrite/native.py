@@ -44,11 +44,8 @@ def enroll(cls: type, kernel: Any) -> None:
     if in_layer is _declined:
         _set_surroundings(pairs)
         in_layer, hand_over, take = pairs.in_layer, pairs.hand_over, pairs.take
-    eps = kernel.eps if kernel.eps_attribute is None else None
-    default = torch.finfo(torch.float32).eps if eps is None else eps
-    _classes[cls] = pairs.new_norm(
-        kernel.fused.table, kernel, kernel.weight_attribute, kernel.eps_attribute, float(default)
-    )
+    names = kernel.weight_attribute, kernel.eps_attribute
+    _classes[cls] = pairs.new_norm(kernel.fused.table, kernel, *names, float(kernel.implied_eps))
 
 
 def _set_surroundings(pairs: launcher.Pairs) -> None:

@@ -39,10 +39,11 @@ class NormKernel:
     """What the pair helpers need to know of one patched norm class.
 
     original: the norm's own forward. fused: the bound op, or None for the reference backend, which is `a + b` and
-    then `original`. on_cpu: whether CPU tensors go to `fused` too (a backend that was forced).
+    then `original`. on_cpu: whether CPU tensors go to `fused` too (a backend that was forced). implied_eps: that of
+    a norm which has no attribute for it, or None in it.
     """
 
-    __slots__ = ("eps", "eps_attribute", "fused", "on_cpu", "original", "weight_attribute")
+    __slots__ = ("eps_attribute", "fused", "implied_eps", "on_cpu", "original", "weight_attribute")
 
     def __init__(self, cls: type) -> None:
         key: Any = cls._rmsnorm_patch_key  # type: ignore[attr-defined]
@@ -50,7 +51,8 @@ class NormKernel:
         self.fused = None if key.backend == "reference" else ops.bind_fused_add_rms_norm(key.spec, key.backend)
         self.on_cpu = key.backend not in ("auto", "reference")
         self.eps_attribute: str | None = key.eps_attribute
-        self.eps: float | None = key.spec.eps
+        constant = key.spec.eps if key.eps_attribute is None else None
+        self.implied_eps = torch.finfo(torch.float32).eps if constant is None else constant  # see `NormSpec.eps`
         self.weight_attribute: str | None = key.weight_attribute
 
     def weight_of(self, norm: nn.Module) -> torch.Tensor | None:
@@ -60,8 +62,8 @@ class NormKernel:
         return norm._buffers.get(self.weight_attribute) if weight is None else weight
 
     def eps_of(self, norm: nn.Module) -> Any:
-        eps = self.eps if self.eps_attribute is None else getattr(norm, self.eps_attribute)
-        return torch.finfo(torch.float32).eps if eps is None else eps  # see `NormSpec.eps`
+        eps = None if self.eps_attribute is None else getattr(norm, self.eps_attribute)
+        return self.implied_eps if eps is None else eps
 
     def serves(self, x: torch.Tensor) -> bool:
         """False where the reference backend is what there is for this tensor: `a + b` and then `original`."""

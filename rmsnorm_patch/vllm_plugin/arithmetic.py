@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -25,6 +26,12 @@ IN_PLACE = True
 def spec_of(provider: str, has_weight: bool, variance_size: int | None) -> NormSpec:
     base = SPECS[provider]
     return NormSpec(0.0, base.round_before_weight, "none", has_weight, base.output, base.sum, variance_size)
+
+
+def _spec_args(provider: str, variance_size: int | None) -> tuple[Any, ...]:
+    """`ops.spec_args`, made of what Dynamo traces without a look-up in a cache."""
+    spec = SPECS[provider]
+    return spec.round_before_weight, "none", spec.output, spec.sum, variance_size, None, "auto"
 
 
 BIND = {
@@ -50,10 +57,8 @@ def rms_norm(
     """x: [..., N]; weight: [N] or None; the result is contiguous."""
     if is_eager(x):
         return _eager("rms_norm", _on(provider, x), weight is not None, variance_size)(x, weight, eps)
-    spec = SPECS[provider]
-    return torch.ops.rmsnorm_patch.rms_norm.default(
-        x, weight, eps, spec.round_before_weight, "none", spec.output, spec.sum, variance_size, None, "auto"
-    )
+    spec = _spec_args(provider, variance_size)
+    return torch.ops.rmsnorm_patch.rms_norm.default(x, weight, eps, *spec)
 
 
 def fused_add_rms_norm(
@@ -68,10 +73,8 @@ def fused_add_rms_norm(
     if is_eager(x):
         bound = _eager("fused_add_rms_norm", _on(provider, x), weight is not None, variance_size)
         return bound(x, residual, weight, eps)
-    spec = SPECS[provider]
-    return torch.ops.rmsnorm_patch.fused_add_rms_norm.default(
-        x, residual, weight, eps, spec.round_before_weight, "none", spec.output, spec.sum, variance_size, None, "auto"
-    )
+    spec = _spec_args(provider, variance_size)
+    return torch.ops.rmsnorm_patch.fused_add_rms_norm.default(x, residual, weight, eps, *spec)
 
 
 def fused_add_rms_norm_in_place(
@@ -89,10 +92,8 @@ def fused_add_rms_norm_in_place(
     if is_eager(x):
         _eager("fused_add_rms_norm_", provider, weight is not None, variance_size)(x, residual, weight, eps)
         return x, residual
-    spec = SPECS[provider]
-    torch.ops.rmsnorm_patch.fused_add_rms_norm_.default(
-        x, residual, weight, eps, spec.round_before_weight, "none", spec.output, spec.sum, variance_size, None, "auto"
-    )
+    spec = _spec_args(provider, variance_size)
+    torch.ops.rmsnorm_patch.fused_add_rms_norm_.default(x, residual, weight, eps, *spec)
     return x, residual
 
 
