@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 DATA = Path(__file__).resolve().parent / "data"
 
@@ -49,6 +49,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def repository() -> Path:
     """Root of the source checkout."""
     return DATA.parent.parent
+
+
+@pytest.fixture(scope="session")
+def random_checkpoint() -> Callable[..., Path]:
+    """`random_checkpoint(folder, "qwen3", std=0.2, head_dim=32)`: a small random bf16 model that an engine can serve,
+    with the shipped tokenizer. std: of all weights but the norms'. Further arguments are config fields."""
+
+    def save(folder: Path, model_type: str, std: float, **fields: object) -> Path:
+        sizes = {"vocab_size": 258, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+        config = AutoConfig.for_model(model_type, **{**sizes, **heads, **fields})
+        torch.manual_seed(3)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.uniform_(0.5, 1.5) if "norm" in name else parameter.normal_(std=std)
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(DATA / "tiny-llama").save_pretrained(folder)
+        return folder
+
+    return save
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -47,31 +47,6 @@ MORE = {
 PROMPTS = ("You may", "This program is", "Error: ", "When a")
 """On these the checkpoints' two best tokens stay 0.13 apart in an fp32 run: what differs is not a tie."""
 TOKENS = 24
-
-
-def _qwen3(folder: Path) -> Path:
-    """A random two-layer Qwen3, whose attention norms q and k."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    config = AutoConfig.for_model(
-        "qwen3",
-        vocab_size=258,
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=LAYERS["qwen3"],
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=256,
-    )
-    torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.uniform_(0.5, 1.5) if "norm" in name else parameter.normal_(std=0.08)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(DATA / "tiny-llama").save_pretrained(folder)
-    return folder
 
 
 @dataclass
@@ -132,9 +107,12 @@ def _started(work: Path, cases: list[tuple[str, str, bool]]) -> Iterator[Engines
 
 
 @pytest.fixture(scope="module")
-def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
+def engines(
+    tmp_path_factory: pytest.TempPathFactory, random_checkpoint: Callable[..., Path]
+) -> Iterator[Engines]:
     work = tmp_path_factory.mktemp("engines")
-    _qwen3(work / "qwen3")
+    # Its attention norms q and k.
+    random_checkpoint(work / "qwen3", "qwen3", std=0.08, head_dim=64, num_hidden_layers=LAYERS["qwen3"])
     with _started(work, CASES) as started:
         yield started
 

@@ -7,11 +7,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parent / "data"
@@ -44,36 +44,12 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def checkpoints(work: Path) -> Callable[[str], Path]:
+def checkpoints(work: Path, random_checkpoint: Callable[..., Path]) -> Callable[[str], Path]:
     """`checkpoints("qwen3")`: a folder with a random two-layer model of that type, made once."""
 
+    @cache
     def make(model_type: str) -> Path:
-        folder = work / f"random-{model_type}"
-        if not folder.exists():
-            from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-            config = AutoConfig.for_model(
-                model_type,
-                vocab_size=258,
-                hidden_size=128,
-                intermediate_size=192,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                head_dim=32,
-                max_position_embeddings=256,
-            )
-            torch.manual_seed(3)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-            with torch.no_grad():
-                for name, parameter in model.named_parameters():
-                    if "norm" in name:
-                        parameter.uniform_(0.5, 1.5)
-                    else:
-                        parameter.normal_(std=0.2)
-            model.save_pretrained(folder)
-            AutoTokenizer.from_pretrained(DATA / "tiny-llama").save_pretrained(folder)
-        return folder
+        return random_checkpoint(work / f"random-{model_type}", model_type, std=0.2, head_dim=32)
 
     return make
 
