@@ -357,8 +357,8 @@ def test_the_callers_depth_is_learned_once(twins, tokens) -> None:
     assert taken(patched, tokens) == taken(patched, tokens) == LAYERS
     link = patched.model.layers[0].__dict__[STATE][handover.LINK]
     # the layer's forward, the checkpointing wrapper, torch's two frames, and the model's forward above them
-    # (around the forward in transformers 5.23, around the call in 5.17)
-    assert (link.caller, link.depth) in ((3, 5), (2, 5))
+    # (around the forward in transformers 5.23, around the call in 5.17; in 5.24 a decorator that renames arguments)
+    assert (link.caller, link.depth) in ((4, 6), (3, 5), (2, 5))
 
 
 @pytest.mark.usefixtures("any_caller")

@@ -14,10 +14,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.utils.deprecation import deprecate_kwarg
 
 import rmsnorm_patch
 from rmsnorm_patch import observe
 from rmsnorm_patch.rewrite.classes import is_patched
+from rmsnorm_patch.scan.source import read_forward
 
 WIDTH = 16
 
@@ -374,6 +376,16 @@ def test_a_forward_without_source_is_left_alone(x: torch.Tensor) -> None:
     model = Model(namespace["Hidden"])
     assert "its source cannot be read" in rmsnorm_patch.plan(model).pairs[0].reason
     assert set(patched_counts(model, x)) == {"norm/reference"}
+
+
+def test_only_decorators_that_rename_arguments_let_results_pass_unseen() -> None:
+    class Renamed(Plain):
+        forward = deprecate_kwarg("states", "9.0", new_name="hidden_states")(Plain.forward)
+
+    assert read_forward(Plain).passes_results
+    assert read_forward(Renamed).wrappers
+    assert read_forward(Renamed).passes_results
+    assert not read_forward(SuperAndPrivate).passes_results
 
 
 def test_a_decorator_put_on_later_is_kept(x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ import torch.nn as nn
 from torch.nn.modules import module as _module
 
 from .. import observe, ops
+from ..scan.source import RENAMING
 from . import guards, native, traced
 from .classes import STATE, original_class
 from .handover import CARRIED, LINK, MAX_UNTAKEN, Carry, Link, put
@@ -28,9 +29,10 @@ _servable = guards.servable
 _getframe = sys._getframe
 _CALL_IMPL = nn.Module._call_impl.__code__
 _MODULE_FILE = _CALL_IMPL.co_filename
-_CHECKPOINTING = "transformers.modeling_layers"
-"""Frames of torch's module call and of this module's `GradientCheckpointingLayer` lie between a layer and what called
-it: around the layer's `__call__` up to transformers 5.17 at least, around its `forward` in 5.23."""
+_PASSING = ("transformers.modeling_layers", *RENAMING)
+"""Frames of torch's module call and of these modules lie between a layer and what called it: of `modeling_layers`
+(`GradientCheckpointingLayer`) around its `__call__` up to transformers 5.17 at least, around its `forward` in 5.23; of
+the decorators that rename arguments around its `forward` in 5.24."""
 _OUTPUT_RECORDER = "transformers.utils.output_capturing"
 """Its forward hooks (`output_hidden_states=True`) stay on every layer once used; they keep outputs and edit nothing."""
 
@@ -199,8 +201,8 @@ def _called_by_loop(link: Link) -> bool:
     """Whether the layer that is running now was called, as a module, by the loop that was read.
 
     The walk up the stack is done once for a link. Later calls look at two frames: the loop's, as far up as it was, and
-    the one that called the layer's forward (past `GradientCheckpointingLayer`'s own), which tells a wrapper that calls
-    `layer.forward` itself.
+    the one that called the layer's forward (past the wrappers that stand around it in the class), which tells a
+    wrapper that calls `layer.forward` itself.
     """
     tail_frame = 2  # past this function and `_tail`
     try:
@@ -211,13 +213,14 @@ def _called_by_loop(link: Link) -> bool:
             return True
     except ValueError:  # called from less deep than before
         pass
-    depth = above_layer = 2  # past `tail` and the layer's own forward
-    frame = _getframe(tail_frame + above_layer)
-    checkpointing = getattr(sys.modules.get(_CHECKPOINTING), "__file__", None)
-    caller = above_layer + (frame.f_code.co_filename == checkpointing)
+    depth = caller = 2  # past `tail` and the layer's own forward
+    frame = _getframe(tail_frame + depth)
+    passing = [getattr(sys.modules.get(module), "__file__", None) for module in _PASSING]
     while frame.f_code is not link.loop:
-        if frame.f_code.co_filename not in (_MODULE_FILE, checkpointing) or frame.f_back is None:
+        in_passing = frame.f_code.co_filename in passing
+        if not (in_passing or frame.f_code.co_filename == _MODULE_FILE) or frame.f_back is None:
             return False
+        caller += in_passing and caller == depth
         frame, depth = frame.f_back, depth + 1
     link.depth, link.caller = depth, caller
     return True

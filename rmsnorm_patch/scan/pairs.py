@@ -232,7 +232,7 @@ def _read_loops(found: Layout, by_id: dict[int, Layer], sites: dict[int, NormSit
             layer = by_id.get(id(module))
             if layer is None or layer.live_tail() is None or modules.count(module) > 1:
                 continue
-            passive = layer.flow.tail_passive and not layer.source.wrappers
+            passive = layer.flow.tail_passive and layer.source.passes_results
             if at + 1 < len(modules):
                 receiver = by_id.get(id(modules[at + 1]))
                 entry = None if receiver is None else receiver.live_entry()
@@ -240,7 +240,7 @@ def _read_loops(found: Layout, by_id: dict[int, Layer], sites: dict[int, NormSit
                     continue
                 attr = entry.attr
                 quiet = passive and loop.passive and runs_first(receiver.source.tree, entry)
-                quiet = quiet and not receiver.source.wrappers
+                quiet = quiet and receiver.source.passes_results
                 norm = receiver.module._modules[attr]
                 assert norm is not None
                 step = PlannedStep("cross_layer", parent, layer, receiver.norms[attr], norm, receiver, quiet)

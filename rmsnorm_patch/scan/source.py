@@ -16,6 +16,10 @@ from pathlib import Path
 _FUTURE_FLAGS = sum({getattr(__future__, name).compiler_flag for name in __future__.all_feature_names})
 
 
+RENAMING = ("transformers.utils.deprecation",)
+"""Modules whose decorators only rename arguments (transformers 5.24 has one around most layers' forward)."""
+
+
 @dataclass(frozen=True)
 class Source:
     """`function`: the plain function at the bottom. `wrappers`: decorators around it, outermost first.
@@ -30,6 +34,11 @@ class Source:
         """Of the function's statements, comments and layout left out, and of where its wrappers come from."""
         wrappers = [f"{Path(w.__code__.co_filename).name}:{w.__code__.co_firstlineno}" for w in self.wrappers]
         return hashlib.sha256("\n".join([ast.unparse(self.tree), *wrappers]).encode()).hexdigest()[:16]
+
+    @property
+    def passes_results(self) -> bool:
+        """Whether nothing around the function can see or change what it returns."""
+        return all(wrapper.__globals__.get("__name__") in RENAMING for wrapper in self.wrappers)
 
     def where(self, node: ast.AST) -> str:
         return f"{self.function.__code__.co_filename.rpartition('/')[2]}:{getattr(node, 'lineno', 0)}"
