@@ -5,10 +5,6 @@ The engines are child processes and start together; a test waits for those that 
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,7 +21,6 @@ pytest.importorskip("vllm", reason="vLLM is not installed here")
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parent / "data"
-ENGINE = HERE.parent / "vllm" / "engine.py"
 LAYERS = {"tiny-llama": 4, "tiny-mistral": 4, "qwen3": 2}
 LOGPROB_TOLERANCE = 0.05
 """Logprobs of a bf16 model whose norms differ in the order of a row's sum: its logits are of the order 10, where bf16
@@ -55,6 +50,7 @@ class Engines:
 
     work: Path
     prompts: list[list[int]]
+    processes: Any
     futures: dict[tuple[str, str, bool], Future[dict[str, Any]]] = field(default_factory=dict)
 
     def __call__(self, name: str, route: str, eager: bool) -> dict[str, Any]:
@@ -62,7 +58,6 @@ class Engines:
 
     def run(self, name: str, route: str, eager: bool) -> dict[str, Any]:
         work = self.work / f"{name}-{route}-{eager}"
-        work.mkdir()
         folder = self.work / "qwen3" if name == "qwen3" else DATA / "-".join(name.split("-")[:2])
         request = {
             "model": str(folder),
@@ -71,35 +66,16 @@ class Engines:
             "max_tokens": TOKENS,
             "engine": {"gpu_memory_utilization": 0.05, **MORE.get(name, {})},
         }
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("RMSNORM_PATCH_VLLM", "VLLM_PLUGINS"))}
-        variables = {
-            "RMSNORM_PATCH_VLLM": route,
-            "RMSNORM_PATCH_VLLM_TRACE": str(work / "trace"),
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_CACHE_ROOT": str(work / "cache"),
-            "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_USE_FLASHINFER_SAMPLER": "0",
-            "HF_HUB_OFFLINE": "1",
-            "TORCHINDUCTOR_COMPILE_THREADS": "1",
-            "OMP_NUM_THREADS": "1",
-        }
-        done = subprocess.run(
-            [sys.executable, str(ENGINE), json.dumps(request), str(work / "answer")],
-            env={**kept, **variables},
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-        return {**json.loads((work / "answer").read_text()), "log": done.stdout + done.stderr}
+        answer: dict[str, Any] = self.processes.run_engine(request, work, work / "cache", RMSNORM_PATCH_VLLM=route)
+        return answer
 
 
 @contextmanager
-def _started(work: Path, cases: list[tuple[str, str, bool]]) -> Iterator[Engines]:
+def _started(work: Path, cases: list[tuple[str, str, bool]], processes: Any) -> Iterator[Engines]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(DATA / "tiny-llama")
-    started = Engines(work, [tokenizer(prompt).input_ids for prompt in PROMPTS])
+    started = Engines(work, [tokenizer(prompt).input_ids for prompt in PROMPTS], processes)
     with ThreadPoolExecutor(max_workers=len(cases)) as pool:
         for case in cases:
             started.futures[case] = pool.submit(started.run, *case)
@@ -108,18 +84,18 @@ def _started(work: Path, cases: list[tuple[str, str, bool]]) -> Iterator[Engines
 
 @pytest.fixture(scope="module")
 def engines(
-    tmp_path_factory: pytest.TempPathFactory, random_checkpoint: Callable[..., Path]
+    tmp_path_factory: pytest.TempPathFactory, random_checkpoint: Callable[..., Path], vllm_processes: Any
 ) -> Iterator[Engines]:
     work = tmp_path_factory.mktemp("engines")
     # Its attention norms q and k.
     random_checkpoint(work / "qwen3", "qwen3", std=0.08, head_dim=64, num_hidden_layers=LAYERS["qwen3"])
-    with _started(work, CASES) as started:
+    with _started(work, CASES, vllm_processes) as started:
         yield started
 
 
 @pytest.fixture(scope="module")
-def parallel_engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
-    with _started(tmp_path_factory.mktemp("parallel"), TWO_DEVICES) as started:
+def parallel_engines(tmp_path_factory: pytest.TempPathFactory, vllm_processes: Any) -> Iterator[Engines]:
+    with _started(tmp_path_factory.mktemp("parallel"), TWO_DEVICES, vllm_processes) as started:
         yield started
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -13,29 +10,12 @@ from typing import Any
 
 import pytest
 
-HERE = Path(__file__).resolve().parent
-DATA = HERE.parent / "data"
 
-ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "OMP_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
-REMOVED = ("RMSNORM_PATCH_", "VLLM_PLUGINS")
-
-
-def environment(**variables: str) -> dict[str, str]:
-    """The environment of a child: ours without the variables that choose a route, with `variables`."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(REMOVED)}
-    return {**kept, **ENVIRONMENT, **variables}
-
-
-@pytest.fixture(scope="session", name="environment")
-def environment_fixture() -> Callable[..., dict[str, str]]:
-    return environment
+@pytest.fixture(scope="session")
+def environment(vllm_processes: Any) -> Callable[..., dict[str, str]]:
+    """`environment(NAME="value")`: that of a child."""
+    made: Callable[..., dict[str, str]] = vllm_processes.environment
+    return made
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +38,7 @@ Run = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="session")
-def run_engine(work: Path) -> Run:
+def run_engine(work: Path, vllm_processes: Any) -> Run:
     """`run_engine(model, enforce_eager=..., route="ir", op_form=False)` -> the answer of engine.py; cached."""
     answers: dict[str, dict[str, Any]] = {}
 
@@ -73,26 +53,9 @@ def run_engine(work: Path) -> Run:
         }
         key = json.dumps([wanted, route, op_form], sort_keys=True)
         if key not in answers:
-            trace = work / f"trace{len(answers)}"
-            variables = {
-                "RMSNORM_PATCH_VLLM": route,
-                "RMSNORM_PATCH_VLLM_TRACE": str(trace),
-                "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-                "VLLM_CACHE_ROOT": str(work / "cache"),
-            }
-            if op_form:
-                variables["RMSNORM_PATCH_COMPILE"] = "op"
-            out = work / f"answer{len(answers)}.json"
-            done = subprocess.run(
-                [sys.executable, str(HERE / "engine.py"), json.dumps(wanted), str(out)],
-                env=environment(**variables),
-                capture_output=True,
-                text=True,
-                timeout=600,
-                cwd=work,
-            )
-            assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-            answers[key] = {**json.loads(out.read_text()), "log": done.stdout + done.stderr}
+            variables = {"RMSNORM_PATCH_VLLM": route, **({"RMSNORM_PATCH_COMPILE": "op"} if op_form else {})}
+            folder = work / f"engine{len(answers)}"
+            answers[key] = vllm_processes.run_engine(wanted, folder, work / "cache", **variables)
         return answers[key]
 
     return run
