@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from .env import EngineState, Environment
 from .plan import NormSite, PairSite, Plan
@@ -89,7 +90,7 @@ def speed_table(rows: Iterable[Comparison]) -> Table:
     return table
 
 
-def environment_tables(env: Environment) -> list[Table]:
+def environment_tables(env: Environment) -> list[Table | Text]:
     versions = Table(title="versions", title_justify="left", show_header=False)
     versions.add_row("python", f"{env.python} on {env.system}")
     for name, version in env.versions.items():
@@ -114,13 +115,17 @@ def environment_tables(env: Environment) -> list[Table]:
     places.add_row("vLLM", f"{vllm}; plugin {env.vllm.entry_point or 'not registered'}{route}")
     for name, value in env.variables.items():
         places.add_row(name, value)
-    return [versions, devices, places, *([] if env.engine is None else [engine_table(env.engine)])]
+    return [versions, devices, places, *([] if env.engine is None else engine_tables(env.engine))]
 
 
-def engine_table(engine: EngineState) -> Table:
-    """One row for each group of norms that share class, columns and what serves them."""
-    text = engine.error or f"{engine.reason}; compile mode {engine.compile_mode}"
-    table = Table(title=escape(f"vllm serve {' '.join(engine.arguments)}: {text}"), title_justify="left")
+def engine_tables(engine: EngineState) -> list[Table | Text]:
+    """What was asked and answered, a line each, and one row for each group of norms that share class, columns and what
+    serves them."""
+    answer = engine.error or f"{engine.reason}; compile mode {engine.compile_mode}"
+    lines = [Text(f"vllm serve {' '.join(engine.arguments)}"), Text(answer)]
+    if engine.error:
+        return [*lines]
+    table = Table()
     for name in ("norms", "first", "class", "columns", "served by"):
         table.add_column(name, overflow="fold")
     groups: dict[tuple[str, int, str], list[str]] = {}
@@ -128,4 +133,4 @@ def engine_table(engine: EngineState) -> Table:
         groups.setdefault((kind, columns, served), []).append(path)
     for (kind, columns, served), paths in groups.items():
         table.add_row(str(len(paths)), escape(paths[0]), kind, str(columns), served)
-    return table
+    return [*lines, table]
