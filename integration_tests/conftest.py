@@ -7,6 +7,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import gc
 import importlib.util
 import subprocess
 import sys
@@ -73,6 +74,19 @@ def random_checkpoint() -> Callable[..., Path]:
         return folder
 
     return save
+
+
+@pytest.fixture(scope="session")
+def collect_garbage() -> Callable[[], None]:
+    """Collects until nothing is found. What earlier tests left behind may take several rounds, since finalisers let go
+    of more; in the middle of a count it would look like a change of ours."""
+
+    def collect() -> None:
+        for _ in range(20):
+            if not gc.collect():
+                return
+
+    return collect
 
 
 @pytest.fixture(scope="session")

@@ -479,7 +479,7 @@ def test_odd_operands_are_declined(patched, operands) -> None:
         assert function(*operands) is None
 
 
-def test_nothing_leaks(patched) -> None:
+def test_nothing_leaks(patched, collect_garbage) -> None:
     model, _ = patched
     norm = model.model.layers[1].input_layernorm
     link = model.model.layers[0].__dict__["_rmsnorm_patch"][handover.LINK]
@@ -487,11 +487,11 @@ def test_nothing_leaks(patched) -> None:
     with torch.no_grad():
         for _ in range(3):
             model(TOKENS)
-        gc.collect()
+        collect_garbage()
         objects = len(gc.get_objects())
         counts = [sys.getrefcount(each) for each in watched]
         for _ in range(50):
             model(TOKENS)
-        gc.collect()
+        collect_garbage()
     assert [sys.getrefcount(each) for each in watched] == counts
     assert abs(len(gc.get_objects()) - objects) < 50

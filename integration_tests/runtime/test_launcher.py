@@ -442,7 +442,7 @@ def test_full_table_leaves_the_rest_to_the_slow_path(recorded):
     assert op.call(rows(4), weight(), 1e-6).shape == (4, N)
 
 
-def test_nothing_leaks(functions, recorded):
+def test_nothing_leaks(functions, recorded, collect_garbage):
     op = Op(functions, "fused_add_rms_norm")
     x, r, w = rows(4), rows(4), weight()
     wide = torch.zeros(4, 2 * N, dtype=BF16)
@@ -456,11 +456,11 @@ def test_nothing_leaks(functions, recorded):
         op.slow_calls.clear()
 
     calls()
-    gc.collect()
+    collect_garbage()
     before = [sys.getrefcount(item) for item in watched]
     tensors = sum(type(item) is torch.Tensor for item in gc.get_objects())
     calls()
-    gc.collect()
+    collect_garbage()
     assert [sys.getrefcount(item) for item in watched] == before
     assert sum(type(item) is torch.Tensor for item in gc.get_objects()) == tensors
 
