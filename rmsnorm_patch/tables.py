@@ -122,9 +122,9 @@ def engine_tables(engine: EngineState) -> list[Table | Text]:
     """What was asked and answered, a line each, and one row for each group of norms that share class, columns and what
     serves them."""
     answer = engine.error or f"{engine.reason}; compile mode {engine.compile_mode}"
-    lines = [Text(f"vllm serve {' '.join(engine.arguments)}"), Text(answer)]
+    shown: list[Table | Text] = [Text(f"vllm serve {' '.join(engine.arguments)}"), Text(answer)]
     if engine.error:
-        return [*lines]
+        return shown
     table = Table()
     for name in ("norms", "first", "class", "columns", "served by"):
         table.add_column(name, overflow="fold")
@@ -133,4 +133,4 @@ def engine_tables(engine: EngineState) -> list[Table | Text]:
         groups.setdefault((kind, columns, served), []).append(path)
     for (kind, columns, served), paths in groups.items():
         table.add_row(str(len(paths)), escape(paths[0]), kind, str(columns), served)
-    return [*lines, table]
+    return [*shown, table]

