@@ -110,7 +110,7 @@ def test_long_rows(arch):
         assert set(machine.loads) == {256 if arch >= 100 else 128}
 
 
-@pytest.mark.parametrize("n", [8192, 16384, 131072, 262144])
+@pytest.mark.parametrize("n", [4096, 8192, 16384, 65536, 131072, 262144])
 def test_a_cluster_meets_without_a_fence_for_the_whole_gpu(n):
     """The release of a cluster barrier is one: 0.05 us of a decode step, 4 to 6% of long rows."""
     config, machine = code(FUSED, n, 90, 0)

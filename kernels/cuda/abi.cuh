@@ -28,14 +28,13 @@
 //   ROWS_PER_CTA     rows of one CTA (of one cluster, if CLUSTER > 1)
 //   ROWS_PER_THREAD  rows that one thread serves (divides ROWS_PER_CTA).
 //                    blockDim.x = THREADS_PER_ROW * ROWS_PER_CTA / ROWS_PER_THREAD
-//   TREE_THREADS     0: the reduction tree depends on N and VEC alone. 1: on the schedule (reduce.cuh); CLUSTER > 1 needs 1
+//   TREE_THREADS     0: the reduction tree depends on N and VEC alone. 1: on the schedule (reduce.cuh)
 //   WEIGHT_AT        when the weight is read: 0 above the dependency wait, 1 with x, 2 after the reduction, 3 in parts from just
 //                    before the reduction on, each a part ahead of its use (one row a thread)
 //   LAUNCH_AT        when the next kernel may become resident: 0 at once, 1 after the dependency wait, 2 after the loads of x,
 //                    3 after the reduction
 //   PREFETCH         1: before the wait, ask for the CTA's rows of x and residual to come to L2 (sm_90+)
 //   STAGE            chunks that a thread loads before it adds them
-//   PARKED           chunks of each thread that are kept in dynamic shared memory (16 bytes each), not in registers; 0 if absent
 //   MIN_CTAS         second argument for __launch_bounds__
 //   any further upper-case key of a registry rule's `defines` table
 //

@@ -8,11 +8,6 @@
 
 #include "reduce.cuh"
 
-
-#ifndef PARKED
-#define PARKED 0
-#endif
-
 constexpr bool HOLD_F32 = X_T == DT_F32 || (FUSED_ADD && SUM_F32);
 constexpr int X_WORDS = CHUNK_WORDS<X_T>;
 constexpr int PAIRS = (VEC + 1) / 2;
@@ -84,16 +79,6 @@ __device__ __forceinline__ float sum_of_squares(const u32 (&held)[HELD_WORDS], i
 
 // With one row per CTA the grid has no row to spare.
 __device__ __forceinline__ bool is_row(i64 row, i64 m) { return ROWS_PER_CTA == 1 || row < m; }
-
-// Rows longer than the registers: a thread's first PARKED chunks wait for the reduction in shared memory, or, where the held
-// values are wider than the stored ones, are read again (their part of the sum is then stored after that).
-constexpr bool READ_AGAIN = PARKED > 0 && HELD_WORDS != X_WORDS;
-static_assert(PARKED == 0 || (ROWS_PER_CTA == 1 && TREE_THREADS && VEC * size_of(X_T) == 16), "parked chunks are 16 bytes");
-
-__device__ __forceinline__ uint4* parking_place(int chunk_of_thread, int thread) {
-    extern __shared__ uint4 parked[];
-    return parked + chunk_of_thread * TPR + thread;
-}
 
 struct Weights {
     u32 word[CHUNK_WORDS<W_T>];
@@ -218,18 +203,7 @@ __device__ __forceinline__ void norm_rows(const Rows& rows, i64 first, float eps
     wait_for_previous_kernel();
     if constexpr (LAUNCH_AT == 1) launch_next_kernel();
 
-    u32 held[U * K - PARKED][HELD_WORDS];
-    float parked_sum = 0.0f;
-    auto load_again = [&](int i, u32(&x)[X_WORDS], u32(&residual)[X_WORDS]) {
-        const i64 row = first, offset = (i64)(first_chunk + i * TPR) * (VEC * X_SIZE);
-        const int valid = valid_elements(first_chunk + i * TPR);
-        load_chunk<X_T, ALIGN>(
-            x, rows.x + row_offset(row, rows.inner_rows, rows.x_outer_stride, rows.x_row_stride) * X_SIZE + offset, valid);
-        load_chunk<X_T, ALIGN>(residual,
-                               rows.residual + row_offset(row, rows.inner_rows, rows.residual_outer_stride,
-                                                          rows.residual_row_stride) * X_SIZE + offset,
-                               valid);
-    };
+    u32 held[U * K][HELD_WORDS];
     // A few chunks at a time are loaded, then added: that bounds the registers of long rows.
 #pragma unroll
     for (int stage = 0; stage < U * K; stage += STAGE) {
@@ -260,36 +234,26 @@ __device__ __forceinline__ void norm_rows(const Rows& rows, i64 first, float eps
             if (stage + STAGE >= U * K) load_weights(0, 0);
 #pragma unroll
         for (int i = stage; i < smaller(stage + STAGE, U * K); ++i) {
-            u32 now[HELD_WORDS];
             if constexpr (FUSED_ADD) {
                 const i64 row = first + slot + i / K * SLOTS;
                 const int chunk = first_chunk + i % K * TPR;
                 u32 total[X_WORDS];
-                add_chunk(x[i - stage], residual[i - stage], now, total);
+                add_chunk(x[i - stage], residual[i - stage], held[i], total);
                 char* total_row = rows.total + row * rows.total_row_stride * X_SIZE;
-                if (!(READ_AGAIN && i < PARKED) && is_row(row, rows.m) && exists(i % K))
+                if (is_row(row, rows.m) && exists(i % K))
                     store_chunk<X_T, ALIGN>(total_row + (i64)chunk * (VEC * X_SIZE), total, valid_elements(chunk));
             } else {
 #pragma unroll
-                for (int word = 0; word < HELD_WORDS; ++word) now[word] = x[i - stage][word];
-            }
-            if (i >= PARKED) {
-#pragma unroll
-                for (int word = 0; word < HELD_WORDS; ++word) held[i - PARKED][word] = now[word];
-            } else {
-                parked_sum = __fadd_rn(parked_sum, sum_of_squares(now, (first_chunk + i * TPR) * VEC));
-                if constexpr (PARKED > 0 && !READ_AGAIN) *parking_place(i, thread) = make_uint4(now[0], now[1], now[2], now[3]);
+                for (int word = 0; word < HELD_WORDS; ++word) held[i][word] = x[i - stage][word];
             }
         }
     }
 
     float partial[U * SUMS_PER_THREAD], sums[U];
 #pragma unroll
-    for (int i = PARKED; i < U * K; ++i) {
-        float sum = sum_of_squares(held[i - PARKED], (first_chunk + i % K * TPR) * VEC);
-        if constexpr (PARKED > 0) {
-            partial[0] = __fadd_rn(i == PARKED ? parked_sum : partial[0], sum);
-        } else if constexpr (TREE_THREADS) {
+    for (int i = 0; i < U * K; ++i) {
+        float sum = sum_of_squares(held[i], (first_chunk + i % K * TPR) * VEC);
+        if constexpr (TREE_THREADS) {
             partial[i / K] = i % K == 0 ? sum : __fadd_rn(partial[i / K], sum);
         } else {
             partial[i] = sum;
@@ -300,7 +264,7 @@ __device__ __forceinline__ void norm_rows(const Rows& rows, i64 first, float eps
     if constexpr (LAUNCH_AT == 3) launch_next_kernel();
     // Without this the compiler keeps the unpacked fp32 values across the reduction: twice the registers.
 #pragma unroll
-    for (int i = 0; i < U * K - PARKED; ++i) {
+    for (int i = 0; i < U * K; ++i) {
 #pragma unroll
         for (int word = 0; word < HELD_WORDS; ++word) asm volatile("" : "+r"(held[i][word]));
     }
@@ -317,21 +281,8 @@ __device__ __forceinline__ void norm_rows(const Rows& rows, i64 first, float eps
             if (WEIGHT_WHEN == 3 && j % GROUP_OF_WEIGHTS == 0) load_weights(row, j + GROUP_OF_WEIGHTS);
             const int chunk = first_chunk + j * TPR;
             if (!exists(j)) continue;
-            u32 now[HELD_WORDS], normed[CHUNK_WORDS<OUT_T>];
-            if (j >= PARKED) {
-#pragma unroll
-                for (int word = 0; word < HELD_WORDS; ++word) now[word] = held[u * K + j - PARKED][word];
-            } else if constexpr (READ_AGAIN) {
-                u32 x[X_WORDS], residual[X_WORDS], total[X_WORDS];
-                load_again(j, x, residual);
-                add_chunk(x, residual, now, total);
-                store_chunk<X_T, ALIGN>(rows.total + row * rows.total_row_stride * X_SIZE + (i64)chunk * (VEC * X_SIZE), total,
-                                        valid_elements(chunk));
-            } else if constexpr (PARKED > 0) {
-                const uint4 parked = *parking_place(j, thread);
-                now[0] = parked.x, now[1] = parked.y, now[2] = parked.z, now[3] = parked.w;
-            }
-            normalise_chunk(now, rstd, weights[j % WEIGHTS_HELD], normed);
+            u32 normed[CHUNK_WORDS<OUT_T>];
+            normalise_chunk(held[u * K + j], rstd, weights[j % WEIGHTS_HELD], normed);
             char* place = normed_row + (i64)chunk * (VEC * OUT_SIZE);
             if (WIDE_OUTPUT && in_every_cta(j)) {
                 store_wide_chunk(place, normed, thread);
