@@ -55,6 +55,12 @@ def table(op: Op, spec: NormSpec) -> object | None:
     return bound.table if bound.functions.kind == "c" else None
 
 
+def started_from_python(op: Op, spec: NormSpec) -> str:
+    """Why it is not launcher.c that serves the op; "" if it is."""
+    functions = _bound(op, spec.variant)[0].functions
+    return functions.reason if functions.kind == "python" else ""
+
+
 def warmup(
     op: Op,
     spec: NormSpec,

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import cache, cuda_backend, dispatch, launcher, triton_backend, vllm_plugin
+from . import cache, cuda_backend, dispatch, triton_backend, vllm_plugin
 from ._paths import kernels_dir
 from .errors import RMSNormPatchError
 from .semantics import LLAMA
@@ -108,12 +108,10 @@ def _version(package: str) -> str | None:
 def starting() -> str:
     """Who starts CUDA kernels here, the same for all ops, or why nobody can."""
     try:
-        if cuda_backend.table("rms_norm", LLAMA) is not None:
-            return "started by launcher.c"
+        why = cuda_backend.started_from_python("rms_norm", LLAMA)
     except RMSNormPatchError as error:
         return str(error)
-    why = launcher.functions().reason or "torch before 2.10 lacks what launcher.c asks it for"
-    return f"started from Python, a few microseconds more a call: {why}"
+    return f"started from Python, a few microseconds more a call: {why}" if why else "started by launcher.c"
 
 
 def _device(device: torch.device) -> DeviceState:

@@ -46,7 +46,7 @@ LAUNCH_CODE = (
 )
 """Files of the package between a tensor and a kernel; with everything in `kernels/` they are what a record proves."""
 
-SUITES = ["prefill", "prefill_norm", "kernel", "decode", "hot", "qk", "long", "odd", "variants", "fp16", "fp32", "host"]
+SUITES = ["prefill", "prefill_norm", "decode", "hot", "qk", "long", "odd", "variants", "fp16", "fp32", "host"]
 HF = [
     "--shape llama-8b --rounds 4",
     "--shape llama-8b --layers 8 --compile --batch 1 --variants stock F.rms_norm patched",
@@ -221,13 +221,18 @@ KEYS = {
 }
 """The lists of a record, and what makes a row of each the same one, to be replaced by a newer run."""
 
-PARTS = ("tests", *KEYS)
+SECTIONS = {"kernel_time": "kernels"}
+"""Parts whose rows go into the list of another."""
+
+PARTS = ("tests", "kernels", "kernel_time", *(section for section in KEYS if section != "kernels"))
 
 
 def _measure(part: str, args: argparse.Namespace) -> list[dict]:
     if part == "kernels":
         limits = ("--seconds", str(args.seconds), "--warm-jobs", str(args.warm_jobs))
         return _rows_from("bench_kernels.py", "--suite", *args.suite, *limits)
+    if part == "kernel_time":
+        return _rows_from("kernel_time.py", *(("--provider", *args.provider) if args.provider else ()))
     if part == "hf":
         return [row for words in args.hf for row in _rows_from("bench_hf.py", *words.split())]
     if part == "vllm":
@@ -260,7 +265,8 @@ def write(args: argparse.Namespace) -> None:
         if part == "tests":
             record["tests"] = run_tests(args.workers)
         else:
-            record[part] = _replace(record[part], _measure(part, args), KEYS[part])
+            section = SECTIONS.get(part, part)
+            record[section] = _replace(record[section], _measure(part, args), KEYS[section])
         if part == "vllm":
             record["versions"] = {**json.loads(args.vllm_json.read_text()).get("versions", {}), **record["versions"]}
         if digest() != record["digest"]:
@@ -324,6 +330,7 @@ def parsed() -> argparse.Namespace:
     run.add_argument("--parts", nargs="+", choices=PARTS, help="default: all, vllm only with --vllm-json")
     run.add_argument("--workers", type=int, default=0, help="processes of the GPU tests, where pytest-xdist is here")
     run.add_argument("--suite", nargs="+", default=SUITES, help="of scripts/bench_kernels.py")
+    run.add_argument("--provider", nargs="*", default=[], help="[name=]module:function, one more in kernel_time")
     run.add_argument("--warm-jobs", type=int, default=0, help="processes that compile ahead of the kernels' timing")
     run.add_argument("--seconds", type=float, default=3600, help="limit of the kernels' timing, and of each sanitizer")
     run.add_argument("--hf", nargs="+", default=HF, help="runs of scripts/bench_hf.py, the arguments of each a string")

@@ -10,13 +10,11 @@ would where they exceed the L2.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
-import shutil
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
+
+from benchlib import ncu
 
 METRICS = {
     "dram__sectors_read.sum": "DRAM read",
@@ -35,8 +33,6 @@ SHAPES = (
     ("fused_add_rms_norm", "bf16", 4096, 4096),
 )
 PROVIDERS = ("eager", "ours")
-MARKER = "spin_kernel"
-"""The kernel of `torch.cuda._sleep`; one is launched ahead of every call, so that its kernels can be told apart."""
 
 
 def calls() -> list[dict]:
@@ -62,52 +58,13 @@ def drive() -> None:
             wrong = cases.check(provider, case)
             if wrong:
                 raise SystemExit(f"profile_counts: {provider.name} {row}: {wrong}")
-            ready.append((provider, cases.operands(case, 1)[0], cases.weights_of(case)))
-        torch.cuda.synchronize()
-        torch.cuda.cudart().cudaProfilerStart()
-        for provider, inputs, weights in ready:
-            torch.cuda._sleep(1)
-            cases.invoke(provider, inputs, weights)
-            torch.cuda.synchronize()
-        torch.cuda.cudart().cudaProfilerStop()
+            ready.append(partial(cases.invoke, provider, cases.operands(case, 1)[0], cases.weights_of(case)))
+        ncu.listen(ready)
 
 
-def profile() -> str:
-    """ncu's CSV of `drive`."""
-    ncu = shutil.which("ncu") or shutil.which("ncu", path="/usr/local/cuda/bin")
-    if ncu is None:
-        raise SystemExit("profile_counts: ncu (Nsight Compute) is not on the PATH")
-    words = [ncu, "--csv", "--print-units", "base", "--profile-from-start", "off", "--clock-control", "none"]
-    words += ["--metrics", ",".join(METRICS), sys.executable, __file__, "--drive"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = done.stdout[-2000:] + done.stderr[-2000:]
-        raise SystemExit(f"profile_counts: ncu ended with {done.returncode}:\n{said}")
-    return done.stdout
-
-
-def parse(text: str) -> list[dict[str, float]]:
-    """One {metric: value} for each profiled kernel in launch order, its name under "name"."""
-    lines = text.splitlines()
-    head = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
-    if head is None:
-        raise SystemExit(f"profile_counts: no table in ncu's output:\n{text[-2000:]}")
-    kernels: dict[str, dict] = {}
-    for row in csv.DictReader(io.StringIO("\n".join(lines[head:]))):
-        kernel = kernels.setdefault(row["ID"], {"name": row["Kernel Name"]})
-        kernel[row["Metric Name"]] = float(row["Metric Value"].replace(",", ""))
-    return list(kernels.values())
-
-
-def rows_of(kernels: list[dict]) -> list[dict]:
-    """The kernels between two markers belong to one call."""
-    groups: list[list[dict]] = []
-    for kernel in kernels:
-        if MARKER in kernel["name"]:
-            groups.append([])
-        elif groups:
-            groups[-1].append(kernel)
-    wanted = calls()
+def rows_of(text: str) -> list[dict]:
+    """The rows of ncu's CSV of `drive`."""
+    groups, wanted = ncu.calls_of(text), calls()
     if len(groups) != len(wanted) or not all(groups):
         raise SystemExit(f"profile_counts: {[len(group) for group in groups]} kernels for {len(wanted)} calls")
     return [
@@ -124,7 +81,7 @@ def main() -> None:
     if args.drive:
         drive()
         return
-    rows = rows_of(parse(profile()))
+    rows = rows_of(ncu.profile([__file__, "--drive"], list(METRICS)))
     for row in rows:
         counts = ", ".join(f"{name} {value:.0f}" for name, value in row["counts"].items())
         print(f"{row['op']} {row['dtype']} {row['m']}x{row['n']} {row['provider']}: {row['kernels']} kernels; {counts}")

@@ -506,9 +506,10 @@ def test_env_says_who_starts_kernels(recorded, monkeypatch):
     monkeypatch.setattr(guards, "_empty_strided_cuda", guards._empty_strided_cpu, raising=False)
     cuda_backend._bound.cache_clear()
     assert env.starting() == "started by launcher.c"
-    monkeypatch.delattr(torch.Tensor, "__dlpack_c_exchange_api__")
-    cuda_backend._bound.cache_clear()
-    assert env.starting().startswith("started from Python, a few microseconds more a call: torch before 2.10")
+    with monkeypatch.context() as older:
+        older.delattr(torch.Tensor, "__dlpack_c_exchange_api__")
+        cuda_backend._bound.cache_clear()
+        assert env.starting().startswith("started from Python, a few microseconds more a call: torch before 2.10")
     monkeypatch.setenv(launcher.VARIABLE, "python")
     launcher.functions.cache_clear()
     cuda_backend._bound.cache_clear()

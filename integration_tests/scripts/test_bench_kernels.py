@@ -174,9 +174,11 @@ def test_a_provider_from_outside(script, cases, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     case = cases.Case(PLAIN, "hot", torch.bfloat16, 4, 64)
-    found, _ = script("benchlib.providers").load(PLAIN, case.spec, extra=["somebody:norm"], wanted=["eager"])
-    assert [provider.name for provider in found] == ["eager", "somebody:norm"]
-    assert [cases.check(provider, case)[:14] for provider in found] == ["", "relative error"]
+    found, _ = script("benchlib.providers").load(
+        PLAIN, case.spec, extra=["somebody:norm", "named=somebody:norm"], wanted=["eager"]
+    )
+    assert [provider.name for provider in found] == ["eager", "somebody:norm", "named"]
+    assert [cases.check(provider, case)[:14] for provider in found] == ["", "relative error", "relative error"]
 
 
 def test_a_machine_without_a_gpu_is_refused(repository: Path):

@@ -97,9 +97,6 @@ def _query_and_key(packed: torch.Tensor, n: int) -> Tensors:
 def weights_of(case: Case) -> tuple[torch.Tensor | None, ...]:
     """Parameters, as in a model: only such a weight may be read before the previous kernel has finished, so a plain
     tensor times a launch without the dependent-launch attribute (1 x 4096 in a chain: 1.69 us in place of 1.04).
-
-    Plain tensors in mode "kernel": a kernel that started early waits for the one before it inside its own duration
-    (4096 x 2048: 20.6 us by the profiler, 17.4 us a launch in a graph).
     """
     count = 2 if case.op == PAIR else 1
     if case.weight_dtype is None:
@@ -107,8 +104,7 @@ def weights_of(case: Case) -> tuple[torch.Tensor | None, ...]:
     generator = torch.Generator(DEVICE).manual_seed(1)
     centre = 0.0 if case.spec.weight_offset != "none" else 1.0
     drawn = [centre + 0.1 * torch.randn(case.n, device=DEVICE, generator=generator) for _ in range(count)]
-    made = tuple(w.to(case.weight_dtype) for w in drawn)
-    return made if case.mode == "kernel" else tuple(torch.nn.Parameter(w, requires_grad=False) for w in made)
+    return tuple(torch.nn.Parameter(w.to(case.weight_dtype), requires_grad=False) for w in drawn)
 
 
 def invoke(provider: Provider, inputs: Sequence[Any], weights: Sequence[Any]) -> tuple[Any, ...]:
@@ -189,8 +185,6 @@ def measure(provider: Provider, case: Case, replays: int) -> timing.Timing:
     if case.mode == "host":
         inputs = operands(case, 1)[0]
         return timing.host(lambda: invoke(provider, inputs, weights))
-    if case.mode == "kernel":
-        return timing.kernel_only([lambda i=i: invoke(provider, i, weights) for i in operands(case, 12)])
     launches, count = _launches(case, lambda inputs: invoke(provider, inputs, weights))
     return timing.replay(launches, count, replays)
 

@@ -66,7 +66,7 @@ def load(
 ) -> tuple[list[Provider], dict[str, str]]:
     """The providers of `op` that this machine has, and why the others are missing.
 
-    wanted: names; empty: all. extra: "module:function" entries; the function takes the arguments of a built-in one.
+    wanted: names; empty: all. extra: "[name=]module:function" entries; the function takes a built-in one's arguments.
     """
     from . import pair_providers  # noqa: F401  registers its providers
 
@@ -82,11 +82,12 @@ def load(
 
 
 def _from_outside(entry: str, op: str) -> Provider:
-    module, _, function = entry.partition(":")
+    name, _, path = entry.rpartition("=")
+    module, _, function = path.partition(":")
     if not function:
-        raise SystemExit(f"--provider {entry}: write it as module:function")
+        raise SystemExit(f"--provider {entry}: write it as module:function or name=module:function")
     sys.path.insert(0, os.getcwd())
-    return Provider(entry, op, getattr(importlib.import_module(module), function))
+    return Provider(name or entry, op, getattr(importlib.import_module(module), function))
 
 
 @ours("ours", FUSED)

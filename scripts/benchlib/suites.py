@@ -51,7 +51,6 @@ def _variants() -> list[Todo]:
 SUITES: dict[str, list[Todo]] = {
     "prefill": grid(FUSED, "cold", "bf16", (4096,), PREFILL_N),
     "prefill_norm": grid(PLAIN, "cold", "bf16", (4096,), PREFILL_N),
-    "kernel": grid(FUSED, "kernel", "bf16", (4096,), PREFILL_N, OURS),
     "decode": grid(FUSED, "chain", "bf16", DECODE_M, DECODE_N),
     "hot": grid(FUSED, "hot", "bf16", (4096,), (1024, 2048)),
     "qk": grid(PAIR, "cold", "bf16", (4096,), (128,)) + grid(PAIR, "hot", "bf16", (1, 16, 4096), (128,)),

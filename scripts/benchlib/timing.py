@@ -5,7 +5,6 @@ Modes (all in microseconds per launch):
     hot     one operand set and one set of results, used again and again (in place, they are the same memory)
     chain   each launch reads what the one before wrote, as decode does
     host    wall time of an eager call, the queue never waiting for the device
-    kernel  device time of the kernels alone, from CUPTI through torch.profiler (no launch gaps)
 """
 
 from __future__ import annotations
@@ -74,26 +73,4 @@ def host(call: Callable[[], object], calls: int = 2000, rounds: int = 7) -> Timi
             call()
         samples.append((time.perf_counter() - start) * 1e6 / calls)
         torch.cuda.synchronize()
-    return _summary(samples)
-
-
-def kernel_only(calls: list[Callable[[], object]]) -> Timing:
-    """Sum of the device times of the kernels of one call, median over `calls`, by CUPTI."""
-    from torch.profiler import ProfilerActivity, profile
-
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as prof:
-        for call in calls:
-            call()
-        torch.cuda.synchronize()
-    kernels = sorted(
-        (e for e in prof.events() if e.device_type == torch.autograd.DeviceType.CUDA and e.device_time_total > 0),
-        key=lambda e: e.time_range.start,
-    )
-    if not kernels or len(kernels) % len(calls):
-        raise RuntimeError(f"profiler saw {len(kernels)} kernels for {len(calls)} calls; not a whole number per call")
-    per_call = len(kernels) // len(calls)
-    samples = [sum(e.device_time_total for e in kernels[i * per_call : (i + 1) * per_call]) for i in range(len(calls))]
     return _summary(samples)

@@ -1,0 +1,74 @@
+"""What is read out of Nsight Compute's table: counts of a call, durations of a kernel."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def ncu(script):
+    return script("benchlib.ncu")
+
+
+@pytest.fixture(scope="module")
+def profile_counts(script):
+    return script("profile_counts")
+
+
+@pytest.fixture(scope="module")
+def kernel_time(script):
+    return script("kernel_time")
+
+
+def table(metrics, names: list[str]) -> str:
+    """ncu's CSV for kernels of these names; the value of a metric is a thousand times the kernel's number."""
+    lines = [
+        "==PROF== Connected to process 1",
+        '"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"',
+    ]
+    for number, name in enumerate(names):
+        lines += [f'"{number}","1","{name}","{m}","sector","{number:,},000"' for m in metrics]
+    return "\n".join(lines)
+
+
+def test_kernels_between_markers_belong_to_one_call(profile_counts):
+    calls = profile_counts.calls()
+    names, kernels = [], []
+    for call in calls:
+        kernels.append(3 if call["provider"] == "eager" else 1)
+        names += ["spin_kernel(long)", *["void at::native::kernel<float, 4>()"] * kernels[-1]]
+    rows = profile_counts.rows_of(table(profile_counts.METRICS, names))
+    assert [row["kernels"] for row in rows] == kernels
+    assert [{k: row[k] for k in call} for row, call in zip(rows, calls, strict=True)] == calls
+    assert rows[0]["counts"]["smsp__inst_executed.sum"] == (1 + 2 + 3) * 1000
+    assert rows[1]["counts"]["smsp__inst_executed.sum"] == 5000
+
+
+def test_a_call_without_kernels_is_refused(profile_counts):
+    names = ["spin_kernel"] * len(profile_counts.calls())
+    with pytest.raises(SystemExit, match=r"kernels for \d+ calls"):
+        profile_counts.rows_of(table(profile_counts.METRICS, names))
+
+
+def test_durations_are_medians_of_a_call_s_launches_in_microseconds(kernel_time):
+    outside = ["theirs=module:function"]
+    calls = kernel_time.calls(outside)
+    assert {name for _, name in calls} == {"ours", "ours_inplace", "theirs"}
+    names = ["spin_kernel(long)", *["rms_norm_rows"] * kernel_time.REPEATS] * len(calls)
+    rows = kernel_time.rows_of(table([kernel_time.METRIC], names), outside)
+    assert [row["n"] for row in rows] == list(kernel_time.COLUMNS)
+    # The kernel's number is its nanoseconds in thousands, so microseconds; the marker ahead of it counts as one.
+    assert rows[0]["us"] == {"ours": 3.0, "ours_inplace": 9.0, "theirs": 15.0}
+    assert rows[0]["spread"]["ours"] == [1.0, 5.0]
+    assert rows[0]["mode"] == "kernel"
+
+
+def test_a_missing_launch_is_refused(kernel_time):
+    names = ["spin_kernel(long)", *["rms_norm_rows"] * kernel_time.REPEATS] * len(kernel_time.calls([]))
+    with pytest.raises(SystemExit, match="kernels for"):
+        kernel_time.rows_of(table([kernel_time.METRIC], names[:-1]), [])
+
+
+def test_output_without_a_table_is_refused(ncu):
+    with pytest.raises(SystemExit, match=r"no table in ncu's output:\n==ERROR=="):
+        ncu.calls_of("==ERROR== The user does not have permission")
