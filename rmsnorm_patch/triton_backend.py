@@ -80,6 +80,31 @@ class Rows(NamedTuple):
     inner_stride: int
 
 
+class Target(NamedTuple):
+    """What the kernels must know of a device.
+
+    packed: 16-bit rows stay 16-bit in registers (by PTX, so NVIDIA alone). dependent: a launch may start before the
+    kernel in front of it has ended (sm_90 and newer).
+    """
+
+    warp_size: int = 32
+    packed: bool = False
+    dependent: bool = False
+
+    @classmethod
+    def of(cls, device: torch.device) -> Target:
+        if device.type != "cuda":
+            return cls()
+        properties = torch.cuda.get_device_properties(device)
+        if torch.version.hip is not None:
+            return cls(properties.warp_size)
+        return cls.nvidia(properties.major)
+
+    @classmethod
+    def nvidia(cls, major: int) -> Target:
+        return cls(32, packed=True, dependent=major >= 9)
+
+
 class Layout:
     """What one (dtype, N, weight dtype) fixes: the kernel's compile-time constants, and its compiled variants."""
 
@@ -90,12 +115,14 @@ class Layout:
         dtype: torch.dtype,
         n: int,
         weight_dtype: torch.dtype | None,
-        warp_size: int = 32,
+        target: Target,
     ) -> None:
         schedules = triton_loader.load("schedule", interpreted=False)
         self.columns = spec.group or n
         """Elements that share one rstd: what the kernels call a row."""
-        self.schedule = schedules.schedule(self.columns, dtype.itemsize, 1 if op == "rms_norm" else 2, warp_size)
+        plain, halves = op == "rms_norm", dtype.itemsize == 2
+        wide_sum = halves and not plain and spec.sum == "fp32"
+        self.schedule = schedules.schedule(self.columns, dtype.itemsize, 1 if plain else 2, target.warp_size, wide_sum)
         self.vec = schedules.vector_elements(self.columns, dtype.itemsize)
         self.groups = n // self.columns
         dense = (self.columns // self.vec, 0)
@@ -113,13 +140,23 @@ class Layout:
             "ROWS": self.schedule.rows,
             "BLOCK": self.schedule.block,
             "CHUNKS": self.schedule.chunks,
+            "STREAMED": self.schedule.streamed,
+            "AHEAD": self.schedule.ahead,
             "GROUPS": self.groups,
             "HAS_WEIGHT": weight_dtype is not None,
             "OFFSET": spec.weight_offset,
             "ROUNDED": triton_dtype(rounded),
             "PRODUCT": triton_dtype(product),
             "OUT": triton_dtype(self.out_dtype),
+            "PACKED": target.packed and halves,
+            "DEPENDENT": target.dependent,
+            "PREFETCH": self.schedule.prefetch,
         }
+        if not plain:
+            self.constants.update(BATCH=self.schedule.batch, LAUNCH_LATE=self.schedule.launch_late)
+        self.options: dict[str, Any] = {"num_warps": self.schedule.num_warps}
+        if target.dependent:
+            self.options["launch_pdl"] = True
         self.compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
@@ -133,7 +170,7 @@ class _Op:
 
     def _layout(self, x: torch.Tensor, weight: torch.Tensor | None) -> Layout:
         weight_dtype = None if weight is None else weight.dtype
-        layout = Layout(self.op, self.spec, x.dtype, x.shape[-1], weight_dtype, _warp_size(x.device))
+        layout = Layout(self.op, self.spec, x.dtype, x.shape[-1], weight_dtype, Target.of(x.device))
         return self._layouts.setdefault((x.dtype, x.shape[-1:], weight_dtype), layout)
 
     def _launch(
@@ -170,9 +207,9 @@ class _Op:
                 "use backend='auto', which takes the reference where no kernel runs",
             )
         module = triton_loader.load(name, interpreted=not x.is_cuda)
-        function = getattr(module, f"{name}_long" if layout.schedule.long else name)
+        function = getattr(module, name)
         values = {**layout.constants, **constants}
-        kernel = function[grid](*args, **values, num_warps=layout.schedule.num_warps)
+        kernel = function[grid](*args, **values, **layout.options)
         if kernel is not None and max(numbers) <= 0x7FFFFFFF:
             layout.compiled[variant] = kernel, tuple(values[name] for name in function.arg_names[len(args) :])
         return None
@@ -194,7 +231,8 @@ class RMSNorm(_Op):
             (x,), (rows,) = place_rows(layout, x)
             places, nested = (rows.inner, rows.stride // layout.vec, rows.inner_stride // layout.vec), rows.inner > 1
         tensors = (x, x if weight is None else _aligned(weight, layout), y)
-        self._launch("rms_norm", layout, tensors, eps, (x.numel() // layout.columns, *places), {"NESTED": nested})
+        constants = {"NESTED": nested, "EARLY_WEIGHT": isinstance(tensors[1], torch.nn.Parameter)}
+        self._launch("rms_norm", layout, tensors, eps, (x.numel() // layout.columns, *places), constants)
         return y
 
 
@@ -229,12 +267,13 @@ class FusedAddRMSNorm(_Op):
             (x, residual), rows = place_rows(layout, x, residual)
             strides = (stride // layout.vec for placed in rows for stride in placed[1:])
             places, nested = (rows[0].inner, *strides), rows[0].inner > 1
+        tensors = (x, residual, x if weight is None else _aligned(weight, layout), *(outputs or (x, residual)))
         constants = {
             "NESTED": nested,
+            "EARLY_WEIGHT": isinstance(tensors[2], torch.nn.Parameter),
             "ROUND_SUM": self.spec.sum == "rounded",
             "IN_PLACE": outputs is None,
         }
-        tensors = (x, residual, x if weight is None else _aligned(weight, layout), *(outputs or (x, residual)))
         numbers = (x.numel() // layout.columns, *places)
         self._launch("fused_add_rms_norm", layout, tensors, eps, numbers, constants)
         return x, residual
@@ -252,8 +291,8 @@ class FusedAddRMSNormInPlace(FusedAddRMSNorm):
         layout = self._layouts.get((x.dtype, x.shape[-1:], None if weight is None else weight.dtype))
         if layout is None:
             layout = self._layout(x, weight)
-        if layout.schedule.long and self.spec.sum == "fp32":
-            # The long kernel would overwrite the residual before other threads have read it a second time.
+        if layout.schedule.streamed and self.spec.sum == "fp32":
+            # The kernel would overwrite the residual before other threads have read it a second time.
             normed, total = bind("fused_add_rms_norm", self.spec)(x, residual, weight, eps)
         else:
             normed, total = self._run(layout, x, residual, weight, None, eps)
@@ -264,10 +303,6 @@ class FusedAddRMSNormInPlace(FusedAddRMSNorm):
         for written in (x, residual):
             if not written.is_inference():
                 torch.autograd.graph.increment_version(written)
-
-
-def _warp_size(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
 
 
 def triton_dtype(dtype: torch.dtype) -> Any:

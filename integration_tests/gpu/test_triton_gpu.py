@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -89,15 +90,16 @@ def test_error_against_fp64_is_no_larger_than_the_originals(n: int, dtype: torch
     assert error <= own * 1.02
 
 
-@pytest.mark.parametrize("n", [128, 4096, 5125, 40000])
+@pytest.mark.parametrize("n", [128, 1024, 4096, 5125, 16384, 40000, 131072])
 def test_a_row_does_not_depend_on_its_batch_or_the_run(n: int) -> None:
-    x, residual, weight = rand(300, n), rand(300, n, seed=1), rand(n, seed=2)
-    fused = ops.bind_fused_add_rms_norm(LLAMA, "triton")
-    normed, _ = fused(x, residual, weight, EPS)
+    x, residual, weight = rand(1100, n), rand(1100, n, seed=1), rand(n, seed=2)  # from 1024 rows on they are prefetched
+    fused, norm = ops.bind_fused_add_rms_norm(LLAMA, "triton"), ops.bind_rms_norm(LLAMA, "triton")
+    normed, alone = fused(x, residual, weight, EPS)[0], norm(x, weight, EPS)
     for _ in range(100):
         assert torch.equal(fused(x, residual, weight, EPS)[0], normed)
     for rows in (slice(3, 4), slice(17, 60)):
         assert torch.equal(fused(x[rows], residual[rows], weight, EPS)[0], normed[rows])
+        assert torch.equal(norm(x[rows], weight, EPS), alone[rows])
 
 
 @pytest.mark.parametrize("n", [768, 5125])
@@ -232,6 +234,41 @@ def test_side_stream_with_a_delayed_producer() -> None:
         y = ops.bind_rms_norm(LLAMA, "triton")(x, weight, EPS)
     stream.synchronize()
     assert torch.equal(y, ops.bind_rms_norm(LLAMA, "triton")(fresh, weight, EPS))
+
+
+@pytest.mark.parametrize("parameter", [True, False], ids=["parameter", "computed_weight"])
+@pytest.mark.parametrize("n", [128, 1024, 4096, 8192, 131072])
+def test_a_launch_that_starts_early_sees_what_the_one_before_wrote(n: int, parameter: bool) -> None:
+    """Chains without a pause, and replayed from a graph, against chains with one after every call. The most rows are
+    more than one wave and more than the number from which on they are prefetched."""
+    fused, norm = ops.bind_fused_add_rms_norm(LLAMA, "triton"), ops.bind_rms_norm(LLAMA, "triton")
+    in_place = ops.bind_fused_add_rms_norm_(LLAMA, "triton")
+    rows = 1100 if n <= 8192 else 40
+    start, residual = rand(rows, n), rand(rows, n, seed=1)
+    base = torch.nn.Parameter(rand(n, seed=2), requires_grad=False)
+
+    def chain(after_each: Callable[[], object]) -> list[torch.Tensor]:
+        x, total, seen = start, residual, []
+        for step in range(12):
+            weight = base if parameter else base * (1 + step / 8)
+            x, total = fused(x, total, weight, EPS)
+            after_each()
+            x, total = norm(x, weight, EPS).clone(), total.clone()
+            after_each()
+            in_place(x, total, weight, EPS)
+            after_each()
+            seen.append(x.clone())
+        return [*seen, total]
+
+    expected = chain(torch.cuda.synchronize)
+    for _ in range(3):
+        assert all(map(torch.equal, chain(lambda: None), expected))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = chain(lambda: None)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, captured, expected))
 
 
 def test_first_call_from_a_new_thread() -> None:

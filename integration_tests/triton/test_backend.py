@@ -84,7 +84,9 @@ def test_schedules_cover_every_length_without_a_whole_chunk_to_spare(itemsize: i
             assert found.block * found.chunks >= n > found.block * (found.chunks - 1)
             assert found.block & (found.block - 1) == 0
             assert found.num_warps * warp_size <= 1024
-            assert found.rows == 1 or found.chunks == 1
+            assert found.streamed == 0 or found.rows == 1
+            assert found.streamed % schedules.UNROLL == 0
+            assert found.streamed < found.chunks  # the loop over them has no masks, so they must all be full
             vec = schedules.vector_elements(n, itemsize)
             assert n % vec == 0
             assert vec * itemsize <= 16

@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 
 from rmsnorm_patch import triton_loader
 from rmsnorm_patch.semantics import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, T5, NormSpec
-from rmsnorm_patch.triton_backend import Layout
+from rmsnorm_patch.triton_backend import Layout, Target
 
 NVIDIA = [80, 89, 90, 100, 120]
 AMD = ["gfx942", "gfx950"]
@@ -40,11 +40,13 @@ def build(
     weight_dtype: torch.dtype | None = torch.bfloat16,
     nested: bool = False,
     in_place: bool = False,
+    early_weight: bool = True,
 ) -> Any:
     """The kernel as `triton_backend` would launch it, compiled for `target`."""
-    layout = Layout(op, spec, dtype, n, weight_dtype, target.warp_size)
-    kernel = getattr(triton_loader.load(op, interpreted=False), f"{op}_long" if layout.schedule.long else op)
-    constants = {**layout.constants, "NESTED": nested}
+    known = Target(target.warp_size) if target.backend == "hip" else Target.nvidia(target.arch // 10)
+    layout = Layout(op, spec, dtype, n, weight_dtype, known)
+    kernel = getattr(triton_loader.load(op, interpreted=False), op)
+    constants = {**layout.constants, "NESTED": nested, "EARLY_WEIGHT": early_weight}
     if op != "rms_norm":
         constants.update(ROUND_SUM=spec.sum == "rounded", IN_PLACE=in_place)
     pointers = {"weight_ptr": weight_dtype or dtype, "y_ptr": layout.out_dtype}
@@ -58,7 +60,7 @@ def build(
         else:
             signature[name] = "fp32" if name == "eps" else "i32"
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=target, options={"num_warps": layout.schedule.num_warps})
+    return triton.compile(source, target=target, options=layout.options)
 
 
 def cuda(capability: int) -> GPUTarget:
@@ -87,6 +89,45 @@ def test_nvidia_code_has_no_spills_and_moves_sixteen_bytes(op: str, capability: 
         sass = cuobjdump(compiled, tmp_path, "-sass")
         assert widths(sass, "LDG") == {"LDG.E.128"}, n
         assert widths(sass, "STG") == {"STG.E.128"}, n
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_only_parameters_and_prefetches_stand_above_the_dependency_wait(op: str, tmp_path: Path) -> None:
+    for n, prefetched in ((128, False), (1024, False), (5125, False), (16384, True), (20489, True), (131072, False)):
+        for early_weight in (True, False):
+            compiled = build(cuda(90), op, n, early_weight=early_weight)
+            assert compiled.metadata.launch_pdl
+            above, below = cuobjdump(compiled, tmp_path, "-sass").split("ACQBULK")
+            weights_above = len(re.findall(r"\bLDG\b", above))
+            assert (weights_above > 0) == early_weight, (n, early_weight)
+            assert ("UBLKPF" in above) == prefetched, n
+            assert not re.search(r"\bST[GS]\b", above), n
+            assert "UBLKPF" not in below
+            assert "PREEXIT" in below
+            # What stands above is the weight and no more: without it exactly as many loads move below.
+            total = len(re.findall(r"\bLDG\b", above + below))
+            late = cuobjdump(build(cuda(90), op, n, early_weight=False), tmp_path, "-sass")
+            assert total == len(re.findall(r"\bLDG\b", late)), n
+    old = cuobjdump(build(cuda(80), op, 16384), tmp_path, "-sass")
+    assert not re.search("ACQBULK|PREEXIT|UBLKPF", old)
+    assert not build(cuda(80), op, 16384).metadata.launch_pdl
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_rows_stay_packed_and_leave_room_for_two_programs(op: str, tmp_path: Path) -> None:
+    """Kept as fp32 they take 111 registers at 32768 (plain), and one program fits on a multiprocessor."""
+    for n in (16384, 20480, 24576) if op != "rms_norm" else (16384, 20480, 24576, 32768):
+        compiled = build(cuda(90), op, n)
+        registers = int(re.search(r"REG:(\d+)", cuobjdump(compiled, tmp_path, "--dump-resource-usage"))[1])
+        assert 2 * -(-registers // 8) * 8 * 32 * compiled.metadata.num_warps <= 65536, (n, registers)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_nothing_but_the_reduction_goes_through_shared_memory(op: str, tmp_path: Path) -> None:
+    """A weight in another layout than the rows costs two barriers a chunk."""
+    for n, barriers in ((128, 0), (1024, 2), (5122, 2), (5125, 2), (8192, 2), (16384, 2)):
+        sass = cuobjdump(build(cuda(90), op, n), tmp_path, "-sass")
+        assert len(re.findall(r"\bBAR\.SYNC", sass)) == barriers, n
 
 
 @pytest.mark.parametrize("capability", [80, 90, 120])

@@ -1,16 +1,32 @@
 """total = x + residual; y = rms_norm(total): two reads, two writes.
 
-`fused_add_rms_norm` holds its rows in registers (CHUNKS chunks of BLOCK columns); `fused_add_rms_norm_long` writes the
-sum, then reads it back (from L2). Every program handles ROWS whole rows; the schedule depends on N and the dtypes,
-never on the number of rows. IN_PLACE: total goes to `residual` and y to `x`, with their strides; else both are
-contiguous.
+Every program handles ROWS whole rows, in CHUNKS chunks of BLOCK columns. The last chunks of a row stay in registers
+from the sum of squares to the result; of the first STREAMED ones, in rows too long for that, the sum is written and
+read back (from L2). The schedule depends on N and the dtypes, never on the number of rows. IN_PLACE: total goes to
+`residual` and y to `x`, with their strides; else both are contiguous.
 """
 
 # ruff: noqa: RUF005 - Triton knows `xs + (x,)` and not `(*xs, x)`
 import triton
 import triton.language as tl
 
-from .row_math import reciprocal_rms, row_offset, scale, square
+from .row_math import (
+    PREFETCH_FROM,
+    UNROLL,
+    launch_dependents,
+    load_row,
+    load_weight,
+    opaque_zero,
+    prefetch,
+    reciprocal_rms,
+    row_offset,
+    scale,
+    square,
+    store_row,
+    wait_for_inputs,
+    weight_row,
+    widened_again,
+)
 
 
 @triton.jit(
@@ -35,6 +51,9 @@ def fused_add_rms_norm(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr,
+    STREAMED: tl.constexpr,
+    BATCH: tl.constexpr,
+    AHEAD: tl.constexpr,
     NESTED: tl.constexpr,
     GROUPS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
@@ -44,6 +63,11 @@ def fused_add_rms_norm(
     OUT: tl.constexpr,
     ROUND_SUM: tl.constexpr,
     IN_PLACE: tl.constexpr,
+    PACKED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+    EARLY_WEIGHT: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    LAUNCH_LATE: tl.constexpr,
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
     cols = tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
@@ -58,121 +82,93 @@ def fused_add_rms_norm(
     else:
         y_row = y_ptr + rows.to(tl.int64) * N
         total_row = total_ptr + rows.to(tl.int64) * N
-    if GROUPS > 1:
-        weight_ptr += (rows % GROUPS) * N
+    weight = weight_row(weight_ptr, rows, N, VEC, GROUPS)
 
-    # All loads stand before the first store: the compiler may not move a load above a store that could alias it.
-    xs = ()
-    residuals = ()
-    for c in tl.static_range(CHUNKS):
-        at = c * BLOCK + cols
-        if ROWS == 1 and (c + 1) * BLOCK <= N:
-            xs = xs + (tl.load(x_row + at),)
-            residuals = residuals + (tl.load(residual_row + at),)
-        else:
-            xs = xs + (tl.load(x_row + at, mask=live & (at < N), other=0.0),)
-            residuals = residuals + (tl.load(residual_row + at, mask=live & (at < N), other=0.0),)
+    ws = ()
+    if DEPENDENT:
+        if PREFETCH and num_rows >= PREFETCH_FROM:
+            prefetch(x_row, N)
+            prefetch(residual_row, N)
+        if HAS_WEIGHT and EARLY_WEIGHT:
+            for c in tl.static_range(STREAMED, min(STREAMED + AHEAD, CHUNKS)):
+                ws = ws + (load_weight(weight, cols, c, N, BLOCK, ROWS),)
+        wait_for_inputs()
 
     squares = tl.full([ROWS, BLOCK], 0.0, tl.float32)
-    hs = ()
-    for c in tl.static_range(CHUNKS):
-        at = c * BLOCK + cols
-        h = xs[c].to(tl.float32) + residuals[c].to(tl.float32)
-        total = h.to(xs[c].dtype)
-        if ROUND_SUM:
-            h = total.to(tl.float32)
-        hs = hs + (h,)
-        squares += square(h, at, WIDTH, N)
-        if ROWS == 1 and (c + 1) * BLOCK <= N:
-            tl.store(total_row + at, total)
-        else:
-            tl.store(total_row + at, total, mask=live & (at < N))
-    rstd = reciprocal_rms(squares, eps, WIDTH)
+    if STREAMED > 0:
+        for first in range(0, STREAMED, UNROLL):
+            xs = ()
+            residuals = ()
+            for c in tl.static_range(UNROLL):
+                at = (first + c) * BLOCK + cols
+                xs = xs + (tl.load(x_row + at),)
+                residuals = residuals + (tl.load(residual_row + at),)
+            for c in tl.static_range(UNROLL):
+                at = (first + c) * BLOCK + cols
+                h = xs[c].to(tl.float32) + residuals[c].to(tl.float32)
+                if ROUND_SUM:
+                    total = h.to(x_ptr.dtype.element_ty)
+                    h = total.to(tl.float32)
+                    tl.store(total_row + at, total)
+                squares += square(h, at, WIDTH, N)
 
-    for c in tl.static_range(CHUNKS):
-        at = c * BLOCK + cols
+    # All loads of a batch stand before its first store: no load may move above a store that could alias it.
+    kept = ()
+    for first in tl.static_range(STREAMED, CHUNKS, BATCH):
+        xs = ()
+        residuals = ()
+        for c in tl.static_range(first, min(first + BATCH, CHUNKS)):
+            xs = xs + (load_row(x_row, cols, c, live, N, BLOCK, ROWS),)
+            residuals = residuals + (load_row(residual_row, cols, c, live, N, BLOCK, ROWS),)
+        if first + BATCH >= CHUNKS:
+            if HAS_WEIGHT and not (DEPENDENT and EARLY_WEIGHT):
+                for c in tl.static_range(STREAMED, min(STREAMED + AHEAD, CHUNKS)):
+                    ws = ws + (load_weight(weight, cols, c, N, BLOCK, ROWS),)
+            if DEPENDENT and not LAUNCH_LATE:
+                launch_dependents()
+        for c in tl.static_range(first, min(first + BATCH, CHUNKS)):
+            h = xs[c - first].to(tl.float32) + residuals[c - first].to(tl.float32)
+            total = h.to(x_ptr.dtype.element_ty)
+            if ROUND_SUM:
+                h = total.to(tl.float32)
+                kept = kept + (total,)
+            else:
+                kept = kept + (h,)
+            squares += square(h, c * BLOCK + cols, WIDTH, N)
+            store_row(total_row, cols, c, total, live, N, BLOCK, ROWS)
+    rstd = reciprocal_rms(squares, eps, WIDTH)
+    if DEPENDENT and LAUNCH_LATE:
+        launch_dependents()
+    if STREAMED > 0:
+        # The sum comes back through other threads than those that wrote it.
+        tl.debug_barrier()
+
+    zero = opaque_zero(rstd, num_rows)
+    for c in tl.static_range(STREAMED, CHUNKS):
         w = 0.0
         if HAS_WEIGHT:
-            w = tl.load(weight_ptr + at, mask=at < N, other=0.0)
-        y = scale(hs[c] * rstd, w, HAS_WEIGHT, OFFSET, ROUNDED, PRODUCT, OUT)
-        if ROWS == 1 and (c + 1) * BLOCK <= N:
-            tl.store(y_row + at, y)
-        else:
-            tl.store(y_row + at, y, mask=live & (at < N))
-
-
-@triton.jit(
-    do_not_specialize=["num_rows", "inner", "x_stride", "x_inner_stride", "residual_stride", "residual_inner_stride"]
-)
-def fused_add_rms_norm_long(
-    x_ptr,
-    residual_ptr,
-    weight_ptr,
-    y_ptr,
-    total_ptr,
-    eps,
-    num_rows,
-    inner,
-    x_stride,
-    x_inner_stride,
-    residual_stride,
-    residual_inner_stride,
-    N: tl.constexpr,
-    WIDTH: tl.constexpr,
-    VEC: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    NESTED: tl.constexpr,
-    GROUPS: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    OFFSET: tl.constexpr,
-    ROUNDED: tl.constexpr,
-    PRODUCT: tl.constexpr,
-    OUT: tl.constexpr,
-    ROUND_SUM: tl.constexpr,
-    IN_PLACE: tl.constexpr,
-):
-    rows = tl.program_id(0) + tl.arange(0, 1)[:, None]
-    cols = tl.arange(0, BLOCK)[None, :]
-    x_at = row_offset(rows, inner, x_stride, x_inner_stride, NESTED, VEC)
-    residual_at = row_offset(rows, inner, residual_stride, residual_inner_stride, NESTED, VEC)
-    x_row = x_ptr + x_at
-    residual_row = residual_ptr + residual_at
-    if IN_PLACE:
-        y_row = y_ptr + x_at
-        total_row = total_ptr + residual_at
-    else:
-        y_row = y_ptr + rows.to(tl.int64) * N
-        total_row = total_ptr + rows.to(tl.int64) * N
-    if GROUPS > 1:
-        weight_ptr += (rows % GROUPS) * N
-
-    squares = tl.full([1, BLOCK], 0.0, tl.float32)
-    for c in range(CHUNKS):
-        at = c * BLOCK + cols
-        x = tl.load(x_row + at, mask=at < N, other=0.0)
-        residual = tl.load(residual_row + at, mask=at < N, other=0.0)
-        h = x.to(tl.float32) + residual.to(tl.float32)
-        total = h.to(x.dtype)
-        if ROUND_SUM:
-            h = total.to(tl.float32)
-            tl.store(total_row + at, total, mask=at < N)
-        squares += square(h, at, WIDTH, N)
-    rstd = reciprocal_rms(squares, eps, WIDTH)
-    # The sum comes back through other threads than those that wrote it.
-    tl.debug_barrier()
-
-    for c in range(CHUNKS):
-        at = c * BLOCK + cols
-        if ROUND_SUM:
-            h = tl.load(total_row + at, mask=at < N, other=0.0).to(tl.float32)
-        else:
-            x = tl.load(x_row + at, mask=at < N, other=0.0)
-            h = x.to(tl.float32) + tl.load(residual_row + at, mask=at < N, other=0.0).to(tl.float32)
-            tl.store(total_row + at, h.to(x.dtype), mask=at < N)
-        w = 0.0
-        if HAS_WEIGHT:
-            w = tl.load(weight_ptr + at, mask=at < N, other=0.0)
+            if c + AHEAD < CHUNKS:
+                ws = ws + (load_weight(weight, cols, c + AHEAD, N, BLOCK, ROWS),)
+            w = ws[c - STREAMED]
+        h = widened_again(kept[c - STREAMED], zero, PACKED and ROUND_SUM)
         y = scale(h * rstd, w, HAS_WEIGHT, OFFSET, ROUNDED, PRODUCT, OUT)
-        tl.store(y_row + at, y, mask=at < N)
+        store_row(y_row, cols, c, y, live, N, BLOCK, ROWS)
+    if STREAMED > 0:
+        for first in range(0, STREAMED, UNROLL):
+            hs = ()
+            for c in tl.static_range(UNROLL):
+                at = (first + c) * BLOCK + cols
+                if ROUND_SUM:
+                    hs = hs + (tl.load(total_row + at).to(tl.float32),)
+                else:
+                    x = tl.load(x_row + at)
+                    hs = hs + (x.to(tl.float32) + tl.load(residual_row + at).to(tl.float32),)
+            for c in tl.static_range(UNROLL):
+                at = (first + c) * BLOCK + cols
+                if not ROUND_SUM:
+                    tl.store(total_row + at, hs[c].to(x_ptr.dtype.element_ty))
+                w = 0.0
+                if HAS_WEIGHT:
+                    w = tl.load(weight + at)
+                y = scale(hs[c] * rstd, w, HAS_WEIGHT, OFFSET, ROUNDED, PRODUCT, OUT)
+                tl.store(y_row + at, y)
