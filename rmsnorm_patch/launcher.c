@@ -336,6 +336,7 @@ PyObject *rp_functions(const char *driver) {
         {"in_layer", (PyCFunction)(void *)in_layer, METH_FASTCALL, 0},
         {"hand_over", (PyCFunction)(void *)hand_over, METH_FASTCALL, 0},
         {"take", (PyCFunction)(void *)take, METH_FASTCALL, 0},
+        {"alone", (PyCFunction)(void *)alone, METH_FASTCALL, 0},
     };
     enum { COUNT = sizeof definitions / sizeof *definitions };
     PyObject *functions = PyTuple_New(COUNT);

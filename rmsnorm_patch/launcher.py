@@ -44,6 +44,7 @@ class Pairs:
     in_layer: Callable[..., Any]
     hand_over: Callable[..., Any]
     take: Callable[..., Any]
+    alone: Callable[..., Any]
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 /* The eager decode path of a patched model (rewrite/pair_ops.py): a residual-add with its norm, the hand-over of a normed
- * tensor from a layer's last add to the next norm, and its reading. Each is one call that makes every check itself: between
+ * tensor from a layer's last add to the next norm, its reading, and a norm alone (rewrite/norms.py). Each is one call that makes every check itself: between
  * the operations of a whole model a Python function costs several times what a tight loop shows, a dictionary look-up
  * from C does not. None means "not sure": nothing has happened, and the Python code of pair_ops.py decides.
  *
@@ -20,7 +20,8 @@ enum { GLOBAL_HOOKS = 4 };
 
 /* What `set_surroundings` was given; process-wide, as torch's own state is. */
 static struct {
-    PyObject *classes;   /* dict: patched norm class -> capsule of its Norm */
+    PyObject *classes;   /* dict: patched norm class -> capsule of its Norm with the fused op */
+    PyObject *alone;     /* the same with the plain norm */
     PyObject *unwatched; /* tuple of functions that give False or 0 while nothing around must see the ops */
     PyObject *function_modes, *function_mode_watches; /* how many there are; whether one is more than a default device */
     PyObject *transform; /* gives None outside function transforms */
@@ -83,9 +84,9 @@ static int unhooked(PyObject *state) {
     return !PyDict_GetItem(state, s_forward);
 }
 
-static Norm *norm_of(PyObject *module) {
+static Norm *norm_of(PyObject *classes, PyObject *module) {
     PyObject *type = PyObject_Type(module);
-    PyObject *capsule = around.classes ? PyDict_GetItem(around.classes, type) : 0;
+    PyObject *capsule = classes ? PyDict_GetItem(classes, type) : 0;
     Py_DecRef(type);
     return capsule ? PyCapsule_GetPointer(capsule, "rmsnorm_patch.norm") : 0;
 }
@@ -119,7 +120,7 @@ static PyObject *eps_of(const Norm *norm, PyObject *module) {
 }
 
 typedef struct {
-    PyObject *weight, *eps, *result; /* result: (normed, total) */
+    PyObject *weight, *eps, *result; /* result: (normed, total), or the normed tensor */
 } Served;
 
 static void release(Served *served) {
@@ -129,10 +130,10 @@ static void release(Served *served) {
             Py_DecRef(held[i]);
 }
 
-/* norm(a + b) by the fused op. *sure and the result as in `fast`. */
-static int serve(const Norm *norm, PyObject *module, PyObject *state, PyObject *a, PyObject *b, Served *served) {
+/* The op of `norm` on operands[0..count), weight and eps. *sure and the result as in `fast`. */
+static int serve(const Norm *norm, PyObject *module, PyObject *state, PyObject **operands, int count, Served *served) {
     int sure = 0;
-    if (!unhooked(state) || PyDict_GetItem(state, s_training) != (PyObject *)&_Py_FalseStruct || !nothing_watches())
+    if (PyDict_GetItem(state, s_training) != (PyObject *)&_Py_FalseStruct || !nothing_watches())
         return 0;
     served->weight = weight_of(norm, state);
     served->eps = eps_of(norm, module);
@@ -142,19 +143,43 @@ static int serve(const Norm *norm, PyObject *module, PyObject *state, PyObject *
     Py_DecRef(type);
     if (type != (PyObject *)&PyFloat_Type)
         return 0;
-    PyObject *operands[] = {a, b, served->weight, served->eps};
+    operands[count] = served->weight;
+    operands[count + 1] = served->eps;
     served->result = fast(norm->table, operands, &sure);
     return sure;
 }
 
+/* alone(norm, x) -> norm(x), called from the norm's own forward: hooks are the module call's business. None where a
+ * normed tensor may ride on x. */
+static PyObject *alone(PyObject *self, PyObject *const *a, Py_ssize_t count) {
+    Norm *norm = count == 2 ? norm_of(around.alone, a[0]) : 0;
+    if (!norm || !is_type(a[1], norm->table->tensor_type, norm->table->tensor_type))
+        return own(NONE);
+    Served served = {0, 0, 0};
+    PyObject *riding = PyObject_GenericGetDict(a[1], 0), *state = PyObject_GenericGetDict(a[0], 0);
+    PyObject *operands[] = {a[1], 0, 0};
+    int sure = riding && state && !PyDict_GetItem(riding, s_carried) && serve(norm, a[0], state, operands, 1, &served);
+    PyObject *result = own(served.result);
+    release(&served);
+    PyObject *held[] = {riding, state};
+    for (int i = 0; i < 2; i++)
+        if (held[i])
+            Py_DecRef(held[i]);
+    if (sure)
+        return result;
+    PyErr_Clear();
+    return own(NONE);
+}
+
 /* in_layer(norm, a, b) -> (normed, a + b) */
 static PyObject *in_layer(PyObject *self, PyObject *const *a, Py_ssize_t count) {
-    Norm *norm = count == 3 ? norm_of(a[0]) : 0;
+    Norm *norm = count == 3 ? norm_of(around.classes, a[0]) : 0;
     if (!norm)
         return own(NONE);
     Served served = {0, 0, 0};
     PyObject *state = PyObject_GenericGetDict(a[0], 0);
-    int sure = state && serve(norm, a[0], state, a[1], a[2], &served);
+    PyObject *operands[] = {a[1], a[2], 0, 0};
+    int sure = state && unhooked(state) && serve(norm, a[0], state, operands, 2, &served);
     PyObject *result = own(served.result);
     release(&served);
     if (state)
@@ -280,15 +305,16 @@ static PyObject *hand_over(PyObject *self, PyObject *const *a, Py_ssize_t count)
         goto end;
     module_of = PyObject_GetAttr(link, s_norm);
     module = module_of ? PyObject_CallNoArgs(module_of) : 0;
-    Norm *norm = module ? norm_of(module) : 0; /* of None, too: nothing is registered for its class */
+    Norm *norm = module ? norm_of(around.classes, module) : 0; /* of None, too: nothing is registered for its class */
     untaken = norm ? PyObject_GetAttr(link, s_untaken) : 0;
     if (!untaken || PyLong_AsLongLong(untaken) >= around.max_untaken)
         goto end;
     int inference = is_true_call(around.is_inference_mode_enabled);
     state = PyObject_GenericGetDict(module, 0);
-    if (!state || !undisturbed(layer_state, link, inference) || PyErr_Occurred())
+    if (!state || !unhooked(state) || !undisturbed(layer_state, link, inference) || PyErr_Occurred())
         goto end;
-    sure = serve(norm, module, state, a[1], a[2], &served);
+    PyObject *operands[] = {a[1], a[2], 0, 0};
+    sure = serve(norm, module, state, operands, 2, &served);
     if (sure && served.result && carry(norm, module, link, PyLong_AsLongLong(untaken), inference, &served))
         total = own(PyTuple_GetItem(served.result, 1));
 end:
@@ -326,7 +352,7 @@ static int is_current(PyObject *carried, const Norm *norm, PyObject *module, PyO
 /* take(norm, x) -> the normed tensor that rides on x */
 static PyObject *take(PyObject *self, PyObject *const *a, Py_ssize_t count) {
     PyObject *normed = 0, *riding = 0, *state = 0, *carried = 0;
-    Norm *norm = count == 2 ? norm_of(a[0]) : 0;
+    Norm *norm = count == 2 ? norm_of(around.classes, a[0]) : 0;
     if (!norm || !is_type(a[1], norm->table->tensor_type, norm->table->tensor_type))
         return own(NONE);
     riding = PyObject_GenericGetDict(a[1], 0);
@@ -366,12 +392,12 @@ static PyObject *new_norm(PyObject *self, PyObject *const *a, Py_ssize_t count) 
     return PyCapsule_New(norm, "rmsnorm_patch.norm", 0);
 }
 
-/* set_surroundings(classes, unwatched, function_modes, function_mode_watches, transform, forward_ad, is_grad_enabled,
+/* set_surroundings(classes, alone, unwatched, function_modes, function_mode_watches, transform, forward_ad, is_grad_enabled,
  * is_inference_mode_enabled, getframe, code of Module._call_impl, Carry, tuple.__new__, max_untaken, global hooks
  * (4-tuple)): once a process. */
 static PyObject *set_surroundings(PyObject *self, PyObject *const *a, Py_ssize_t count) {
-    if (count != 14 || PyTuple_Size(a[13]) != GLOBAL_HOOKS) {
-        PyErr_SetString(PyExc_TypeError, "set_surroundings takes 14 arguments");
+    if (count != 15 || PyTuple_Size(a[14]) != GLOBAL_HOOKS) {
+        PyErr_SetString(PyExc_TypeError, "set_surroundings takes 15 arguments");
         return 0;
     }
     static const char *const names[] = {"_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"};
@@ -391,13 +417,14 @@ static PyObject *set_surroundings(PyObject *self, PyObject *const *a, Py_ssize_t
         *strings[i].place = PyUnicode_InternFromString(strings[i].text);
     zero = PyLong_FromLongLong(0);
     for (int i = 0; i < GLOBAL_HOOKS; i++)
-        around.global_hooks[i] = own(PyTuple_GetItem(a[13], i));
+        around.global_hooks[i] = own(PyTuple_GetItem(a[14], i));
     PyObject **places[] = {&around.unwatched, &around.function_modes, &around.function_mode_watches, &around.transform,
                            &around.forward_ad, &around.is_grad_enabled, &around.is_inference_mode_enabled,
                            &around.getframe, &around.call_impl, &around.carry_type, &around.tuple_new};
     for (int i = 0; i < 11; i++)
-        *places[i] = own(a[1 + i]);
-    around.max_untaken = PyLong_AsLongLong(a[12]);
+        *places[i] = own(a[2 + i]);
+    around.max_untaken = PyLong_AsLongLong(a[13]);
     around.classes = own(a[0]);
+    around.alone = own(a[1]);
     return own(NONE);
 }

@@ -5,65 +5,28 @@ Each pair is one launch; where a check says no, nothing is launched and the orig
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from native_driver import Driver, table_of
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 import rmsnorm_patch
-from rmsnorm_patch import cache, cuda_backend, driver, launcher, observe
+from rmsnorm_patch import observe
 from rmsnorm_patch.rewrite import handover, native, pair_ops
 
 TOKENS = torch.arange(1, 8)[None]
 LAYERS = 3
 PAIRS = 2 * LAYERS
 """One in each layer, one from each layer to the next norm."""
-DLPACK_CPU, FUNCTION, CONTEXT = 1, 0x7000, 1
-
-
-class Driver:
-    def __init__(self, path: Path) -> None:
-        self.library = ctypes.CDLL(str(path))
-        self.library.eps_of.restype = ctypes.c_float
-        self.before = self.library.launched()
-
-    @property
-    def launches(self) -> int:
-        return self.library.launched() - self.before
-
-    def eps(self) -> list[float]:
-        return [self.library.eps_of(self.before + i) for i in range(self.launches)]
-
-
-@pytest.fixture(scope="module")
-def driver_path(shared_library: Callable[..., Path]) -> Path:
-    return shared_library(Path(__file__).with_name("cpu_driver.c"), "-lm")
-
-
-@pytest.fixture
-def launchers(driver_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv(cache.DIRECTORY_VARIABLE, str(driver_path.parent / "cache"))  # compiled once for this file
-    monkeypatch.delenv(launcher.VARIABLE, raising=False)
-    monkeypatch.setattr(driver, "LIBRARY", str(driver_path))
-    monkeypatch.setattr(cuda_backend, "DLPACK_CUDA", DLPACK_CPU)
-    guards = torch._C._dynamo.guards
-    monkeypatch.setattr(guards, "_empty_strided_cuda", guards._empty_strided_cpu, raising=False)
-    for name in ("in_layer", "hand_over", "take", "_classes"):  # `enroll` fills them
-        monkeypatch.setattr(native, name, {} if name == "_classes" else native._declined)
-    for forget in (cache.forget, launcher.functions.cache_clear, cuda_backend._bound.cache_clear):
-        forget()
-    yield driver_path
-    for forget in (cache.forget, launcher.functions.cache_clear, cuda_backend._bound.cache_clear):
-        forget()
 
 
 @pytest.fixture
@@ -77,18 +40,10 @@ def patch(model: PreTrainedModel, path: Path, monkeypatch: pytest.MonkeyPatch) -
     norm = model.model.norm
     kernel = pair_ops.kernel_of(norm)
     assert kernel is not None
-    spec, n = type(norm)._rmsnorm_patch_key.spec, model.config.hidden_size
-    bound, _ = cuda_backend._bound("fused_add_rms_norm", spec.variant)
-    functions, fp32 = bound.functions, torch.float32
-    handle = functions.new_kernel(FUNCTION, CONTEXT, n, 2**63 - 1, 1, 1, 32, 0, 0, 0, 4, 4, 0)
-    code = launcher.dlpack_code(fp32)
-    functions.add_plan(bound.table, handle, 0, fp32, fp32, fp32, n, 0, 4, 4, 1e-6, code, code)
-    monkeypatch.setattr(kernel.fused, "table", bound.table)
+    table = table_of("fused_add_rms_norm", type(norm)._rmsnorm_patch_key.spec, model.config.hidden_size)
+    monkeypatch.setattr(kernel.fused, "table", table)
     native.enroll(type(norm), kernel)
-    found = Driver(path)
-    found.library.set_columns(n)
-    found.library.set_result(0)
-    return found
+    return Driver(path)
 
 
 @pytest.fixture

@@ -1,7 +1,9 @@
-"""launcher.c's part in a patched model: the checks and the call of a pair in one C function each (`launcher_pair.h`).
+"""launcher.c's part in a patched model: the checks and the call of a pair, or of a norm alone, in one C function each
+(`launcher_pair.h`).
 
-`in_layer`, `hand_over` and `take` are called first; they give None, and have done nothing, for whatever they are not
-sure of, and where there is no C launcher. A norm class is served once `enroll` was called for it.
+`in_layer`, `hand_over`, `take` and `alone` are called first; they give None, and have done nothing, for whatever they
+are not sure of, and where there is no C launcher. A norm class is served once `enroll` (for `alone`, `enroll_alone`)
+was called for it.
 """
 
 from __future__ import annotations
@@ -31,26 +33,41 @@ hand_over: Callable[..., Any] = _declined
 take: Callable[..., Any] = _declined
 """(norm, x) -> the normed tensor that rides on x, or None."""
 
+alone: Callable[..., Any] = _declined
+"""(norm, x) -> norm(x) or None; for the norm's own forward, since it asks for no hooks."""
+
 _classes: dict[type, Any] = {}
 """What the C functions know: patched norm class -> how to read its weight and eps, and the op. They hold this dict."""
+_alone: dict[type, Any] = {}
+"""The same for `alone`."""
 
 
 def enroll(cls: type, kernel: Any) -> None:
-    """Let the C functions serve the norms of `cls`, whose `pair_ops.NormKernel` is `kernel`, from now on."""
-    global in_layer, hand_over, take
-    pairs = None if cls in _classes else launcher.functions().pairs
+    """Let the C functions serve the pairs of `cls`, whose `pair_ops.NormKernel` is `kernel`, from now on."""
+    _enroll(_classes, cls, kernel, kernel.fused.table)
+
+
+def enroll_alone(cls: type, kernel: Any, table: object) -> None:
+    """Let `alone` serve the norms of `cls`; `table`: that of their op (`cuda_backend.table`)."""
+    _enroll(_alone, cls, kernel, table)
+
+
+def _enroll(classes: dict[type, Any], cls: type, kernel: Any, table: object) -> None:
+    global in_layer, hand_over, take, alone
+    pairs = None if cls in classes else launcher.functions().pairs
     if pairs is None:
         return
     if in_layer is _declined:
         _set_surroundings(pairs)
-        in_layer, hand_over, take = pairs.in_layer, pairs.hand_over, pairs.take
+        in_layer, hand_over, take, alone = pairs.in_layer, pairs.hand_over, pairs.take, pairs.alone
     names = kernel.weight_attribute, kernel.eps_attribute
-    _classes[cls] = pairs.new_norm(kernel.fused.table, kernel, *names, float(kernel.implied_eps))
+    classes[cls] = pairs.new_norm(table, kernel, *names, float(kernel.implied_eps))
 
 
 def _set_surroundings(pairs: launcher.Pairs) -> None:
     pairs.set_surroundings(
         _classes,
+        _alone,
         guards.AMBIENT,
         guards.function_modes,
         guards.function_mode_watches,

@@ -17,7 +17,7 @@ from .. import observe, ops
 from ..errors import PatchConflict
 from ..plan import Backend, NormSite
 from ..semantics import NormSpec
-from . import guards, instance_forward, pair_ops
+from . import guards, instance_forward, native, pair_ops
 from .classes import is_patched, patched_class, register_factory
 from .handover import take
 from .journal import Journal
@@ -81,6 +81,11 @@ def _forward_of(original: type[nn.Module], key: Key) -> FunctionType:
     def forward(self, hidden_states):  # type: ignore[no-untyped-def]
         if _is_dynamo_tracing():
             return traced(self, hidden_states)
+        normed = native.alone(self, hidden_states)
+        if normed is not None:
+            if observe.active is not None:
+                report(self, hidden_states, normed, "cuda")
+            return normed
         if type(hidden_states) is not _Tensor:  # a subclass, or no tensor at all (`torch.fx` traces with proxies)
             return original.forward(self, hidden_states)
         if not _is_grad_enabled():
@@ -105,6 +110,9 @@ def _forward_of(original: type[nn.Module], key: Key) -> FunctionType:
             and guards.servable(hidden_states, weight)
         ):
             normed = run(hidden_states, weight, eps)
+            kernel = pair_ops.kernel_of(self)
+            if run.table is not None and kernel is not None:
+                native.enroll_alone(self.__class__, kernel, run.table)
             if observe.active is not None:
                 report(self, hidden_states, normed, run.backend_for(hidden_states, weight))
             return normed
