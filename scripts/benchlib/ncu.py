@@ -1,7 +1,7 @@
 """Nsight Compute over a program that marks its calls: the metrics of every kernel, call by call.
 
-The program launches one `mark()` ahead of each call, between `cudaProfilerStart` and `cudaProfilerStop`. ncu runs every
-kernel alone and empties the caches before it.
+The program (`listen`) launches one marker ahead of each call, between `cudaProfilerStart` and `cudaProfilerStop`. ncu
+runs every kernel alone and empties the caches before it.
 """
 
 from __future__ import annotations
