@@ -349,7 +349,6 @@ class BoundOp:
                 arch=_capability(index),
             )
             function = _function(build, index)
-            groups = driver.multiprocessors(index) * config.min_ctas // config.cluster
             following = self.functions.new_kernel(
                 function,
                 driver.primary_context(index),
@@ -358,8 +357,6 @@ class BoundOp:
                 config.rows_per_cta,
                 config.cluster,
                 config.threads,
-                config.smem_bytes,
-                groups if config.grid == "persistent" else 0,
                 int(build.arch >= 90),
                 align,
                 weight_align,
@@ -410,4 +407,4 @@ def _function(build: jit.Build, device: int) -> int:
     """Address of the loaded kernel on this device; the same for every op that needs the same build."""
     site = f"kernels/cuda/{build.config.source} on cuda:{device} (sm_{build.arch})"
     code = jit.machine_code(build)
-    return driver.load(code, build.config.entry, device, site, build.config.smem_bytes, build.config.cluster)
+    return driver.load(code, build.config.entry, device, site, build.config.cluster)

@@ -38,7 +38,6 @@ class Config:
     kernel: str
     source: str
     entry: str
-    grid: str
     tree: str
     vec: int
     threads_per_row: int
@@ -46,7 +45,6 @@ class Config:
     rows_per_thread: int
     cluster: int
     min_ctas: int
-    smem_bytes: int
     arch_suffix: str
     defines: tuple[tuple[str, int], ...]
     m: Range
@@ -182,7 +180,6 @@ def _configure(
         kernel=kernel.name,
         source=kernel.source,
         entry=kernel.entry,
-        grid=kernel.grid,
         tree=tree,
         vec=vec,
         threads_per_row=threads_per_row,
@@ -190,7 +187,6 @@ def _configure(
         rows_per_thread=rows_per_thread,
         cluster=cluster,
         min_ctas=min_ctas,
-        smem_bytes=rule.smem_bytes,
         arch_suffix=kernel.arch_suffix,
         defines=rule.defines,
         m=m,

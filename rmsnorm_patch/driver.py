@@ -12,8 +12,7 @@ from .errors import KernelBuildError
 
 LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
-_MAX_DYNAMIC_SHARED, _NON_PORTABLE_CLUSTER = 8, 14  # CUfunction_attribute
-_MULTIPROCESSORS = 16  # CUdevice_attribute
+_NON_PORTABLE_CLUSTER = 14  # CUfunction_attribute
 
 
 @lru_cache(maxsize=1)
@@ -65,25 +64,13 @@ def _loading(device: int) -> Iterator[None]:
         driver.cuCtxPopCurrent_v2(ctypes.byref(previous))
 
 
-def load(code: bytes, entry: str, device: int, site: str, dynamic_shared: int = 0, cluster: int = 1) -> int:
+def load(code: bytes, entry: str, device: int, site: str, cluster: int = 1) -> int:
     """Address of the CUfunction `entry` of a cubin or PTX on this device. The module is never unloaded."""
     driver = library()
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     with _loading(device):
         check(driver.cuModuleLoadData(ctypes.byref(module), code), "cuModuleLoadData", site)
         check(driver.cuModuleGetFunction(ctypes.byref(function), module, entry.encode()), "cuModuleGetFunction", site)
-        if dynamic_shared > 48 * 1024:
-            code_ = driver.cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, dynamic_shared)
-            check(code_, f"cuFuncSetAttribute({dynamic_shared} bytes of shared memory)", site)
         if cluster > 8:
             check(driver.cuFuncSetAttribute(function, _NON_PORTABLE_CLUSTER, 1), "cuFuncSetAttribute(cluster)", site)
     return function.value or 0
-
-
-@lru_cache(maxsize=64)
-def multiprocessors(device: int) -> int:
-    handle, count = ctypes.c_int(), ctypes.c_int()
-    check(library().cuDeviceGet(ctypes.byref(handle), device), "cuDeviceGet", f"cuda:{device}")
-    code = library().cuDeviceGetAttribute(ctypes.byref(count), _MULTIPROCESSORS, handle)
-    check(code, "cuDeviceGetAttribute", f"cuda:{device}")
-    return count.value

@@ -44,13 +44,13 @@ class _Kernel:
 
     def __init__(self, values: tuple[int, ...]) -> None:
         (self.function, self.context, self.n, self.m_max, self.rows_per_cta, self.cluster, threads) = values[:7]
-        self.shared_bytes, self.max_groups, self.dependent, self.align, self.weight_align, self.next = values[7:]
+        self.dependent, self.align, self.weight_align, self.next = values[7:]
         self.handle = 0
         self.lock = threading.Lock()
         self.args = ctypes.create_string_buffer(_WORDS.size)
         self.params = (ctypes.c_void_p * 1)(ctypes.addressof(self.args))
         self.attributes = (_Attribute * 2)()
-        self.config = _Config(shared_bytes=self.shared_bytes, attributes=self.attributes)
+        self.config = _Config(attributes=self.attributes)
         self.config.grid[:] = (1, 1, 1)
         self.config.block[:] = (threads, 1, 1)
         # With a cluster its attribute comes first; the programmatic one is last, so `count` switches it on and off.
@@ -65,8 +65,7 @@ class _Kernel:
         self.call = (ctypes.byref(self.config), ctypes.c_void_p(self.function), self.params, None)
 
     def groups(self, m: int, m2: int) -> int:
-        groups = -(-m // self.rows_per_cta) + -(-m2 // self.rows_per_cta)
-        return min(groups, self.max_groups) if self.max_groups else groups
+        return -(-m // self.rows_per_cta) + -(-m2 // self.rows_per_cta)
 
 
 @dataclass(frozen=True)

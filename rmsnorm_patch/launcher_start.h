@@ -14,8 +14,8 @@ typedef struct {
 
 typedef struct Kernel {
     void *function, *context;
-    i64 n, m_max, rows_per_cta, max_groups; /* max_groups: persistent grid, in groups of `cluster` CTAs; 0: no bound */
-    unsigned cluster, threads, shared_bytes;
+    i64 n, m_max, rows_per_cta;
+    unsigned cluster, threads;
     int dependent; /* the device knows programmatic dependent launch */
     uint64_t mask, weight_mask;
     struct Kernel *next; /* the kernel for more than m_max rows; same reduction tree */
@@ -30,13 +30,10 @@ static int start(const Kernel *kernel, void *stream, int dependent, Args *args) 
                  (args->m2 + kernel->rows_per_cta - 1) / kernel->rows_per_cta;
     if (groups == 0)
         return 0;
-    if (kernel->max_groups && groups > kernel->max_groups)
-        groups = kernel->max_groups;
     if (groups * kernel->cluster > 2147483647LL)
         return TOO_MANY_ROWS;
     LaunchAttribute attributes[2];
-    LaunchConfig config = {(unsigned)groups * kernel->cluster, 1, 1, kernel->threads, 1, 1,
-                           kernel->shared_bytes, stream, attributes, 0};
+    LaunchConfig config = {(unsigned)groups * kernel->cluster, 1, 1, kernel->threads, 1, 1, 0, stream, attributes, 0};
     if (kernel->cluster > 1) {
         LaunchAttribute *attribute = &attributes[config.attribute_count++];
         attribute->id = ATTRIBUTE_CLUSTER;
@@ -66,15 +63,15 @@ static int start(const Kernel *kernel, void *stream, int dependent, Args *args) 
     return error;
 }
 
-/* new_kernel(function, context, n, m_max, rows_per_cta, cluster, threads, shared_bytes, max_groups, dependent, align,
- *            weight_align, next) -> address. Lives as long as the process, as its module does. */
+/* new_kernel(function, context, n, m_max, rows_per_cta, cluster, threads, dependent, align, weight_align,
+ *            next) -> address. Lives as long as the process, as its module does. */
 static PyObject *new_kernel(PyObject *self, PyObject *const *a, Py_ssize_t count) {
-    if (count != 13) {
-        PyErr_SetString(PyExc_TypeError, "new_kernel takes 13 integers");
+    if (count != 11) {
+        PyErr_SetString(PyExc_TypeError, "new_kernel takes 11 integers");
         return 0;
     }
-    uint64_t v[13];
-    for (int i = 0; i < 13; i++)
+    uint64_t v[11];
+    for (int i = 0; i < 11; i++)
         v[i] = PyLong_AsUnsignedLongLong(a[i]);
     if (PyErr_Occurred())
         return 0;
@@ -86,12 +83,10 @@ static PyObject *new_kernel(PyObject *self, PyObject *const *a, Py_ssize_t count
     kernel->rows_per_cta = (i64)v[4];
     kernel->cluster = (unsigned)v[5];
     kernel->threads = (unsigned)v[6];
-    kernel->shared_bytes = (unsigned)v[7];
-    kernel->max_groups = (i64)v[8];
-    kernel->dependent = (int)v[9];
-    kernel->mask = v[10] - 1;
-    kernel->weight_mask = v[11] - 1;
-    kernel->next = (Kernel *)v[12];
+    kernel->dependent = (int)v[7];
+    kernel->mask = v[8] - 1;
+    kernel->weight_mask = v[9] - 1;
+    kernel->next = (Kernel *)v[10];
     return PyLong_FromUnsignedLongLong((uint64_t)(uintptr_t)kernel);
 }
 

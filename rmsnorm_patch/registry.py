@@ -21,7 +21,6 @@ else:
 OPS = ("rms_norm", "fused_add_rms_norm", "fused_add_rms_norm_", "rms_norm_pair")
 """rms_norm_pair: two plain norms of one spec and N, each with its own rows and weight, in one launch (q and k)."""
 DTYPES = ("fp32", "bf16", "fp16")
-GRIDS = ("rows", "persistent")
 UNBOUNDED = 2**63 - 1
 Range = tuple[int, int]
 
@@ -45,7 +44,6 @@ class Rule:
     cluster: int
     min_ctas: int | None
     registers: int | None
-    smem_bytes: int
     defines: tuple[tuple[str, int], ...]
     reason: str
 
@@ -60,7 +58,6 @@ class Kernel:
     ops: tuple[str, ...]
     capability: Range
     x_dtypes: tuple[str, ...]
-    grid: str
     tree: str
     arch_suffix: str
     reason: str
@@ -161,7 +158,7 @@ class _Table:
 
 def _launch_values(table: _Table, key: str, default: int | None) -> int:
     allowed = {"vec_bytes": (2, 4, 8, 16, 32), "cluster": (1, 2, 4, 8, 16), "threads_per_row": None}.get(key)
-    return table.integer(key, default, allowed, low=0 if key == "smem_bytes" else 1)
+    return table.integer(key, default, allowed)
 
 
 def _optional(table: _Table, key: str) -> int | None:
@@ -193,14 +190,10 @@ def _rule(table: _Table) -> Rule:
         cluster=_launch_values(table, "cluster", 1),
         min_ctas=_optional(table, "min_ctas"),
         registers=_optional(table, "registers"),
-        smem_bytes=_launch_values(table, "smem_bytes", 0),
         defines=tuple(sorted(defines.items())),
         reason=table.text("reason", ""),
     )
-    table.done(
-        "n, m, capability, itemsize, row_bytes, row_bytes_multiple_of, defines, reason, smem_bytes, "
-        + ", ".join(TUNABLE)
-    )
+    table.done("n, m, capability, itemsize, row_bytes, row_bytes_multiple_of, defines, reason, " + ", ".join(TUNABLE))
     return rule
 
 
@@ -212,13 +205,12 @@ def _kernel(table: _Table) -> Kernel:
         ops=table.texts("ops", OPS),
         capability=table.span("capability", None, low=0),
         x_dtypes=table.texts("x_dtypes", DTYPES, DTYPES),
-        grid=table.text("grid", "rows", GRIDS),
         tree=table.text("tree"),
         arch_suffix=table.text("arch_suffix", "", ("", "a", "f")),
         reason=table.text("reason", ""),
         rules=tuple(_rule(rule) for rule in table.tables("rule")),
     )
-    table.done("name, source, entry, ops, capability, x_dtypes, grid, tree, arch_suffix, reason, rule")
+    table.done("name, source, entry, ops, capability, x_dtypes, tree, arch_suffix, reason, rule")
     return kernel
 
 

@@ -48,7 +48,7 @@ def _one_kernel() -> float:
 
     def work() -> None:
         code = jit.machine_code(build)
-        driver.load(code, build.config.entry, index, "bench_jit", build.config.smem_bytes, build.config.cluster)
+        driver.load(code, build.config.entry, index, "bench_jit", build.config.cluster)
 
     return _milliseconds(work)
 

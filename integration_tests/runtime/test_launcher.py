@@ -90,8 +90,6 @@ def kernel(functions: launcher.Functions, **changes: int) -> int:
         "rows_per_cta": 4,
         "cluster": 1,
         "threads": 256,
-        "shared_bytes": 0,
-        "max_groups": 0,
         "dependent": 1,
         "align": 16,
         "weight_align": 16,
@@ -168,20 +166,15 @@ def test_launch_passes_every_word(functions, recorded):
 
 
 def test_launch_attributes(functions, recorded):
-    handle = kernel(functions, cluster=8, shared_bytes=1024)
+    handle = kernel(functions, cluster=8)
     functions.launch(handle, STREAM, True, 0.5, 1, 2, 3, 4, 5, 8)
     last = recorded.last
-    assert (last["grid"], last["shared_bytes"]) == (16, 1024)
+    assert (last["grid"], last["shared_bytes"]) == (16, 0)
     assert [last[name] for name in ("count", "id0", "value0", "id1", "value1")] == [2, CLUSTER, 8, PROGRAMMATIC, 1]
     functions.launch(handle, STREAM, False, 0.5, 1, 2, 3, 4, 5, 8)
     assert (recorded.last["count"], recorded.last["id0"]) == (1, CLUSTER)
     functions.launch(kernel(functions, dependent=0), STREAM, True, 0.5, 1, 2, 3, 4, 5, 8)
     assert recorded.last["count"] == 0
-
-
-def test_persistent_grid_is_bounded(functions, recorded):
-    functions.launch(kernel(functions, max_groups=10, cluster=2), STREAM, True, 0.5, 1, 2, 3, 4, 5, 10_000)
-    assert recorded.last["grid"] == 20
 
 
 def test_no_rows_no_launch_and_too_many_rows_are_said(functions, recorded):

@@ -40,9 +40,7 @@
 //
 // ENTRY. `extern "C" __global__ void <entry>(const __grid_constant__ Args args)`, the name is in registry.toml.
 //
-// GRID. "rows": gridDim.x = CLUSTER * ceil(m / ROWS_PER_CTA), m > 0.  "persistent": the smaller of that and
-// CLUSTER * floor(SMs * MIN_CTAS / CLUSTER); such a kernel strides by gridDim.x. Shared memory: static, plus `smem_bytes`
-// dynamic bytes if the registry row says so.
+// GRID. gridDim.x = CLUSTER * ceil(m / ROWS_PER_CTA), m > 0. Shared memory is static.
 //
 // DEPENDENT LAUNCH. On sm_90+ the launch carries programmatic stream serialization. Before `griddepcontrol.wait` a
 // kernel may read the weight and nothing else (PREFETCH reads nothing: it moves lines to L2, where both kernels meet); every CTA executes the wait before it reads activations, writes or exits.
