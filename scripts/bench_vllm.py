@@ -396,6 +396,8 @@ def rows_of(samples: dict[Key, dict[str, list[float]]]) -> dict[str, Any]:
                 continue
             row[name] = round(statistics.median(found), 3)
             row[f"{name}_range"] = [round(min(found), 3), round(max(found), 3)]
+            if name == "step_us":
+                row["step_us_rounds"] = [round(value, 1) for value in found]
         row["rounds"] = len(values["tokens_per_s"])
     for (shape, variant, process, case), row in rows.items():
         stock, removed = rows.get((shape, "stock", process, case)), rows.get((shape, "removed", process, case))
