@@ -111,13 +111,31 @@ def _python(*arguments: str, check: bool = True) -> None:
 
 
 def run_tests(workers: int = 0) -> dict[str, object]:
-    """Counts of the GPU tests, and the names of those that failed."""
+    """Counts of the GPU tests, and the names of those that failed.
+
+    Those of vLLM run beside the others in one process of their own: they share engines, which each worker would start.
+    """
+    folder, engines = "integration_tests/gpu", sorted((ROOT / "integration_tests/gpu").glob("test_vllm_*.py"))
     options = ("-n", str(workers), "--dist", "worksteal") if workers and _has("xdist") else ()
+    runs = [[folder, *options]]
+    if options and _has("vllm"):
+        runs = [[folder, *options, *(f"--ignore={path}" for path in engines)], list(map(str, engines))]
+    with ThreadPoolExecutor(len(runs)) as pool:
+        return merged(list(pool.map(_test, runs)))
+
+
+def _test(words: list[str]) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "junit.xml"
-        tests = ("-m", "pytest", "integration_tests/gpu", "-q", "-p", "no:cacheprovider", *options)
+        tests = ("-m", "pytest", "-q", "-p", "no:cacheprovider", *words)
         _python(*tests, f"--junitxml={report}", check=False)  # failures are counted below
         return _counts(report)
+
+
+def merged(counts: list[dict]) -> dict[str, object]:
+    """Counts of several runs as those of one."""
+    found: dict[str, object] = {name: sum(run[name] for run in counts) for name in ("passed", "failed", "skipped")}
+    return {**found, "failures": [name for run in counts for name in run["failures"]]}
 
 
 def _has(module: str) -> bool:

@@ -60,6 +60,12 @@ def test_a_failing_peer_is_no_problem_of_ours(gpu_record, record):
     assert gpu_record.problems_of(record, gpu_record.digest()) == []
 
 
+def test_runs_of_tests_are_counted_together(gpu_record):
+    one = {"passed": 3, "failed": 0, "skipped": 1, "failures": []}
+    other = {"passed": 2, "failed": 1, "skipped": 0, "failures": ["a::b"]}
+    assert gpu_record.merged([one, other]) == {"passed": 5, "failed": 1, "skipped": 1, "failures": ["a::b"]}
+
+
 def test_the_check_ends_with_an_error_for_a_stale_record(gpu_record, record, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_record, "RECORDS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["gpu_record.py", "check"])
