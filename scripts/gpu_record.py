@@ -113,15 +113,17 @@ def _python(*arguments: str, check: bool = True) -> None:
 def run_tests(workers: int = 0) -> dict[str, object]:
     """Counts of the GPU tests, and the names of those that failed.
 
-    Those of vLLM run beside the others in one process of their own: they share engines, which each worker would start.
+    With several workers, those of vLLM run beside the others in one process of their own (they share engines, which
+    each worker would start), and those that hold a time against a limit run last, alone.
     """
     folder, engines = "integration_tests/gpu", sorted((ROOT / "integration_tests/gpu").glob("test_vllm_*.py"))
-    options = ("-n", str(workers), "--dist", "worksteal") if workers and _has("xdist") else ()
-    runs = [[folder, *options]]
-    if options and _has("vllm"):
-        runs = [[folder, *options, *(f"--ignore={path}" for path in engines)], list(map(str, engines))]
+    if not workers or not _has("xdist"):
+        return _test([folder])
+    ignored = [f"--ignore={path}" for path in engines]
+    runs = [[folder, "-n", str(workers), "--dist", "worksteal", "-m", "not timed", *ignored], list(map(str, engines))]
     with ThreadPoolExecutor(len(runs)) as pool:
-        return merged(list(pool.map(_test, runs)))
+        counts = list(pool.map(_test, runs))
+    return merged([*counts, _test([folder, "-m", "timed", *ignored])])
 
 
 def _test(words: list[str]) -> dict[str, object]:
