@@ -1,0 +1,29 @@
+"""What the vLLM benchmark makes of the times that it took."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def bench_vllm(script):
+    return script("bench_vllm")
+
+
+def test_what_each_kernel_adds_to_a_step_is_the_step(bench_vllm):
+    step = [("product", 0.0, 10.0), ("norm", 9.0, 12.0), ("product", 13.0, 20.0), ("hidden", 14.0, 15.0)]
+    rows = bench_vllm.exposed(step[::-1])
+    assert rows == {"product": [17.0, 2, 18.0], "norm": [3.0, 1, 2.0], "hidden": [1.0, 1, 0.0]}
+    assert sum(added for _, _, added in rows.values()) == 20.0
+
+
+def test_a_row_is_a_median_over_captures_and_knows_its_share_of_the_ceiling(bench_vllm):
+    def times(*steps: float) -> dict[str, list[float]]:
+        return {"tokens_per_s": [1e6 / step for step in steps], "step_us": list(steps), "captures": [1] * len(steps)}
+
+    made = {"stock": times(100, 104, 102), "ir": times(99, 97, 98), "removed": times(92, 94, 96)}
+    samples = {("llama-8b", variant, "shared", "decode-1"): values for variant, values in made.items()}
+    stock, ours, removed = bench_vllm.rows_of(samples)["rows"]
+    assert (stock["step_us"], stock["step_us_range"], stock["captures"]) == (102, [100, 104], 3)
+    assert (ours["share_recovered"], ours["speedup"]) == (0.5, round(102 / 98, 4))
+    assert "share_recovered" not in removed
