@@ -10,8 +10,11 @@ once; then they are measured one at a time in alternating rounds, so that clocks
 Where weights and activations happen to lie in the device's memory moves matrix products by 1 to 3 %, as much as all
 norms together cost, and stays as it is for the life of an engine. Variants joined by "+" are engines of one process
 with one set of weights, which takes a part of that away; their rows say "shared". Before every round but the first,
-each engine captures its decode graphs again, with activations elsewhere in memory ("captures"), so that a median is
-one over placements. Judge over several starts all the same.
+each engine captures its decode graphs again, with activations elsewhere in memory ("captures"): on an H200 that moves
+a step by 0.1 %, so what two engines differ by is not where their activations lie. Judge over several starts.
+
+Each engine also compiles for itself, and Inductor times candidates while it does. "--untimed" has it take its first
+choice everywhere, so that two engines' other kernels are the same ones; vLLM's default lets it time.
 
 Device time: the graph of the last decode step is replayed back to back between two CUDA events, without the host in
 between. "removed" replaces every norm, with its residual add, by nothing: a ceiling with no right answer. Activations
@@ -89,6 +92,8 @@ VARIANTS: dict[str, tuple[str, dict[str, bool]]] = {
     "removed-dependent": ("off", {DEPENDENT: True}),
 }
 """Variant -> RMSNORM_PATCH_VLLM and what is set in Inductor's configuration."""
+UNTIMED = {"triton.autotune_pointwise": False, "combo_kernels": True, "benchmark_combo_kernel": False}
+"""Inductor's settings under which nothing is chosen by its time; kernels are combined as in vLLM's default."""
 DECODE = {1: 128, 8: 128, 32: 96, 256: 48}
 """Batch -> tokens generated for each sequence in one round."""
 PREFILL = (16, 1024)
@@ -100,7 +105,7 @@ DEFAULT = [f"{shape}:{variant}" for shape in ("llama-8b", "llama-1b") for varian
 class Engine:
     """The child's side: one LLM. graphs: those that the process replayed since they were cleared."""
 
-    def __init__(self, shape: str, variant: str, eager: bool, graphs: list[Any]) -> None:
+    def __init__(self, shape: str, variant: str, eager: bool, untimed: bool, graphs: list[Any]) -> None:
         import torch
         from vllm import LLM, SamplingParams
 
@@ -110,9 +115,9 @@ class Engine:
         Path(folder, "config.json").write_text(json.dumps(config))
         os.environ["RMSNORM_PATCH_VLLM"] = VARIANTS[variant][0]
         with CHANGES.get(variant.removesuffix("-dependent"), nullcontext)():
-            self.llm = self._start(LLM, folder, variant, eager, extra)
+            self.llm = self._start(LLM, folder, eager, {**(UNTIMED if untimed else {}), **VARIANTS[variant][1]}, extra)
 
-    def _start(self, llm: Any, folder: str, variant: str, eager: bool, extra: dict[str, Any]) -> Any:
+    def _start(self, llm: Any, folder: str, eager: bool, inductor: dict[str, bool], extra: dict[str, Any]) -> Any:
         return llm(
             model=folder,
             load_format="dummy",
@@ -127,7 +132,7 @@ class Engine:
             enforce_eager=eager,
             compilation_config={}
             if eager
-            else {"cudagraph_capture_sizes": sorted(DECODE), "inductor_compile_config": VARIANTS[variant][1]},
+            else {"cudagraph_capture_sizes": sorted(DECODE), "inductor_compile_config": inductor},
             disable_log_stats=True,
             **extra,
         )
@@ -300,7 +305,7 @@ def share_weights() -> None:
     Worker.load_model = load_model
 
 
-def serve(shape: str, variants: list[str], eager: bool) -> None:
+def serve(shape: str, variants: list[str], eager: bool, untimed: bool) -> None:
     """Child: answer each command line with one JSON line on the descriptor that stdout was."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what vLLM prints goes to the log
@@ -313,7 +318,7 @@ def serve(shape: str, variants: list[str], eager: bool) -> None:
         share_weights()
     engines = {}
     for variant in variants:
-        engine = engines[variant] = Engine(shape, variant, eager, graphs)
+        engine = engines[variant] = Engine(shape, variant, eager, untimed, graphs)
         for batch in DECODE:
             engine.generate(batch, 16, 4)
         engine.generate(*PREFILL, 1)
@@ -327,7 +332,7 @@ def serve(shape: str, variants: list[str], eager: bool) -> None:
 class Child:
     """The parent's side of a process with one engine, or with several that share their weights."""
 
-    def __init__(self, name: str, eager: bool, log: Path) -> None:
+    def __init__(self, name: str, options: list[str], log: Path) -> None:
         self.shape, variants = name.split(":")
         self.name, self.variants = name, variants.split("+")
         routes = {VARIANTS[variant][0] for variant in self.variants}
@@ -343,7 +348,7 @@ class Child:
             "TORCHINDUCTOR_COMPILE_THREADS": "4",
         }
         self.log = log
-        command = [sys.executable, __file__, "--serve", name, "--decode", json.dumps(DECODE)] + ["--eager"] * eager
+        command = [sys.executable, __file__, "--serve", name, "--decode", json.dumps(DECODE), *options]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("w"), text=True, env=environment
         )
@@ -365,9 +370,9 @@ class Child:
         return [line.split("rmsnorm_patch: ", 1)[1] for line in lines if "rmsnorm_patch: " in line]
 
 
-def start(names: list[str], eager: bool) -> list[Child]:
+def start(names: list[str], options: list[str]) -> list[Child]:
     folder = Path(tempfile.mkdtemp())
-    children = [Child(name, eager, folder / f"{name.replace(':', '_')}.log") for name in names]
+    children = [Child(name, options, folder / f"{name.replace(':', '_')}.log") for name in names]
     ready = []
     for child in children:
         try:
@@ -445,6 +450,7 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", default=DEFAULT, metavar="SHAPE:VARIANT")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--eager", action="store_true", help="enforce_eager: no compilation, no graphs")
+    parser.add_argument("--untimed", action="store_true", help="Inductor chooses nothing by its time")
     parser.add_argument("--kernels", type=int, nargs="*", default=[], help="batches whose kernels are listed")
     parser.add_argument("--decode", type=json.loads, help='{"1": 128}: batch -> tokens of a round; default all batches')
     parser.add_argument("--seconds", type=float, default=3600, help="start no new round after this time")
@@ -456,7 +462,7 @@ def main() -> None:
         DECODE.update({int(batch): tokens for batch, tokens in options.decode.items()})
     if options.serve:
         shape, variants = options.serve.split(":")
-        serve(shape, variants.split("+"), options.eager)
+        serve(shape, variants.split("+"), options.eager, options.untimed)
         return
     for name in options.engines:
         shape, _, variants = name.partition(":")
@@ -468,7 +474,7 @@ def main() -> None:
             options.json.write_text(json.dumps({"digest": digest(), **result}, indent=1))
 
     deadline = time.monotonic() + options.seconds
-    children = start(options.engines, options.eager)
+    children = start(options.engines, ["--eager"] * options.eager + ["--untimed"] * options.untimed)
     try:
         result = measure(children, options.rounds, deadline, save)
         result["versions"] = versions()
