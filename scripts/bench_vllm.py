@@ -16,6 +16,9 @@ a step by 0.1 %, so what two engines differ by is not where their activations li
 Each engine also compiles for itself, and Inductor times candidates while it does. "--untimed" has it take its first
 choice everywhere, so that two engines' other kernels are the same ones; vLLM's default lets it time.
 
+"ir@FILE" is the engine "ir" with its graphs captured under another registry of schedules, "ir@plain" with norms that
+are not launched dependently. The rest of such a step is the same kernels, so that 0.1 % is a difference.
+
 Device time: the graph of the last decode step is replayed back to back between two CUDA events, without the host in
 between. "removed" replaces every norm, with its residual add, by nothing: a ceiling with no right answer. Activations
 collapse there, and matrix products run faster on them: it holds only where weights dominate, at batches up to 32.
@@ -30,6 +33,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -39,6 +43,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,9 +142,11 @@ class Engine:
             **extra,
         )
 
-    def recapture(self) -> bool:
-        """Capture the decode graphs again, elsewhere in memory. Returns whether every worker did."""
-        return all(self.llm.collective_rpc(recapture))
+    def recapture(self, schedules: str) -> bool:
+        """Capture the decode graphs again, elsewhere in memory, with our norms under `schedules`: "" for those of the
+        tree, "plain", or a registry's path. Returns whether every worker did."""
+        with scheduled(schedules):
+            return all(self.llm.collective_rpc(recapture))
 
     def sync(self) -> None:
         if self.torch.cuda.is_available():
@@ -289,6 +296,40 @@ def recapture(worker: Any) -> bool:
     return True
 
 
+@contextmanager
+def scheduled(schedules: str) -> Iterator[None]:
+    """Norms that this process binds within follow these schedules: another registry, or "plain" launches."""
+    from rmsnorm_patch import cuda_backend, dispatch, launcher, ops, registry
+
+    if not schedules:
+        yield
+        return
+    functions, kernels = launcher.functions, dispatch._kernels
+
+    def forget() -> None:
+        cuda_backend.configs_for.cache_clear()
+        cuda_backend._bound.cache_clear()
+        ops._bound_of.cache_clear()
+        ops._BOUND.clear()
+
+    forget()
+    if schedules == "plain":
+        usual = functions()
+
+        def plain(*values: int) -> int:  # the eighth says whether the device knows dependent launches
+            return usual.new_kernel(*values[:7], 0, *values[8:])
+
+        launcher.functions = lambda: replace(usual, new_kernel=plain)  # type: ignore[assignment]
+    else:
+        other = registry.read_registry(Path(schedules))
+        dispatch._kernels = lambda: other  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        launcher.functions, dispatch._kernels = functions, kernels
+        forget()
+
+
 def share_weights() -> None:
     """Every model that this process loads from now on gets the parameters of the first."""
     import torch
@@ -305,19 +346,24 @@ def share_weights() -> None:
     Worker.load_model = load_model
 
 
+def base_of(variant: str) -> str:
+    """The engine that a variant is measured in: "ir" of "ir@plain"."""
+    return variant.partition("@")[0]
+
+
 def serve(shape: str, variants: list[str], eager: bool, untimed: bool) -> None:
     """Child: answer each command line with one JSON line on the descriptor that stdout was."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what vLLM prints goes to the log
     start = time.perf_counter()
     graphs = keep_graphs()
-    if len(variants) > 1:
+    if len(set(map(base_of, variants))) > 1:
         from vllm.plugins import load_general_plugins
 
         load_general_plugins()  # under the setting of the process; each engine then has its own
         share_weights()
     engines = {}
-    for variant in variants:
+    for variant in dict.fromkeys(map(base_of, variants)):
         engine = engines[variant] = Engine(shape, variant, eager, untimed, graphs)
         for batch in DECODE:
             engine.generate(batch, 16, 4)
@@ -325,7 +371,7 @@ def serve(shape: str, variants: list[str], eager: bool, untimed: bool) -> None:
     print(json.dumps({"ready_s": round(time.perf_counter() - start, 1)}), file=answers)
     for line in sys.stdin:
         command = json.loads(line)
-        result = getattr(engines[command["variant"]], command["do"])(*command["args"])
+        result = getattr(engines[base_of(command["variant"])], command["do"])(*command["args"])
         print(json.dumps(result), file=answers)
 
 
@@ -335,7 +381,7 @@ class Child:
     def __init__(self, name: str, options: list[str], log: Path) -> None:
         self.shape, variants = name.split(":")
         self.name, self.variants = name, variants.split("+")
-        routes = {VARIANTS[variant][0] for variant in self.variants}
+        routes = {VARIANTS[base_of(variant)][0] for variant in self.variants}
         environment = {
             **os.environ,
             "RMSNORM_PATCH_VLLM": max(routes, key=lambda route: route != "off"),
@@ -364,6 +410,18 @@ class Child:
         self.process.stdin.flush()  # type: ignore[union-attr]
         return self.read()
 
+    def capture(self, variant: str, anew: bool) -> bool:
+        """Have the variant's graphs captured again, if it is to be anew or another of the same engine may have its own
+        there. Returns whether they were; raises RuntimeError where a variant needs it and the engine cannot."""
+        schedules = variant.partition("@")[2]
+        alone = sum(base_of(other) == base_of(variant) for other in self.variants) == 1
+        if alone and not anew and not schedules:
+            return False
+        again = bool(self.ask(variant, "recapture", schedules))
+        if schedules and not again:
+            raise RuntimeError(f"{self.name}: {variant} needs graphs that can be captured again: no --eager, vLLM 0.26")
+        return again
+
     def selected(self) -> list[str]:
         """What each worker wrote about the plugin."""
         lines = self.log.read_text().splitlines()
@@ -372,7 +430,7 @@ class Child:
 
 def start(names: list[str], options: list[str]) -> list[Child]:
     folder = Path(tempfile.mkdtemp())
-    children = [Child(name, options, folder / f"{name.replace(':', '_')}.log") for name in names]
+    children = [Child(name, options, folder / (re.sub(r"[^\w.@+-]", "_", name) + ".log")) for name in names]
     ready = []
     for child in children:
         try:
@@ -392,14 +450,14 @@ def measure(children: list[Child], rounds: int, deadline: float, save: Any) -> d
     samples: dict[Key, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     engines = [(child, variant) for child in children for variant in child.variants]
     for number in range(rounds):
-        again = {(child, variant): bool(number) and child.ask(variant, "recapture") for child, variant in engines}
-        for batch in (*DECODE, None):
-            for child, variant in engines if number % 2 == 0 else engines[::-1]:
+        for child, variant in engines if number % 2 == 0 else engines[::-1]:
+            again = child.capture(variant, bool(number))
+            process = "shared" if len(child.variants) > 1 else "own"
+            for batch in (*DECODE, None):
                 result = child.ask(variant, "prefill") if batch is None else child.ask(variant, "decode", batch)
-                case = "prefill" if batch is None else f"decode-{batch}"
-                process = "shared" if len(child.variants) > 1 else "own"
                 if result.get("step_us"):
-                    result["captures"] = number == 0 or again[child, variant]
+                    result["captures"] = again or number == 0
+                case = "prefill" if batch is None else f"decode-{batch}"
                 for key, value in result.items():
                     samples[child.shape, variant, process, case][key].append(value)
         save(rows_of(samples))
@@ -436,7 +494,8 @@ def rows_of(samples: dict[Key, dict[str, list[float]]]) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     lines = ["| shape | process | case | variant | tokens/s | vs stock | step us | share |", "|---" * 8 + "|"]
     order = list(VARIANTS)
-    for row in sorted(result["rows"], key=lambda r: (r["shape"], r["process"], r["case"], order.index(r["variant"]))):
+    place = lambda r: (r["shape"], r["process"], r["case"], order.index(base_of(r["variant"])), r["variant"])  # noqa: E731
+    for row in sorted(result["rows"], key=place):
         lines.append(
             f"| {row['shape']} | {row['process']} | {row['case']} | {row['variant']} | {row['tokens_per_s']:.1f} "
             f"{row['tokens_per_s_range']} | {row.get('speedup', '')} | {row.get('step_us', '')} "
@@ -466,8 +525,11 @@ def main() -> None:
         return
     for name in options.engines:
         shape, _, variants = name.partition(":")
-        if shape not in SHAPES or not set(variants.split("+")) <= set(VARIANTS):
+        if shape not in SHAPES or not set(map(base_of, variants.split("+"))) <= set(VARIANTS):
             parser.error(f"--engines: got {name!r}; shapes: {', '.join(SHAPES)}; variants: {', '.join(VARIANTS)}")
+        for schedules in [variant.partition("@")[2] for variant in variants.split("+")]:
+            if schedules not in ("", "plain") and not Path(schedules).is_file():
+                parser.error(f"--engines: got {name!r}; {schedules!r} is no file; allowed: a registry's path, 'plain'")
 
     def save(result: dict[str, Any]) -> None:
         if options.json:  # the digest lets scripts/gpu_record.py refuse rows of other code
@@ -479,12 +541,12 @@ def main() -> None:
         result = measure(children, options.rounds, deadline, save)
         result["versions"] = versions()
         result["selected"] = {child.name: child.selected() for child in children}
-        result["kernels"] = {
-            f"{child.shape}:{variant}:{batch}": child.ask(variant, "kernels", batch)
-            for batch in options.kernels
-            for child in children
-            for variant in child.variants
-        }
+        result["kernels"] = {}
+        for child in children if options.kernels else ():
+            for variant in child.variants:
+                child.capture(variant, anew=False)
+                for batch in options.kernels:
+                    result["kernels"][f"{child.shape}:{variant}:{batch}"] = child.ask(variant, "kernels", batch)
         save(result)
         print(table(result))
     finally:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
+
+from rmsnorm_patch import dispatch, launcher
+from rmsnorm_patch._paths import kernels_dir
 
 
 @pytest.fixture(scope="module")
@@ -27,3 +31,31 @@ def test_a_row_is_a_median_over_captures_and_knows_its_share_of_the_ceiling(benc
     assert (stock["step_us"], stock["step_us_range"], stock["captures"]) == (102, [100, 104], 3)
     assert (ours["share_recovered"], ours["speedup"]) == (0.5, round(102 / 98, 4))
     assert "share_recovered" not in removed
+
+
+def test_other_schedules_hold_while_graphs_are_captured(bench_vllm, tmp_path):
+    def clusters() -> set[int]:
+        configs = dispatch.schedules("fused_add_rms_norm_", torch.bfloat16, 4096, 90, None)
+        return {config.cluster for config in configs}
+
+    registry = (kernels_dir() / "registry.toml").read_text()
+    (tmp_path / "no_clusters.toml").write_text(registry.replace("\ncluster = 4\n", "\ncluster = 1\n"))
+    usual = clusters()
+    with bench_vllm.scheduled(str(tmp_path / "no_clusters.toml")):
+        assert clusters() == {1} != usual
+    assert clusters() == usual
+
+
+def test_plain_launches_hold_while_graphs_are_captured(bench_vllm, monkeypatch):
+    made: list[tuple[int, ...]] = []
+
+    def other(*values: object) -> None:
+        raise AssertionError("only kernels are made here")
+
+    functions = launcher.Functions(lambda *values: made.append(values), other, other, other, "python", "this test")
+    monkeypatch.setattr(launcher, "functions", lambda: functions)
+    arguments = (1, 2, 4096, 8, 1, 4, 128, 1, 16, 16, 0)
+    with bench_vllm.scheduled("plain"):
+        launcher.functions().new_kernel(*arguments)
+    launcher.functions().new_kernel(*arguments)
+    assert made == [(*arguments[:7], 0, *arguments[8:]), arguments]
