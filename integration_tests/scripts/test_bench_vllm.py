@@ -14,9 +14,14 @@ def bench_vllm(script):
     return script("bench_vllm")
 
 
-def test_what_each_kernel_adds_to_a_step_is_the_step(bench_vllm):
+@pytest.fixture(scope="module")
+def vllm_engine(script):
+    return script("benchlib.vllm_engine")
+
+
+def test_what_each_kernel_adds_to_a_step_is_the_step(vllm_engine):
     step = [("product", 0.0, 10.0), ("norm", 9.0, 12.0), ("product", 13.0, 20.0), ("hidden", 14.0, 15.0)]
-    rows = bench_vllm.exposed(step[::-1])
+    rows = vllm_engine.exposed(step[::-1])
     assert rows == {"product": [17.0, 2, 18.0], "norm": [3.0, 1, 2.0], "hidden": [1.0, 1, 0.0]}
     assert sum(added for _, _, added in rows.values()) == 20.0
 
@@ -33,7 +38,7 @@ def test_a_row_is_a_median_over_captures_and_knows_its_share_of_the_ceiling(benc
     assert "share_recovered" not in removed
 
 
-def test_other_schedules_hold_while_graphs_are_captured(bench_vllm, tmp_path):
+def test_other_schedules_hold_while_graphs_are_captured(vllm_engine, tmp_path):
     def clusters() -> set[int]:
         configs = dispatch.schedules("fused_add_rms_norm_", torch.bfloat16, 4096, 90, None)
         return {config.cluster for config in configs}
@@ -41,12 +46,12 @@ def test_other_schedules_hold_while_graphs_are_captured(bench_vllm, tmp_path):
     registry = (kernels_dir() / "registry.toml").read_text()
     (tmp_path / "no_clusters.toml").write_text(registry.replace("\ncluster = 4\n", "\ncluster = 1\n"))
     usual = clusters()
-    with bench_vllm.scheduled(str(tmp_path / "no_clusters.toml")):
+    with vllm_engine.scheduled(str(tmp_path / "no_clusters.toml")):
         assert clusters() == {1} != usual
     assert clusters() == usual
 
 
-def test_plain_launches_hold_while_graphs_are_captured(bench_vllm, monkeypatch):
+def test_plain_launches_hold_while_graphs_are_captured(vllm_engine, monkeypatch):
     made: list[tuple[int, ...]] = []
 
     def other(*values: object) -> None:
@@ -55,7 +60,7 @@ def test_plain_launches_hold_while_graphs_are_captured(bench_vllm, monkeypatch):
     functions = launcher.Functions(lambda *values: made.append(values), other, other, other, "python", "this test")
     monkeypatch.setattr(launcher, "functions", lambda: functions)
     arguments = (1, 2, 4096, 8, 1, 4, 128, 1, 16, 16, 0)
-    with bench_vllm.scheduled("plain"):
+    with vllm_engine.scheduled("plain"):
         launcher.functions().new_kernel(*arguments)
     launcher.functions().new_kernel(*arguments)
     assert made == [(*arguments[:7], 0, *arguments[8:]), arguments]
