@@ -274,6 +274,55 @@ def test_refusals_have_a_reason(x: torch.Tensor) -> None:
     }
 
 
+class Scaled(Plain):
+    """What it returns is more than its last sum."""
+
+    def forward(self, hidden_states):
+        residual = hidden_states
+        hidden_states = residual + self.mixer(self.norm1(hidden_states))
+        residual = hidden_states
+        hidden_states = residual + self.mlp(self.norm2(hidden_states))
+        return hidden_states * self.scale
+
+
+class TwoLoops(Model):
+    """The first layer's sum is read by the second layer, and then, in another order, by the third."""
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        for layer in self.layers[::2]:
+            x = layer(x)
+        return self.norm(x)
+
+
+def test_sums_that_are_not_handed_over_have_a_reason(x: torch.Tensor) -> None:
+    def left(model: nn.Module) -> list[tuple[str, str, str, str]]:
+        pairs = rmsnorm_patch.plan(model, backend="reference").pairs
+        return [(p.kind, p.layer, p.norm, p.reason) for p in pairs if p.kind in ("cross_layer", "final")]
+
+    last, several = "what it returns is not the sum of its last add alone", "its sum may be read by different norms"
+    assert left(Model(Scaled)) == [
+        ("cross_layer", "layers.0", "layers.1.norm1", last),
+        ("cross_layer", "layers.1", "layers.2.norm1", last),
+        ("final", "layers.2", "norm", last),
+    ]
+    assert patched_counts(Model(Scaled), x) == {"norm/reference": 4, "in_layer/reference": 3}
+
+    first, second, *_ = left(TwoLoops(Plain))
+    assert [first[:3], second[:3]] == [
+        ("cross_layer", "layers.0", "layers.1.norm1"),
+        ("cross_layer", "layers.0", "layers.2.norm1"),
+    ]
+    assert first[3].startswith(several)
+    assert second[3].startswith(several)
+    assert patched_counts(TwoLoops(Plain), x)["in_layer/reference"] == 5
+
+    repeated = Model(Plain)
+    repeated.layers.append(repeated.layers[0])
+    assert {reason for *_, reason in left(repeated) if "once" in reason} == {"the loop runs it more than once"}
+
+
 def test_a_sum_of_two_shapes(x: torch.Tensor) -> None:
     assert patched_counts(Model(Broadcast), x)["in_layer/reference"] == 3
 

@@ -112,11 +112,13 @@ class PlannedStep:
 
 @dataclass
 class Layout:
-    """What was read from a model. `unread`: (layer path, norm path, why) for forwards without readable source."""
+    """What was read from a model. `unread`: (layer path, norm path, why) for forwards without readable source.
+    `apart`: what a loop runs one after the other without a hand-over."""
 
     layers: dict[str, Layer] = field(default_factory=dict)
     steps: list[PlannedStep] = field(default_factory=list)
     unread: list[tuple[str, str, str]] = field(default_factory=list)
+    apart: list[PairSite] = field(default_factory=list)
 
     def chains(self, fused: set[tuple[str, str, str]]) -> Iterator[tuple[nn.Module, list[Step]]]:
         """For each module that runs layers: its hand-overs among `fused` (kind, layer path, norm path)."""
@@ -142,6 +144,7 @@ def find_pairs(model: nn.Module, norm_sites: Sequence[NormSite]) -> tuple[PairSi
                 tail = layer.flow.tail
                 where = layer.source.where(tail.node) if tail is not None else ""
                 pairs.append(PairSite(step.kind, layer.path, step.site.path, action, reason, where))
+        pairs.extend(site for site in dict.fromkeys(found.apart) if site.layer == layer.path)
     return tuple(pairs)
 
 
@@ -178,20 +181,22 @@ def layout(model: nn.Module, norm_sites: Iterable[NormSite]) -> Layout:
             _read_layer(found, by_id, path, module, norms)
     for _, parent in model.named_modules():
         _read_loops(found, by_id, sites, parent)
-    found.steps = _settled(found.steps)
+    _settle(found)
     return found
 
 
-def _settled(steps: list[PlannedStep]) -> list[PlannedStep]:
+def _settle(found: Layout) -> None:
     """One hand-over for each layer: a layer whose sum different norms may read (two loops over it) has none."""
     by_layer: dict[str, list[PlannedStep]] = {}
-    for step in steps:
+    for step in found.steps:
         by_layer.setdefault(step.layer.path, []).append(step)
-    settled = []
+    found.steps = []
     for same in by_layer.values():
         if all(step.norm is same[0].norm and step.parent is same[0].parent for step in same):
-            settled.append(replace(same[0], passive=all(step.passive for step in same)))
-    return settled
+            found.steps.append(replace(same[0], passive=all(step.passive for step in same)))
+        else:
+            several = "its sum may be read by different norms: more than one loop runs it"
+            found.apart += [PairSite(step.kind, step.layer.path, step.site.path, "leave", several) for step in same]
 
 
 def _read_layer(
@@ -230,8 +235,9 @@ def _read_loops(found: Layout, by_id: dict[int, Layer], sites: dict[int, NormSit
         modules = loop.modules
         for at, module in enumerate(modules):
             layer = by_id.get(id(module))
-            if layer is None or layer.live_tail() is None or modules.count(module) > 1:
+            if layer is None:
                 continue
+            why = _no_tail(layer, modules)
             passive = layer.flow.tail_passive and layer.source.passes_results
             if at + 1 < len(modules):
                 receiver = by_id.get(id(modules[at + 1]))
@@ -239,6 +245,9 @@ def _read_loops(found: Layout, by_id: dict[int, Layer], sites: dict[int, NormSit
                 if receiver is None or entry is None:
                     continue
                 attr = entry.attr
+                if why:
+                    found.apart.append(PairSite("cross_layer", layer.path, receiver.norm_path(attr), "leave", why))
+                    continue
                 quiet = passive and loop.passive and runs_first(receiver.source.tree, entry)
                 quiet = quiet and receiver.source.passes_results
                 norm = receiver.module._modules[attr]
@@ -246,5 +255,18 @@ def _read_loops(found: Layout, by_id: dict[int, Layer], sites: dict[int, NormSit
                 step = PlannedStep("cross_layer", parent, layer, receiver.norms[attr], norm, receiver, quiet)
                 found.steps.append(step)
             elif loop.final is not None and id(loop.final) in sites:
+                site = sites[id(loop.final)]
+                if why:
+                    found.apart.append(PairSite("final", layer.path, site.path, "leave", why))
+                    continue
                 quiet = passive and loop.final_passive
-                found.steps.append(PlannedStep("final", parent, layer, sites[id(loop.final)], loop.final, None, quiet))
+                found.steps.append(PlannedStep("final", parent, layer, site, loop.final, None, quiet))
+
+
+def _no_tail(layer: Layer, modules: tuple[nn.Module, ...]) -> str:
+    """Why a layer that these modules run in turn hands nothing over, or ""."""
+    if layer.reason:
+        return layer.reason
+    if modules.count(layer.module) > 1:
+        return "the loop runs it more than once"
+    return "" if layer.live_tail() is not None else "what it returns is not the sum of its last add alone"
