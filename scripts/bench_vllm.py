@@ -7,7 +7,7 @@
 Every engine is a process of its own with dummy weights, the default compile mode and CUDA graphs. All of them start at
 once; then they are measured one at a time in alternating rounds, so that clocks and host noise hit all of them.
 
-Where weights and activations happen to lie in the device's memory moves matrix products by 1 to 3 %, as much as all
+Where operands happen to lie in the device's memory moves matrix products by 1 to 3 %, as much as all
 norms together cost, and stays as it is for the life of an engine. Variants joined by "+" are engines of one process
 with one set of weights, which takes a part of that away; their rows say "shared". Before every round but the first,
 each engine captures its decode graphs again, with activations elsewhere in memory ("captures"): on an H200 that moves
@@ -45,7 +45,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchlib.vllm_engine import SHAPES, VARIANTS, Setup, base_of, serve
+from benchlib.vllm_engine import SHAPES, VARIANTS, Setup, base_of, schedules_of, serve
 from gpu_record import digest, versions
 
 DECODE = {1: 128, 8: 128, 32: 96, 256: 48}
@@ -92,7 +92,7 @@ class Child:
     def capture(self, variant: str, anew: bool) -> bool:
         """Have the variant's graphs captured again, if it is to be anew or another of the same engine may have its own
         there. Returns whether they were; raises RuntimeError where a variant needs it and the engine cannot."""
-        schedules = variant.partition("@")[2]
+        schedules = schedules_of(variant)
         alone = sum(base_of(other) == base_of(variant) for other in self.variants) == 1
         if alone and not anew and not schedules:
             return False
@@ -207,7 +207,7 @@ def main() -> None:
         shape, _, variants = name.partition(":")
         if shape not in SHAPES or not set(map(base_of, variants.split("+"))) <= set(VARIANTS):
             parser.error(f"--engines: got {name!r}; shapes: {', '.join(SHAPES)}; variants: {', '.join(VARIANTS)}")
-        for schedules in [variant.partition("@")[2] for variant in variants.split("+")]:
+        for schedules in map(schedules_of, variants.split("+")):
             if schedules not in ("", "plain") and not Path(schedules).is_file():
                 parser.error(f"--engines: got {name!r}; {schedules!r} is no file; allowed: a registry's path, 'plain'")
 

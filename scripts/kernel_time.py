@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchlib import ncu
 from benchlib.aims import PUBLISHED
-from benchlib.rows import FUSED
+from benchlib.rows import FUSED, named
 
 METRIC = "gpu__time_duration.sum"
 """Nanoseconds."""
@@ -30,7 +30,7 @@ REPEATS = 5
 
 def calls(outside: list[str]) -> list[tuple[int, str]]:
     """(columns, provider) of what `drive` launches, in this order, each REPEATS times behind one marker."""
-    names = [*PROVIDERS, *(entry.rpartition("=")[0] or entry for entry in outside)]
+    names = [*PROVIDERS, *(named(entry)[0] for entry in outside)]
     return [(n, name) for n in COLUMNS for name in names]
 
 

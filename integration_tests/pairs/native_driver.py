@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import gc
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,3 +42,9 @@ def table_of(op: Any, spec: NormSpec, n: int) -> Any:
     code = launcher.dlpack_code(fp32)
     functions.add_plan(bound.table, handle, 0, fp32, fp32, fp32, n, 0, 4, 4, 1e-6, code, code)
     return bound.table
+
+
+def held(watched: Iterable[object], collect_garbage: Callable[[], None]) -> tuple[int, list[int]]:
+    """How many objects there are, and how many references to each of `watched`."""
+    collect_garbage()
+    return len(gc.get_objects()), [sys.getrefcount(each) for each in watched]

@@ -5,15 +5,13 @@ Each pair is one launch; where a check says no, nothing is launched and the orig
 
 from __future__ import annotations
 
-import gc
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
-from native_driver import Driver, table_of
+from native_driver import Driver, held, table_of
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -442,11 +440,9 @@ def test_nothing_leaks(patched, collect_garbage) -> None:
     with torch.no_grad():
         for _ in range(3):
             model(TOKENS)
-        collect_garbage()
-        objects = len(gc.get_objects())
-        counts = [sys.getrefcount(each) for each in watched]
+        objects, counts = held(watched, collect_garbage)
         for _ in range(50):
             model(TOKENS)
-        collect_garbage()
-    assert [sys.getrefcount(each) for each in watched] == counts
-    assert abs(len(gc.get_objects()) - objects) < 50
+        objects_after, counts_after = held(watched, collect_garbage)
+    assert counts_after == counts
+    assert abs(objects_after - objects) < 50

@@ -110,9 +110,10 @@ def _forward_of(original: type[nn.Module], key: Key) -> FunctionType:
             and guards.servable(hidden_states, weight)
         ):
             normed = run(hidden_states, weight, eps)
-            kernel = pair_ops.kernel_of(self)
-            if run.table is not None and kernel is not None:
-                native.enroll_alone(self.__class__, kernel, run.table)
+            if run.table is not None:
+                kernel = pair_ops.kernel_of(self)
+                if kernel is not None:
+                    native.enroll_alone(self.__class__, kernel, run.table)
             if observe.active is not None:
                 report(self, hidden_states, normed, run.backend_for(hidden_states, weight))
             return normed

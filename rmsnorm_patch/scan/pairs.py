@@ -103,6 +103,10 @@ class PlannedStep:
             return handed
         return f"{handed}, except in inference mode: code runs in between, and no version would show that it wrote"
 
+    def left(self, why: str) -> PairSite:
+        """What the plan says where this is not done."""
+        return PairSite(self.kind, self.layer.path, self.site.path, "leave", why)
+
     def step(self, index: Index) -> Step:
         """index: of the parent."""
         layer, receiver = self.layer.module, None if self.receiver is None else self.receiver.module
@@ -196,7 +200,7 @@ def _settle(found: Layout) -> None:
             found.steps.append(replace(same[0], passive=all(step.passive for step in same)))
         else:
             several = "its sum may be read by different norms: more than one loop runs it"
-            found.apart += [PairSite(step.kind, step.layer.path, step.site.path, "leave", several) for step in same]
+            found.apart += [step.left(several) for step in same]
 
 
 def _read_layer(
@@ -237,30 +241,26 @@ def _read_loops(found: Layout, by_id: dict[int, Layer], sites: dict[int, NormSit
             layer = by_id.get(id(module))
             if layer is None:
                 continue
-            why = _no_tail(layer, modules)
             passive = layer.flow.tail_passive and layer.source.passes_results
-            if at + 1 < len(modules):
-                receiver = by_id.get(id(modules[at + 1]))
-                entry = None if receiver is None else receiver.live_entry()
-                if receiver is None or entry is None:
-                    continue
-                attr = entry.attr
-                if why:
-                    found.apart.append(PairSite("cross_layer", layer.path, receiver.norm_path(attr), "leave", why))
-                    continue
+            receiver = by_id.get(id(modules[at + 1])) if at + 1 < len(modules) else None
+            entry = None if receiver is None else receiver.live_entry()
+            if receiver is not None and entry is not None:
+                norm = receiver.module._modules[entry.attr]
+                assert norm is not None
                 quiet = passive and loop.passive and runs_first(receiver.source.tree, entry)
                 quiet = quiet and receiver.source.passes_results
-                norm = receiver.module._modules[attr]
-                assert norm is not None
-                step = PlannedStep("cross_layer", parent, layer, receiver.norms[attr], norm, receiver, quiet)
-                found.steps.append(step)
-            elif loop.final is not None and id(loop.final) in sites:
-                site = sites[id(loop.final)]
-                if why:
-                    found.apart.append(PairSite("final", layer.path, site.path, "leave", why))
-                    continue
+                site = receiver.norms[entry.attr]
+                step = PlannedStep("cross_layer", parent, layer, site, norm, receiver, quiet)
+            elif at + 1 == len(modules) and loop.final is not None and id(loop.final) in sites:
                 quiet = passive and loop.final_passive
-                found.steps.append(PlannedStep("final", parent, layer, site, loop.final, None, quiet))
+                step = PlannedStep("final", parent, layer, sites[id(loop.final)], loop.final, None, quiet)
+            else:
+                continue
+            why = _no_tail(layer, modules)
+            if why:
+                found.apart.append(step.left(why))
+            else:
+                found.steps.append(step)
 
 
 def _no_tail(layer: Layer, modules: tuple[nn.Module, ...]) -> str:

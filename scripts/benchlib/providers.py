@@ -19,7 +19,7 @@ import torch
 
 from rmsnorm_patch.semantics import NormSpec
 
-from .rows import FUSED, PLAIN
+from .rows import FUSED, PLAIN, named
 
 Call = Callable[..., Any]
 
@@ -82,12 +82,12 @@ def load(
 
 
 def _from_outside(entry: str, op: str) -> Provider:
-    name, _, path = entry.rpartition("=")
+    name, path = named(entry)
     module, _, function = path.partition(":")
     if not function:
         raise SystemExit(f"--provider {entry}: write it as module:function or name=module:function")
     sys.path.insert(0, os.getcwd())
-    return Provider(name or entry, op, getattr(importlib.import_module(module), function))
+    return Provider(name, op, getattr(importlib.import_module(module), function))
 
 
 @ours("ours", FUSED)

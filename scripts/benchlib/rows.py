@@ -65,3 +65,9 @@ def worst(rows: Sequence[Row], of: Any) -> tuple[float, str] | None:
     """The smallest of(row) and its shape; None where no row has a figure."""
     found = [(value, shape(row)) for row in rows if (value := of(row)) is not None]
     return min(found) if found else None
+
+
+def named(entry: str) -> tuple[str, str]:
+    """(name, "module:function") of a --provider entry, "[name=]module:function"; without a name it is the entry."""
+    name, _, path = entry.rpartition("=")
+    return name or entry, path

@@ -324,6 +324,11 @@ def base_of(variant: str) -> str:
     return variant.partition("@")[0]
 
 
+def schedules_of(variant: str) -> str:
+    """What its graphs are captured under, for `Engine.recapture`: "plain" of "ir@plain"."""
+    return variant.partition("@")[2]
+
+
 def serve(shape: str, variants: list[str], setup: Setup) -> None:
     """Child: answer each command line with one JSON line on the descriptor that stdout was."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
