@@ -25,7 +25,8 @@ collapse there, and matrix products run faster on them: it holds only where weig
 
 Ideas that lost, to be measured again: "-dependent" launches the compiler's own kernels dependently too
 (`triton.enable_pdl`), "ir-heads" serves the norms over q and k heads, which the plugin leaves to the compiler, and
-"ir-functional" returns new tensors where the plugin writes into its inputs.
+"ir-functional" returns new tensors where the plugin writes into its inputs. "ir-apart" is the plugin without its
+taking over what is left of split products (RMSNORM_PATCH_VLLM_LINEAR=off).
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ LAUNCH_CODE = (
     "semantics.py",
     "reference.py",
     "ops.py",
+    "linear_ops.py",
     "validate.py",
     "dispatch.py",
     "registry.py",
@@ -41,6 +42,7 @@ LAUNCH_CODE = (
     "driver.py",
     "cuda_backend.py",
     "cuda_pair.py",
+    "cuda_partials.py",
     "triton_backend.py",
     "triton_loader.py",
 )
@@ -68,13 +70,28 @@ def covered_files() -> list[Path]:
     return sorted(kernels + launch)
 
 
-def digest() -> str:
-    """sha256 over the names and contents of `covered_files()`."""
+def contents_of(paths: list[Path]) -> dict[str, str]:
+    """The sha256 of each file by its path in the checkout."""
+    return {path.relative_to(ROOT).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def files() -> dict[str, str]:
+    """`contents_of` the covered files."""
+    return contents_of(covered_files())
+
+
+def digest_of(listed: dict[str, str]) -> str:
+    """sha256 over the names and contents of `files()`, in their order."""
     total = hashlib.sha256()
-    for path in covered_files():
-        total.update(path.relative_to(ROOT).as_posix().encode() + b"\0")
-        total.update(hashlib.sha256(path.read_bytes()).digest())
+    for name, content in listed.items():
+        total.update(name.encode() + b"\0")
+        total.update(bytes.fromhex(content))
     return total.hexdigest()
+
+
+def digest() -> str:
+    """The name of this version of the kernels and launch code."""
+    return digest_of(files())
 
 
 def versions() -> dict[str, str]:
@@ -85,6 +102,11 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def plugin_files() -> dict[str, str]:
+    """`contents_of` the vLLM plugin."""
+    return contents_of(sorted((ROOT / "rmsnorm_patch" / "vllm_plugin").glob("*.py")))
 
 
 def device() -> dict[str, object]:
@@ -110,20 +132,21 @@ def _python(*arguments: str, check: bool = True) -> None:
     subprocess.run([sys.executable, *arguments], cwd=ROOT, env=_environment(), check=check)
 
 
-def run_tests(workers: int = 0) -> dict[str, object]:
-    """Counts of the GPU tests, and the names of those that failed.
+def run_tests(workers: int = 0) -> dict[str, dict]:
+    """Counts of the GPU tests, and the names of those that failed: "tests", and "engine_tests" for those of vLLM.
 
-    With several workers, those of vLLM run beside the others in one process of their own (they share engines, which
-    each worker would start), and those that hold a time against a limit run last, alone.
+    Engines speak of the plugin, which a record's files do not hold: their counts stand apart, with the plugin's files.
+    With several workers they run beside the others in one process of their own (they share engines, which each worker
+    would start), and tests that hold a time against a limit run last, alone.
     """
     folder, engines = "integration_tests/gpu", sorted((ROOT / "integration_tests/gpu").glob("test_vllm_*.py"))
-    if not workers or not _has("xdist"):
-        return _test([folder])
     ignored = [f"--ignore={path}" for path in engines]
-    runs = [[folder, "-n", str(workers), "--dist", "worksteal", "-m", "not timed", *ignored], list(map(str, engines))]
-    with ThreadPoolExecutor(len(runs)) as pool:
-        counts = list(pool.map(_test, runs))
-    return merged([*counts, _test([folder, "-m", "timed", *ignored])])
+    spread = ["-n", str(workers), "--dist", "worksteal", "-m", "not timed"] if workers and _has("xdist") else []
+    with ThreadPoolExecutor(2 if spread else 1) as pool:
+        tests, engine_tests = pool.map(_test, [[folder, *spread, *ignored], [str(path) for path in engines]])
+    if spread:
+        tests = merged([tests, _test([folder, "-m", "timed", *ignored])])
+    return {"tests": tests, "engine_tests": {**engine_tests, "files": plugin_files()}}
 
 
 def _test(words: list[str]) -> dict[str, object]:
@@ -273,7 +296,8 @@ def begin(path: Path, fresh: bool, parts: list[str]) -> dict:
         before = {}
     if before and parts == ["vllm"]:  # measured already: taking the rows in needs no GPU
         return before
-    record = {"digest": digest(), "device": device(), "tests": None, **{part: [] for part in KEYS}}
+    record = {"digest": digest(), "files": files(), "device": device(), "tests": None, "engine_tests": None}
+    record |= {part: [] for part in KEYS}
     return {**record, **before, "device": record["device"], "versions": {**before.get("versions", {}), **versions()}}
 
 
@@ -283,7 +307,7 @@ def write(args: argparse.Namespace) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     for part in args.parts:
         if part == "tests":
-            record["tests"] = run_tests(args.workers)
+            record.update(run_tests(args.workers))
         else:
             section = SECTIONS.get(part, part)
             record[section] = _replace(record[section], _measure(part, args), KEYS[section])
@@ -296,18 +320,53 @@ def write(args: argparse.Namespace) -> None:
         print(f"{path}: {part} written; tests {record['tests']}, rows {held}", flush=True)
 
 
-def problems_of(record: dict, now: str) -> list[str]:
-    """What keeps a record from speaking for the code with the digest `now`."""
+def _follows(record: dict) -> bool:
+    """Whether the digest of a record is that of the files it lists."""
+    try:
+        return digest_of(record.get("files", {})) == record["digest"]
+    except ValueError:  # a content that is not hexadecimal
+        return False
+
+
+def _named(names: list[str]) -> str:
+    """The first three names, and how many there are beside them."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def problems_of(record: dict, tree: dict[str, str]) -> list[str]:
+    """What keeps a record from speaking for the files it lists, as `tree` has them; it says nothing of other files."""
+    changed = [name for name, content in record.get("files", {}).items() if tree.get(name) != content]
+    if not changed:
+        return findings_of(record)
+    stale = (
+        f"recorded for code {record['digest'][:12]}, changed or removed since: {_named(changed)}; "
+        "run scripts/gpu_record.py run on that GPU and commit the result"
+    )
+    return [stale, *findings_of(record)]
+
+
+def proved_by(record: dict, tree: dict[str, str]) -> list[str]:
+    """The files of `tree` that a record lists as they are; none where it has findings."""
+    if findings_of(record):
+        return []
+    return [name for name, content in tree.items() if record["files"].get(name) == content]
+
+
+def findings_of(record: dict) -> list[str]:
+    """What keeps a record from speaking for any code."""
     found = []
-    if record["digest"] != now:
+    if not _follows(record):
         found.append(
-            f"recorded for code {record['digest'][:12]}, this tree is {now[:12]}; "
-            "run scripts/gpu_record.py run on that GPU and commit the result"
+            f"digest {record['digest'][:12]} does not follow from its files; "
+            "restore the record as it was written, or run scripts/gpu_record.py run on that GPU"
         )
     if not record["tests"]:
         found.append("holds no test run; run with --parts tests")
     elif record["tests"]["failed"] or not record["tests"]["passed"]:
         found.append(f"GPU tests {record['tests']}")
+    engines = record.get("engine_tests")
+    if engines and engines["failed"] and engines["files"] == plugin_files():
+        found.append(f"tests of vLLM engines with this plugin: {engines['failures']}")
     for row in record["kernels"]:
         wrong = {name: why for name, why in row["failed"].items() if name.startswith("ours")}
         if wrong:
@@ -321,17 +380,21 @@ def problems_of(record: dict, now: str) -> list[str]:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Exit 1 where a record is missing, speaks of other code, or holds failed tests, kernels or sanitizer findings."""
-    paths = sorted(RECORDS.glob("*.json"))
-    now = digest()
-    problems = [f"{path.name}: {what}" for path in paths for what in problems_of(json.loads(path.read_text()), now)]
-    if not paths:
-        problems = ["records/: no record; run scripts/gpu_record.py run on a GPU"]
+    """Exit 1 where a file has no record, or a record speaks of other code or of failed tests, kernels or sanitizers."""
+    tree = files()
+    records = {path.name: json.loads(path.read_text()) for path in sorted(RECORDS.glob("*.json"))}
+    problems = [f"{name}: {what}" for name, record in records.items() for what in problems_of(record, tree)]
+    proved = {name: proved_by(record, tree) for name, record in records.items()}
+    missing = [name for name in tree if not any(name in listed for listed in proved.values())]
+    if missing:
+        problems.append(f"no record has {_named(missing)}; run scripts/gpu_record.py run on a GPU")
     for problem in problems:
         print(problem, file=sys.stderr)
     if problems:
         raise SystemExit(1)
-    print(f"{len(paths)} record(s) match the code ({now[:12]}, {len(covered_files())} files)")
+    matching = f"{len(records)} record(s) match the code ({digest_of(tree)[:12]}, {len(tree)} files)"
+    partial = [f"{name}: {len(p)} of {len(tree)} files" for name, p in proved.items() if len(p) < len(tree)]
+    print("; ".join([matching, *partial]))
 
 
 def _default_record() -> Path:
@@ -358,7 +421,7 @@ def parsed() -> argparse.Namespace:
     run.add_argument("--tool", nargs="+", choices=TOOLS, default=list(TOOLS), help="of compute-sanitizer")
     run.add_argument("--sanitizer-tests", nargs="+", default=["integration_tests/gpu"])
     run.add_argument("--fresh", action="store_true", help="replace a record of another version of the code")
-    verbs.add_parser("check", help="compare every record's digest with this tree")
+    verbs.add_parser("check", help="compare the files of every record with this tree")
     args = parser.parse_args()
     if args.verb == "run":
         args.parts = args.parts or [part for part in PARTS if part != "vllm" or args.vllm_json]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
-from rmsnorm_patch import dispatch, nvrtc
+from rmsnorm_patch import cuda_partials, dispatch, nvrtc
 from rmsnorm_patch.semantics import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, T5, NormSpec
 
 pytest.importorskip("triton")
@@ -136,6 +137,71 @@ def test_odd_rows_use_the_widest_access_their_length_allows():
         _, machine = code(FUSED, n, 90, 0)
         assert set(machine.loads) == set(machine.stores) == {width}
         assert not machine.spills
+
+
+IN_PARTS = (2048, 2880, 4096, 5120, 8192, 16384)
+PARTS = (2, 4, 8)
+"""Not 8 of 16384 columns: CTAs of 1024 threads have no registers for them (docs/decisions.md)."""
+
+
+def schedules_in_parts(n, parts, arch, x=BF16, clusters=True):
+    fused = dispatch.schedules("fused_add_rms_norm_", x, n, arch)[0]
+    return cuda_partials.schedules(fused, n, parts, clusters)
+
+
+@cache
+def code_in_parts(config, n, arch, spec, x):
+    return kernel_table.machine_code(kernel_table.build(config, spec, True, n, arch, x, x))
+
+
+def check_in_parts(config, n, parts, arch, spec, x):
+    """One load of weight and residual and two of each part for every chunk of a thread, one store of sum and result."""
+    machine = code_in_parts(replace(config, m=(1, 1)), n, arch, spec, x)  # the rows it serves are not compiled in
+    chunks = -(-n // (config.vec * config.threads * config.cluster))
+    assert machine.loads == {128: chunks * (2 + 2 * parts)}
+    assert machine.stores == {128: chunks * 2}
+    assert machine.waits == (1 if arch >= 90 else 0)
+    assert machine.loads_before_wait == (chunks if arch >= 90 else 0), "the weight, all of it, and nothing else"
+    assert machine.gpu_fences == 0
+    assert not machine.spills, (config, machine)
+
+
+@pytest.mark.parametrize("x", [BF16, FP16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("spec", [LLAMA, FP32_SUM], ids=["llama", "fp32_sum"])
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("n", IN_PARTS)
+def test_a_product_in_parts(n, parts, spec, x):
+    for config in schedules_in_parts(n, parts, 90, x)[: 1 if (n, parts) == (16384, 8) else None]:
+        check_in_parts(config, n, parts, 90, spec, x)
+
+
+@pytest.mark.parametrize("spec", [LLAMA, FP32_SUM], ids=["llama", "fp32_sum"])
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("n", IN_PARTS)
+def test_a_product_in_parts_without_clusters(n, parts, spec):
+    for arch in (80, 89):
+        for config in schedules_in_parts(n, parts, arch, clusters=False):
+            assert config.cluster == 1
+            check_in_parts(config, n, parts, arch, spec, BF16)
+
+
+@pytest.mark.parametrize("clusters", [True, False])
+@pytest.mark.parametrize("n", IN_PARTS)
+def test_schedules_of_products_in_parts(n, clusters):
+    """Whole warps that fit a CTA, equal shares of a cluster's CTAs, every row count once, the fused op's tree."""
+    for parts in PARTS:
+        configs = schedules_in_parts(n, parts, 90, clusters=clusters)
+        rows = [m for config in configs for m in range(config.m[0], config.m[1] + 1)]
+        assert rows == list(range(1, cuda_partials.MOST_ROWS + 1))
+        for config in configs:
+            assert config.threads % 32 == 0
+            assert config.threads <= 1024
+            assert config.cluster == 1 or (clusters and n % (config.cluster * config.threads * config.vec) == 0)
+            assert (config.vec, config.rows_per_cta) == (8, 1)
+            assert dict(config.defines)["PARTIALS"] == parts
+        trees = {config.tree for config in dispatch.schedules("fused_add_rms_norm_", BF16, n, 90)}
+        assert {config.tree for config in configs} == trees == {"lanes-8"}
+    assert any(config.cluster > 1 for config in configs) is (clusters and n != 2880)
 
 
 def test_the_page_is_current():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
 import pytest
 
 KERNEL = {"op": "rms_norm", "mode": "cold", "dtype": "bf16", "m": 1, "n": 64, "us": {"ours": 1.0}, "failed": {}}
+NO_RECORD = "no record has {}; run scripts/gpu_record.py run on a GPU"
 
 
 @pytest.fixture(scope="module")
@@ -15,11 +17,11 @@ def gpu_record(script):
     return script("gpu_record")
 
 
-@pytest.fixture
-def record(gpu_record):
-    """A record of this tree in which everything passed; made-up figures, for these tests alone."""
+def record_of(gpu_record, files):
+    """A record of these files in which everything passed; made-up figures, for these tests alone."""
     return {
-        "digest": gpu_record.digest(),
+        "digest": gpu_record.digest_of(files),
+        "files": files,
         "device": {"name": "test data, no GPU"},
         "versions": {},
         "tests": {"passed": 3, "failed": 0, "skipped": 1, "failures": []},
@@ -31,14 +33,52 @@ def record(gpu_record):
     }
 
 
+@pytest.fixture
+def record(gpu_record):
+    return record_of(gpu_record, gpu_record.files())
+
+
+@pytest.fixture
+def checkout(gpu_record, repository, tmp_path, monkeypatch):
+    """A copy of the kernels and the package, to be changed, which the script takes for its own."""
+    for folder in ("kernels", "rmsnorm_patch"):
+        shutil.copytree(repository / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(gpu_record, "ROOT", tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def check(gpu_record, tmp_path, monkeypatch, capsys):
+    """`check(name=record, ...)`: the lines of the command where there are these records alone; errors if it fails."""
+
+    def run(**records: dict) -> list[str]:
+        folder = tmp_path / "records"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        for name, record in records.items():
+            (folder / f"{name}.json").write_text(json.dumps(record))
+        monkeypatch.setattr(gpu_record, "RECORDS", folder)
+        monkeypatch.setattr(sys, "argv", ["gpu_record.py", "check"])
+        failed = False
+        try:
+            gpu_record.main()
+        except SystemExit as ended:
+            failed = ended.code == 1
+        said = capsys.readouterr()
+        return (said.err if failed else said.out).splitlines()
+
+    return run
+
+
 def test_a_right_record_has_no_problems(gpu_record, record):
-    assert gpu_record.problems_of(record, gpu_record.digest()) == []
+    assert gpu_record.problems_of(record, gpu_record.files()) == []
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"digest": "0" * 64}, "recorded for code 000000000000"),
+        ({"digest": "0" * 64}, "digest 000000000000 does not follow from its files"),
+        ({"files": {}}, "does not follow from its files"),
         ({"tests": None}, "holds no test run"),
         ({"tests": {"passed": 3, "failed": 1, "skipped": 0, "failures": ["a::b"]}}, "a::b"),
         ({"tests": {"passed": 0, "failed": 0, "skipped": 9, "failures": []}}, "'passed': 0"),
@@ -51,13 +91,13 @@ def test_a_right_record_has_no_problems(gpu_record, record):
     ],
 )
 def test_what_the_check_refuses(gpu_record, record, change, said):
-    (problem,) = gpu_record.problems_of({**record, **change}, gpu_record.digest())
+    (problem,) = gpu_record.problems_of({**record, **change}, gpu_record.files())
     assert said in problem
 
 
 def test_a_failing_peer_is_no_problem_of_ours(gpu_record, record):
     record["kernels"] = [{**KERNEL, "failed": {"quack": "relative error 1"}}]
-    assert gpu_record.problems_of(record, gpu_record.digest()) == []
+    assert gpu_record.problems_of(record, gpu_record.files()) == []
 
 
 def test_runs_of_tests_are_counted_together(gpu_record):
@@ -66,33 +106,110 @@ def test_runs_of_tests_are_counted_together(gpu_record):
     assert gpu_record.merged([one, other]) == {"passed": 5, "failed": 1, "skipped": 1, "failures": ["a::b"]}
 
 
-def test_the_check_ends_with_an_error_for_a_stale_record(gpu_record, record, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu_record, "RECORDS", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["gpu_record.py", "check"])
-    with pytest.raises(SystemExit):
-        gpu_record.main()
-    assert "no record" in capsys.readouterr().err
-    (tmp_path / "test-data.json").write_text(json.dumps(record))
-    gpu_record.main()
-    (tmp_path / "test-data.json").write_text(json.dumps({**record, "digest": "f" * 64}))
-    with pytest.raises(SystemExit):
-        gpu_record.main()
-    assert "test-data.json: recorded for code ffffffffffff" in capsys.readouterr().err
+@pytest.mark.parametrize("workers", [0, 4])
+def test_tests_of_engines_are_counted_apart_and_speak_of_the_plugin(gpu_record, monkeypatch, workers):
+    def run(words):
+        engines = any("test_vllm_engine" in word and "ignore" not in word for word in words)
+        timed = words[1:3] == ["-m", "timed"]
+        return {"passed": 100 if engines else 10 if timed else 1, "failed": 0, "skipped": 0, "failures": []}
+
+    monkeypatch.setattr(gpu_record, "_test", run)
+    found = gpu_record.run_tests(workers)
+    assert found["tests"]["passed"] == (11 if workers else 1)
+    assert found["engine_tests"]["passed"] == 100
+    assert "rmsnorm_patch/vllm_plugin/hooks.py" in found["engine_tests"]["files"]
 
 
-def test_the_digest_follows_kernels_and_launch_code(gpu_record, repository, tmp_path, monkeypatch):
-    import shutil
+def test_a_failure_of_engines_with_this_plugin_is_a_problem(gpu_record, record):
+    failed = {"passed": 3, "failed": 1, "skipped": 0, "failures": ["a::b"], "files": gpu_record.plugin_files()}
+    (problem,) = gpu_record.problems_of({**record, "engine_tests": failed}, gpu_record.files())
+    assert "a::b" in problem
+    other = {**failed["files"], "rmsnorm_patch/vllm_plugin/hooks.py": "0" * 64}
+    assert gpu_record.problems_of({**record, "engine_tests": {**failed, "files": other}}, gpu_record.files()) == []
 
-    for folder in ("kernels", "rmsnorm_patch"):
-        shutil.copytree(repository / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(gpu_record, "ROOT", tmp_path)
+
+@pytest.mark.parametrize("content", ["0" * 64, "no hexadecimal"])
+def test_files_edited_by_hand_are_refused(gpu_record, record, content):
+    record["files"] = {**record["files"], "kernels/registry.toml": content}
+    stale, edited = gpu_record.problems_of(record, gpu_record.files())
+    assert "kernels/registry.toml" in stale
+    assert "does not follow from its files" in edited
+    assert gpu_record.proved_by(record, gpu_record.files()) == []
+
+
+@pytest.mark.parametrize("removed", [False, True])
+def test_a_listed_file_that_changed_or_went_makes_a_record_stale(gpu_record, checkout, check, removed):
+    record = record_of(gpu_record, gpu_record.files())
+    name = "kernels/cuda/rms_norm_pair.cu"
+    path = checkout / name
+    path.unlink() if removed else path.write_text(path.read_text() + "\n")
+    stale, *rest = check(old=record)
+    assert stale == (
+        f"old.json: recorded for code {record['digest'][:12]}, changed or removed since: {name}; "
+        "run scripts/gpu_record.py run on that GPU and commit the result"
+    )
+    assert rest == ([] if removed else [NO_RECORD.format(name)])
+    assert check(old=record, new=record_of(gpu_record, gpu_record.files())) == [stale]
+
+
+def test_of_many_changed_files_the_first_are_named(gpu_record, checkout):
+    record = record_of(gpu_record, gpu_record.files())
+    names = list(record["files"])[:5]
+    for name in names:
+        (checkout / name).write_text("")
+    (stale,) = gpu_record.problems_of(record, gpu_record.files())
+    assert f"changed or removed since: {', '.join(names[:3])} and 2 more;" in stale
+
+
+def test_an_added_file_needs_a_record_and_leaves_older_ones_valid(gpu_record, checkout, check):
+    old = record_of(gpu_record, gpu_record.files())
+    (checkout / "kernels/cuda/added.cu").write_text("// added\n")
+    tree = gpu_record.files()
+    assert gpu_record.problems_of(old, tree) == []
+    assert check(old=old) == [NO_RECORD.format("kernels/cuda/added.cu")]
+    (line,) = check(old=old, new=record_of(gpu_record, tree))
+    assert line == (
+        f"2 record(s) match the code ({gpu_record.digest()[:12]}, {len(tree)} files); "
+        f"old.json: {len(tree) - 1} of {len(tree)} files"
+    )
+
+
+def test_records_cover_the_tree_together(gpu_record, check):
+    tree = gpu_record.files()
+    kernels = {name: content for name, content in tree.items() if name.startswith("kernels/")}
+    launch = {name: content for name, content in tree.items() if name not in kernels}
+    one, other = record_of(gpu_record, kernels), record_of(gpu_record, launch)
+    (line,) = check(one=one)
+    assert line.startswith("no record has rmsnorm_patch/")
+    (line,) = check(one=one, other=other)
+    assert line.startswith("2 record(s) match the code")
+    assert f"one.json: {len(kernels)} of {len(tree)} files; other.json: {len(launch)} of {len(tree)} files" in line
+    failed, missing = check(one=one, other={**other, "tests": None})
+    assert "other.json: holds no test run" in failed
+    assert missing.startswith("no record has rmsnorm_patch/")
+
+
+def test_a_tree_without_records_and_with_one(gpu_record, record, check):
+    first, second, third, *rest = record["files"]
+    assert check() == [NO_RECORD.format(f"{first}, {second}, {third} and {len(rest)} more")]
+    files = len(record["files"])
+    assert check(one=record) == [f"1 record(s) match the code ({record['digest'][:12]}, {files} files)"]
+
+
+def test_the_digest_is_made_as_in_earlier_records(gpu_record):
+    """printf 'name\\0<32 bytes>...' | sha256sum"""
+    files = {"kernels/a.cu": "00" * 32, "rmsnorm_patch/b.py": "ff" * 32}
+    assert gpu_record.digest_of(files) == "4357b04cd0dea3ee41db3dd6bf82d1ae4c1774749053b6350c5290dfc0e01467"
+
+
+def test_the_digest_follows_kernels_and_launch_code(gpu_record, checkout):
     before = gpu_record.digest()
     for path in ("kernels/cuda/rows.cuh", "kernels/registry.toml", "rmsnorm_patch/launcher.c", "rmsnorm_patch/ops.py"):
-        (tmp_path / path).write_text((tmp_path / path).read_text() + "\n")
+        (checkout / path).write_text((checkout / path).read_text() + "\n")
         after = gpu_record.digest()
         assert after != before, path
         before = after
-    (tmp_path / "rmsnorm_patch" / "cli.py").write_text("")
+    (checkout / "rmsnorm_patch" / "cli.py").write_text("")
     assert gpu_record.digest() == before
 
 
@@ -116,6 +233,7 @@ def test_parts_of_one_record_and_of_another_code(gpu_record, tmp_path, monkeypat
 
     measured.write_text(json.dumps({"digest": gpu_record.digest(), "rows": [row, {**row, "case": "prefill"}]}))
     run()
+    assert json.loads(path.read_text())["files"] == gpu_record.files()
 
     def no_gpu() -> dict:
         raise AssertionError("rows that were measured are taken into a record without a GPU")
@@ -143,7 +261,8 @@ def test_code_that_changes_while_a_part_runs_is_not_recorded(gpu_record, tmp_pat
     monkeypatch.setattr(gpu_record, "device", lambda: {"name": "test data, no GPU"})
     digests = iter(["a" * 64, "b" * 64])
     monkeypatch.setattr(gpu_record, "digest", lambda: next(digests))
-    monkeypatch.setattr(gpu_record, "run_tests", lambda workers: {"passed": 1, "failed": 0, "skipped": 0})
+    passed = {"passed": 1, "failed": 0, "skipped": 0, "failures": []}
+    monkeypatch.setattr(gpu_record, "run_tests", lambda workers: {"tests": passed, "engine_tests": passed})
     monkeypatch.setattr(sys, "argv", ["gpu_record.py", "run", "--record", str(tmp_path / "r.json"), "--parts", "tests"])
     with pytest.raises(SystemExit, match="changed while tests ran"):
         gpu_record.main()

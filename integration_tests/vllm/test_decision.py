@@ -27,7 +27,8 @@ CUDA = Facts("auto", "0.26.0", has_ir=True, has_oot=True, device_type="cuda", co
         ({"incumbents": ("rmsnorm_patch", "native")}, "ir", "rmsnorm_patch"),
         ({"quantization": "awq"}, "ir", "rmsnorm_patch"),
         ({"quantization": "fp8", "compiled": False, "incumbents": ("vllm_c",)}, "ir", "rmsnorm_patch_c"),
-        ({"tensor_parallel": 2}, "ir", "rmsnorm_patch"),
+        ({"requested": "ir", "tensor_parallel": 2}, "ir", "rmsnorm_patch"),
+        ({"compiled": False, "tensor_parallel": 2, "incumbents": ("vllm_c",)}, "ir", "rmsnorm_patch_c"),
     ],
 )
 def test_served(changes: dict, route: str, provider: str) -> None:
@@ -50,6 +51,7 @@ def test_served(changes: dict, route: str, provider: str) -> None:
         ({"quantization": "fp8"}, "quantization 'fp8'", False),
         ({"quantization": "compressed-tensors"}, "quantization 'compressed-tensors'", False),
         ({"requested": "oot", "tensor_parallel": 2}, "all-reduce fusion", False),
+        ({"tensor_parallel": 2}, "RMSNORM_PATCH_VLLM=ir serves them all the same", False),
         ({"incumbents": ("oink", "native")}, "begins with 'oink'", False),
     ],
 )
@@ -58,6 +60,44 @@ def test_left_alone(changes: dict, reason: str, warning: bool) -> None:
     assert (decision.route, decision.provider) == ("none", "")
     assert reason in decision.reason
     assert decision.warning is warning
+
+
+JOINS = "norms add up the parts of split products"
+
+
+@pytest.mark.parametrize(
+    ("changes", "linear"),
+    [
+        ({}, True),
+        ({"requested": "ir"}, True),
+        ({"requested": "ir", "tensor_parallel": 2}, True),
+        ({"quantization": "awq"}, True),
+        ({"incumbents": ("vllm_c", "native")}, True),
+        ({"capability": 80}, False),
+        ({"capability": 89}, False),
+        ({"capability": 100}, False),
+        ({"capability": None}, False),
+        ({"device_type": "cpu"}, False),
+        ({"device_type": "cpu", "capability": None}, False),
+        ({"linear": "off"}, False),
+        ({"requested": "oot"}, False),
+        ({"has_ir": False}, False),
+        ({"compiled": False}, False),
+        ({"quantization": "fp8"}, False),
+        ({"requested": "off"}, False),
+    ],
+)
+def test_products_are_joined_with_norms(changes: dict, linear: bool) -> None:
+    """In compiled graphs of the IR route, on the GPU where it was measured, unless it is turned off."""
+    decision = decide(replace(CUDA, **{"capability": 90, **changes}))
+    assert decision.linear is linear
+    assert (JOINS in decision.reason) is linear
+    assert (JOINS in str(decision)) is linear
+
+
+def test_joining_changes_nothing_else_of_a_decision() -> None:
+    on, off = (decide(replace(CUDA, capability=90, linear=linear)) for linear in ("auto", "off"))
+    assert on == replace(off, linear=True, reason=f"{off.reason}; {JOINS}")
 
 
 def test_numerics_of_the_incumbents_differ() -> None:
@@ -71,6 +111,26 @@ def test_a_bad_value_names_the_allowed_ones(monkeypatch: pytest.MonkeyPatch) -> 
     assert "auto, ir, oot, off" in vllm_plugin.describe().reason
 
 
+def test_a_bad_value_for_joining_names_the_allowed_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RMSNORM_PATCH_VLLM", raising=False)
+    monkeypatch.setenv("RMSNORM_PATCH_VLLM_LINEAR", "on")
+    with pytest.raises(UnsupportedInput, match="RMSNORM_PATCH_VLLM_LINEAR: got 'on'; supported: auto, off; next: "):
+        settings.read_linear()
+    found = vllm_plugin.describe()
+    assert found.route == "none"
+    assert "RMSNORM_PATCH_VLLM_LINEAR: got 'on'; supported: auto, off" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(None, "auto"), ("", "auto"), ("auto", "auto"), ("off", "off"), (" OFF ", "off")]
+)
+def test_values_for_joining(value: str | None, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RMSNORM_PATCH_VLLM_LINEAR", raising=False)
+    if value is not None:
+        monkeypatch.setenv("RMSNORM_PATCH_VLLM_LINEAR", value)
+    assert settings.read_linear() == expected
+
+
 @pytest.mark.parametrize(
     ("variables", "route", "reason"),
     [
@@ -82,7 +142,7 @@ def test_a_bad_value_names_the_allowed_ones(monkeypatch: pytest.MonkeyPatch) -> 
     ],
 )
 def test_description(variables: dict, route: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RMSNORM_PATCH_VLLM", "VLLM_PLUGINS"):
+    for name in ("RMSNORM_PATCH_VLLM", "RMSNORM_PATCH_VLLM_LINEAR", "VLLM_PLUGINS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

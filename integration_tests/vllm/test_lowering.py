@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed in this environment; `make test-vllm` builds one")
 pytestmark = pytest.mark.slow
 
-LOWERED = """
+IMPORTS = """
 import torch
 from rmsnorm_patch import vllm_plugin
 from rmsnorm_patch.vllm_plugin import arithmetic
@@ -22,7 +22,9 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.compilation.passes.inductor_pass import pass_context
 from vllm.compilation.passes.ir.lowering_pass import VllmIRLoweringPass
 from vllm.config.utils import Range
+"""
 
+LOWERED = """
 seen = []
 class Watched(VllmIRLoweringPass):
     def __call__(self, graph):
@@ -66,7 +68,94 @@ def test_the_lowering_pass_selects_and_inserts_our_ops(environment: Callable[...
     """Fused add, weightless with variance_size: ours; an fp32 weight: vLLM's; a strided 3-D head norm: the compiler's,
     and ours with a right, contiguous result where that rule is taken away."""
     done = subprocess.run(
-        [sys.executable, "-c", LOWERED],
+        [sys.executable, "-c", IMPORTS + LOWERED],
+        env=environment(RMSNORM_PATCH_COMPILE="op"),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]
+
+
+JOINED = """
+import os
+from collections import Counter
+from dataclasses import replace
+import torch.nn.functional as F
+from rmsnorm_patch.vllm_plugin import hooks, settings
+from vllm.compilation.passes.ir.clone_elimination import UnsafeCloneEliminationPass
+
+def config(linear):
+    os.environ[settings.LINEAR_VARIABLE] = linear
+    return VllmConfig()
+
+assert config("auto").compute_hash() == config("off").compute_hash(), "on the CPU nothing is joined"
+of_this_engine = hooks.facts_of
+hooks.facts_of = lambda *args: replace(of_this_engine(*args), device_type="cuda", capability=90)
+assert config("auto").compute_hash() != config("off").compute_hash()
+
+class Watched(VllmIRLoweringPass):
+    def __init__(self, vllm_config):
+        super().__init__(vllm_config)
+        self.eliminate_clones = UnsafeCloneEliminationPass(vllm_config)
+
+    def __call__(self, graph):
+        super().__call__(graph)
+        graph.lint()
+        nodes = [node for node in graph.nodes if node.op == "call_function"]
+        self.targets = Counter(str(node.target).removesuffix(".default") for node in nodes)
+        op = torch.ops.rmsnorm_patch.linear_fused_add_rms_norm_.default
+        self.joined = [(*node.args[1].meta["val"].shape,) for node in nodes if node.target is op]
+        self.eliminate_clones(graph)
+        graph.lint()
+
+def layers(x, residual, weight, o, gate_up, down, bias):
+    def norm(x, residual):
+        return ir.ops.fused_add_rms_norm(x, residual, weight, 1e-6)
+    normed, total = norm(F.linear(x, o), residual)
+    normed, total = norm(F.linear(F.silu(F.linear(normed, gate_up)[:, :256]) * 2, down), total)
+    shown = F.linear(normed, o)
+    normed, total = norm(shown, total)
+    normed, total = norm(F.linear(normed, o, bias), total)
+    normed, total = norm(F.linear(normed, o + 1), total)
+    return normed, total, shown
+
+torch.manual_seed(0)
+weight, bias = torch.randn(128).bfloat16(), torch.randn(128).bfloat16()
+matrices = [torch.randn(shape).bfloat16() / 12 for shape in ((128, 128), (512, 128), (128, 256))]
+inputs = [torch.randn(2, rows, 128).bfloat16() for rows in (7, 3)]
+
+def compiled(linear):
+    torch._dynamo.reset()
+    vllm_config, results = config(linear), []
+    with set_current_vllm_config(vllm_config), torch.no_grad(), pass_context(Range(1, 64)):
+        vllm_config.kernel_config.ir_op_priority.set_default()  # as a worker's start does
+        watched = Watched(vllm_config)
+        with inductor.patch(post_grad_custom_post_pass=watched, force_disable_caches=True):
+            call = torch.compile(layers, dynamic=True, fullgraph=True)
+            for x, residual in inputs:
+                given = x.clone(), residual.clone()
+                results += call(*given, weight, *matrices, bias)
+                assert torch.equal(given[0], x) and torch.equal(given[1], residual)
+        return results, watched, VllmIRLoweringPass(vllm_config).uuid()
+
+apart, off, key_off = compiled("off")
+together, on, key_on = compiled("auto")
+separate, joined = "rmsnorm_patch.fused_add_rms_norm_", "rmsnorm_patch.linear_fused_add_rms_norm_"
+assert (off.rmsnorm_patch_linear, on.rmsnorm_patch_linear) == (False, True)
+assert [off.targets[name] for name in ("aten.mm", "aten.addmm", separate, joined)] == [5, 1, 5, 0], off.targets
+assert [on.targets[name] for name in ("aten.mm", "aten.addmm", separate, joined)] == [3, 1, 3, 2], on.targets
+assert on.joined == [(128, 128), (128, 256)], on.joined
+assert len(together) == 6 and all(map(torch.equal, together, apart))
+assert key_on != key_off
+"""
+
+
+def test_the_lowering_pass_joins_products_and_norms(environment: Callable[..., dict[str, str]]) -> None:
+    """Those of o and down; not one that is read elsewhere, has a bias, or has a computed matrix. The GPU is pretended,
+    in the facts of the decision and nowhere else: the variable, the decision, the passes and the keys are real."""
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTS + JOINED],
         env=environment(RMSNORM_PATCH_COMPILE="op"),
         capture_output=True,
         text=True,

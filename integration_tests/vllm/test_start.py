@@ -23,17 +23,22 @@ def _python(code: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
 
 
-def test_a_bad_value_stops_the_start_before_weights_load(tmp_path: Path, environment: Environment) -> None:
+@pytest.mark.parametrize(
+    ("variable", "allowed"), [("RMSNORM_PATCH_VLLM", "auto, ir, oot, off"), ("RMSNORM_PATCH_VLLM_LINEAR", "auto, off")]
+)
+def test_a_bad_value_stops_the_start_before_weights_load(
+    variable: str, allowed: str, tmp_path: Path, environment: Environment
+) -> None:
     request = {"model": str(DATA / "tiny-llama"), "enforce_eager": True, "prompts": [[1]], "max_tokens": 1}
     done = subprocess.run(
         [sys.executable, str(HERE / "engine.py"), json.dumps(request), str(tmp_path / "answer")],
-        env=environment(RMSNORM_PATCH_VLLM="fast", RMSNORM_PATCH_VLLM_TRACE=str(tmp_path / "trace")),
+        env=environment(**{variable: "fast"}, RMSNORM_PATCH_VLLM_TRACE=str(tmp_path / "trace")),
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode != 0
-    assert "RMSNORM_PATCH_VLLM: got 'fast'; supported: auto, ir, oot, off" in done.stderr
+    assert f"{variable}: got 'fast'; supported: {allowed}" in done.stderr
     assert "oading" not in (done.stdout + done.stderr).split("Traceback")[0].replace("Loading plugin", "")
 
 

@@ -43,6 +43,7 @@ def _register(version: str) -> None:
 
     try:
         requested = settings.read()
+        settings.read_linear()
     except settings.UnsupportedInput:
         hooks.install()  # whoever configures the engine is told, and stops
         return
@@ -84,6 +85,7 @@ def describe() -> Description:
     requested = os.environ.get(settings.VARIABLE, "") or "auto"
     try:
         route = settings.read()
+        settings.read_linear()
     except settings.UnsupportedInput as error:
         return Description(version, "none", requested, str(error))
     if version is None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from .. import linear_ops
 from ..semantics import NormSpec
 from . import settings
 
@@ -29,7 +30,8 @@ WEIGHT_ONLY = frozenset({"awq", "awq_marlin", "gptq", "gptq_marlin", "bitsandbyt
 
 @dataclass(frozen=True)
 class Facts:
-    """What a decision rests on. incumbents: vLLM's default IR priority for rms_norm, () where it has no IR."""
+    """What a decision rests on. incumbents: vLLM's default IR priority for rms_norm, () where it has no IR; capability:
+    90 for sm_90, None without an NVIDIA GPU; linear: `settings.read_linear()`."""
 
     requested: settings.Route
     version: str
@@ -41,16 +43,20 @@ class Facts:
     quantization: str | None = None
     tensor_parallel: int = 1
     batch_invariant: bool = False
+    capability: int | None = None
+    linear: settings.Linear = "auto"
 
 
 @dataclass(frozen=True)
 class Decision:
-    """route "none" stands aside; provider names the numerics (a key of SPECS), "" with route "none"."""
+    """route "none" stands aside; provider names the numerics (a key of SPECS), "" with route "none". linear: a product
+    and the fused norm that reads it become one op (`linear_pass`)."""
 
     route: Chosen
     provider: str
     reason: str
     warning: bool = False
+    linear: bool = False
 
     def __str__(self) -> str:
         how = f"route {self.route}, provider {self.provider}" if self.route != "none" else "off, vLLM's own norms"
@@ -80,11 +86,19 @@ def decide(facts: Facts) -> Decision:
         return _aside(f"quantization {facts.quantization!r}: the norm is fused with the activation quantisation")
     if route == "oot" and facts.compiled and facts.tensor_parallel > 1:
         return _aside("tensor parallel: the out-of-tree norm would hide it from the all-reduce fusion")
+    if facts.requested == "auto" and facts.compiled and facts.tensor_parallel > 1:
+        how = f"{settings.VARIABLE}=ir serves them all the same"
+        return _aside(f"tensor parallel: behind an all-reduce our norms were not seen to be faster; {how}")
     provider = _provider(facts)
     if not provider:
         return _aside(f"the IR priority begins with {facts.incumbents[0]!r}, which was asked for")
     asked = "asked for" if facts.requested == route else f"vLLM {facts.version} offers it"
-    return Decision(route, provider, f"{asked}; numerics of {_NAMES[provider]}")
+    reason = f"{asked}; numerics of {_NAMES[provider]}"
+    measured = facts.device_type == "cuda" and facts.capability in linear_ops.MEASURED
+    linear = route == "ir" and facts.compiled and measured and facts.linear == "auto"
+    if linear:
+        reason += "; norms add up the parts of split products"
+    return Decision(route, provider, reason, linear=linear)
 
 
 _NAMES = {
@@ -123,7 +137,17 @@ def facts_of(vllm_config: Any, incumbents: tuple[str, ...]) -> Facts:
         quantization=None if model is None else model.quantization,
         tensor_parallel=vllm_config.parallel_config.tensor_parallel_size,
         batch_invariant=bool(envs.VLLM_BATCH_INVARIANT),
+        capability=_capability(current_platform),
+        linear=settings.read_linear(),
     )
+
+
+def _capability(platform: Any) -> int | None:
+    """Asked of the driver's management library, which does not start CUDA."""
+    if not platform.is_cuda():
+        return None
+    found = platform.get_device_capability()
+    return None if found is None else int(found.to_int())
 
 
 def has_ir() -> bool:

@@ -12,9 +12,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from .. import nvrtc
+from .. import linear_ops, nvrtc
 from ..dispatch import triton_installed
-from . import arithmetic, settings
+from . import arithmetic, linear_pass, settings
 from .decision import SPECS, Decision, decide, facts_of
 from .health import logger, warn_once
 
@@ -65,8 +65,20 @@ def install_priority() -> None:
     wrap_once(IrOpPriorityConfig, "set_default", _set_default)
 
 
+def install_lowering() -> None:
+    """For processes that compile: the lowering pass joins products and norms."""
+    from vllm.compilation.passes.ir.lowering_pass import VllmIRLoweringPass
+
+    wrap_once(VllmIRLoweringPass, "__init__", linear_pass.wrap_init)
+    wrap_once(VllmIRLoweringPass, "__call__", linear_pass.wrap_call)
+    wrap_once(VllmIRLoweringPass, "uuid", linear_pass.wrap_uuid)
+    if linear_pass.tell not in linear_ops.on_found:
+        linear_ops.on_found.append(linear_pass.tell)
+
+
 def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        settings.read_linear()
         settings.read()  # a bad value stops the start here: vLLM swallows what a plugin raises in some processes
         return original(self, *args, **kwargs)
 
@@ -88,6 +100,7 @@ def _default_priority(original: Callable[..., Any]) -> Callable[..., Any]:
 def _set_default(original: Callable[..., Any]) -> Callable[..., Any]:
     def set_default(self: Any) -> None:
         original(self)
+        install_lowering()  # here, in the worker: it imports Inductor
         from vllm.config import get_current_vllm_config_or_none
 
         log(get_current_vllm_config_or_none(), self)
@@ -109,7 +122,8 @@ def _compute_hash(original: Callable[..., Any]) -> Callable[..., Any]:
 def fingerprint(decision: Decision) -> str:
     """What a compiled graph depends on and vLLM cannot see. The toolchain decides which norms are served at all."""
     toolchain = nvrtc.find() is not None, triton_installed()
-    return f"rmsnorm_patch {arithmetic.VERSION} {decision.route} {decision.provider} {arithmetic.forms()} {toolchain}"
+    what = f"{decision.route} {decision.provider} {decision.linear}"
+    return f"rmsnorm_patch {arithmetic.VERSION} {what} {arithmetic.forms()} {toolchain}"
 
 
 def log(vllm_config: Any, priority: Any = None) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 from ..errors import UnsupportedInput
 
 Route = Literal["auto", "ir", "oot", "off"]
 ROUTES: tuple[Route, ...] = get_args(Route)
 VARIABLE = "RMSNORM_PATCH_VLLM"
+Linear = Literal["auto", "off"]
+LINEARS: tuple[Linear, ...] = get_args(Linear)
+LINEAR_VARIABLE = "RMSNORM_PATCH_VLLM_LINEAR"
 TRACE_VARIABLE = "RMSNORM_PATCH_VLLM_TRACE"
 
 OLDEST, NEWEST = (0, 26), (0, 33)
@@ -19,12 +22,27 @@ OLDEST, NEWEST = (0, 26), (0, 33)
 
 def read() -> Route:
     """The route that `RMSNORM_PATCH_VLLM` asks for; UnsupportedInput names the allowed values."""
-    value = os.environ.get(VARIABLE, "").strip().lower() or "auto"
-    for route in ROUTES:
-        if value == route:
-            return route
+    return _one_of(VARIABLE, ROUTES)
+
+
+def read_linear() -> Linear:
+    """Whether `RMSNORM_PATCH_VLLM_LINEAR` lets products be joined with the norms behind them."""
+    return _one_of(LINEAR_VARIABLE, LINEARS)
+
+
+T = TypeVar("T", bound=str)
+
+
+def _one_of(variable: str, allowed: tuple[T, ...]) -> T:
+    value = os.environ.get(variable, "").strip().lower() or allowed[0]
+    for choice in allowed:
+        if value == choice:
+            return choice
     raise UnsupportedInput(
-        VARIABLE, repr(os.environ[VARIABLE]), ", ".join(ROUTES), f"correct the variable, or unset it for {ROUTES[0]!r}"
+        variable,
+        repr(os.environ[variable]),
+        ", ".join(allowed),
+        f"correct the variable, or unset it for {allowed[0]!r}",
     )
 
 

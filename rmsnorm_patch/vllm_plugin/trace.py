@@ -1,7 +1,7 @@
 """With RMSNORM_PATCH_VLLM_TRACE=DIR each process appends a line for every call of our ops to DIR/<pid>.jsonl.
 
 A line is written at once, so that nothing is lost when a worker is killed. Replays of a CUDA graph run no Python and
-leave no lines: the calls seen are the captured ones.
+leave no lines: the calls seen are the captured ones. "parts" stands in the lines of norms that added up a product.
 """
 
 from __future__ import annotations
@@ -13,44 +13,62 @@ from typing import Any
 
 import torch
 
-from .. import ops
+from .. import cuda_partials, linear_ops, ops
+from ..semantics import NormSpec
 from . import health
 
 
 def install(folder: str) -> None:
-    """Make every `ops.Bound` of this process write what it is called with; a second call changes nothing."""
+    """Make every norm of this process write what it is called with; a second call changes nothing."""
     if hasattr(ops.Bound.__call__, "__wrapped__"):
         return
     Path(folder).mkdir(parents=True, exist_ok=True)
-    original = ops.Bound.__call__
+    bound, partials = ops.Bound.__call__, cuda_partials.BoundPartials.__call__
 
     def call(self: ops.Bound, *args: Any) -> Any:
-        result = original(self, *args)
+        result = bound(self, *args)
         x = args[0]
-        if type(x) is torch.Tensor and not torch.compiler.is_compiling() and not health.is_trial():
+        if type(x) is torch.Tensor and not torch.compiler.is_compiling() and _is_of_a_forward():
             first = result[0] if isinstance(result, tuple) else result
-            line = {
-                "op": self.op.rstrip("_"),
-                "in_place": self.op.endswith("_"),
-                "shape": list(x.shape),
-                "contiguous": x.is_contiguous(),
-                "result_contiguous": first is None or first.is_contiguous(),
-                "dtype": str(x.dtype).removeprefix("torch."),
-                "device": x.device.type,
-                "weight": args[-2] is not None,
-                "parameter": type(args[-2]) is torch.nn.Parameter,
-                "width": self.spec.width,
-                "sum": self.spec.sum,
-                "round_before_weight": self.spec.round_before_weight,
-            }
-            _append(Path(folder) / f"{os.getpid()}.jsonl", line)
+            _append(folder, _line(self.op, self.spec, x, first, args[-2]))
         return result
 
-    call.__wrapped__ = original  # type: ignore[attr-defined]
+    def call_in_parts(
+        self: cuda_partials.BoundPartials, parts: torch.Tensor, residual: torch.Tensor, weight: Any, eps: float
+    ) -> torch.Tensor:
+        normed = partials(self, parts, residual, weight, eps)
+        if _is_of_a_forward():
+            _append(folder, {**_line(self.op, self.spec, residual, normed, weight), "parts": self.parts})
+        return normed
+
+    call.__wrapped__ = bound  # type: ignore[attr-defined]
     ops.Bound.__call__ = call  # type: ignore[method-assign]
+    cuda_partials.BoundPartials.__call__ = call_in_parts  # type: ignore[method-assign]
 
 
-def _append(path: Path, line: dict[str, Any]) -> None:
+def _is_of_a_forward() -> bool:
+    return not health.is_trial() and not linear_ops.is_comparing()
+
+
+def _line(op: str, spec: NormSpec, x: torch.Tensor, result: torch.Tensor | None, weight: Any) -> dict[str, Any]:
+    return {
+        "op": op.rstrip("_"),
+        "in_place": op.endswith("_"),
+        "shape": list(x.shape),
+        "contiguous": x.is_contiguous(),
+        "result_contiguous": result is None or result.is_contiguous(),
+        "dtype": str(x.dtype).removeprefix("torch."),
+        "device": x.device.type,
+        "weight": weight is not None,
+        "parameter": type(weight) is torch.nn.Parameter,
+        "width": spec.width,
+        "sum": spec.sum,
+        "round_before_weight": spec.round_before_weight,
+    }
+
+
+def _append(folder: str, line: dict[str, Any]) -> None:
+    path = Path(folder) / f"{os.getpid()}.jsonl"  # asked each time: workers may be forked
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     try:
         os.write(descriptor, (json.dumps(line) + "\n").encode())

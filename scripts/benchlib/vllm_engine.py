@@ -55,6 +55,7 @@ VARIANTS: dict[str, tuple[str, dict[str, bool]]] = {
     "stock-dependent": ("off", {DEPENDENT: True}),
     "ir": ("ir", {}),
     "ir-dependent": ("ir", {DEPENDENT: True}),
+    "ir-apart": ("ir", {}),
     "ir-functional": ("ir", {}),
     "ir-heads": ("ir", {}),
     "oot": ("oot", {}),
@@ -88,6 +89,7 @@ class Engine:
 
         self.torch, self.sampling, self.graphs, self.setup = torch, SamplingParams, graphs, setup
         config, extra = SHAPES[shape]
+        self.parallel = extra.get("tensor_parallel_size", 1) > 1
         folder = tempfile.mkdtemp()
         Path(folder, "config.json").write_text(json.dumps(config))
         os.environ["RMSNORM_PATCH_VLLM"] = VARIANTS[variant][0]
@@ -117,7 +119,10 @@ class Engine:
 
     def recapture(self, schedules: str) -> bool:
         """Capture the decode graphs again, elsewhere in memory, with our norms under `schedules`: "" for those of the
-        tree, "plain", or a registry's path. Returns whether every worker did."""
+        tree, "plain", or a registry's path. Returns whether every worker did. Parallel ones never do: vLLM registers
+        an all-reduce's buffers at the first capture, and steps captured later take 5 % longer (8B, two H100)."""
+        if self.parallel:
+            return False
         with scheduled(schedules):
             return all(self.llm.collective_rpc(recapture))
 
@@ -142,40 +147,70 @@ class Engine:
         self.graphs.clear()
         rate = batch * tokens / self.generate(batch, 16, tokens)
         graphs = len(self.graphs) / tokens
-        return {"tokens_per_s": rate, "step_us": self.step_us(), "graphs_per_step": graphs}
+        if self.parallel:  # the graphs are those of other processes
+            steps = self.llm.collective_rpc(step_us_of, args=(batch,))
+            return {"tokens_per_s": rate, "step_us": max(steps), "graphs_per_step": float(min(steps) > 0)}
+        step = replayed_us(self.graphs[-1]) if self.graphs else 0.0
+        return {"tokens_per_s": rate, "step_us": step, "graphs_per_step": graphs}
 
     def prefill(self) -> dict[str, float]:
         batch, length = PREFILL
         return {"tokens_per_s": batch * length / self.generate(batch, length, 1)}
 
-    def step_us(self) -> float:
-        """Device time of the last decode graph, in microseconds; 0.0 without a graph."""
-        if not self.graphs:
-            return 0.0
-        start, end = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
-        graph = self.graphs[-1]
-        for _ in range(5):
-            graph.replay()
-        start.record()
-        for _ in range(REPLAYS):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        return 1000 * start.elapsed_time(end) / REPLAYS
-
     def kernels(self, batch: int) -> dict[str, list[float]]:
-        """`exposed` of one decode step, of the 24 names that hold most of it."""
+        """`exposed` of one decode step, of the 24 names that hold most of it; of several workers those of the first."""
         self.graphs.clear()
         self.generate(batch, 16, 8)
-        graph, steps = self.graphs[-1], 10
-        with self.torch.profiler.profile(activities=[self.torch.profiler.ProfilerActivity.CUDA]) as profile:
-            for _ in range(steps):
-                graph.replay()
-            self.torch.cuda.synchronize()
-        events = [event for event in profile.events() if event.device_type == self.torch.autograd.DeviceType.CUDA]
-        rows = exposed([(event.name, event.time_range.start, event.time_range.end) for event in events])
-        order = sorted(rows, key=lambda name: -rows[name][2])[:24]
-        return {name[:90]: [round(value / steps, 2) for value in rows[name]] for name in order}
+        if self.parallel:
+            return self.llm.collective_rpc(kernels_of, args=(batch,))[0]  # type: ignore[no-any-return]
+        return kernels_of_graph(self.graphs[-1])
+
+
+def kernels_of_graph(graph: Any) -> dict[str, list[float]]:
+    import torch
+
+    steps = 10
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(steps):
+            graph.replay()
+        torch.cuda.synchronize()
+    events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    rows = exposed([(event.name, event.time_range.start, event.time_range.end) for event in events])
+    order = sorted(rows, key=lambda name: -rows[name][2])[:24]
+    return {name[:90]: [round(value / steps, 2) for value in rows[name]] for name in order}
+
+
+def replayed_us(graph: Any) -> float:
+    """Device time of a graph, in microseconds, replayed back to back without the host in between."""
+    import torch
+
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(5):
+        graph.replay()
+    start.record()
+    for _ in range(REPLAYS):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    return 1000 * start.elapsed_time(end) / REPLAYS
+
+
+def step_us_of(worker: Any, batch: int) -> float:
+    """`replayed_us` of a worker's full graph for this batch, asked of all workers at once; 0.0 where there is none."""
+    graph = full_graph(worker, batch)
+    return 0.0 if graph is None else replayed_us(graph)
+
+
+def kernels_of(worker: Any, batch: int) -> dict[str, list[float]]:
+    graph = full_graph(worker, batch)
+    return {} if graph is None else kernels_of_graph(graph)
+
+
+def full_graph(worker: Any, batch: int) -> Any:
+    """The graph of a worker for decode steps of this batch; None where vLLM keeps its graphs elsewhere."""
+    manager = getattr(worker.model_runner, "cudagraph_manager", None)
+    graphs = {} if manager is None else manager.graphs
+    return next((graph for desc, graph in graphs.items() if desc.num_tokens == batch), None)
 
 
 def exposed(kernels: list[tuple[str, float, float]]) -> dict[str, list[float]]:
@@ -222,8 +257,20 @@ def changed(name: str, value: Any) -> Iterator[None]:
     arithmetic.VERSION = before[1]
 
 
+@contextmanager
+def apart() -> Iterator[None]:
+    """Products and norms stay two calls in the graphs that are compiled within."""
+    from rmsnorm_patch.vllm_plugin.settings import LINEAR_VARIABLE
+
+    before = os.environ.get(LINEAR_VARIABLE, "")
+    os.environ[LINEAR_VARIABLE] = "off"
+    yield
+    os.environ[LINEAR_VARIABLE] = before
+
+
 CHANGES: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "removed": norms_removed,
+    "ir-apart": apart,
     "ir-heads": lambda: changed("COMPILER_HEAD", 0),
     "ir-functional": lambda: changed("IN_PLACE", False),
 }
@@ -272,7 +319,7 @@ def recapture(worker: Any) -> bool:
 @contextmanager
 def scheduled(schedules: str) -> Iterator[None]:
     """Norms that this process binds within follow these schedules: another registry, or "plain" launches."""
-    from rmsnorm_patch import cuda_backend, dispatch, launcher, ops, registry
+    from rmsnorm_patch import cuda_backend, cuda_partials, dispatch, launcher, ops, registry
 
     if not schedules:
         yield
@@ -282,6 +329,7 @@ def scheduled(schedules: str) -> Iterator[None]:
     def forget() -> None:
         cuda_backend.configs_for.cache_clear()
         cuda_backend._bound.cache_clear()
+        cuda_partials.bound.cache_clear()
         ops._bound_of.cache_clear()
         ops._BOUND.clear()
 

@@ -1,0 +1,236 @@
+"""Products and fused norms as one op: the bits of the two calls, whoever adds up the parts of a split product."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn as nn
+
+from rmsnorm_patch import cuda_backend, cuda_partials, launcher, linear_ops, ops
+from rmsnorm_patch.errors import UnsupportedInput
+from rmsnorm_patch.semantics import GEMMA, LLAMA, NormSpec
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+EPS = 1e-5
+BF16, FP16 = torch.bfloat16, torch.float16
+FP32_SUM = NormSpec(eps=0.0, round_before_weight="none", output="input", sum="fp32")
+SPECS = {"fp32 sum": FP32_SUM, "llama": LLAMA, "gemma": GEMMA, "no weight": NormSpec(has_weight=False, output="input")}
+measured = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="products are split on sm_90"
+)
+OP = torch.ops.rmsnorm_patch.linear_fused_add_rms_norm_
+
+
+@pytest.fixture(autouse=True)
+def nothing_found_yet() -> Iterator[None]:
+    linear_ops._SPLITS.clear()
+    yield
+    linear_ops._SPLITS.clear()
+
+
+def rand(*shape: int, seed: int, dtype: torch.dtype = BF16, scale: float = 1.0) -> torch.Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return (torch.randn(*shape, generator=generator, device="cuda") * scale).to(dtype)
+
+
+def operands(m: int, n: int, k: int, dtype: torch.dtype = BF16) -> tuple[torch.Tensor, ...]:
+    weight = nn.Parameter(rand(n, seed=4, dtype=dtype), requires_grad=False)
+    return (
+        rand(m, k, seed=1, dtype=dtype),
+        rand(n, k, seed=2, dtype=dtype, scale=k**-0.5),
+        rand(m, n, seed=3, dtype=dtype),
+        weight,
+    )
+
+
+def two_calls(rows, matrix, residual, weight, spec):
+    x, total = torch.mm(rows, matrix.t()), residual.clone()
+    ops.bind_fused_add_rms_norm_(spec)(x, total, weight, EPS)
+    return x, total
+
+
+def one_call(rows, matrix, residual, weight, spec):
+    total = residual.clone()
+    return OP(rows, matrix, total, weight, EPS, *ops.spec_args(spec)), total
+
+
+def same(left, right) -> bool:
+    return all(torch.equal(mine, other) for mine, other in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("n", "k"), [(2048, 2048), (2048, 8192), (4096, 4096), (4096, 14336), (256, 512), (2880, 4096)]
+)
+def test_the_bits_of_the_two_calls(n: int, k: int) -> None:
+    for m in (1, 2, 3, 8, 17, 32, 64, 100, 256, 300):
+        tensors = operands(m, n, k)
+        want = two_calls(*tensors, FP32_SUM)
+        for _ in range(2):  # compared, then remembered
+            assert same(one_call(*tensors, FP32_SUM), want), m
+        kept = operands(m, n, k)
+        assert same(tensors, kept)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_every_kind_of_norm(spec: NormSpec, dtype: torch.dtype) -> None:
+    for m in (1, 16, 40):
+        rows, matrix, residual, weight = operands(m, 2048, 8192, dtype)
+        weight = weight if spec.has_weight else None
+        assert same(
+            one_call(rows, matrix, residual, weight, spec), two_calls(rows, matrix, residual, weight, spec)
+        )
+
+
+@measured
+def test_few_rows_of_a_long_product_come_in_parts() -> None:
+    """What cuBLAS splits is its own choice; that it splits these is why the op exists."""
+    for (n, k), ms in {(4096, 14336): (1, 8, 16), (2048, 8192): (1, 8, 16)}.items():
+        for m in ms:
+            one_call(*operands(m, n, k), FP32_SUM)
+    found = {product: parts for (product, _, _), parts in linear_ops._SPLITS.items()}
+    assert len(found) == 6
+    assert all(parts > 1 for parts in found.values()), found
+
+
+@measured
+@pytest.mark.parametrize("kind", ["c", "python"])
+def test_kernels_of_one_call(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One kernel fewer than the two calls launch, whichever launcher starts it."""
+    monkeypatch.setenv(launcher.VARIABLE, kind)
+    launcher.functions.cache_clear()
+    cuda_partials.bound.cache_clear()
+    try:
+        assert launcher.functions().kind == kind
+        tensors = operands(8, 4096, 14336)
+        counts = []
+        for call in (two_calls, one_call):
+            call(*tensors, FP32_SUM)
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                call(*tensors, FP32_SUM)
+                torch.cuda.synchronize()
+            on_device = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+            names = [event.name for event in on_device if "Memcpy" not in event.name]
+            counts.append(len(names))
+            assert ("rms_norm_partials" in names) == (call is one_call)
+        assert counts[1] == counts[0] - 1
+    finally:
+        launcher.functions.cache_clear()
+        cuda_partials.bound.cache_clear()
+
+
+@measured
+def test_a_split_with_other_bits_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = operands(8, 4096, 14336)
+    one_call(*tensors, FP32_SUM)
+    (right,) = linear_ops._SPLITS.values()
+    assert right > 1
+    linear_ops._SPLITS.clear()
+    monkeypatch.setattr(linear_ops, "SPLITS", tuple(parts for parts in linear_ops.SPLITS if parts != right))
+    assert same(one_call(*tensors, FP32_SUM), two_calls(*tensors, FP32_SUM))
+    assert set(linear_ops._SPLITS.values()) == {1}
+
+
+@measured
+def test_a_norm_with_other_bits_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = cuda_partials.BoundPartials.__call__
+
+    def wrong(self, parts, residual, weight, eps):
+        return launch(self, parts, residual, weight, eps + 1e-3)
+
+    monkeypatch.setattr(cuda_partials.BoundPartials, "__call__", wrong)
+    tensors = operands(8, 4096, 14336)
+    assert same(one_call(*tensors, FP32_SUM), two_calls(*tensors, FP32_SUM))
+    assert set(linear_ops._SPLITS.values()) == {1}
+
+
+@measured
+def test_a_matrix_that_tells_nothing_is_not_split() -> None:
+    rows, matrix, residual, weight = operands(8, 4096, 14336)
+    one_call(rows, torch.zeros_like(matrix), residual, weight, FP32_SUM)
+    assert set(linear_ops._SPLITS.values()) == {1}
+
+
+@measured
+def test_what_is_not_asked() -> None:
+    """More rows than the kernel serves, fp32, rows that are a slice: the two calls, and nothing is remembered."""
+    rows, matrix, residual, weight = operands(300, 2048, 8192)
+    for few, dtype in ((300, BF16), (8, torch.float32)):
+        tensors = [tensor.to(dtype) for tensor in (rows[:few], matrix, residual[:few], weight)]
+        assert same(one_call(*tensors, FP32_SUM), two_calls(*tensors, FP32_SUM))
+    wide = rand(8, 2 * 8192, seed=1)
+    strided = wide[:, :8192], matrix, residual[:8], weight
+    assert same(one_call(*strided, FP32_SUM), two_calls(*strided, FP32_SUM))
+    assert linear_ops._SPLITS == {}
+
+
+@measured
+@pytest.mark.parametrize("known", [True, False])
+def test_in_a_graph_with_new_data(known: bool) -> None:
+    """A capture with a product that was never compared takes it whole."""
+    rows, matrix, residual, weight = operands(4, 4096, 14336)
+    ops.bind_fused_add_rms_norm_(FP32_SUM)(residual.clone(), residual.clone(), weight, EPS)
+    torch.mm(rows, matrix.t())
+    if known:
+        one_call(rows, matrix, residual, weight, FP32_SUM)
+    held = rows.clone(), residual.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        normed = OP(held[0], matrix, held[1], weight, EPS, *ops.spec_args(FP32_SUM))
+    assert bool(linear_ops._SPLITS) == known
+    for seed in range(3):
+        new = rand(4, 14336, seed=10 + seed), rand(4, 4096, seed=20 + seed)
+        for static, value in zip(held, new, strict=True):
+            static.copy_(value)
+        graph.replay()
+        assert same((normed, held[1]), two_calls(new[0], matrix, new[1], weight, FP32_SUM))
+
+
+@pytest.mark.sanitized
+@pytest.mark.parametrize("n", [64, 192, 2048, 2880, 4096, 5120, 8192, 16384])
+def test_the_kernel_against_the_sum_and_the_fused_op(n: int) -> None:
+    """Outputs are poisoned, and the rows behind the last one keep what they held."""
+    clusters = torch.cuda.get_device_capability() >= (9, 0)
+    if not cuda_partials.serves(FP32_SUM, BF16, n, 0):
+        assert torch.cuda.get_device_capability() >= (10, 0)  # chunks of 32 bytes there
+        pytest.skip("not served on this device")
+    for spec in (FP32_SUM, LLAMA):
+        for parts in (2, 3, 8):
+            for m in (1, 5, 33):
+                weight = nn.Parameter(rand(n, seed=4), requires_grad=False)
+                pieces = torch.randn(parts, m, n, generator=torch.Generator("cuda").manual_seed(m), device="cuda")
+                padded = rand(m + 1, n, seed=3)
+                residual, behind = padded[:m], padded[m].clone()
+                total = pieces[0]
+                for piece in pieces[1:]:
+                    total = total + piece
+                x, want = total.to(BF16), residual.clone()
+                ops.bind_fused_add_rms_norm_(spec)(x, want, weight, EPS)
+                poison = torch.full((m, n), float("nan"), dtype=BF16, device="cuda")
+                del poison  # the allocator hands the same memory out again
+                normed = cuda_partials.bound(spec, parts)(pieces, residual, weight, EPS)
+                assert same((normed, residual), (x, want)), (parts, m, clusters)
+                assert torch.equal(padded[m], behind)
+
+
+def test_operands_of_two_layers_are_refused() -> None:
+    rows, matrix, residual, weight = operands(8, 2048, 8192)
+    kept = residual.clone()
+    for wrong in (
+        (rows[:, :64], matrix, residual, weight),
+        (rows, matrix.float(), residual, weight),
+        (rows, matrix, residual[:4], weight),
+        (rows, matrix, residual, weight[:64]),
+        (rows, matrix.cpu(), residual, weight),
+        (rows, matrix, residual[:1].expand(8, -1), weight),
+    ):
+        with pytest.raises(UnsupportedInput):
+            OP(*wrong, EPS, *ops.spec_args(FP32_SUM))
+    one_call(rows, matrix, residual, weight, FP32_SUM)
+    with pytest.raises(UnsupportedInput, match="residual of shape"):  # known by now
+        OP(rows, matrix, residual[:4], weight, EPS, *ops.spec_args(FP32_SUM))
+    assert torch.equal(residual, kept)
+    assert cuda_backend.available()[0]
