@@ -318,6 +318,20 @@ def residual_of_three_dimensions(made: Layer) -> Layer:
     return made.made(x)
 
 
+def rows_apart(made: Layer) -> Layer:
+    wide = made.input("wide", M, 2 * K)
+    x = made.product(made.call(aten.slice.Tensor, wide, 1, 0, K), made.matrix)
+    made.norm(x, made.residual)
+    return made.made(x)
+
+
+def residual_rows_apart(made: Layer) -> Layer:
+    x = made.product(made.rows, made.matrix)
+    residual = made.call(aten.slice.Tensor, made.input("wide", M, 2 * N), 1, 0, N)
+    made.norm(x, residual)
+    return made.made(x, residual)
+
+
 SEPARATE = [
     read_before_the_norm,
     a_view_taken_before_the_norm,
@@ -337,6 +351,8 @@ SEPARATE = [
     spec_argument_by_name,
     residual_of_another_dtype,
     residual_of_three_dimensions,
+    rows_apart,
+    residual_rows_apart,
 ]
 
 
@@ -400,7 +416,7 @@ def test_the_pass_leaves_products_that_the_compiler_tunes(option: str) -> None:
 
 
 def test_a_failure_leaves_a_right_graph_and_one_warning(caplog: pytest.LogCaptureFixture) -> None:
-    """The second product's node does not tell its shape; the first one was joined before."""
+    """The second product's matrix does not tell its shape; the first one was joined before."""
     made = Layer()
     square = made.input("square", N, N)
     x = made.product(made.rows, made.matrix)
@@ -408,7 +424,7 @@ def test_a_failure_leaves_a_right_graph_and_one_warning(caplog: pytest.LogCaptur
     second = made.product(x, square)
     made.norm(second, made.residual)
     made.made(second)
-    del second.meta["val"]
+    del square.meta["val"]
     before, lowering = made.run(), Lowering()
     health.warn_once.cache_clear()
     logging.getLogger("vllm").propagate = True

@@ -67,16 +67,18 @@ def _product_of(x: Any, norm: fx.Node) -> Any:
     residual = norm.args[1]
     if not _transposes(transposed):
         return None
-    matrix = transposed.args[0]
-    if not isinstance(matrix, fx.Node) or matrix.op != "placeholder" or not isinstance(residual, fx.Node):
+    rows, matrix = product.args[0], transposed.args[0]
+    if not isinstance(matrix, fx.Node) or matrix.op != "placeholder":
+        return None
+    if not isinstance(rows, fx.Node) or not isinstance(residual, fx.Node):
         return None
     node = product.next
     while node is not norm:
         if node.op == "call_function" and (_writes(node.target) or (node is not x and x in node.all_input_nodes)):
             return None
         node = node.next
-    values = [node.meta["val"] for node in (product, matrix, residual)]
-    alike = all(value.dim() == 2 and value.dtype == values[0].dtype for value in values)
+    values = [node.meta["val"] for node in (rows, matrix, residual)]
+    alike = all(value.dim() == 2 and value.dtype == values[0].dtype and value.is_contiguous() for value in values)
     return product if alike else None
 
 
