@@ -24,6 +24,19 @@ from vllm.compilation.passes.ir.lowering_pass import VllmIRLoweringPass
 from vllm.config.utils import Range
 """
 
+
+def run(script: str, environment: Callable[..., dict[str, str]]) -> None:
+    """In a process of its own: vLLM keeps global state."""
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTS + script],
+        env=environment(RMSNORM_PATCH_COMPILE="op"),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]
+
+
 LOWERED = """
 seen = []
 class Watched(VllmIRLoweringPass):
@@ -67,14 +80,7 @@ with set_current_vllm_config(vllm_config), torch.no_grad(), pass_context(Range(1
 def test_the_lowering_pass_selects_and_inserts_our_ops(environment: Callable[..., dict[str, str]]) -> None:
     """Fused add, weightless with variance_size: ours; an fp32 weight: vLLM's; a strided 3-D head norm: the compiler's,
     and ours with a right, contiguous result where that rule is taken away."""
-    done = subprocess.run(
-        [sys.executable, "-c", IMPORTS + LOWERED],
-        env=environment(RMSNORM_PATCH_COMPILE="op"),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]
+    run(LOWERED, environment)
 
 
 JOINED = """
@@ -154,11 +160,4 @@ assert key_on != key_off
 def test_the_lowering_pass_joins_products_and_norms(environment: Callable[..., dict[str, str]]) -> None:
     """Those of o and down; not one that is read elsewhere, has a bias, or has a computed matrix. The GPU is pretended,
     in the facts of the decision and nowhere else: the variable, the decision, the passes and the keys are real."""
-    done = subprocess.run(
-        [sys.executable, "-c", IMPORTS + JOINED],
-        env=environment(RMSNORM_PATCH_COMPILE="op"),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]
+    run(JOINED, environment)
