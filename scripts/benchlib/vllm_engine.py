@@ -206,9 +206,14 @@ def kernels_of(worker: Any, batch: int) -> dict[str, list[float]]:
     return {} if graph is None else kernels_of_graph(graph)
 
 
+def graphs_of(worker: Any) -> Any:
+    """What holds a worker's graphs; None where its runner keeps them elsewhere than vLLM 0.26's does."""
+    return getattr(worker.model_runner, "cudagraph_manager", None)
+
+
 def full_graph(worker: Any, batch: int) -> Any:
-    """The graph of a worker for decode steps of this batch; None where vLLM keeps its graphs elsewhere."""
-    manager = getattr(worker.model_runner, "cudagraph_manager", None)
+    """The graph of a worker for decode steps of this batch; None where it has none."""
+    manager = graphs_of(worker)
     graphs = {} if manager is None else manager.graphs
     return next((graph for desc, graph in graphs.items() if desc.num_tokens == batch), None)
 
@@ -299,7 +304,7 @@ def recapture(worker: Any) -> bool:
 
     import torch
 
-    manager = getattr(worker.model_runner, "cudagraph_manager", None)
+    manager = graphs_of(worker)
     full = {} if manager is None else {k: v for k, v in manager._capture_descs.items() if k.name == "FULL"}
     if not full:
         return False
