@@ -23,6 +23,8 @@ MOST_ROWS = 256
 """A CTA, or a cluster, for each row: more rows are better off with a reduction that fills the device."""
 MOST_PARTS = 8
 """A thread asks for one chunk of every part at once."""
+MOST_THREADS = 512
+"""Of a CTA. From about 832 on there are no registers for a chunk of 8 parts at once."""
 _CLUSTERED_ROWS = 32
 """Up to here four CTAs share a row, beyond two: all rows together fill the device's multiprocessors."""
 
@@ -88,8 +90,9 @@ class BoundPartials(BoundOp):
 def schedules(config: Config, n: int, parts: int, clusters: bool) -> tuple[Config, ...]:
     """The kernel's schedules for rows of `n` columns, with the tree of `config`, a schedule of the fused op.
 
-    One chunk a thread, in as many CTAs a row as have whole warps: with P parts a chunk is 2 P + 1 loads. Of 35
-    schedules behind products of 8B and 1B shapes on an H100 the best, or within 0.1 us of it, at 1 to 32 rows.
+    One chunk a thread, more of long rows, in as many CTAs a row as have whole warps: with P parts a chunk is 2 P + 1
+    loads. Of 35 schedules behind products of 8B and 1B shapes on an H100 the best, or within 0.1 us of it, at 1 to 32
+    rows.
     """
     chunks = n // config.vec
 
@@ -97,7 +100,8 @@ def schedules(config: Config, n: int, parts: int, clusters: bool) -> tuple[Confi
         fitting = (c for c in (4, 2) if clusters and c <= most and chunks % (32 * c) == 0 and chunks // c >= 64)
         cluster = next(fitting, 1)
         per_cta = -(-chunks // cluster)
-        threads = min(-(-per_cta // 32) * 32, 1024)
+        per_thread = -(-per_cta // MOST_THREADS)
+        threads = -(-per_cta // (32 * per_thread)) * 32
         return replace(
             config,
             kernel="fused_add_partials",

@@ -8,12 +8,13 @@ matrix: [N, K], residual: [M, N], of one dtype; weight: [N] or None; the argumen
 The bits are those of `torch.mm` and `fused_add_rms_norm_`. Where `torch.mm` splits K, adds the parts in a kernel of its
 own and rounds, the op asks for the parts and leaves that to the norm (`cuda_partials`). How the library splits is found
 out by comparing, once for each shape: a split is taken only if it gives the bits of `torch.mm`, and where none does, or
-nothing can be compared, the norm gets the product. No result depends on what was chosen.
+nothing can be compared, the norm gets the product. No result depends on what was chosen. A server compares all that it
+may meet at the first sight of a matrix (`compare_ahead`), so that no request waits for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -49,10 +50,20 @@ class Product:
     device: int
 
 
-_SPLITS: dict[tuple[Product, NormSpec, torch.dtype | None], int] = {}
+Key = tuple[Product, NormSpec, torch.dtype | None]
+_SPLITS: dict[Key, int] = {}
+_SEEN: set[tuple[Any, ...]] = set()
+_ahead: list[int] = []
 on_found: list[Callable[[Product, int], None]] = []
 """Who is told of each product that was looked at, and the parts in which the norm gets it: 1 for the whole."""
 _comparing: list[Product] = []
+
+
+def compare_ahead(rows: Iterable[int]) -> None:
+    """When a matrix is first seen, compare its products of each of these numbers of rows, and of no others after that.
+    With none, as it begins: each product when it is first seen."""
+    _ahead[:] = sorted(set(rows))
+    _SEEN.clear()
 
 
 def is_comparing() -> bool:
@@ -78,8 +89,11 @@ def _linear_fused_add_rms_norm_(  # type: ignore[no-untyped-def]
     from . import cuda_partials
 
     _check_norm(rows, matrix.shape[0], residual, weight, variant)
-    add_up = cuda_partials.bound(variant, parts)
-    return add_up(product_in_parts(rows, matrix, parts), residual, weight, _IMPLIED_EPS if eps is None else eps)
+    add_up, eps = cuda_partials.bound(variant, parts), _IMPLIED_EPS if eps is None else eps
+    normed = add_up(product_in_parts(rows, matrix, parts), residual, weight, eps)
+    if not residual.is_inference():  # autograd counts what an in-place op wrote
+        torch.autograd.graph.increment_version(residual)
+    return normed
 
 
 _DEFAULTS = ops.spec_args(NormSpec())
@@ -102,7 +116,7 @@ def check(rows: torch.Tensor, matrix: torch.Tensor) -> None:
         or matrix.dim() != 2
         or rows.shape[1] != matrix.shape[1]
         or rows.dtype != matrix.dtype
-        or rows.get_device() != matrix.get_device()
+        or rows.device != matrix.device
     ):
         got = (f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}" for tensor in (rows, matrix))
         raise UnsupportedInput(
@@ -128,23 +142,47 @@ def split_of(
     rows: torch.Tensor, matrix: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, spec: NormSpec
 ) -> int | None:
     """The parts in which the norm gets this product, 1 for the whole; None where that is not known and not asked: too
-    many rows, another GPU than those measured, or a stream capture, in which nothing can be compared."""
+    many rows, rows apart, another GPU than those measured, or a stream capture, in which nothing can be compared."""
+    if not (_ahead or _is_few(rows.shape[0])):
+        return None
+    if not all(tensor.is_contiguous() for tensor in (rows, matrix, residual)):
+        return None
+    key = _key(rows, matrix, weight, spec)
+    parts = _SPLITS.get(key)
+    sight = matrix.shape, rows.dtype, rows.get_device(), *key[1:]
+    if parts is not None or sight in _SEEN:
+        return parts
+    if not _may_split(rows, matrix, spec) or torch.cuda.is_current_stream_capturing():
+        return None
+    if _ahead:
+        _SEEN.add(sight)
+    for m in filter(_is_few, _ahead or (rows.shape[0],)):
+        made = rows.new_empty(m, rows.shape[1])
+        if (of_made := _key(made, matrix, weight, spec)) not in _SPLITS:
+            _SPLITS[of_made] = _compare(made, matrix, weight, spec)
+    return _SPLITS.get(key)
+
+
+def _key(rows: torch.Tensor, matrix: torch.Tensor, weight: torch.Tensor | None, spec: NormSpec) -> Key:
+    (m, k), n = rows.shape, matrix.shape[0]
+    return Product(m, n, k, rows.dtype, rows.get_device()), spec, None if weight is None else weight.dtype
+
+
+def _is_few(m: int) -> bool:
     from . import cuda_partials
 
-    (m, k), device = rows.shape, rows.get_device()
-    if not 0 < m <= cuda_partials.MOST_ROWS:
-        return None
-    product = Product(m, matrix.shape[0], k, rows.dtype, device)
-    key = product, spec, None if weight is None else weight.dtype
-    parts = _SPLITS.get(key)
-    if parts is None and _may_split(rows, matrix, residual, spec) and not torch.cuda.is_current_stream_capturing():
-        _comparing.append(product)
-        try:
-            parts = _SPLITS[key] = _find_split(rows, matrix, weight, spec)
-        finally:
-            _comparing.pop()
-        for tell in on_found:
-            tell(product, parts)
+    return 0 < m <= cuda_partials.MOST_ROWS
+
+
+def _compare(rows: torch.Tensor, matrix: torch.Tensor, weight: torch.Tensor | None, spec: NormSpec) -> int:
+    product, *_ = _key(rows, matrix, weight, spec)
+    _comparing.append(product)
+    try:
+        parts = _find_split(rows, matrix, weight, spec)
+    finally:
+        _comparing.pop()
+    for tell in on_found:
+        tell(product, parts)
     return parts
 
 
@@ -154,13 +192,12 @@ def _measured(device: int) -> bool:
     return torch.version.hip is None and 10 * major + minor in MEASURED
 
 
-def _may_split(rows: torch.Tensor, matrix: torch.Tensor, residual: torch.Tensor, spec: NormSpec) -> bool:
+def _may_split(rows: torch.Tensor, matrix: torch.Tensor, spec: NormSpec) -> bool:
     from . import cuda_backend, cuda_partials
 
     device = rows.get_device()
     return (
         _measured(device)
-        and all(tensor.is_contiguous() for tensor in (rows, matrix, residual))
         and cuda_backend.available(rows.device)[0]
         and cuda_partials.serves(spec, rows.dtype, matrix.shape[0], device)
     )

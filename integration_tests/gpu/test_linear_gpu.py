@@ -29,6 +29,7 @@ def nothing_found_yet() -> Iterator[None]:
     linear_ops._SPLITS.clear()
     yield
     linear_ops._SPLITS.clear()
+    linear_ops.compare_ahead(())
 
 
 def rand(*shape: int, seed: int, dtype: torch.dtype = BF16, scale: float = 1.0) -> torch.Tensor:
@@ -165,6 +166,46 @@ def test_what_is_not_asked() -> None:
     strided = wide[:, :8192], matrix, residual[:8], weight
     assert same(one_call(*strided, FP32_SUM), two_calls(*strided, FP32_SUM))
     assert linear_ops._SPLITS == {}
+
+
+@measured
+def test_rows_apart_take_the_two_calls_although_the_product_is_known() -> None:
+    rows, matrix, residual, weight = operands(8, 4096, 14336)
+    one_call(rows, matrix, residual, weight, FP32_SUM)
+    assert max(linear_ops._SPLITS.values()) > 1
+    wide_rows, wide = rand(8, 2 * 14336, seed=5)[:, :14336], rand(8, 2 * 4096, seed=6)
+    for given in ((wide_rows, residual), (rows, wide[:, 4096:]), (wide_rows, wide[:, 4096:])):
+        x, total = torch.mm(given[0], matrix.t()), given[1].clone()
+        ops.bind_fused_add_rms_norm_(FP32_SUM)(x, total, weight, EPS)
+        beside = wide[:, :4096].clone()
+        assert torch.equal(OP(given[0], matrix, given[1], weight, EPS, *ops.spec_args(FP32_SUM)), x)
+        assert torch.equal(given[1], total)
+        assert torch.equal(wide[:, :4096], beside)
+
+
+@measured
+def test_autograd_counts_what_was_written_in_parts() -> None:
+    rows, matrix, residual, weight = operands(8, 4096, 14336)
+    one_call(rows, matrix, residual, weight, FP32_SUM)
+    before = [tensor._version for tensor in (rows, matrix, residual, weight)]
+    OP(rows, matrix, residual, weight, EPS, *ops.spec_args(FP32_SUM))
+    after = [tensor._version for tensor in (rows, matrix, residual, weight)]
+    assert [new > old for new, old in zip(after, before, strict=True)] == [False, False, True, False]
+
+
+@measured
+def test_compared_ahead_and_never_again() -> None:
+    """At the first sight of a matrix, whatever its rows; what was not asked for is taken whole."""
+    linear_ops.compare_ahead([1, 8, 8, 512])
+    assert same(one_call(*operands(300, 4096, 14336), FP32_SUM), two_calls(*operands(300, 4096, 14336), FP32_SUM))
+    assert sorted(product.m for product, _, _ in linear_ops._SPLITS) == [1, 8]
+    found = dict(linear_ops._SPLITS)
+    assert all(parts > 1 for parts in found.values())
+    for m in (1, 2, 8, 16):
+        assert same(one_call(*operands(m, 4096, 14336), FP32_SUM), two_calls(*operands(m, 4096, 14336), FP32_SUM))
+    assert found == linear_ops._SPLITS
+    one_call(*operands(2, 2048, 8192), FP32_SUM)
+    assert sorted(product.m for product, _, _ in linear_ops._SPLITS if product.n == 2048) == [1, 8]
 
 
 @measured

@@ -35,14 +35,10 @@ CASES = [
     *[("wide-llama", "ir", False), ("wide-llama-apart", "ir", False)],
 ]
 TWO_DEVICES = [("tiny-llama-tp2", route, False) for route in ("off", "auto", "ir")]
-CAPTURED = {"compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 64]}}
-"""Decode steps and the prefill: each product of the wide model is compared with its parts before any request."""
 MORE = {
     "tiny-llama-fp8": {"quantization": "fp8"},
     "tiny-llama-transformers": {"model_impl": "transformers"},
     "tiny-llama-tp2": {"tensor_parallel_size": 2},
-    "wide-llama": CAPTURED,
-    "wide-llama-apart": CAPTURED,
 }
 VARIABLES = {"wide-llama-apart": {"RMSNORM_PATCH_VLLM_LINEAR": "off"}}
 WIDE = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8}

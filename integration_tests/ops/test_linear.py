@@ -167,6 +167,14 @@ def test_refused_while_it_is_traced(name: str) -> None:
         assert word in str(caught.value)
 
 
+def test_rows_and_matrix_are_on_one_device() -> None:
+    for place in (0, 1):
+        given = operands(5)
+        given[place] = given[place].to("meta")
+        with pytest.raises(UnsupportedInput, match="on meta"):
+            OP(*given, 1e-6)
+
+
 def test_a_split_is_judged_by_many_elements() -> None:
     """Draws differ, and are alike from call to call."""
     for m, n in ((1, 512), (1, 4099), (3, 2880), (256, 16384)):
@@ -239,3 +247,45 @@ def test_no_split_is_looked_for_outside_the_kernels_rows(m: int) -> None:
     """None, where a look at the device would raise: there is none."""
     rows, matrix, residual, weight = operands(m)
     assert linear_ops.split_of(rows, matrix, residual, weight, LLAMA) is None
+
+
+@pytest.fixture
+def looked_at(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Numbers of rows that were compared, on a device of which that is asked; each comes in two parts."""
+    found: list[int] = []
+    monkeypatch.setattr(linear_ops, "_may_split", lambda *_: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(linear_ops, "_find_split", lambda rows, *_: found.append(rows.shape[0]) or 2)
+    linear_ops._SPLITS.clear()
+    yield found
+    linear_ops._SPLITS.clear()
+    linear_ops.compare_ahead(())
+
+
+def split_of(m: int) -> int | None:
+    rows, matrix, residual, weight = operands(m)
+    return linear_ops.split_of(rows, matrix, residual, weight, LLAMA)
+
+
+def test_each_product_is_compared_when_it_is_first_seen(looked_at: list[int]) -> None:
+    assert [split_of(m) for m in (3, 5, 3, 257, 5)] == [2, 2, 2, None, 2]
+    assert looked_at == [3, 5]
+
+
+def test_products_compared_ahead_are_the_only_ones(looked_at: list[int]) -> None:
+    """At the first sight of the matrix, here with more rows than the kernel serves."""
+    linear_ops.compare_ahead([8, 1, 8, 300])
+    assert [split_of(m) for m in (257, 1, 3, 8, 257)] == [None, 2, None, 2, None]
+    assert looked_at == [1, 8]
+    linear_ops.compare_ahead([1, 3])
+    assert [split_of(m) for m in (1, 3, 8)] == [2, 2, 2]
+    assert looked_at == [1, 8, 3]
+
+
+def test_rows_apart_are_no_known_product(looked_at: list[int]) -> None:
+    rows, matrix, residual, weight = operands(5)
+    wide = torch.cat([residual, residual], 1)
+    assert split_of(5) == 2
+    assert linear_ops.split_of(rows, matrix, wide[:, :N], weight, LLAMA) is None
+    assert linear_ops.split_of(rows.t().contiguous().t(), matrix, residual, weight, LLAMA) is None
+    assert linear_ops.split_of(rows, matrix.t().contiguous().t(), residual, weight, LLAMA) is None

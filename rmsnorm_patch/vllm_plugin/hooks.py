@@ -106,7 +106,10 @@ def _set_default(original: Callable[..., Any]) -> Callable[..., Any]:
             warn_once(f"products and norms stay apart: this vLLM lowers its graphs elsewhere ({error})")
         from vllm.config import get_current_vllm_config_or_none
 
-        log(get_current_vllm_config_or_none(), self)
+        vllm_config = get_current_vllm_config_or_none()
+        if vllm_config is not None and decision_for(vllm_config).linear:
+            linear_ops.compare_ahead(vllm_config.compilation_config.cudagraph_capture_sizes or ())
+        log(vllm_config, self)
 
     return set_default
 
