@@ -40,13 +40,13 @@ def serves(spec: NormSpec, dtype: torch.dtype, n: int, device: int) -> bool:
     if dtype.itemsize != 2 or spec.group is not None:
         return False
     configs = configs_for(OP, dtype, n, device)
-    return bool(configs) and n % 8 == 0 and all(config.tree == "lanes-8" for config in configs[:1])
+    return bool(configs) and n % 8 == 0 and configs[0].tree == "lanes-8"
 
 
 class BoundPartials(BoundOp):
-    """f(parts, residual, weight, eps) -> norm(sum of the parts + residual); residual <- sum + residual.
+    """f(parts, residual, weight, eps, normed): residual <- sum of the parts + residual; normed <- the norm of that.
 
-    parts: fp32 [P, M, N], contiguous; residual: 16-bit [M, N], contiguous; weight: [N] or None. The caller checks.
+    parts: fp32 [P, M, N]; residual, normed: 16-bit [M, N]; weight: [N] or None. All contiguous. The caller checks.
     """
 
     def __init__(self, spec: NormSpec, parts: int) -> None:
@@ -65,10 +65,14 @@ class BoundPartials(BoundOp):
         return super()._build(schedules(configs[0], x.shape[-1], self.parts, clusters), x, *rest)  # type: ignore[arg-type]
 
     def __call__(  # type: ignore[override]
-        self, parts: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, eps: float
-    ) -> torch.Tensor:
+        self,
+        parts: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor | None,
+        eps: float,
+        normed: torch.Tensor,
+    ) -> None:
         m, n = residual.shape
-        normed = torch.empty_like(residual)
         align = power_of_two(residual.data_ptr(), normed.data_ptr(), n * residual.element_size())
         address = 0 if weight is None else weight.data_ptr()
         chain = self._chain(residual, weight, align, power_of_two(address), False)
@@ -84,7 +88,6 @@ class BoundPartials(BoundOp):
         )
         if code:
             raise self._launch_error(code, residual, chain)
-        return normed
 
 
 def schedules(config: Config, n: int, parts: int, clusters: bool) -> tuple[Config, ...]:

@@ -8,8 +8,8 @@ matrix: [N, K], residual: [M, N], of one dtype; weight: [N] or None; the argumen
 The bits are those of `torch.mm` and `fused_add_rms_norm_`. Where `torch.mm` splits K, adds the parts in a kernel of its
 own and rounds, the op asks for the parts and leaves that to the norm (`cuda_partials`). How the library splits is found
 out by comparing, once for each shape: a split is taken only if it gives the bits of `torch.mm`, and where none does, or
-nothing can be compared, the norm gets the product. No result depends on what was chosen. A server compares all that it
-may meet at the first sight of a matrix (`compare_ahead`), so that no request waits for it.
+nothing can be compared, the norm gets the product. No result depends on what was chosen. A server compares what it
+captures at the first sight of a matrix (`compare_ahead`), so that no request waits for it.
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ TILE = 64
 COMPARED = 1 << 18
 """Elements of a product that are compared. Another split changed 2 to 9 in 10 000 of the sums with a residual (bf16,
 K = 2048 to 14336, H100), so that 50 or more would differ."""
+ALIGNMENT = 256
+"""Bytes of which the addresses of rows and matrix are multiples, as an allocator gives them. The rows that are compared
+lie so; for others a library may choose another kernel, and with it another split."""
 
 
 @dataclass(frozen=True)
@@ -53,16 +56,17 @@ class Product:
 Key = tuple[Product, NormSpec, torch.dtype | None]
 _SPLITS: dict[Key, int] = {}
 _SEEN: set[tuple[Any, ...]] = set()
-_ahead: list[int] = []
+_ahead: tuple[int, ...] | None = None
 on_found: list[Callable[[Product, int], None]] = []
 """Who is told of each product that was looked at, and the parts in which the norm gets it: 1 for the whole."""
 _comparing: list[Product] = []
 
 
-def compare_ahead(rows: Iterable[int]) -> None:
+def compare_ahead(rows: Iterable[int] | None) -> None:
     """When a matrix is first seen, compare its products of each of these numbers of rows, and of no others after that.
-    With none, as it begins: each product when it is first seen."""
-    _ahead[:] = sorted(set(rows))
+    With None, as it begins: each product when it is first seen."""
+    global _ahead
+    _ahead = None if rows is None else tuple(sorted(set(rows)))
     _SEEN.clear()
 
 
@@ -88,9 +92,10 @@ def _linear_fused_add_rms_norm_(  # type: ignore[no-untyped-def]
         return x
     from . import cuda_partials
 
-    _check_norm(rows, matrix.shape[0], residual, weight, variant)
+    normed = _for_result(rows, matrix)
+    validate.check_in_place(normed, residual, weight, variant, NAME)
     add_up, eps = cuda_partials.bound(variant, parts), _IMPLIED_EPS if eps is None else eps
-    normed = add_up(product_in_parts(rows, matrix, parts), residual, weight, eps)
+    add_up(product_in_parts(rows, matrix, parts), residual, weight, eps, normed)
     if not residual.is_inference():  # autograd counts what an in-place op wrote
         torch.autograd.graph.increment_version(residual)
     return normed
@@ -124,11 +129,9 @@ def check(rows: torch.Tensor, matrix: torch.Tensor) -> None:
         )
 
 
-def _check_norm(
-    rows: torch.Tensor, n: int, residual: torch.Tensor, weight: torch.Tensor | None, spec: NormSpec
-) -> None:
-    """For a call in which the norm never sees the product as a tensor."""
-    validate.check_in_place(rows.new_empty(rows.shape[0], n), residual, weight, spec, NAME)
+def _for_result(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """What takes the place of the product, which the norm reads and overwrites."""
+    return rows.new_empty(rows.shape[0], matrix.shape[0])
 
 
 def product_in_parts(rows: torch.Tensor, matrix: torch.Tensor, parts: int) -> torch.Tensor:
@@ -142,10 +145,13 @@ def split_of(
     rows: torch.Tensor, matrix: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, spec: NormSpec
 ) -> int | None:
     """The parts in which the norm gets this product, 1 for the whole; None where that is not known and not asked: too
-    many rows, rows apart, another GPU than those measured, or a stream capture, in which nothing can be compared."""
-    if not (_ahead or _is_few(rows.shape[0])):
+    many rows, rows apart or at odd addresses, another GPU than those measured, or a stream capture, in which nothing
+    can be compared."""
+    if _ahead is None and not _is_few(rows.shape[0]):
         return None
     if not all(tensor.is_contiguous() for tensor in (rows, matrix, residual)):
+        return None
+    if (rows.data_ptr() | matrix.data_ptr()) % ALIGNMENT:
         return None
     key = _key(rows, matrix, weight, spec)
     parts = _SPLITS.get(key)
@@ -154,9 +160,9 @@ def split_of(
         return parts
     if not _may_split(rows, matrix, spec) or torch.cuda.is_current_stream_capturing():
         return None
-    if _ahead:
+    if _ahead is not None:
         _SEEN.add(sight)
-    for m in filter(_is_few, _ahead or (rows.shape[0],)):
+    for m in filter(_is_few, (rows.shape[0],) if _ahead is None else _ahead):
         made = rows.new_empty(m, rows.shape[1])
         if (of_made := _key(made, matrix, weight, spec)) not in _SPLITS:
             _SPLITS[of_made] = _compare(made, matrix, weight, spec)
@@ -208,45 +214,50 @@ def _find_split(rows: torch.Tensor, matrix: torch.Tensor, weight: torch.Tensor |
     k = rows.shape[1]
     allowed = [parts for parts in SPLITS if k % (parts * TILE) == 0]
     try:
-        equal = [parts for parts in allowed if _same_product(rows, matrix, parts)]
+        products = [(made, torch.mm(made, matrix.t())) for made in _draws(rows, matrix.shape[0])]
+        equal = [parts for parts in allowed if _same_products(products, matrix, parts)]
         # Where every split gives the same bits (zeros, say), the comparison tells nothing.
         told = equal and len(equal) < len(allowed)
-        return equal[0] if told and _same_norm(rows, matrix, weight, spec, equal[0]) else 1
+        return equal[0] if told and _same_norms(products[:2], matrix, weight, spec, equal[0]) else 1
     except (RMSNormPatchError, RuntimeError):  # out of memory among them: the product is served whole
         return 1
 
 
-def _draws(rows: torch.Tensor, n: int, elements: int) -> list[torch.Tensor]:
-    """Made rows like these, as many as give products of that many elements."""
+def _draws(rows: torch.Tensor, n: int) -> list[torch.Tensor]:
+    """Made rows like these, as many as give products of `COMPARED` elements."""
     generator = torch.Generator(rows.device).manual_seed(0)
-    count = max(2, -(-elements // (rows.shape[0] * n)))
+    count = max(2, -(-COMPARED // (rows.shape[0] * n)))
     return [
         torch.randn(rows.shape, generator=generator, device=rows.device, dtype=torch.float32).to(rows.dtype)
         for _ in range(count)
     ]
 
 
-def _same_product(rows: torch.Tensor, matrix: torch.Tensor, parts: int) -> bool:
-    different = torch.zeros((), dtype=torch.int64, device=rows.device)
-    for made in _draws(rows, matrix.shape[0], COMPARED):
-        pieces = product_in_parts(made, matrix, parts)
-        total = pieces[0]
-        for piece in pieces[1:]:
+Made = tuple[torch.Tensor, torch.Tensor]
+"""Made rows and their product."""
+
+
+def _same_products(products: list[Made], matrix: torch.Tensor, parts: int) -> bool:
+    different = torch.zeros((), dtype=torch.int64, device=matrix.device)
+    for made, product in products:
+        total, *pieces = product_in_parts(made, matrix, parts)
+        for piece in pieces:
             total = total + piece
-        different += (total.to(made.dtype) != torch.mm(made, matrix.t())).sum()
+        different += (total.to(product.dtype) != product).sum()
     return int(different) == 0
 
 
-def _same_norm(
-    rows: torch.Tensor, matrix: torch.Tensor, weight: torch.Tensor | None, spec: NormSpec, parts: int
+def _same_norms(
+    products: list[Made], matrix: torch.Tensor, weight: torch.Tensor | None, spec: NormSpec, parts: int
 ) -> bool:
     from . import cuda_partials
 
-    for made in _draws(rows, matrix.shape[0], 1):
-        residual = torch.mm(made, matrix.t()).flip(0)
-        x, total, eps = torch.mm(made, matrix.t()), residual.clone(), 1e-6
+    for made, product in products:
+        x, residual, eps = product.clone(), product.flip(0), 1e-6
+        total, normed = residual.clone(), torch.empty_like(product)
         ops.bind_fused_add_rms_norm_(spec, "cuda")(x, total, weight, eps)
-        normed = cuda_partials.bound(spec, parts)(product_in_parts(made, matrix, parts), residual, weight, eps)
+        pieces = product_in_parts(made, matrix, parts)
+        cuda_partials.bound(spec, parts)(pieces, residual, weight, eps, normed)
         if not (torch.equal(normed, x) and torch.equal(residual, total)):
             return False
     return True
@@ -254,8 +265,9 @@ def _same_norm(
 
 def _fake(rows, matrix, residual, weight, eps, *spec):  # type: ignore[no-untyped-def]
     check(rows, matrix)
-    _check_norm(rows, matrix.shape[0], residual, weight, _bound(weight is not None, *spec)[0])
-    return residual.new_empty(residual.shape)
+    normed = _for_result(rows, matrix)
+    validate.check_in_place(normed, residual, weight, _bound(weight is not None, *spec)[0], NAME)
+    return normed
 
 
 def _register() -> torch.library.Library:

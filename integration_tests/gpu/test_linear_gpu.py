@@ -29,7 +29,7 @@ def nothing_found_yet() -> Iterator[None]:
     linear_ops._SPLITS.clear()
     yield
     linear_ops._SPLITS.clear()
-    linear_ops.compare_ahead(())
+    linear_ops.compare_ahead(None)
 
 
 def rand(*shape: int, seed: int, dtype: torch.dtype = BF16, scale: float = 1.0) -> torch.Tensor:
@@ -139,8 +139,8 @@ def test_a_split_with_other_bits_is_not_taken(monkeypatch: pytest.MonkeyPatch) -
 def test_a_norm_with_other_bits_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     launch = cuda_partials.BoundPartials.__call__
 
-    def wrong(self, parts, residual, weight, eps):
-        return launch(self, parts, residual, weight, eps + 1e-3)
+    def wrong(self, parts, residual, weight, eps, normed):
+        launch(self, parts, residual, weight, eps + 1e-3, normed)
 
     monkeypatch.setattr(cuda_partials.BoundPartials, "__call__", wrong)
     tensors = operands(8, 4096, 14336)
@@ -181,6 +181,22 @@ def test_rows_apart_take_the_two_calls_although_the_product_is_known() -> None:
         assert torch.equal(OP(given[0], matrix, given[1], weight, EPS, *ops.spec_args(FP32_SUM)), x)
         assert torch.equal(given[1], total)
         assert torch.equal(wide[:, :4096], beside)
+
+
+@measured
+@pytest.mark.parametrize("by", [1, 8, 16, 64])
+def test_operands_at_odd_addresses_take_the_two_calls(by: int) -> None:
+    """By 2, 16, 32 and 128 bytes."""
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        storage = torch.empty(tensor.numel() + by, dtype=tensor.dtype, device="cuda")
+        return storage[by:].view_as(tensor).copy_(tensor)
+
+    rows, matrix, residual, weight = operands(8, 4096, 14336)
+    one_call(rows, matrix, residual, weight, FP32_SUM)
+    for given in ((moved(rows), matrix), (rows, moved(matrix)), (moved(rows), moved(matrix))):
+        assert linear_ops.split_of(*given, residual, weight, FP32_SUM) is None
+        assert same(one_call(*given, residual, weight, FP32_SUM), two_calls(*given, residual, weight, FP32_SUM))
 
 
 @measured
@@ -249,9 +265,8 @@ def test_the_kernel_against_the_sum_and_the_fused_op(n: int) -> None:
                     total = total + piece
                 x, want = total.to(BF16), residual.clone()
                 ops.bind_fused_add_rms_norm_(spec)(x, want, weight, EPS)
-                poison = torch.full((m, n), float("nan"), dtype=BF16, device="cuda")
-                del poison  # the allocator hands the same memory out again
-                normed = cuda_partials.bound(spec, parts)(pieces, residual, weight, EPS)
+                normed = torch.full((m, n), float("nan"), dtype=BF16, device="cuda")
+                cuda_partials.bound(spec, parts)(pieces, residual, weight, EPS, normed)
                 assert same((normed, residual), (x, want)), (parts, m)
                 assert torch.equal(padded[m], behind)
 

@@ -35,6 +35,14 @@ def operands(m: int, dtype: torch.dtype = torch.float32, spec: NormSpec = LLAMA)
     return [rows, matrix, residual, weight if spec.has_weight else None]
 
 
+def moved(tensor: torch.Tensor, by: int) -> torch.Tensor:
+    """A copy so many elements behind an address as an allocator of a device gives it."""
+    size = tensor.element_size()
+    storage = torch.empty(tensor.numel() + by + linear_ops.ALIGNMENT // size, dtype=tensor.dtype)
+    start = -storage.data_ptr() % linear_ops.ALIGNMENT // size + by
+    return storage[start : start + tensor.numel()].view_as(tensor).copy_(tensor)
+
+
 def one_after_the_other(given: Operands, eps: float | None, spec: NormSpec) -> tuple[torch.Tensor, torch.Tensor]:
     rows, matrix, residual, weight = given
     x, total = torch.mm(rows, matrix.t()), residual.clone()
@@ -179,12 +187,12 @@ def test_a_split_is_judged_by_many_elements() -> None:
     """Draws differ, and are alike from call to call."""
     for m, n in ((1, 512), (1, 4099), (3, 2880), (256, 16384)):
         rows = torch.randn(m, 8).bfloat16()
-        draws = linear_ops._draws(rows, n, linear_ops.COMPARED)
+        draws = linear_ops._draws(rows, n)
         assert len(draws) >= 2
         assert len(draws) * m * n >= linear_ops.COMPARED
         assert {(draw.shape, draw.dtype) for draw in draws} == {(rows.shape, rows.dtype)}
         assert not torch.equal(draws[0], draws[1])
-        again = linear_ops._draws(rows, n, linear_ops.COMPARED)
+        again = linear_ops._draws(rows, n)
         assert all(map(torch.equal, draws, again))
 
 
@@ -212,7 +220,7 @@ def test_splits_considered_leave_parts_of_whole_tiles(
     k: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    monkeypatch.setattr(linear_ops, "_same_product", lambda rows, matrix, parts: seen.append(parts))
+    monkeypatch.setattr(linear_ops, "_same_products", lambda products, matrix, parts: seen.append(parts))
     assert find_split(k) == 1
     assert seen == expected
     assert all(parts <= cuda_partials.MOST_PARTS for parts in linear_ops.SPLITS)
@@ -220,7 +228,7 @@ def test_splits_considered_leave_parts_of_whole_tiles(
 
 def test_a_split_is_taken_if_product_and_norm_have_the_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     for same_norm in (True, False):
-        monkeypatch.setattr(linear_ops, "_same_norm", lambda *_, same=same_norm: same)
+        monkeypatch.setattr(linear_ops, "_same_norms", lambda *_, same=same_norm: same)
         for split in (2, 3, 4, 6):
             monkeypatch.setattr(linear_ops, "product_in_parts", library(split))
             assert find_split(768) == (split if same_norm else 1)
@@ -229,7 +237,7 @@ def test_a_split_is_taken_if_product_and_norm_have_the_bits(monkeypatch: pytest.
 
 
 def test_where_every_split_has_the_bits_none_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_ops, "_same_norm", lambda *_: True)
+    monkeypatch.setattr(linear_ops, "_same_norms", lambda *_: True)
     monkeypatch.setattr(linear_ops, "product_in_parts", library(0))
     assert find_split(768) == 1
 
@@ -259,12 +267,12 @@ def looked_at(monkeypatch: pytest.MonkeyPatch) -> Any:
     linear_ops._SPLITS.clear()
     yield found
     linear_ops._SPLITS.clear()
-    linear_ops.compare_ahead(())
+    linear_ops.compare_ahead(None)
 
 
 def split_of(m: int) -> int | None:
     rows, matrix, residual, weight = operands(m)
-    return linear_ops.split_of(rows, matrix, residual, weight, LLAMA)
+    return linear_ops.split_of(moved(rows, 0), moved(matrix, 0), residual, weight, LLAMA)
 
 
 def test_each_product_is_compared_when_it_is_first_seen(looked_at: list[int]) -> None:
@@ -280,12 +288,23 @@ def test_products_compared_ahead_are_the_only_ones(looked_at: list[int]) -> None
     linear_ops.compare_ahead([1, 3])
     assert [split_of(m) for m in (1, 3, 8)] == [2, 2, 2]
     assert looked_at == [1, 8, 3]
+    linear_ops.compare_ahead(())
+    assert [split_of(m) for m in (5, 8)] == [None, 2]
+    assert looked_at == [1, 8, 3]
 
 
 def test_rows_apart_are_no_known_product(looked_at: list[int]) -> None:
     rows, matrix, residual, weight = operands(5)
+    rows, matrix, turned = moved(rows, 0), moved(matrix, 0), [moved(tensor.t(), 0).t() for tensor in (rows, matrix)]
     wide = torch.cat([residual, residual], 1)
-    assert split_of(5) == 2
+    assert linear_ops.split_of(rows, matrix, residual, weight, LLAMA) == 2
     assert linear_ops.split_of(rows, matrix, wide[:, :N], weight, LLAMA) is None
-    assert linear_ops.split_of(rows.t().contiguous().t(), matrix, residual, weight, LLAMA) is None
-    assert linear_ops.split_of(rows, matrix.t().contiguous().t(), residual, weight, LLAMA) is None
+    assert linear_ops.split_of(turned[0], matrix, residual, weight, LLAMA) is None
+    assert linear_ops.split_of(rows, turned[1], residual, weight, LLAMA) is None
+
+
+def test_operands_at_odd_addresses_are_no_known_product(looked_at: list[int]) -> None:
+    rows, matrix, residual, weight = operands(5)
+    for by_rows, by_matrix, parts in ((0, 0, 2), (1, 0, None), (0, 32, None), (64, 64, 2)):
+        assert linear_ops.split_of(moved(rows, by_rows), moved(matrix, by_matrix), residual, weight, LLAMA) == parts
+    assert looked_at == [5]

@@ -80,6 +80,7 @@ JOINS = "norms add up the parts of split products"
         ({"device_type": "cpu"}, False),
         ({"device_type": "cpu", "capability": None}, False),
         ({"linear": "off"}, False),
+        ({"captures": False}, False),
         ({"requested": "oot"}, False),
         ({"has_ir": False}, False),
         ({"compiled": False}, False),

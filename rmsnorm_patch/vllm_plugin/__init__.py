@@ -42,11 +42,11 @@ def _register(version: str) -> None:
     from .health import warn_once
 
     try:
-        requested = settings.read()
-        settings.read_linear()
+        settings.check()
     except settings.UnsupportedInput:
         hooks.install()  # whoever configures the engine is told, and stops
         return
+    requested = settings.read()
     if requested == "off":
         return
     if why := settings.unsupported_release(_vllm_version()):
@@ -84,10 +84,10 @@ def describe() -> Description:
     version = installed()
     requested = os.environ.get(settings.VARIABLE, "") or "auto"
     try:
-        route = settings.read()
-        settings.read_linear()
+        settings.check()
     except settings.UnsupportedInput as error:
         return Description(version, "none", requested, str(error))
+    route = settings.read()
     if version is None:
         return Description(None, "none", requested, "vLLM is not installed")
     if route == "off":

@@ -31,7 +31,7 @@ WEIGHT_ONLY = frozenset({"awq", "awq_marlin", "gptq", "gptq_marlin", "bitsandbyt
 @dataclass(frozen=True)
 class Facts:
     """What a decision rests on. incumbents: vLLM's default IR priority for rms_norm, () where it has no IR; capability:
-    90 for sm_90, None without an NVIDIA GPU; linear: `settings.read_linear()`."""
+    90 for sm_90, None without an NVIDIA GPU; captures: whether CUDA graphs are; linear: `settings.read_linear()`."""
 
     requested: settings.Route
     version: str
@@ -44,6 +44,7 @@ class Facts:
     tensor_parallel: int = 1
     batch_invariant: bool = False
     capability: int | None = None
+    captures: bool = True
     linear: settings.Linear = "auto"
 
 
@@ -95,7 +96,7 @@ def decide(facts: Facts) -> Decision:
     asked = "asked for" if facts.requested == route else f"vLLM {facts.version} offers it"
     reason = f"{asked}; numerics of {_NAMES[provider]}"
     measured = facts.device_type == "cuda" and facts.capability in linear_ops.MEASURED
-    linear = route == "ir" and facts.compiled and measured and facts.linear == "auto"
+    linear = route == "ir" and facts.compiled and facts.captures and measured and facts.linear == "auto"
     if linear:
         reason += "; norms add up the parts of split products"
     return Decision(route, provider, reason, linear=linear)
@@ -121,7 +122,7 @@ def facts_of(vllm_config: Any, incumbents: tuple[str, ...]) -> Facts:
     """Read a VllmConfig; only names that exist from vLLM 0.26 to 0.33 are used."""
     import vllm
     from vllm import envs
-    from vllm.config import CompilationMode
+    from vllm.config import CompilationMode, CUDAGraphMode
     from vllm.platforms import current_platform
 
     compilation = vllm_config.compilation_config
@@ -138,6 +139,7 @@ def facts_of(vllm_config: Any, incumbents: tuple[str, ...]) -> Facts:
         tensor_parallel=vllm_config.parallel_config.tensor_parallel_size,
         batch_invariant=bool(envs.VLLM_BATCH_INVARIANT),
         capability=_capability(current_platform),
+        captures=compilation.cudagraph_mode != CUDAGraphMode.NONE,
         linear=settings.read_linear(),
     )
 

@@ -78,8 +78,7 @@ def install_lowering() -> None:
 
 def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        settings.read_linear()
-        settings.read()  # a bad value stops the start here: vLLM swallows what a plugin raises in some processes
+        settings.check()  # a bad value stops the start here: vLLM swallows what a plugin raises in some processes
         return original(self, *args, **kwargs)
 
     return create_engine_config

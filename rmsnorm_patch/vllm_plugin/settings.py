@@ -30,6 +30,12 @@ def read_linear() -> Linear:
     return _one_of(LINEAR_VARIABLE, LINEARS)
 
 
+def check() -> None:
+    """Raise UnsupportedInput if either variable has a value that it must not have."""
+    read()
+    read_linear()
+
+
 T = TypeVar("T", bound=str)
 
 
