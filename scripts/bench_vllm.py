@@ -26,7 +26,8 @@ collapse there, and matrix products run faster on them: it holds only where weig
 Ideas that lost, to be measured again: "-dependent" launches the compiler's own kernels dependently too
 (`triton.enable_pdl`), "ir-heads" serves the norms over q and k heads, which the plugin leaves to the compiler, and
 "ir-functional" returns new tensors where the plugin writes into its inputs. "ir-apart" is the plugin without its
-taking over what is left of split products (RMSNORM_PATCH_VLLM_LINEAR=off).
+taking over what is left of split products (RMSNORM_PATCH_VLLM_LINEAR=off), "ir-reorder" with splits of its own, which
+change bits (=reorder); as this is the setting of a process, no engine "ir" can share it.
 """
 
 from __future__ import annotations
@@ -208,6 +209,8 @@ def main() -> None:
         shape, _, variants = name.partition(":")
         if shape not in SHAPES or not set(map(base_of, variants.split("+"))) <= set(VARIANTS):
             parser.error(f"--engines: got {name!r}; shapes: {', '.join(SHAPES)}; variants: {', '.join(VARIANTS)}")
+        if {"ir", "ir-reorder"} <= set(map(base_of, variants.split("+"))):
+            parser.error(f"--engines: got {name!r}; 'ir' and 'ir-reorder' have one setting a process: give one of them")
         for schedules in map(schedules_of, variants.split("+")):
             if schedules not in ("", "plain") and not Path(schedules).is_file():
                 parser.error(f"--engines: got {name!r}; {schedules!r} is no file; allowed: a registry's path, 'plain'")

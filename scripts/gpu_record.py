@@ -34,6 +34,7 @@ LAUNCH_CODE = (
     "reference.py",
     "ops.py",
     "linear_ops.py",
+    "product_splits.py",
     "validate.py",
     "dispatch.py",
     "registry.py",

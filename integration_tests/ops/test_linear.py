@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rmsnorm_patch import cuda_partials, linear_ops, ops
+from rmsnorm_patch import cuda_partials, linear_ops, ops, product_splits
 from rmsnorm_patch.errors import UnsupportedInput
 from rmsnorm_patch.semantics import LLAMA, NormSpec
 
@@ -38,8 +39,8 @@ def operands(m: int, dtype: torch.dtype = torch.float32, spec: NormSpec = LLAMA)
 def moved(tensor: torch.Tensor, by: int) -> torch.Tensor:
     """A copy so many elements behind an address as an allocator of a device gives it."""
     size = tensor.element_size()
-    storage = torch.empty(tensor.numel() + by + linear_ops.ALIGNMENT // size, dtype=tensor.dtype)
-    start = -storage.data_ptr() % linear_ops.ALIGNMENT // size + by
+    storage = torch.empty(tensor.numel() + by + product_splits.ALIGNMENT // size, dtype=tensor.dtype)
+    start = -storage.data_ptr() % product_splits.ALIGNMENT // size + by
     return storage[start : start + tensor.numel()].view_as(tensor).copy_(tensor)
 
 
@@ -187,12 +188,12 @@ def test_a_split_is_judged_by_many_elements() -> None:
     """Draws differ, and are alike from call to call."""
     for m, n in ((1, 512), (1, 4099), (3, 2880), (256, 16384)):
         rows = torch.randn(m, 8).bfloat16()
-        draws = linear_ops._draws(rows, n)
+        draws = product_splits._draws(rows, n)
         assert len(draws) >= 2
-        assert len(draws) * m * n >= linear_ops.COMPARED
+        assert len(draws) * m * n >= product_splits.COMPARED
         assert {(draw.shape, draw.dtype) for draw in draws} == {(rows.shape, rows.dtype)}
         assert not torch.equal(draws[0], draws[1])
-        again = linear_ops._draws(rows, n)
+        again = product_splits._draws(rows, n)
         assert all(map(torch.equal, draws, again))
 
 
@@ -209,9 +210,16 @@ def library(split: int) -> Any:
 
 def find_split(k: int) -> int:
     rows, matrix, _, weight = operands(3)
-    return linear_ops._find_split(rows.repeat(1, k)[:, :k], matrix.repeat(1, k)[:, :k], weight, LLAMA)
+    return product_splits._find_split(rows.repeat(1, k)[:, :k], matrix.repeat(1, k)[:, :k], weight, LLAMA)
 
 
+@pytest.fixture
+def split(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU's library, as if its products of few rows were split."""
+    monkeypatch.setattr(product_splits, "_is_whole", lambda *_: False)
+
+
+@pytest.mark.usefixtures("split")
 @pytest.mark.parametrize(
     ("k", "expected"),
     [(64, []), (100, []), (448, [7]), (768, [2, 3, 4, 6]), (4096, [2, 4, 8]), (320 * 8, [2, 4, 5, 8])],
@@ -220,59 +228,140 @@ def test_splits_considered_leave_parts_of_whole_tiles(
     k: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    monkeypatch.setattr(linear_ops, "_same_products", lambda products, matrix, parts: seen.append(parts))
-    assert find_split(k) == 1
+    monkeypatch.setattr(product_splits, "_same_products", lambda products, matrix, parts: seen.append(parts))
+    assert find_split(k) == 0
     assert seen == expected
-    assert all(parts <= cuda_partials.MOST_PARTS for parts in linear_ops.SPLITS)
+    assert all(parts <= cuda_partials.MOST_PARTS for parts in product_splits.SPLITS)
 
 
+@pytest.mark.usefixtures("split")
 def test_a_split_is_taken_if_product_and_norm_have_the_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     for same_norm in (True, False):
-        monkeypatch.setattr(linear_ops, "_same_norms", lambda *_, same=same_norm: same)
+        monkeypatch.setattr(product_splits, "_same_norms", lambda *_, same=same_norm: same)
         for split in (2, 3, 4, 6):
-            monkeypatch.setattr(linear_ops, "product_in_parts", library(split))
-            assert find_split(768) == (split if same_norm else 1)
-        monkeypatch.setattr(linear_ops, "product_in_parts", library(5))
-        assert find_split(768) == 1
+            monkeypatch.setattr(product_splits, "product_in_parts", library(split))
+            assert find_split(768) == (split if same_norm else 0)
+        monkeypatch.setattr(product_splits, "product_in_parts", library(5))
+        assert find_split(768) == 0
 
 
+@pytest.mark.usefixtures("split")
 def test_where_every_split_has_the_bits_none_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_ops, "_same_norms", lambda *_: True)
-    monkeypatch.setattr(linear_ops, "product_in_parts", library(0))
-    assert find_split(768) == 1
+    monkeypatch.setattr(product_splits, "_same_norms", lambda *_: True)
+    monkeypatch.setattr(product_splits, "product_in_parts", library(0))
+    assert find_split(768) == 0
 
 
+@pytest.mark.usefixtures("split")
 def test_what_cannot_be_compared_is_served_whole() -> None:
     """The CPU has no product of bf16 with an fp32 result."""
     rows, matrix, _, weight = operands(3, torch.bfloat16)
     with pytest.raises(NotImplementedError):
-        linear_ops.product_in_parts(rows, matrix, 2)
-    assert linear_ops._find_split(rows.repeat(1, 8), matrix.repeat(1, 8), weight, FP32_SUM) == 1
+        product_splits.product_in_parts(rows, matrix, 2)
+    assert product_splits._find_split(rows.repeat(1, 8), matrix.repeat(1, 8), weight, FP32_SUM) == 0
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_other_sums_only_where_they_are_allowed(whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four parts, of which the library of the test adds up to what `torch.mm` gives only where there are four."""
+    monkeypatch.setattr(product_splits, "_is_whole", lambda *_: whole)
+    monkeypatch.setattr(product_splits, "_same_products", lambda *_: False)
+    monkeypatch.setattr(product_splits, "filling", lambda *_: 4)
+    same_norms = [True]
+    monkeypatch.setattr(product_splits, "_same_norms", lambda *_: same_norms[0])
+    try:
+        for split, agrees, allowed in itertools.product((4, 3), (True, False), (True, False)):
+            monkeypatch.setattr(product_splits, "product_in_parts", library(split))
+            same_norms[0] = agrees
+            product_splits.allow_reordering(allowed)
+            taken = split == 4 and agrees and allowed
+            assert find_split(768) == (4 if taken else int(whole))
+    finally:
+        product_splits.allow_reordering(False)
+
+
+def test_a_split_with_the_bits_comes_before_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product_splits, "_is_whole", lambda *_: False)
+    monkeypatch.setattr(product_splits, "_same_norms", lambda *_: True)
+    monkeypatch.setattr(product_splits, "filling", lambda *_: 4)
+    monkeypatch.setattr(product_splits, "product_in_parts", library(3))
+    product_splits.allow_reordering(True)
+    try:
+        assert find_split(768) == 3
+    finally:
+        product_splits.allow_reordering(False)
+
+
+def test_allowing_other_sums_forgets_what_was_found(looked_at: list[int]) -> None:
+    try:
+        assert split_of(3) == 2
+        for allowed, again in ((True, 1), (True, 0), (False, 1)):
+            before = len(looked_at)
+            product_splits.allow_reordering(allowed)
+            assert split_of(3) == 2
+            assert len(looked_at) - before == again
+    finally:
+        product_splits.allow_reordering(False)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "parts"),
+    [(1, 2048, 2048, 4), (32, 2048, 8192, 4), (33, 2048, 8192, 1), (8, 1024, 4096, 8), (8, 1024, 256, 4),
+     (8, 1024, 128, 1), (8, 2176, 8192, 1), (8, 4096, 4096, 1), (1, 256, 1024, 8)],
+)  # fmt: skip
+def test_parts_that_fill_a_device(m: int, n: int, k: int, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Properties:
+        multi_processor_count = 132
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
+    assert product_splits.filling(torch.empty(m, k), torch.empty(n, k)) == parts
+
+
+def test_close_is_a_rounding_apart() -> None:
+    exact = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    rounded = exact.bfloat16()
+    assert product_splits._is_close(rounded, (exact * (1 + 1e-6)).bfloat16())
+    for wrong in (exact + 0.01, exact * 1.02, torch.full_like(exact, torch.nan)):
+        assert not product_splits._is_close(wrong.bfloat16(), rounded)
+
+
+@pytest.mark.parametrize("up_to", [0, 2, 3, 100, product_splits.TALL - 1])
+def test_a_product_with_the_bits_of_many_rows_is_not_split(up_to: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a library that splits products of up to so many rows, which shows in one element."""
+
+    def product(rows: torch.Tensor, transposed: torch.Tensor) -> torch.Tensor:
+        whole = (1000 * rows).double().round() @ (1000 * transposed).double().round()  # exact, whatever the BLAS
+        whole[-1, -1] += len(rows) <= up_to
+        return whole.to(rows.dtype)
+
+    monkeypatch.setattr(torch, "mm", product)
+    monkeypatch.setattr(product_splits, "_same_norms", lambda *_: True)
+    assert find_split(768) == (0 if up_to >= 3 else 1)
 
 
 @pytest.mark.parametrize("m", [0, cuda_partials.MOST_ROWS + 1])
 def test_no_split_is_looked_for_outside_the_kernels_rows(m: int) -> None:
     """None, where a look at the device would raise: there is none."""
     rows, matrix, residual, weight = operands(m)
-    assert linear_ops.split_of(rows, matrix, residual, weight, LLAMA) is None
+    assert product_splits.split_of(rows, matrix, residual, weight, LLAMA) is None
 
 
 @pytest.fixture
 def looked_at(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Numbers of rows that were compared, on a device of which that is asked; each comes in two parts."""
     found: list[int] = []
-    monkeypatch.setattr(linear_ops, "_may_split", lambda *_: True)
+    monkeypatch.setattr(product_splits, "_may_split", lambda *_: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(linear_ops, "_find_split", lambda rows, *_: found.append(rows.shape[0]) or 2)
-    linear_ops._SPLITS.clear()
+    monkeypatch.setattr(product_splits, "_find_split", lambda rows, *_: found.append(rows.shape[0]) or 2)
+    product_splits._SPLITS.clear()
     yield found
-    linear_ops._SPLITS.clear()
-    linear_ops.compare_ahead(None)
+    product_splits._SPLITS.clear()
+    product_splits.compare_ahead(None)
 
 
 def split_of(m: int) -> int | None:
     rows, matrix, residual, weight = operands(m)
-    return linear_ops.split_of(moved(rows, 0), moved(matrix, 0), residual, weight, LLAMA)
+    return product_splits.split_of(moved(rows, 0), moved(matrix, 0), residual, weight, LLAMA)
 
 
 def test_each_product_is_compared_when_it_is_first_seen(looked_at: list[int]) -> None:
@@ -282,13 +371,13 @@ def test_each_product_is_compared_when_it_is_first_seen(looked_at: list[int]) ->
 
 def test_products_compared_ahead_are_the_only_ones(looked_at: list[int]) -> None:
     """At the first sight of the matrix, here with more rows than the kernel serves."""
-    linear_ops.compare_ahead([8, 1, 8, 300])
+    product_splits.compare_ahead([8, 1, 8, 300])
     assert [split_of(m) for m in (257, 1, 3, 8, 257)] == [None, 2, None, 2, None]
     assert looked_at == [1, 8]
-    linear_ops.compare_ahead([1, 3])
+    product_splits.compare_ahead([1, 3])
     assert [split_of(m) for m in (1, 3, 8)] == [2, 2, 2]
     assert looked_at == [1, 8, 3]
-    linear_ops.compare_ahead(())
+    product_splits.compare_ahead(())
     assert [split_of(m) for m in (5, 8)] == [None, 2]
     assert looked_at == [1, 8, 3]
 
@@ -297,14 +386,14 @@ def test_rows_apart_are_no_known_product(looked_at: list[int]) -> None:
     rows, matrix, residual, weight = operands(5)
     rows, matrix, turned = moved(rows, 0), moved(matrix, 0), [moved(tensor.t(), 0).t() for tensor in (rows, matrix)]
     wide = torch.cat([residual, residual], 1)
-    assert linear_ops.split_of(rows, matrix, residual, weight, LLAMA) == 2
-    assert linear_ops.split_of(rows, matrix, wide[:, :N], weight, LLAMA) is None
-    assert linear_ops.split_of(turned[0], matrix, residual, weight, LLAMA) is None
-    assert linear_ops.split_of(rows, turned[1], residual, weight, LLAMA) is None
+    assert product_splits.split_of(rows, matrix, residual, weight, LLAMA) == 2
+    assert product_splits.split_of(rows, matrix, wide[:, :N], weight, LLAMA) is None
+    assert product_splits.split_of(turned[0], matrix, residual, weight, LLAMA) is None
+    assert product_splits.split_of(rows, turned[1], residual, weight, LLAMA) is None
 
 
 def test_operands_at_odd_addresses_are_no_known_product(looked_at: list[int]) -> None:
     rows, matrix, residual, weight = operands(5)
     for by_rows, by_matrix, parts in ((0, 0, 2), (1, 0, None), (0, 32, None), (64, 64, 2)):
-        assert linear_ops.split_of(moved(rows, by_rows), moved(matrix, by_matrix), residual, weight, LLAMA) == parts
+        assert product_splits.split_of(moved(rows, by_rows), moved(matrix, by_matrix), residual, weight, LLAMA) == parts
     assert looked_at == [5]

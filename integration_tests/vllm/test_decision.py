@@ -79,6 +79,7 @@ JOINS = "norms add up the parts of split products"
         ({"capability": None}, False),
         ({"device_type": "cpu"}, False),
         ({"device_type": "cpu", "capability": None}, False),
+        ({"linear": "reorder"}, True),
         ({"linear": "off"}, False),
         ({"captures": False}, False),
         ({"requested": "oot"}, False),
@@ -101,6 +102,13 @@ def test_joining_changes_nothing_else_of_a_decision() -> None:
     assert on == replace(off, linear=True, reason=f"{off.reason}; {JOINS}")
 
 
+def test_other_bits_only_if_asked_for() -> None:
+    asked, auto = (decide(replace(CUDA, capability=90, linear=linear)) for linear in ("reorder", "auto"))
+    assert (asked.reorder, auto.reorder) == (True, False)
+    assert asked.reason == f"{auto.reason}, and of products that are split for them (RMSNORM_PATCH_VLLM_LINEAR=reorder)"
+    assert not decide(replace(CUDA, capability=89, linear="reorder")).reorder
+
+
 def test_numerics_of_the_incumbents_differ() -> None:
     assert len({(spec.sum, spec.round_before_weight) for spec in SPECS.values()}) == 3
 
@@ -115,15 +123,16 @@ def test_a_bad_value_names_the_allowed_ones(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_bad_value_for_joining_names_the_allowed_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RMSNORM_PATCH_VLLM", raising=False)
     monkeypatch.setenv("RMSNORM_PATCH_VLLM_LINEAR", "on")
-    with pytest.raises(UnsupportedInput, match="RMSNORM_PATCH_VLLM_LINEAR: got 'on'; supported: auto, off; next: "):
+    told = "RMSNORM_PATCH_VLLM_LINEAR: got 'on'; supported: auto, reorder, off; next: "
+    with pytest.raises(UnsupportedInput, match=told):
         settings.read_linear()
     found = vllm_plugin.describe()
     assert found.route == "none"
-    assert "RMSNORM_PATCH_VLLM_LINEAR: got 'on'; supported: auto, off" in found.reason
+    assert told in found.reason
 
 
 @pytest.mark.parametrize(
-    ("value", "expected"), [(None, "auto"), ("", "auto"), ("auto", "auto"), ("off", "off"), (" OFF ", "off")]
+    ("value", "expected"), [(None, "auto"), ("", "auto"), ("auto", "auto"), ("reorder", "reorder"), (" OFF ", "off")]
 )
 def test_values_for_joining(value: str | None, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RMSNORM_PATCH_VLLM_LINEAR", raising=False)

@@ -24,7 +24,8 @@ def _python(code: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    ("variable", "allowed"), [("RMSNORM_PATCH_VLLM", "auto, ir, oot, off"), ("RMSNORM_PATCH_VLLM_LINEAR", "auto, off")]
+    ("variable", "allowed"),
+    [("RMSNORM_PATCH_VLLM", "auto, ir, oot, off"), ("RMSNORM_PATCH_VLLM_LINEAR", "auto, reorder, off")],
 )
 def test_a_bad_value_stops_the_start_before_weights_load(
     variable: str, allowed: str, tmp_path: Path, environment: Environment

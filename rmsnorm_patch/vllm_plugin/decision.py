@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .. import linear_ops
+from .. import product_splits
 from ..semantics import NormSpec
 from . import settings
 
@@ -51,13 +51,14 @@ class Facts:
 @dataclass(frozen=True)
 class Decision:
     """route "none" stands aside; provider names the numerics (a key of SPECS), "" with route "none". linear: a product
-    and the fused norm that reads it become one op (`linear_pass`)."""
+    and the fused norm that reads it become one op (`linear_pass`), reorder: whose product may have other bits."""
 
     route: Chosen
     provider: str
     reason: str
     warning: bool = False
     linear: bool = False
+    reorder: bool = False
 
     def __str__(self) -> str:
         how = f"route {self.route}, provider {self.provider}" if self.route != "none" else "off, vLLM's own norms"
@@ -95,11 +96,14 @@ def decide(facts: Facts) -> Decision:
         return _aside(f"the IR priority begins with {facts.incumbents[0]!r}, which was asked for")
     asked = "asked for" if facts.requested == route else f"vLLM {facts.version} offers it"
     reason = f"{asked}; numerics of {_NAMES[provider]}"
-    measured = facts.device_type == "cuda" and facts.capability in linear_ops.MEASURED
-    linear = route == "ir" and facts.compiled and facts.captures and measured and facts.linear == "auto"
+    measured = facts.device_type == "cuda" and facts.capability in product_splits.MEASURED
+    linear = route == "ir" and facts.compiled and facts.captures and measured and facts.linear != "off"
+    reorder = linear and facts.linear == "reorder"
     if linear:
         reason += "; norms add up the parts of split products"
-    return Decision(route, provider, reason, linear=linear)
+    if reorder:
+        reason += f", and of products that are split for them ({settings.LINEAR_VARIABLE}=reorder)"
+    return Decision(route, provider, reason, linear=linear, reorder=reorder)
 
 
 _NAMES = {

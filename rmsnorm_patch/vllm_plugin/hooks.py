@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from .. import linear_ops, nvrtc
+from .. import nvrtc, product_splits
 from ..dispatch import triton_installed
 from . import arithmetic, linear_pass, settings
 from .decision import SPECS, Decision, decide, facts_of
@@ -72,8 +72,8 @@ def install_lowering() -> None:
     wrap_once(VllmIRLoweringPass, "__init__", linear_pass.wrap_init)
     wrap_once(VllmIRLoweringPass, "__call__", linear_pass.wrap_call)
     wrap_once(VllmIRLoweringPass, "uuid", linear_pass.wrap_uuid)
-    if linear_pass.tell not in linear_ops.on_found:
-        linear_ops.on_found.append(linear_pass.tell)
+    if linear_pass.tell not in product_splits.on_found:
+        product_splits.on_found.append(linear_pass.tell)
 
 
 def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -106,8 +106,9 @@ def _set_default(original: Callable[..., Any]) -> Callable[..., Any]:
         from vllm.config import get_current_vllm_config_or_none
 
         vllm_config = get_current_vllm_config_or_none()
-        if vllm_config is not None and decision_for(vllm_config).linear:
-            linear_ops.compare_ahead(vllm_config.compilation_config.cudagraph_capture_sizes or ())
+        if vllm_config is not None and (decision := decision_for(vllm_config)).linear:
+            product_splits.compare_ahead(vllm_config.compilation_config.cudagraph_capture_sizes or ())
+            product_splits.allow_reordering(decision.reorder)
         log(vllm_config, self)
 
     return set_default

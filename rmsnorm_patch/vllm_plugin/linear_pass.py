@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .. import linear_ops
+from .. import linear_ops, product_splits
 from .health import logger, warn_once
 
 aten = torch.ops.aten
@@ -91,7 +91,7 @@ def _writes(target: Any) -> bool:
 _TOLD: set[tuple[int, int]] = set()
 
 
-def tell(product: linear_ops.Product, parts: int) -> None:
+def tell(product: product_splits.Product, parts: int) -> None:
     """One line for each matrix whose products come in parts."""
     matrix = product.n, product.k
     if parts > 1 and matrix not in _TOLD:

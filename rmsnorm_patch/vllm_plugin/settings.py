@@ -11,7 +11,7 @@ from ..errors import UnsupportedInput
 Route = Literal["auto", "ir", "oot", "off"]
 ROUTES: tuple[Route, ...] = get_args(Route)
 VARIABLE = "RMSNORM_PATCH_VLLM"
-Linear = Literal["auto", "off"]
+Linear = Literal["auto", "reorder", "off"]
 LINEARS: tuple[Linear, ...] = get_args(Linear)
 LINEAR_VARIABLE = "RMSNORM_PATCH_VLLM_LINEAR"
 TRACE_VARIABLE = "RMSNORM_PATCH_VLLM_TRACE"
@@ -26,7 +26,7 @@ def read() -> Route:
 
 
 def read_linear() -> Linear:
-    """Whether `RMSNORM_PATCH_VLLM_LINEAR` lets products be joined with the norms behind them."""
+    """Whether `RMSNORM_PATCH_VLLM_LINEAR` lets products be joined with the norms behind them, and take other bits."""
     return _one_of(LINEAR_VARIABLE, LINEARS)
 
 

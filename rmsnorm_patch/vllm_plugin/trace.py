@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .. import cuda_partials, linear_ops, ops
+from .. import cuda_partials, ops, product_splits
 from ..semantics import NormSpec
 from . import health
 
@@ -51,7 +51,7 @@ def install(folder: str) -> None:
 
 
 def _is_of_a_forward() -> bool:
-    return not health.is_trial() and not linear_ops.is_comparing()
+    return not health.is_trial() and not product_splits.is_comparing()
 
 
 def _line(op: str, spec: NormSpec, x: torch.Tensor, result: torch.Tensor | None, weight: Any) -> dict[str, Any]:

@@ -56,6 +56,7 @@ VARIANTS: dict[str, tuple[str, dict[str, bool]]] = {
     "ir": ("ir", {}),
     "ir-dependent": ("ir", {DEPENDENT: True}),
     "ir-apart": ("ir", {}),
+    "ir-reorder": ("ir", {}),
     "ir-functional": ("ir", {}),
     "ir-heads": ("ir", {}),
     "oot": ("oot", {}),
@@ -263,19 +264,20 @@ def changed(name: str, value: Any) -> Iterator[None]:
 
 
 @contextmanager
-def apart() -> Iterator[None]:
-    """Products and norms stay two calls in the graphs that are compiled within."""
+def products(setting: str) -> Iterator[None]:
+    """What the engines that start within do with products before norms."""
     from rmsnorm_patch.vllm_plugin.settings import LINEAR_VARIABLE
 
     before = os.environ.get(LINEAR_VARIABLE, "")
-    os.environ[LINEAR_VARIABLE] = "off"
+    os.environ[LINEAR_VARIABLE] = setting
     yield
     os.environ[LINEAR_VARIABLE] = before
 
 
 CHANGES: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "removed": norms_removed,
-    "ir-apart": apart,
+    "ir-apart": lambda: products("off"),
+    "ir-reorder": lambda: products("reorder"),
     "ir-heads": lambda: changed("COMPILER_HEAD", 0),
     "ir-functional": lambda: changed("IN_PLACE", False),
 }
