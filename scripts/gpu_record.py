@@ -140,14 +140,25 @@ def run_tests(workers: int = 0) -> dict[str, dict]:
     With several workers they run beside the others in one process of their own (they share engines, which each worker
     would start), and tests that hold a time against a limit run last, alone.
     """
-    folder, engines = "integration_tests/gpu", sorted((ROOT / "integration_tests/gpu").glob("test_vllm_*.py"))
-    ignored = [f"--ignore={path}" for path in engines]
+    folder = "integration_tests/gpu"
+    ignored = [f"--ignore={path}" for path in _engine_tests()]
     spread = ["-n", str(workers), "--dist", "worksteal", "-m", "not timed"] if workers and _has("xdist") else []
     with ThreadPoolExecutor(2 if spread else 1) as pool:
-        tests, engine_tests = pool.map(_test, [[folder, *spread, *ignored], [str(path) for path in engines]])
+        engine_tests = pool.submit(run_engine_tests)
+        tests = pool.submit(_test, [folder, *spread, *ignored]).result()
+        beside = engine_tests.result()
     if spread:
         tests = merged([tests, _test([folder, "-m", "timed", *ignored])])
-    return {"tests": tests, "engine_tests": {**engine_tests, "files": plugin_files()}}
+    return {"tests": tests, "engine_tests": beside}
+
+
+def run_engine_tests() -> dict[str, object]:
+    """Counts of vLLM's GPU tests, in one process, and the plugin's files."""
+    return {**_test([str(path) for path in _engine_tests()]), "files": plugin_files()}
+
+
+def _engine_tests() -> list[Path]:
+    return sorted((ROOT / "integration_tests/gpu").glob("test_vllm_*.py"))
 
 
 def _test(words: list[str]) -> dict[str, object]:
@@ -268,7 +279,7 @@ KEYS = {
 SECTIONS = {"kernel_time": "kernels"}
 """Parts whose rows go into the list of another."""
 
-PARTS = ("tests", "kernels", "kernel_time", *(section for section in KEYS if section != "kernels"))
+PARTS = ("tests", "engine_tests", "kernels", "kernel_time", *(section for section in KEYS if section != "kernels"))
 
 
 def _measure(part: str, args: argparse.Namespace) -> list[dict]:
@@ -309,6 +320,8 @@ def write(args: argparse.Namespace) -> None:
     for part in args.parts:
         if part == "tests":
             record.update(run_tests(args.workers))
+        elif part == "engine_tests":
+            record["engine_tests"] = run_engine_tests()
         else:
             section = SECTIONS.get(part, part)
             record[section] = _replace(record[section], _measure(part, args), KEYS[section])
@@ -411,7 +424,12 @@ def parsed() -> argparse.Namespace:
     verbs = parser.add_subparsers(dest="verb", required=True)
     run = verbs.add_parser("run", help="run the GPU tests and the benchmarks, write the record")
     run.add_argument("--record", type=Path, help="default: records/<gpu>.json")
-    run.add_argument("--parts", nargs="+", choices=PARTS, help="default: all, vllm only with --vllm-json")
+    run.add_argument(
+        "--parts",
+        nargs="+",
+        choices=PARTS,
+        help="default: all, vllm only with --vllm-json; tests brings engine_tests with it",
+    )
     run.add_argument("--workers", type=int, default=0, help="processes of the GPU tests, where pytest-xdist is here")
     run.add_argument("--suite", nargs="+", default=SUITES, help="of scripts/bench_kernels.py")
     run.add_argument("--provider", nargs="*", default=[], help="[name=]module:function, one more in kernel_time")
@@ -425,7 +443,8 @@ def parsed() -> argparse.Namespace:
     verbs.add_parser("check", help="compare the files of every record with this tree")
     args = parser.parse_args()
     if args.verb == "run":
-        args.parts = args.parts or [part for part in PARTS if part != "vllm" or args.vllm_json]
+        left_out = {"engine_tests"} if args.vllm_json else {"engine_tests", "vllm"}
+        args.parts = args.parts or [part for part in PARTS if part not in left_out]
         if "vllm" in args.parts and not args.vllm_json:
             parser.error("--parts vllm: give the file of scripts/bench_vllm.py as --vllm-json")
     return args

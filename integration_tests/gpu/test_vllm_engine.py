@@ -41,7 +41,7 @@ MORE = {
     "tiny-llama-tp2": {"tensor_parallel_size": 2},
 }
 VARIABLES = {"wide-llama-apart": {"RMSNORM_PATCH_VLLM_LINEAR": "off"}}
-WIDE = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 8, "num_key_value_heads": 2}
+WIDE = {"hidden_size": 4096, "intermediate_size": 14336, "head_dim": 128, "num_attention_heads": 8}
 """Of Llama-8B's widths: few rows of its down projection are split along K, on an H100 and on an H200."""
 PROMPTS = ("You may", "This program is", "Error: ", "When a")
 """On these the checkpoints' two best tokens stay 0.13 apart in an fp32 run: what differs is not a tie."""
