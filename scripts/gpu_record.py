@@ -326,7 +326,9 @@ def write(args: argparse.Namespace) -> None:
             section = SECTIONS.get(part, part)
             record[section] = _replace(record[section], _measure(part, args), KEYS[section])
         if part == "vllm":
-            record["versions"] = {**json.loads(args.vllm_json.read_text()).get("versions", {}), **record["versions"]}
+            measured = json.loads(args.vllm_json.read_text())
+            record["versions"] = {**measured.get("versions", {}), **record["versions"]}
+            record["kernels_of_a_step"] = {**record.get("kernels_of_a_step", {}), **measured.get("kernels", {})}
         if digest() != record["digest"]:
             raise SystemExit(f"{path}: kernels or launch code changed while {part} ran; its rows are not written")
         path.write_text(json.dumps(record, indent=1) + "\n")

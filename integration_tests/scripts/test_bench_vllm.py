@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 import pytest
 import torch
 
@@ -36,6 +39,30 @@ def test_a_row_is_a_median_over_captures_and_knows_its_share_of_the_ceiling(benc
     assert (stock["step_us"], stock["step_us_range"], stock["captures"]) == (102, [100, 104], 3)
     assert (ours["share_recovered"], ours["speedup"]) == (0.5, round(102 / 98, 4))
     assert "share_recovered" not in removed
+
+
+@pytest.mark.parametrize(
+    ("engines", "told"),
+    [
+        ("tiny:ir+ir-reorder", "'ir' and 'ir-reorder' have one setting a process"),
+        ("tiny:ir@plain+ir-reorder", "'ir' and 'ir-reorder' have one setting a process"),
+        ("tiny:fast", "variants: stock"),
+        ("tiny:ir@nowhere.toml", "'nowhere.toml' is no file"),
+    ],
+)
+def test_engines_that_cannot_be_are_refused(bench_vllm, monkeypatch, capsys, engines, told):
+    monkeypatch.setattr(sys, "argv", ["bench_vllm.py", "--engines", engines])
+    with pytest.raises(SystemExit):
+        bench_vllm.main()
+    assert told in capsys.readouterr().err
+
+
+def test_products_are_set_while_an_engine_starts(vllm_engine, monkeypatch):
+    monkeypatch.setenv("RMSNORM_PATCH_VLLM_LINEAR", "auto")
+    for variant, setting in (("ir-apart", "off"), ("ir-reorder", "reorder")):
+        with vllm_engine.CHANGES[variant]():
+            assert os.environ["RMSNORM_PATCH_VLLM_LINEAR"] == setting
+        assert os.environ["RMSNORM_PATCH_VLLM_LINEAR"] == "auto"
 
 
 def test_other_schedules_hold_while_graphs_are_captured(vllm_engine, tmp_path):

@@ -239,10 +239,13 @@ def test_parts_of_one_record_and_of_another_code(gpu_record, tmp_path, monkeypat
         raise AssertionError("rows that were measured are taken into a record without a GPU")
 
     monkeypatch.setattr(gpu_record, "device", no_gpu)
-    again = {"digest": gpu_record.digest(), "versions": {"vllm": "9.9"}, "rows": [{**row, "tokens_per_s": 2.0}]}
-    measured.write_text(json.dumps(again))
-    run()
+    for of_a_step in ({"tiny:stock:1": {"norm": [3.0, 2, 4.0]}}, {"tiny:ir:1": {"norm": [2.0, 2, 3.0]}}):
+        again = {"digest": gpu_record.digest(), "versions": {"vllm": "9.9"}, "rows": [{**row, "tokens_per_s": 2.0}]}
+        measured.write_text(json.dumps({**again, "kernels": of_a_step}))
+        run()
     assert json.loads(path.read_text())["versions"]["vllm"] == "9.9"
+    steps = json.loads(path.read_text())["kernels_of_a_step"]
+    assert steps == {"tiny:stock:1": {"norm": [3.0, 2, 4.0]}, "tiny:ir:1": {"norm": [2.0, 2, 3.0]}}
     monkeypatch.setattr(gpu_record, "device", lambda: {"name": "test data, no GPU"})
     rows = {r["case"]: r["tokens_per_s"] for r in json.loads(path.read_text())["vllm"]}
     assert rows == {"prefill": 1.0, "decode-1": 2.0}
@@ -267,6 +270,28 @@ def test_code_that_changes_while_a_part_runs_is_not_recorded(gpu_record, tmp_pat
     with pytest.raises(SystemExit, match="changed while tests ran"):
         gpu_record.main()
     assert not (tmp_path / "r.json").exists()
+
+
+def test_tests_of_engines_can_run_again_alone(gpu_record, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_record, "device", lambda: {"name": "test data, no GPU"})
+    monkeypatch.setattr(gpu_record, "run_tests", lambda workers: {"tests": "kept", "engine_tests": "first"})
+    monkeypatch.setattr(gpu_record, "_test", lambda words: {"passed": len(words)})
+    for part in ("tests", "engine_tests"):
+        path = str(tmp_path / "r.json")
+        monkeypatch.setattr(sys, "argv", ["gpu_record.py", "run", "--record", path, "--parts", part])
+        gpu_record.main()
+    record = json.loads((tmp_path / "r.json").read_text())
+    engines = list((gpu_record.ROOT / "integration_tests/gpu").glob("test_vllm_*.py"))
+    assert record["tests"] == "kept"
+    assert record["engine_tests"] == {"passed": len(engines), "files": gpu_record.plugin_files()}
+    assert len(engines) > 1
+
+
+def test_the_default_parts_run_no_test_twice(gpu_record, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gpu_record.py", "run"])
+    assert not {"engine_tests", "vllm"} & set(gpu_record.parsed().parts)
+    monkeypatch.setattr(sys, "argv", ["gpu_record.py", "run", "--vllm-json", "v.json"])
+    assert "vllm" in gpu_record.parsed().parts
 
 
 def test_the_vllm_part_needs_its_file(gpu_record, monkeypatch, capsys):
