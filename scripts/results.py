@@ -1,9 +1,10 @@
-"""Generate docs/results.md and its plots from a record.
+"""Generate docs/results.md and its plots from a record, and from others of the same GPU what they say of vLLM.
 
-    python scripts/results.py records/nvidia-h200.json
+    python scripts/results.py records/nvidia-h200.json records/nvidia-h200-engines*.json
 
-Every figure in the page comes from that file, except the columns that another project publishes
-(`benchlib/published.json`), which are marked as theirs. What the record does not hold is said to be missing.
+Every figure in the page comes from these files, except the columns that another project publishes
+(`benchlib/published.json`), which are marked as theirs. What the record does not hold is said to be missing. Engines
+of another record are those of a newer plugin: they stand in place of the first record's.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from benchlib.rows import (
 from profile_counts import METRICS
 
 ROOT = Path(__file__).resolve().parents[1]
+Records = dict[str, Row]
+"""By file name; the first one has the kernels and models."""
 MISSING = "Not in this record.\n"
 
 
@@ -215,8 +218,6 @@ def hf_table(record: Row) -> str:
 
 
 def vllm_table(record: Row) -> str:
-    if not record["vllm"]:
-        return MISSING
     body = [
         [
             *(row["shape"], row["process"], row["case"], row["variant"], f"{row['tokens_per_s']:.0f}"),
@@ -225,11 +226,19 @@ def vllm_table(record: Row) -> str:
         ]
         for row in sorted(record["vllm"], key=lambda row: [row[k] for k in ("shape", "process", "case", "variant")])
     ]
+    return table(["shape", "process", "work", "engine", "tokens/s", "over stock", "step us", "recovered"], body)
+
+
+def engines_text(records: Records) -> str:
+    newer = {name: record for name, record in list(records.items())[1:] if record["vllm"]}
+    shown = newer or {name: record for name, record in records.items() if record["vllm"]}
+    if not shown:
+        return MISSING
     return (
         "Compiled engines with CUDA graphs and dummy weights, medians of alternating rounds. Step: device time of one "
         "decode step. Recovered: the share of the time between stock and an engine without norms and adds. Process: "
         "each engine in its own, or all in one with one set of weights, so that they lie at one place in memory.\n\n"
-        + table(["shape", "process", "work", "engine", "tokens/s", "over stock", "step us", "recovered"], body)
+        + "\n".join(f"{_source(name, record)}:\n\n{vllm_table(record)}" for name, record in shown.items())
     )
 
 
@@ -247,11 +256,28 @@ def jit_table(record: Row) -> str:
     )
 
 
+def tests_of_all(records: Records) -> str:
+    """Of a run that is in two records only once."""
+    texts: dict[str, str] = {}
+    for name, record in records.items():
+        if record.get("sanitizer") or not any(_same_run(record, other) for other in records.values()):
+            texts[name] = f"{_source(name, record)}. {tests_text(record)}"
+    return "\n".join(texts.values())
+
+
+def _same_run(record: Row, other: Row) -> bool:
+    """Whether another record holds the same test run, and more of it."""
+    return bool(other.get("sanitizer")) and (other["digest"], other["tests"]) == (record["digest"], record["tests"])
+
+
+def _counted(tests: Row | None) -> str:
+    return f"{tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped.\n" if tests else MISSING
+
+
 def tests_text(record: Row) -> str:
-    tests = record["tests"]
-    said = MISSING
-    if tests:
-        said = f"{tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped.\n"
+    said = _counted(record["tests"])
+    if record.get("engine_tests"):
+        said += f"\nWith vLLM engines: {_counted(record['engine_tests'])}"
     rows = record.get("sanitizer", ())
     if not rows:
         return f"GPU tests: {said}\ncompute-sanitizer: {MISSING}"
@@ -284,14 +310,14 @@ SECTIONS: dict[str, Callable[[Row], str]] = {
     "Other dtypes and numerics": variants_table,
     "Host cost": host_table,
     "Hugging Face transformers, end to end": hf_table,
-    "vLLM": vllm_table,
     "Compilation": jit_table,
     "4096 rows, fused add, beside published figures": published_table,
     "4096 rows, fp16, against eager PyTorch": bandwidth_table,
     "Five fp32 shapes": lambda r: peers("One buffer, plain norm.", select(r, PLAIN, "hot", "fp32")),
     "Sectors and instructions": profile_table,
-    "Tests": tests_text,
 }
+OF_ALL: dict[str, Callable[[Records], str]] = {"vLLM": engines_text, "Tests": tests_of_all}
+"""Sections of every record that is given."""
 
 
 def draw(record: Row, folder: Path) -> list[str]:
@@ -308,27 +334,48 @@ def draw(record: Row, folder: Path) -> list[str]:
     return made
 
 
-def page(record: Row, name: str, drawn: list[str]) -> str:
+def _source(name: str, record: Row) -> str:
+    return f"`records/{name}`, code digest `{record['digest'][:16]}`"
+
+
+def with_engines(records: Records) -> Row:
+    """The first record with the engines of the others in place of its own: each of the first that has it."""
+    first, *others = records.values()
+    engines: dict[tuple[str, ...], Row] = {}
+    for record in others:
+        for row in record["vllm"]:
+            engines.setdefault((row["shape"], row["variant"], row["process"], row["case"]), row)
+    return {**first, "vllm": list(engines.values())} if engines else first
+
+
+def page(records: Records, drawn: list[str]) -> str:
+    name, first = next(iter(records.items()))
+    record = with_engines(records)
     versions = ", ".join(f"{key} {value}" for key, value in record["versions"].items())
+    more = "".join(f"; {_source(name, record)}" for name, record in list(records.items())[1:])
     parts = [
-        f"# Results on {record['device']['name']}\n\nGenerated by `scripts/results.py` from `records/{name}`; code "
-        f"digest `{record['digest'][:16]}`; {versions}.\n\nA row is one run: every provider was checked against fp64 "
+        f"# Results on {record['device']['name']}\n\nGenerated by `scripts/results.py` from {_source(name, first)}; "
+        f"{versions}{more}.\n\nA row is one run: every provider was checked against fp64 "
         "before it was timed, and the copy moves the same bytes in the same run. Medians; times hold for this GPU, "
         "ratios are within a run.\n",
         *(f"![{file.removeprefix('results_').removesuffix('.svg')}]({file})\n" for file in drawn),
         *(f"## {title}\n\n{build(record)}" for title, build in SECTIONS.items()),
+        *(f"## {title}\n\n{build(records)}" for title, build in OF_ALL.items()),
     ]
     return "\n".join(parts)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("record", type=Path)
+    parser.add_argument("records", type=Path, nargs="+", metavar="RECORD")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of results.md and the plots")
     args = parser.parse_args()
-    record = json.loads(args.record.read_text())
-    drawn = draw(record, args.out)
-    (args.out / "results.md").write_text(page(record, args.record.name, drawn))
+    records = {path.name: json.loads(path.read_text()) for path in args.records}
+    gpus = {record["device"]["name"] for record in records.values()}
+    if len(gpus) > 1:
+        parser.error(f"records of {', '.join(sorted(gpus))}: a page is about one GPU; give its records alone")
+    drawn = draw(next(iter(records.values())), args.out)
+    (args.out / "results.md").write_text(page(records, drawn))
     print(f"{args.out / 'results.md'} written, plots: {', '.join(drawn) or 'none'}")
 
 

@@ -28,6 +28,11 @@ def row(op, mode, m, n, ours, peer, dtype="bf16", variant="", roofline=None, **m
     return {**shape, "us": {**us, **more}, "failed": {}, "roofline_us": roofline}
 
 
+def engine(shape, variant, case, speedup=1.02, share=0.6, process="shared"):
+    row = {"shape": shape, "variant": variant, "process": process, "case": case, "tokens_per_s": 9.0}
+    return {**row, "speedup": speedup, "step_us": 7.0, "share_recovered": share}
+
+
 @pytest.fixture
 def record(script):
     """Every section, every aim met."""
@@ -60,7 +65,11 @@ def record(script):
         "kernels": kernels,
         "hf": hf,
         "tests": {"passed": 7, "failed": 0, "skipped": 2},
-        "vllm": [{"shape": "llama-8b", "variant": "ir", "process": "own", "case": "decode-1", "tokens_per_s": 9.0}],
+        "vllm": [
+            engine(shape, variant, case)
+            for shape, variant in (("llama-8b", "ir"), ("llama-1b", "ir"), ("llama-1b", "ir-reorder"))
+            for case in ("decode-1", "decode-8", "decode-32", "decode-256", "prefill")
+        ],
         "jit": [{"what": "kernel", "op": FUSED, "n": 8192, "kernels": 1, "cold_ms": [99.0], "disk_ms": [1.5]}],
         "profile": [{**call, "kernels": 1, "counts": counts} for call in script("profile_counts").calls()],
         "sanitizer": [{"tool": "memcheck", "errors": 0, "passed": 5, "failed": 0, "skipped": 0}],
@@ -145,7 +154,8 @@ def test_a_page_of_everything(script, record, tmp_path, monkeypatch):
 def test_a_page_of_nothing_says_so_in_every_section(script, tmp_path, monkeypatch):
     text = write(script, EMPTY, tmp_path, monkeypatch)
     sections = re.split(r"^## ", text, flags=re.MULTILINE)[1:]
-    assert len(sections) == len(script("results").SECTIONS)
+    results = script("results")
+    assert len(sections) == len(results.SECTIONS) + len(results.OF_ALL)
     assert all("Not in this record" in section for section in sections[1:])
     assert "svg" not in text
 
@@ -162,10 +172,72 @@ def test_the_same_record_gives_the_same_files(script, record, tmp_path, monkeypa
 def test_a_provider_without_a_figure_is_listed_with_the_reason(script, record):
     record["kernels"][0]["us"].pop("vllm")
     record["kernels"][0]["failed"] = {"vllm": "relative error 3"}
-    page = script("results").page(record, "test-data.json", [])
+    page = script("results").page({"test-data.json": record}, [])
     assert "vllm has no figure at 4096 x 1024: relative error 3" in page
 
 
 def test_earlier_records_can_still_be_read(script, repository, tmp_path, monkeypatch):
     for path in (repository / "records" / "superseded").glob("*.json"):
-        assert "## Prefill, fused add" in script("results").page(json.loads(path.read_text()), path.name, [])
+        assert "## Prefill, fused add" in script("results").page({path.name: json.loads(path.read_text())}, [])
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "aim"),
+    [
+        ("decode-32", {"speedup": 1.009}, "Llama-8B shapes, decode-1, decode-8, decode-32: tokens/s"),
+        ("prefill", {"speedup": 0.996}, "Llama-8B shapes, decode-256, prefill: tokens/s"),
+        ("decode-8", {"share_recovered": 0.49}, "Llama-8B shapes, decode-1, decode-8, decode-32: share"),
+    ],
+)
+def test_one_slow_engine_fails_its_aim_and_no_other(script, record, case, changes, aim):
+    (row,) = (row for row in record["vllm"] if row["shape"] == "llama-8b" and row["case"] == case)
+    row.update(changes)
+    (failed,) = (work for work, met in verdicts(script, record).items() if met is not True)
+    assert aim in failed
+    del row["share_recovered"], row["speedup"]
+    assert verdicts(script, record)[failed] is None
+
+
+def test_engines_that_share_weights_count_before_those_that_do_not(script, record):
+    record["vllm"].append(engine("llama-8b", "ir", "decode-8", 0.5, -1.0, process="own"))
+    assert set(verdicts(script, record).values()) == {True}
+
+
+def test_engines_of_further_records_stand_in_place_of_the_first_records(script, record):
+    old = {**record, "vllm": [engine("llama-8b", "ir", "decode-1", speedup=0.5, share=-0.5)]}
+    both = [engine("llama-1b", "stock", "decode-1"), engine("llama-1b", "ir", "decode-1", share=0.25)]
+    other = [{**both[0], "tokens_per_s": 8.0}, engine("llama-1b", "ir-reorder", "decode-1", share=0.75)]
+    tests = {"passed": 99, "failed": 0, "skipped": 0}
+    more = {**record, "tests": tests, "engine_tests": {**tests, "passed": 33}, "digest": "more " * 8, "kernels": []}
+    third = {**more, "vllm": other, "sanitizer": []}
+    records = {"old.json": old, "new.json": {**more, "vllm": both}, "third.json": third}
+    page = script("results").page(records, [])
+    engines, of_tests = page.split("## vLLM")[1].split("## Tests")
+    assert "old.json" not in engines
+    assert engines.index("`records/new.json`") < engines.index("| 0.25 |") < engines.index("`records/third.json`")
+    assert engines.index("`records/third.json`") < engines.index("| 0.75 |")
+    assert re.findall(r"`records/(\w+).json`", of_tests) == ["old", "new"]  # the third has the same run
+    assert "With vLLM engines: 33 passed" in of_tests
+    merged = script("results").with_engines(records)
+    assert merged["kernels"] == old["kernels"]
+    assert [row["tokens_per_s"] for row in merged["vllm"]] == [9.0, 9.0, 9.0]
+
+
+def test_records_of_two_gpus_make_no_page(script, record, tmp_path, monkeypatch, capsys):
+    for name, gpu in (("a", "one"), ("b", "another")):
+        (tmp_path / f"{name}.json").write_text(json.dumps({**record, "device": {"name": gpu}}))
+    words = ["results.py", *(str(tmp_path / f"{name}.json") for name in "ab"), "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit):
+        script("results").main()
+    assert "another, one" in capsys.readouterr().err
+    assert not (tmp_path / "results.md").exists()
+
+
+def test_the_page_is_that_of_its_records(script, repository):
+    page = (repository / "docs" / "results.md").read_text()
+    names = re.findall(r"`records/([\w.-]+\.json)`", page.splitlines()[2])
+    records = {name: json.loads((repository / "records" / name).read_text()) for name in names}
+    drawn = re.findall(r"\]\((results_\w+\.svg)\)", page)
+    assert len(records) > 1
+    assert script("results").page(records, drawn) == page

@@ -199,7 +199,25 @@ def _jit(record: Row) -> Iterator[Aim]:
         yield Aim(work, f"under {wanted} ms", f"{slowest:.1f} ms at worst ({where})", slowest < wanted)
 
 
+def _engines(record: Row) -> Iterator[Aim]:
+    """vLLM. Of engines with a process each and engines that share weights the latter count."""
+    ordered = sorted(record["vllm"], key=lambda row: row["process"] == "shared")
+    rows = {(row["shape"], row["variant"], row["case"]): row for row in ordered}
+
+    def least(model: str, variant: str, cases: tuple[str, ...], key: str) -> tuple[float, str] | None:
+        found = [(rows.get((model, variant, case), {}).get(key), case) for case in cases]
+        return None if any(value is None for value, _ in found) else min(found)  # type: ignore[return-value]
+
+    few, rest = ("decode-1", "decode-8", "decode-32"), ("decode-256", "prefill")
+    for cases, wanted in ((few, 1.01), (rest, 0.997)):
+        work = f"vLLM, Llama-8B shapes, {', '.join(cases)}: tokens/s over the compiled default"
+        yield Aim.least(work, wanted, least("llama-8b", "ir", cases, "speedup"))
+    for size, variant, how in (("8B", "ir", ""), ("1B", "ir", ""), ("1B", "ir-reorder", " with `reorder`")):
+        work = f"vLLM, Llama-{size} shapes, {', '.join(few)}{how}: share of norms' and adds' device time saved"
+        yield Aim.least(work, 0.5, least(f"llama-{size.lower()}", variant, few, "share_recovered"), unit="")
+
+
 def of(record: Row) -> list[Aim]:
     """Every aim, in the order in which they were set."""
-    groups = (_throughput, _published, _decode, _query_key, _long, _dtypes, _host, _triton, _end_to_end, _jit)
+    groups = (_throughput, _published, _decode, _query_key, _long, _dtypes, _host, _triton, _end_to_end, _engines, _jit)
     return [aim for group in groups for aim in group(record)]
