@@ -11,7 +11,7 @@ import gc
 import importlib.util
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -74,6 +74,21 @@ def random_checkpoint() -> Callable[..., Path]:
         return folder
 
     return save
+
+
+@pytest.fixture
+def products_unknown() -> Iterator[None]:
+    """What the process knows and allows of split products, before a test and after it: nothing."""
+    from rmsnorm_patch import product_splits
+
+    def forget() -> None:
+        product_splits._SPLITS.clear()
+        product_splits.compare_ahead(None)
+        product_splits.allow_reordering(False)
+
+    forget()
+    yield
+    forget()
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn as nn
@@ -12,7 +10,11 @@ from rmsnorm_patch import cuda_backend, cuda_partials, launcher, linear_ops, ops
 from rmsnorm_patch.errors import UnsupportedInput
 from rmsnorm_patch.semantics import GEMMA, LLAMA, NormSpec
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.usefixtures("products_unknown"),
+]
 
 EPS = 1e-5
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -22,15 +24,6 @@ measured = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="products are split on sm_90"
 )
 OP = torch.ops.rmsnorm_patch.linear_fused_add_rms_norm_
-
-
-@pytest.fixture(autouse=True)
-def nothing_found_yet() -> Iterator[None]:
-    product_splits._SPLITS.clear()
-    yield
-    product_splits._SPLITS.clear()
-    product_splits.compare_ahead(None)
-    product_splits.allow_reordering(False)
 
 
 def rand(*shape: int, seed: int, dtype: torch.dtype = BF16, scale: float = 1.0) -> torch.Tensor:

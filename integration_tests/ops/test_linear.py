@@ -13,6 +13,8 @@ from rmsnorm_patch import cuda_partials, linear_ops, ops, product_splits
 from rmsnorm_patch.errors import UnsupportedInput
 from rmsnorm_patch.semantics import LLAMA, NormSpec
 
+pytestmark = pytest.mark.usefixtures("products_unknown")
+
 OP: Any = torch.ops.rmsnorm_patch.linear_fused_add_rms_norm_.default
 FP32_SUM = NormSpec(round_before_weight="none", output="input", sum="fp32")
 SPECS = {
@@ -269,39 +271,30 @@ def test_other_sums_only_where_they_are_allowed(whole: bool, monkeypatch: pytest
     monkeypatch.setattr(product_splits, "filling", lambda *_: 4)
     same_norms = [True]
     monkeypatch.setattr(product_splits, "_same_norms", lambda *_: same_norms[0])
-    try:
-        for split, agrees, allowed in itertools.product((4, 3), (True, False), (True, False)):
-            monkeypatch.setattr(product_splits, "product_in_parts", library(split))
-            same_norms[0] = agrees
-            product_splits.allow_reordering(allowed)
-            taken = split == 4 and agrees and allowed
-            assert find_split(768) == (4 if taken else int(whole))
-    finally:
-        product_splits.allow_reordering(False)
+    for split, agrees, allowed in itertools.product((4, 3), (True, False), (True, False)):
+        monkeypatch.setattr(product_splits, "product_in_parts", library(split))
+        same_norms[0] = agrees
+        product_splits.allow_reordering(allowed)
+        taken = split == 4 and agrees and allowed
+        assert find_split(768) == (4 if taken else int(whole))
 
 
+@pytest.mark.usefixtures("split")
 def test_a_split_with_the_bits_comes_before_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(product_splits, "_is_whole", lambda *_: False)
     monkeypatch.setattr(product_splits, "_same_norms", lambda *_: True)
     monkeypatch.setattr(product_splits, "filling", lambda *_: 4)
     monkeypatch.setattr(product_splits, "product_in_parts", library(3))
     product_splits.allow_reordering(True)
-    try:
-        assert find_split(768) == 3
-    finally:
-        product_splits.allow_reordering(False)
+    assert find_split(768) == 3
 
 
 def test_allowing_other_sums_forgets_what_was_found(looked_at: list[int]) -> None:
-    try:
+    assert split_of(3) == 2
+    for allowed, again in ((True, 1), (True, 0), (False, 1)):
+        before = len(looked_at)
+        product_splits.allow_reordering(allowed)
         assert split_of(3) == 2
-        for allowed, again in ((True, 1), (True, 0), (False, 1)):
-            before = len(looked_at)
-            product_splits.allow_reordering(allowed)
-            assert split_of(3) == 2
-            assert len(looked_at) - before == again
-    finally:
-        product_splits.allow_reordering(False)
+        assert len(looked_at) - before == again
 
 
 @pytest.mark.parametrize(
@@ -353,10 +346,7 @@ def looked_at(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(product_splits, "_may_split", lambda *_: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(product_splits, "_find_split", lambda rows, *_: found.append(rows.shape[0]) or 2)
-    product_splits._SPLITS.clear()
-    yield found
-    product_splits._SPLITS.clear()
-    product_splits.compare_ahead(None)
+    return found
 
 
 def split_of(m: int) -> int | None:

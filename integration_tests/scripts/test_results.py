@@ -218,7 +218,7 @@ def test_engines_of_further_records_stand_in_place_of_the_first_records(script, 
     assert engines.index("`records/third.json`") < engines.index("| 0.75 |")
     assert re.findall(r"`records/(\w+).json`", of_tests) == ["old", "new"]  # the third has the same run
     assert "With vLLM engines: 33 passed" in of_tests
-    merged = script("results").with_engines(records)
+    merged = script("results").joined(records)
     assert merged["kernels"] == old["kernels"]
     assert [row["tokens_per_s"] for row in merged["vllm"]] == [9.0, 9.0, 9.0]
 
