@@ -14,6 +14,7 @@ from __future__ import annotations
 from .api import apply, patched, plan, revert, verify, warmup
 from .errors import (
     KernelBuildError,
+    NothingProved,
     PatchConflict,
     RMSNormPatchError,
     UnsafeCacheError,
@@ -33,6 +34,7 @@ __all__ = [
     "KernelBuildError",
     "NormSite",
     "NormSpec",
+    "NothingProved",
     "PairSite",
     "PatchConflict",
     "Plan",

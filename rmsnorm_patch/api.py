@@ -51,8 +51,8 @@ def apply(
 
     Applied again with the same settings it changes nothing; where modules were replaced or wrapped in the meantime it
     patches what is there now. verify: inputs as `rmsnorm_patch.verify` takes them; the model is then proved right
-    after patching, and restored if the proof fails. verify_options go to `verify`.
-    Raises what `plan` raises; UnsupportedModel where no norm is left to fuse; VerificationFailed.
+    after patching, and restored if the proof fails or proves nothing. verify_options go to `verify`.
+    Raises what `plan` raises; UnsupportedModel where no norm is left to fuse; VerificationFailed, NothingProved.
     """
     _check_options(verify, verify_options)
     settings = _settings(model, include, exclude, backend)
@@ -63,20 +63,21 @@ def apply(
             _check_something_to_do(wanted)
             revert_model(model)  # what an earlier apply with these settings left on modules that have moved since
             report = apply_plan(model, wanted)
-        if verify is None:
-            return report
-        try:
-            proof = globals()["verify"](model, verify, **verify_options)
-        except BaseException:
-            revert_model(model)
-            raise
-        return report.with_proof(proof)
+    if verify is None:
+        return report
+    try:
+        proof = globals()["verify"](model, verify, **verify_options)
+    except BaseException:
+        revert_model(model)
+        raise
+    return report.with_proof(proof)
 
 
 def verify(model: nn.Module, inputs: Any, **options: Any) -> Any:
     """Prove a patched model against the unpatched one on `inputs`: per site, logits, and that the fused calls ran.
 
-    Returns the proof's report; raises VerificationFailed, which holds it. See `rmsnorm_patch.proof.verify`.
+    The model may serve other threads meanwhile: it is neither called nor changed. Returns the proof's report; raises
+    VerificationFailed, which holds it, and NothingProved. See `rmsnorm_patch.proof.verify`.
     """
     from .proof import verify as prove
 

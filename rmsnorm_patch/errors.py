@@ -46,3 +46,7 @@ class VerificationFailed(RMSNormPatchError, AssertionError):
     def __init__(self, site: str, got: str, supported: str, next_step: str, proof: object = None) -> None:
         super().__init__(site, got, supported, next_step)
         self.proof = proof
+
+
+class NothingProved(VerificationFailed):
+    """No fault was found, and nothing that would have shown one: no finite logits, no position, no norm that ran."""

@@ -1,11 +1,13 @@
 """One place where patched code says what it ran, so that a proof can count it and replay it.
 
-Patched forwards do `if observe.active is not None: observe.active(Event(...))`; with nobody watching that is one
-global read (about 30 ns), which is why it is a module attribute and not a registry of listeners.
+Patched forwards do `if observe.active: observe.report(Event(...))`; with nobody watching that is one global read, which
+is why it is a module attribute and not a registry of listeners. An observer hears its own thread alone: what other
+threads serve meanwhile is none of its business.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,17 +16,18 @@ from typing import Literal
 import torch
 import torch.nn as nn
 
-EventKind = Literal["norm", "in_layer", "cross_layer", "taken"]
+EventKind = Literal["norm", "in_layer", "cross_layer", "kept", "taken"]
 
 
 @dataclass(frozen=True)
 class Event:
     """One call at a patched site.
 
-    kind: "norm" = a norm alone; "in_layer"/"cross_layer" = residual-add and norm in one call; "taken" = a norm that
-        returned what the previous layer's tail had computed for it.
+    kind: "norm" = a norm alone; "in_layer"/"cross_layer" = residual-add and norm in one call; "kept" = a layer's last
+        add that handed nothing over to the norm that it is linked to, for `reason`; "taken" = a norm that returned what
+        the previous layer's tail had computed for it.
     norm: the norm module. operands: (x,) or the add's (left, right) in source order. normed, total: the results
-        (`total` None for "norm" and "taken").
+        (`total` None for "norm" and "taken"; for "kept", which norms nothing, both are the sum).
     backend: "cuda", "triton" or "reference"; a guard that sent the call to the original arithmetic reports
         "original" with `reason`.
     """
@@ -38,16 +41,29 @@ class Event:
     reason: str = ""
 
 
-active: Callable[[Event], None] | None = None
+active: set[int] = set()
+"""Threads that observe now. Events are built only while there is one."""
+
+_here = threading.local()
+
+
+def report(event: Event) -> None:
+    """Tell this thread's observer, if it has one."""
+    callback = getattr(_here, "callback", None)
+    if callback is not None:
+        callback(event)
 
 
 @contextmanager
 def observing(callback: Callable[[Event], None]) -> Iterator[None]:
-    """Send every event of this process to `callback` until the block ends; nesting replaces, then restores."""
-    global active
-    before = active
-    active = callback
+    """Send every event of this thread to `callback` until the block ends; nesting replaces, then restores."""
+    before = getattr(_here, "callback", None)
+    thread = threading.get_ident()
+    active.add(thread)
+    _here.callback = callback
     try:
         yield
     finally:
-        active = before
+        _here.callback = before
+        if before is None:
+            active.discard(thread)

@@ -152,7 +152,8 @@ def test_a_result_widened_by_an_fp32_weight_is_judged_where_it_was_rounded(eps: 
     x = torch.randn(256, 512, generator=torch.Generator().manual_seed(1)).to(torch.float16)
     normed = honest(x, norm.weight, site.spec, eps)
     assert normed.dtype == torch.float32
-    watcher = SiteWatcher(torch.nn.ModuleDict({"norm": norm}), {"norm": site}, "triton", seed=0)
+    watcher = SiteWatcher({"norm": site}, "triton", seed=0)
+    watcher.watch(torch.nn.ModuleDict({"norm": norm}))
     with torch.no_grad():
         assert not torch.equal(normed, norm(x))
         watcher(observe.Event("norm", norm, (x,), normed, None, "triton"))

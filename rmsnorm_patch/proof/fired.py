@@ -9,8 +9,6 @@ import torch.nn as nn
 from torch.nn.modules import module as _module
 
 from ..plan import PairSite, Plan
-from ..rewrite.classes import STATE
-from ..rewrite.handover import LINK
 from .report import FiredProof, SiteProof
 
 _PAIR_KINDS = ("in_layer", "cross_layer", "final")
@@ -52,12 +50,15 @@ def judge(
         pairs_expected += wanted
         paired += min(got, wanted)
         if got < wanted:
-            why = "; ".join(ran[path].reasons) if calls["apart"] else _why_apart(model, prefix, pairs[path], calls)
-            text = f"{path}: {wanted - got} of {wanted} residual-adds outside the norm's call"
+            explained = calls["apart"] + calls["kept"] + calls["refused"] + calls["original"]
+            why = "; ".join(ran[path].reasons) if explained else _why_apart(model, prefix, pairs[path])
+            outside = f"of {wanted} residual-adds outside the norm's call"
             if why:
-                fallbacks.append(f"{text}, {why}")
-            else:
-                missing.append(text)
+                listed = min(explained, wanted - got) or wanted - got
+                fallbacks.append(f"{path}: {listed} {outside}, {why}")
+                got += listed
+            if got < wanted:
+                missing.append(f"{path}: {wanted - got} {outside}")
                 first = first or path
     for path in ran.keys() - set(planned):
         missing.append(f"{path}: ran fused, and the plan leaves it alone")
@@ -78,12 +79,11 @@ def judge(
     )
 
 
-def _why_apart(model: nn.Module, prefix: str, pairs: Sequence[PairSite], calls: Mapping[str, int]) -> str:
-    """What on the modules keeps the add out of the norm's call; "" where nothing does."""
+def _why_apart(model: nn.Module, prefix: str, pairs: Sequence[PairSite]) -> str:
+    """What on the modules keeps the layer's code, and with it what it would have reported, from running; "" where
+    nothing does."""
     if _module._global_forward_hooks or _module._global_forward_pre_hooks:
         return "global module hooks are set"
-    if calls.get("original"):
-        return "the norm itself fell back"
     for pair in pairs:
         norm, layer = model.get_submodule(prefix + pair.norm), model.get_submodule(prefix + pair.layer)
         named = [("norm", norm), ("layer", layer)]
@@ -93,11 +93,6 @@ def _why_apart(model: nn.Module, prefix: str, pairs: Sequence[PairSite], calls: 
         for role, module in named:
             if "forward" in module.__dict__:
                 return f"the {role} has an instance-level forward"
-            if (role != "next layer" and module._forward_hooks) or (role != "layer" and module._forward_pre_hooks):
-                return f"the {role} has hooks"
-        link = layer.__dict__.get(STATE, {}).get(LINK)
-        if pair.kind != "in_layer" and link is not None and not link.places.unchanged():
-            return "a module was wrapped, moved or put between the layer and the norm since apply"
         if any(p.device.type == "meta" for p in norm.parameters()):
             return "the norm's weight is offloaded"
     return ""

@@ -24,8 +24,8 @@ from .difference import bit_mismatches, bits, digest
 
 def is_call(event: observe.Event) -> bool:
     """Whether `event` stands for one call of its norm in the original model. "cross_layer" computes for a later call; a
-    pair that fell back reports only why, and the norm that it called has an event of its own."""
-    return event.kind != "cross_layer" and not (event.kind == "in_layer" and event.backend == "original")
+    pair that fell back reports only why ("kept", too), and the norm that it called has an event of its own."""
+    return event.kind not in ("cross_layer", "kept") and not (event.kind == "in_layer" and event.backend == "original")
 
 
 @dataclass
@@ -54,9 +54,9 @@ class Tape:
         self.calls.append(Call(path, digest(entered), event.normed.detach().to("cpu", copy=True)))
         return True
 
-    def observe(self, paths: Mapping[int, str], event: observe.Event) -> None:
+    def observe(self, path_of: Callable[[nn.Module], str], event: observe.Event) -> None:
         if is_call(event):
-            self.add(paths.get(id(event.norm), ""), event)
+            self.add(path_of(event.norm), event)
 
 
 @dataclass

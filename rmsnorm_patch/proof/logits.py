@@ -50,14 +50,27 @@ def rows(logits: torch.Tensor, inputs: Mapping[str, Any]) -> torch.Tensor:
     return flat
 
 
+def undefined(logits: torch.Tensor) -> torch.Tensor:
+    """Which positions of `logits` [positions, vocabulary] hold NaN or +Inf, or nothing finite, [positions]. -Inf beside
+    finite logits is how models mask tokens."""
+    broken = torch.isnan(logits) | (logits == float("inf"))
+    return broken.any(-1) | ~torch.isfinite(logits).any(-1)
+
+
 def errors(actual: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]) -> Errors:
-    """Of `actual` against `reference`, lists of [positions, vocabulary], in fp64 by blocks of positions. A position
-    that is not finite in both, and then alike, counts as infinitely wrong."""
+    """Of `actual` against `reference`, lists of [positions, vocabulary], in fp64 by blocks of positions, over positions
+    that are not `undefined` in the reference. Tokens masked in both count as equal; a position that is not finite
+    elsewhere counts as infinitely wrong."""
     relative, largest = [], []
     for left, right in zip(actual, reference, strict=True):
         for start in range(0, left.shape[0], _POSITIONS):
             exact = right[start : start + _POSITIONS].to(torch.float64)
-            distance = left[start : start + _POSITIONS].to(torch.float64) - exact
+            found = left[start : start + _POSITIONS].to(torch.float64)
+            defined = ~undefined(exact)
+            exact, found = exact[defined], found[defined]
+            masked = (exact == -torch.inf) & (found == -torch.inf)
+            exact, found = exact.masked_fill(masked, 0.0), found.masked_fill(masked, 0.0)
+            distance = found - exact
             relative.append(distance.norm(dim=-1) / exact.norm(dim=-1).clamp_min(1e-300))
             largest.append(distance.abs().amax(dim=-1))
     empty = torch.zeros(0, dtype=torch.float64)
@@ -74,6 +87,14 @@ def judge(
     note: str,
 ) -> LogitProof:
     """All arguments are lists of [positions, vocabulary]; `wide` None means that `permitted` is the yardstick."""
+    whole = list(zip(original, patched, strict=True))
+    defined = [~undefined(part) for part in original]
+
+    def judged(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [part[rows] for part, rows in zip(parts, defined, strict=True)]
+
+    original, patched = judged(original), judged(patched)
+    wide, permitted = (None if parts is None else judged(parts) for parts in (wide, permitted))
     target = original if wide is None else wide
     patched_errors = errors(patched, target)
     own = [errors(original, target)] if wide is not None else []
@@ -89,7 +110,7 @@ def judge(
         ratio = finite(patched_error / own_error) if own_error else HUGE
     return LogitProof(
         reference=reference,
-        positions=int(patched_errors.relative.numel()),
+        positions=sum(map(len, defined)),
         patched_error=patched_error,
         own_error=own_error,
         ratio=ratio,
@@ -99,12 +120,11 @@ def judge(
         top1_agreement=agreement,
         max_abs=largest(between),
         own_max_abs=max(largest(e) for e in own),
-        bit_identical=all(not bit_mismatches(a, b) for a, b in zip(original, patched, strict=True)),
-        nonfinite_mismatches=sum(
-            int((torch.isfinite(a) != torch.isfinite(b)).sum()) for a, b in zip(original, patched, strict=True)
-        ),
+        bit_identical=all(not bit_mismatches(a, b) for a, b in whole),
+        nonfinite_mismatches=sum(int((torch.isfinite(a) != torch.isfinite(b)).sum()) for a, b in whole),
         experts=experts,
         note=note,
+        undefined=sum(int((~rows).sum()) for rows in defined),
     )
 
 
@@ -117,11 +137,13 @@ def distributions(original: Sequence[torch.Tensor], patched: Sequence[torch.Tens
     divergence, same = [], []
     for left, right in zip(original, patched, strict=True):
         for start in range(0, left.shape[0], _POSITIONS):
-            p = left[start : start + _POSITIONS].to(torch.float64).log_softmax(-1)
-            q = right[start : start + _POSITIONS].to(torch.float64).log_softmax(-1)
-            divergence.append((p.exp() * (p - q)).sum(-1))
+            block = left[start : start + _POSITIONS]
+            defined = ~undefined(block)
+            p = block[defined].to(torch.float64).log_softmax(-1)
+            q = right[start : start + _POSITIONS][defined].to(torch.float64).log_softmax(-1)
+            divergence.append((p.exp() * (p - q).masked_fill(p == -torch.inf, 0.0)).sum(-1))
             same.append(p.argmax(-1) == q.argmax(-1))
-    if not divergence:
+    if not sum(map(len, divergence)):
         return torch.zeros(0), 1.0
     return torch.cat(divergence), float(torch.cat(same).to(torch.float64).mean())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import statistics
 from collections import Counter
@@ -15,18 +16,19 @@ import torch
 import torch.nn as nn
 
 from .. import observe
-from ..errors import UnsupportedInput, UnsupportedModel, VerificationFailed
+from ..errors import NothingProved, UnsupportedInput, UnsupportedModel, VerificationFailed
 from ..plan import NormSite, Plan
 from ..rewrite import applied_report
-from . import driven, fired, flow, logits, wide
-from .original import unpatched
+from . import driven, fired, flow, logits, memory, wide
+from .replica import replica
 from .report import FlowProof, GreedyProof, LogitProof, Proof
-from .runs import FORWARD, GREEDY, Inputs, Run, can_generate, device_of, dtype_of, evaluating, normalise
+from .runs import FORWARD, GREEDY, Inputs, Run, can_generate, device_of, dtype_of, normalise
 from .sites import SiteWatcher
 
 Reference = Literal["auto", "wide", "original"]
 REFERENCES: tuple[Reference, ...] = ("auto", "wide", "original")
 DEFAULT_SPACE = 2 << 30
+_log = logging.getLogger(__name__)
 
 
 def verify(
@@ -47,9 +49,10 @@ def verify(
     arguments: Sequence[str] = (),
     progress: Callable[[str], None] | None = None,
 ) -> Proof:
-    """Prove a patched model against its unpatched self. `model` comes back exactly as it was given, patched.
+    """Prove a patched model against its unpatched self, while it may serve other threads.
 
-    An unpatched model is refused: a proof is about the object that will run, and patching here would prove another.
+    Everything runs on replicas of `model` (`replica`): same classes, hooks and links, the same parameters. `model`
+    itself is not called and not changed. An unpatched model is refused: patching here would prove another object.
 
     inputs: keyword arguments as a dict of tensors, a tensor of token ids, or a list of those; a few hundred tokens say
         as much as many. Logits of three runs are kept on the CPU.
@@ -64,27 +67,39 @@ def verify(
     save_failure: safetensors file for the failing rows of the worst site, written only when the proof is red.
     space: bytes of norm outputs kept (on the CPU) for the data-flow layer; a longer input is shortened for it.
     source, arguments: checkpoint folder or name and further words, for the command that repeats the proof.
-    progress: called with each step's name.
+    progress: called with what the proof will take in memory, then with each step's number and name; by default they are
+        logged (INFO).
 
-    Raises UnsupportedModel (not patched), UnsupportedInput, and VerificationFailed, whose `proof` is the report, unless
-    `raise_on_failure` is False.
+    Raises UnsupportedModel (not patched), UnsupportedInput (too little memory for these inputs, among others),
+    NothingProved for inputs without a position. Unless `raise_on_failure` is False, raises VerificationFailed, whose
+    `proof` is the report, where something is red; NothingProved, one of its kind, where nothing is and nothing could
+    have been: NaN or Inf in the original's logits, a mask of zeros, no site judged.
     """
     _check_choice("reference", reference, REFERENCES)
     plan, prefix = applied_plan(model)
-    work = _Work(model, plan, prefix, seed, strict, space, progress or (lambda step: None), sites)
-    with evaluating(model):
-        proof = work.proof(normalise(inputs, model), reference, greedy_tokens, source)
-        proof = replace(proof, arguments=tuple(arguments))
-        if save_failure is not None and not proof.passed:
-            proof = work.save_failure(proof, Path(save_failure))
-        if proof.passed:
-            proof = _with_files(proof, model, inputs, record, compare)
-    if raise_on_failure and not proof.passed:
+    items = normalise(inputs, model)
+    standing = replica(model)  # the model of this moment, whatever other threads do to it from now on
+    work = _Work(standing, plan, prefix, seed, strict, space, _Steps(progress or _log.info), sites)
+    proof = work.proof(items, reference, greedy_tokens, source)
+    proof = replace(proof, arguments=tuple(arguments))
+    if save_failure is not None and proof.verdict == "failed":
+        proof = work.save_failure(proof, Path(save_failure))
+    if proof.passed:
+        proof = _with_files(proof, standing, inputs, record, compare)
+    if raise_on_failure and proof.verdict == "failed":
         raise VerificationFailed(
             proof.red_site or proof.model_class,
             proof.explain(),
             "the tolerances of rmsnorm_patch.tolerances",
             f"revert the model, leave the site out with exclude=, and report this; again with: {proof.command()}",
+            proof,
+        )
+    if raise_on_failure and not proof.passed:
+        raise NothingProved(
+            proof.model_class,
+            proof.explain(),
+            "inputs and sites at which a fault would show",
+            "pass inputs that the model answers with finite logits, and leave sites= out or name one",
             proof,
         )
     return proof
@@ -119,8 +134,22 @@ class _Seen:
 
 
 @dataclass
+class _Steps:
+    """Numbers the steps that are told."""
+
+    tell: Callable[[str], None]
+    total: int = 0
+    done: int = 0
+
+    def __call__(self, step: str) -> None:
+        self.done += 1
+        self.tell(f"{self.done}/{max(self.total, self.done)} {step}")
+
+
+@dataclass
 class _Work:
-    """One proof in the making."""
+    """One proof in the making. `model` never runs: each phase has a replica of its own, so that what a forward leaves
+    on its modules does not reach the next phase."""
 
     model: nn.Module
     plan: Plan
@@ -128,7 +157,7 @@ class _Work:
     seed: int
     strict: bool
     space: int
-    progress: Callable[[str], None]
+    step: _Steps
     only: Sequence[str] | None
 
     def __post_init__(self) -> None:
@@ -138,14 +167,26 @@ class _Work:
                 f"sites: {unknown[0]}", "a path that the plan does not fuse", ", ".join(self.sites), "pass one of these"
             )
         chosen = None if self.only is None else frozenset(self.only)
-        self.watcher = SiteWatcher(self.model, self.sites, self.plan.backend, self.seed, chosen)
-        self.norms = {path: self.model.get_submodule(path) for path in self.sites}
+        self.watcher = SiteWatcher(self.sites, self.plan.backend, self.seed, chosen)
         self.seen = _Seen()
+
+    def _norms(self, model: nn.Module) -> dict[str, nn.Module]:
+        there = dict(model.named_modules(remove_duplicate=False))
+        if gone := [path for path in self.sites if path not in there]:
+            raise UnsupportedModel(
+                gone[0],
+                "no module of that path: it was moved or replaced since apply",
+                "models whose norms are where apply found them",
+                "call apply(model) again, then verify",
+            )
+        return {path: there[path] for path in self.sites}
 
     def proof(self, items: list[dict[str, Any]], reference: Reference, tokens: int, source: str) -> Proof:
         runs = [Run(f"{FORWARD} {number}", item) for number, item in enumerate(items)]
         greedy = Run(GREEDY, items[0], tokens) if tokens and can_generate(self.model, items[0]) else None
         everything = [*runs, greedy] if greedy is not None else runs
+        self.step.total = 3 * len(everything) + 1 + len(driven.FAMILIES)
+        reference = self._room(everything, reference)
         self._original(everything, runs, reference)
         self._patched(everything)
         self._driven(runs[0])
@@ -181,34 +222,57 @@ class _Work:
         save_file(kept, path, metadata={"site": proof.red_site, "model_class": proof.model_class, **proof.versions})
         return replace(proof, saved_failure=str(path))
 
+    def _room(self, everything: list[Run], reference: Reference) -> Reference:
+        """Says what the proof takes and refuses what does not fit; without a wide copy where only that is too much."""
+        norms = list(self._norms(self.model).values())
+        needed = memory.of_proof(self.model, everything, norms, self.space)
+        if reference != "original":
+            try:
+                with_copy = wide.needed(self.model, needed)
+            except wide.Unavailable as why:
+                if reference == "wide":
+                    raise UnsupportedInput(
+                        "reference='wide'", str(why), "models with room for a copy", "pass reference='original'"
+                    ) from why
+                self.seen.notes.append(f"logits are measured from the original, not from a wider run: {why}")
+                reference = "original"
+            else:
+                needed = with_copy
+        self.step.tell(memory.said(needed))
+        memory.check(needed)
+        return reference
+
     def _original(self, everything: list[Run], forwards: list[Run], reference: Reference) -> None:
         """Runs of the original model: outputs, norm calls, and what logits are measured from."""
-        with unpatched(self.model):
-            for run in everything:
-                self.progress(f"original: {run.name}")
-                with flow.counting(self.norms) as (calls, order):
-                    self.seen.original.append(run(self.model))
-                if not run.tokens:
-                    self.seen.calls.update(calls)
-                    self.seen.orders[0].extend(order)
-            if reference != "original":
-                self.progress(f"original in {wide.wide_dtype(self.model)}")
-                try:
-                    self.seen.wide = wide.wide_outputs(self.model, forwards)
-                except wide.Unavailable as why:
-                    if reference == "wide":
-                        raise UnsupportedInput(
-                            "reference='wide'", str(why), "models with room for a copy", "pass reference='original'"
-                        ) from why
-                    self.seen.notes.append(f"logits are measured from the original, not from a wider run: {why}")
-            if self.seen.wide is None or logits.routes_to_experts(self.model):
-                self.progress("original under permitted rounding")
-                with flow.permitted_rounding(self.norms, self.seed):
-                    self.seen.permitted = [run(self.model)[0] for run in forwards]
+        original = replica(self.model, patched=False)
+        norms = self._norms(original)
+        for run in everything:
+            self.step(f"original: {run.name}")
+            with flow.counting(norms) as (calls, order):
+                self.seen.original.append(run(original))
+            if not run.tokens:
+                self.seen.calls.update(calls)
+                self.seen.orders[0].extend(order)
+        if reference != "original":
+            self.step(f"original in {wide.wide_dtype(self.model)}")
+            try:
+                self.seen.wide = wide.wide_outputs(self.model, forwards)
+            except wide.Unavailable as why:
+                if reference == "wide":
+                    raise UnsupportedInput(
+                        "reference='wide'", str(why), "models that run in it", "pass reference='original'"
+                    ) from why
+                self.seen.notes.append(f"logits are measured from the original, not from a wider run: {why}")
+        if self.seen.wide is None or logits.routes_to_experts(self.model):
+            self.step("original under permitted rounding")
+            with flow.permitted_rounding(norms, self.seed):
+                self.seen.permitted = [run(original)[0] for run in forwards]
 
     def _patched(self, everything: list[Run]) -> None:
+        patched = replica(self.model)
+        self.watcher.watch(patched)
         for run in everything:
-            self.progress(f"patched: {run.name}")
+            self.step(f"patched: {run.name}")
             self.watcher.run = "decode" if run.tokens else "captured"
             order: list[str] = []
             tape = flow.Tape(self.space)
@@ -222,18 +286,18 @@ class _Work:
 
             self.watcher.listener = listen
             with observe.observing(self.watcher):
-                outputs = run(self.model)
+                outputs = run(patched)
             self.seen.patched.append(outputs)
             if not run.tokens:
                 self.seen.orders[1].extend(order)
             tape.outputs = outputs
             if not fits:
-                run, tape = self._shorter(run, tape)
+                run, tape = self._shorter(patched, run, tape)
             if tape.calls:
                 self.seen.tapes.append((run, tape))
         self.watcher.listener = None
 
-    def _shorter(self, run: Run, full: flow.Tape) -> tuple[Run, flow.Tape]:
+    def _shorter(self, patched: nn.Module, run: Run, full: flow.Tape) -> tuple[Run, flow.Tape]:
         """The same run over as many leading tokens as fit the tape, and its tape."""
         ids = run.inputs.get("input_ids")
         share = self.space / max(full.wanted, 1) / 2
@@ -250,8 +314,8 @@ class _Work:
             f"data flow of {run.name} judged on 1 sequence of {keep} tokens, {batch} x {length} do not fit"
         )
         shorter, tape = Run(run.name, cut, min(run.tokens, keep)), flow.Tape(self.space)
-        with observe.observing(lambda event: tape.observe(self.watcher.paths, event)):
-            tape.outputs = shorter(self.model)
+        with observe.observing(lambda event: tape.observe(self.watcher.path_of, event)):
+            tape.outputs = shorter(patched)
         return shorter, tape
 
     def _driven(self, run: Run) -> None:
@@ -261,29 +325,32 @@ class _Work:
         scales = self.watcher.sum_rms
         if not layers or not scales:
             return
-        embedding = _embedding(self.model)
+        patched = replica(self.model)
+        self.watcher.watch(patched)
+        embedding = _embedding(patched)
         hidden = self.watcher.sum_width or size or 0
         dtype, eps = dtype_of(self.model), self.watcher.eps
-        modules = [self.model.get_submodule(path) for path in sorted(layers)]
-        self.watcher.listener = None
+        modules = [patched.get_submodule(path) for path in sorted(layers)]
         for family in driven.FAMILIES:
-            self.progress(f"patched, driven: {family}")
+            self.step(f"patched, driven: {family}")
             self.watcher.run = f"driven:{family}"
             factor = driven.factors(family, hidden, dtype, eps, statistics.median(scales.values()))
-            with driven.scaled(embedding, modules, self.norms.values(), factor), observe.observing(self.watcher):
-                run(self.model)
+            norms = self._norms(patched).values()
+            with driven.scaled(embedding, modules, norms, factor), observe.observing(self.watcher):
+                run(patched)
 
     def _flow(self) -> FlowProof:
         """The original in lockstep with each tape."""
         calls, first, site, reproducible, note = 0, "", "", True, ""
-        with unpatched(self.model):
-            for run, tape in self.seen.tapes:
-                self.progress(f"data flow: {run.name}")
-                done = flow.replay(self.model, run, tape, self.norms)
-                calls += done.calls
-                if done.first_difference and not first:
-                    first, site = f"{run.name}: {done.first_difference}", done.site
-                    reproducible = flow.reproducible(self.model, run)
+        original = replica(self.model, patched=False)
+        norms = self._norms(original)
+        for run, tape in self.seen.tapes:
+            self.step(f"data flow: {run.name}")
+            done = flow.replay(original, run, tape, norms)
+            calls += done.calls
+            if done.first_difference and not first:
+                first, site = f"{run.name}: {done.first_difference}", done.site
+                reproducible = flow.reproducible(replica(self.model, patched=False), run)
         names = tuple(run.name for run, _ in self.seen.tapes)
         return FlowProof(calls, names, first, site, reproducible, note)
 

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from ..errors import UnsupportedInput, UnsupportedModel, VerificationFailed
+from ..errors import NothingProved, UnsupportedInput, UnsupportedModel, VerificationFailed
 from ..tolerances import LOGIT_ERROR_RATIO
 from . import flow, logits, wide
-from .runs import FORWARD, Inputs, Run, device_of, dtype_of, evaluating, normalise
+from .replica import replica
+from .runs import FORWARD, Inputs, Run, device_of, dtype_of, normalise
 
 FORMAT = "rmsnorm_patch logits 1"
 _VOLATILE = ("_name_or_path", "transformers_version", "_attn_implementation", "dtype", "torch_dtype", "use_cache")
@@ -42,7 +43,7 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        return self.bit_identical or self.error <= self.allowed
+        return bool(self.positions) and (self.bit_identical or self.error <= self.allowed)
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "passed": self.passed}
@@ -62,19 +63,19 @@ def record_logits(model: nn.Module, inputs: Inputs, path: str | Path) -> None:
     """Write the logits of `model`, as it is, with its inputs and what identifies it, to a safetensors file.
 
     The file holds `input.<i>.<name>`, `logits.<i>` [batch, sequence, vocabulary] and metadata. The model's own error
-    is measured by a wider copy for the moment (as in `verify`). Raises UnsupportedInput.
+    is measured by a wider copy for the moment (as in `verify`). Raises UnsupportedInput, NothingProved where there is
+    nothing that another model could be held against (NaN or Inf, no position).
     """
     from safetensors.torch import save_file
 
-    from .original import unpatched
     from .prove import versions
 
-    with evaluating(model):
-        items = normalise(inputs, model)
-        runs = [Run(f"{FORWARD} {number}", item) for number, item in enumerate(items)]
-        outputs = [run(model)[0] for run in runs]
-        with unpatched(model):
-            own = _own_error(model, runs, outputs)
+    items = normalise(inputs, model)
+    runs = [Run(f"{FORWARD} {number}", item) for number, item in enumerate(items)]
+    running = replica(model)
+    outputs = [run(running)[0] for run in runs]
+    _check_defined(str(path), runs, outputs)
+    own = _own_error(model, runs, outputs)
     tensors = {f"logits.{number}": output.contiguous().clone() for number, output in enumerate(outputs)}
     for number, item in enumerate(items):
         for name, value in item.items():
@@ -105,22 +106,22 @@ def compare_logits(model: nn.Module, path: str | Path, raise_on_failure: bool = 
     _check_model(model, path, described)
     numbers = sorted(int(name.split(".")[1]) for name in tensors if name.startswith("logits."))
     recorded, now, same = [], [], True
-    with evaluating(model):
-        for number in numbers:
-            stem = f"input.{number}."
-            given = {name.removeprefix(stem): value for name, value in tensors.items() if name.startswith(stem)}
-            item = normalise(given, model)[0]
-            output, expected = Run(FORWARD, item)(model)[0], tensors[f"logits.{number}"]
-            if output.shape != expected.shape:
-                raise UnsupportedModel(
-                    str(path),
-                    f"logits of shape {tuple(output.shape)}, recorded {tuple(expected.shape)}",
-                    "equal shapes",
-                    _NEXT,
-                )
-            same = same and bool(torch.equal(output, expected))
-            recorded.append(logits.rows(expected, item))
-            now.append(logits.rows(output, item))
+    running = replica(model)
+    for number in numbers:
+        stem = f"input.{number}."
+        given = {name.removeprefix(stem): value for name, value in tensors.items() if name.startswith(stem)}
+        item = normalise(given, model)[0]
+        output, expected = Run(FORWARD, item)(running)[0], tensors[f"logits.{number}"]
+        if output.shape != expected.shape:
+            raise UnsupportedModel(
+                str(path),
+                f"logits of shape {tuple(output.shape)}, recorded {tuple(expected.shape)}",
+                "equal shapes",
+                _NEXT,
+            )
+        same = same and bool(torch.equal(output, expected))
+        recorded.append(logits.rows(expected, item))
+        now.append(logits.rows(output, item))
     found = logits.errors(now, recorded)
     own = float(described["own_error"])
     result = Comparison(
@@ -171,6 +172,18 @@ def _stable(value: Any) -> Any:
     return value
 
 
+def _check_defined(path: str, runs: list[Run], outputs: list[torch.Tensor]) -> None:
+    actual = [logits.rows(out, run.inputs) for out, run in zip(outputs, runs, strict=True)]
+    positions, undefined = sum(map(len, actual)), sum(int(logits.undefined(part).sum()) for part in actual)
+    if undefined or not positions:
+        raise NothingProved(
+            path,
+            f"logits of {positions} positions, NaN or Inf at {undefined} of them",
+            "finite logits at one position or more",
+            "pass inputs that the model answers, with an attention mask that leaves some of them",
+        )
+
+
 def _own_error(model: nn.Module, runs: list[Run], outputs: list[torch.Tensor]) -> float:
     """Of the recorded logits; by permitted rounding where there is no wider run."""
     experts = logits.routes_to_experts(model)
@@ -178,9 +191,10 @@ def _own_error(model: nn.Module, runs: list[Run], outputs: list[torch.Tensor]) -
     try:
         reference = wide.wide_outputs(model, runs)
     except wide.Unavailable:
-        norms = {path: module for path, module in model.named_modules() if "norm" in type(module).__name__.lower()}
+        original = replica(model, patched=False)
+        norms = {path: module for path, module in original.named_modules() if "norm" in type(module).__name__.lower()}
         with flow.permitted_rounding(norms, 0):
-            reference = [run(model)[0] for run in runs]
+            reference = [run(original)[0] for run in runs]
     return logits.errors(
         actual, [logits.rows(out, run.inputs) for out, run in zip(reference, runs, strict=True)]
     ).typical(experts)

@@ -6,12 +6,14 @@ import json
 import shlex
 import types
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 
 from ..tolerances import SiteTolerance, scale_bias
-from .difference import FAR, Difference
+from .difference import FAR, HUGE, Difference
+
+Verdict = Literal["proved", "failed", "nothing proved"]
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,10 @@ def _ratio(value: float, bound: float) -> float:
 class SiteProof:
     """One norm: how it ran in the model's own run, and how far from the original.
 
-    calls: events by kind ("norm", "in_layer", "cross_layer", "taken"), "original" for norm calls that fell back to the
-        original arithmetic, "apart" for adds that were not fused with their norm. reasons: why.
+    calls: events by kind ("norm", "in_layer", "cross_layer", "kept", "taken"), "original" for norm calls that fell back
+        to the original arithmetic, "apart" for adds that were not fused with their norm in the layer, "kept" for last
+        adds of a layer that handed nothing over, "refused" for hand-overs that the norm rightly did not take, since
+        something else reached it. reasons: why.
     """
 
     path: str
@@ -171,6 +175,8 @@ class LogitProof:
         permitted rounding too where the model routes tokens to experts: a tie may then fall either way.
     ratio, allowed_ratio: patched_error / own_error and k.
     kl_mean, kl_max: KL(original || patched) in nats per position.
+    undefined: positions at which the original has NaN or Inf (-Inf beside finite logits is a masked token, and counts
+        as one); they are left out of all other figures.
     """
 
     reference: str
@@ -188,6 +194,18 @@ class LogitProof:
     nonfinite_mismatches: int
     experts: bool
     note: str = ""
+    undefined: int = 0
+
+    @property
+    def proves_nothing(self) -> str:
+        """Why these logits could not have shown a fault; "" where they could."""
+        if not self.positions:
+            return "no position of the inputs counts: every one is masked"
+        if self.undefined:
+            return f"the original's logits hold NaN or Inf at {self.undefined} of {self.positions} positions"
+        if self.own_error >= HUGE and not self.bit_identical:
+            return f"the original's own error is no number (reference {self.reference})"
+        return ""
 
     @property
     def passed(self) -> bool:
@@ -216,6 +234,9 @@ class GreedyProof:
         return self.equal or (not self.strict and self.margin is not None and self.margin <= self.allowed_margin)
 
 
+_MARKS = {True: "ok ", False: "RED", None: "-- "}
+
+
 @dataclass(frozen=True)
 class Proof:
     """The whole report of `verify`."""
@@ -239,8 +260,25 @@ class Proof:
 
     @property
     def passed(self) -> bool:
-        parts = (self.flow, self.logits, self.greedy, self.fired)
-        return all(site.passed for site in self.sites) and all(part is None or part.passed for part in parts)
+        return self.verdict == "proved"
+
+    @property
+    def verdict(self) -> Verdict:
+        """ "failed": something is red. "nothing proved": nothing is, and nothing could have been (`proves_nothing`)."""
+        parts = (self.flow, self.logits, self.greedy)
+        red = not all(site.passed for site in self.sites) or any(part is not None and not part.passed for part in parts)
+        if red or (not self.fired.passed and (self.fired.expected or self.fired.missing)):
+            return "failed"
+        return "nothing proved" if self.proves_nothing else "proved"
+
+    @property
+    def proves_nothing(self) -> str:
+        """Why these inputs could not have shown a fault; "" where they could."""
+        if not self.fired.expected:
+            return "the inputs reach no norm that the plan fuses"
+        if not any(site.measurements for site in self.sites):
+            return "no site was judged"
+        return "" if self.logits is None else self.logits.proves_nothing
 
     @property
     def worst_site(self) -> SiteProof | None:
@@ -250,18 +288,21 @@ class Proof:
     @property
     def red_site(self) -> str:
         """Path of the site to look at first when the proof is red; "" when it is green or no site is to blame."""
+        if self.verdict != "failed":
+            return ""
         if any(not site.passed for site in self.sites) and self.worst_site is not None:
             return self.worst_site.path
         return next((p.site for p in (self.flow, self.fired) if not p.passed), "")
 
     def verdicts(self) -> tuple[str, ...]:
-        """One line per layer, each starting with "ok" or "RED"."""
-        return tuple(f"{'ok ' if passed else 'RED'} {text}" for passed, text in self._lines())
+        """One line per layer, each starting with "ok", "RED", or "--" where it could not have been red."""
+        return tuple(f"{_MARKS[passed]} {text}" for passed, text in self._lines())
 
     def explain(self) -> str:
         """The verdicts, the worst site with its numbers and tolerances, and the command that shows it again."""
         lines = [f"{self.model_class} {self.dtype} on {self.device}, backend {self.backend}: "]
-        lines[0] += "proved" if self.passed else "NOT proved"
+        lines[0] += "NOT proved" if self.verdict == "failed" else self.verdict
+        lines[0] += f", {self.proves_nothing}" if self.verdict == "nothing proved" else ""
         lines += [f"  {line}" for line in self.verdicts()]
         worst = self.worst_site
         if worst is not None and worst.worst is not None:
@@ -270,7 +311,7 @@ class Proof:
                 lines += [f"    {m.name}: {text}" for m in worst.measurements for text in m.violations]
         lines += [f"  fell back: {text}" for text in self.fired.fallbacks]
         lines += [f"  note: {text}" for text in self.notes]
-        if not self.passed:
+        if self.verdict == "failed":
             lines.append(f"  again: {self.command()}")
         if self.saved_failure:
             lines.append(f"  operands of the failing rows: {self.saved_failure}")
@@ -283,24 +324,24 @@ class Proof:
             words += ["--site", self.red_site]
         return shlex.join([*words, "--seed", str(self.seed), *self.arguments])
 
-    def _lines(self) -> list[tuple[bool, str]]:
+    def _lines(self) -> list[tuple[bool | None, str]]:
         red = [site.path for site in self.sites if not site.passed]
         judged = sum(bool(site.measurements) for site in self.sites)
         shown = ", ".join(red[:3]) + (f" and {len(red) - 3} more" if len(red) > 3 else "")
-        lines = [
-            (not red, f"sites: {judged} judged, " + (f"{len(red)} outside tolerance: {shown}" if red else "all within"))
-        ]
+        outcome = f"{len(red)} outside tolerance: {shown}" if red else "all within"
+        lines: list[tuple[bool | None, str]] = [(not red if judged else None, f"sites: {judged} judged, {outcome}")]
         lines.append((self.flow.passed, f"data flow: {_flow(self.flow)}"))
         if self.logits is not None:
-            lines.append((self.logits.passed, f"logits: {_logits(self.logits)}"))
+            idle = self.logits.passed and self.logits.proves_nothing
+            lines.append((None if idle else self.logits.passed, f"logits: {idle or _logits(self.logits)}"))
         if self.greedy is not None:
             lines.append((self.greedy.passed, f"greedy: {_greedy(self.greedy)}"))
-        lines.append((self.fired.passed, f"fired: {_fired(self.fired)}"))
+        lines.append((self.fired.passed if self.fired.expected else None, f"fired: {_fired(self.fired)}"))
         return lines
 
     def to_dict(self) -> dict[str, Any]:
-        judged = {"passed": self.passed, "verdicts": list(self.verdicts()), "red_site": self.red_site}
-        return {**asdict(self), **judged, "command": self.command()}
+        judged = {"passed": self.passed, "verdict": self.verdict, "verdicts": list(self.verdicts())}
+        return {**asdict(self), **judged, "red_site": self.red_site, "command": self.command()}
 
     def to_json(self, indent: int | None = None) -> str:
         return json.dumps(self.to_dict(), indent=indent)

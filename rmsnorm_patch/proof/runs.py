@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn as nn
 
-from ..errors import UnsupportedInput
+from ..errors import NothingProved, UnsupportedInput
 
 Inputs = Mapping[str, Any] | torch.Tensor | Sequence["Mapping[str, Any] | torch.Tensor"]
 FORWARD = "forward"
@@ -28,14 +27,18 @@ class Run:
 
     def __call__(self, model: nn.Module) -> tuple[torch.Tensor, ...]:
         """(logits,) [batch, sequence, vocabulary] of a forward; (sequences, logits) of a generation; on the CPU."""
+        inputs = copy.deepcopy(dict(self.inputs))  # a forward may write what it is given (a cache, say)
         with torch.no_grad():
             if self.tokens:
-                return _generate(model, self.inputs, self.tokens)
-            return (main_output(model(**self.inputs)).detach().cpu(),)
+                return _generate(model, inputs, self.tokens)
+            return (main_output(model(**inputs)).detach().cpu(),)
 
 
 def normalise(inputs: Inputs, model: nn.Module) -> list[dict[str, Any]]:
-    """`inputs` as a list of keyword arguments, tensors on the model's device. Raises UnsupportedInput."""
+    """`inputs` as a list of keyword arguments, tensors on the model's device.
+
+    Raises UnsupportedInput, and NothingProved for a tensor without elements.
+    """
     given: Any = [inputs] if isinstance(inputs, torch.Tensor) or hasattr(inputs, "keys") else inputs
     device = device_of(model)
     made = []
@@ -50,11 +53,23 @@ def normalise(inputs: Inputs, model: nn.Module) -> list[dict[str, Any]]:
                 "a dict of tensors (input_ids, attention_mask, ...), a tensor of token ids, or a list of those",
                 "pass tokenizer(text, return_tensors='pt')",
             )
+        _check_positions(item)
         moved = {n: item[n].to(device) if isinstance(item[n], torch.Tensor) else item[n] for n in item.keys()}  # noqa: SIM118
         made.append({name: value for name, value in moved.items() if name != "labels"})
     if not made:
         raise UnsupportedInput("inputs", "an empty list", "at least one input", "pass one prompt")
     return made
+
+
+def _check_positions(item: Any) -> None:
+    for name in item.keys():  # noqa: SIM118
+        if isinstance(item[name], torch.Tensor) and not item[name].numel():
+            raise NothingProved(
+                f"inputs: {name}",
+                f"a tensor of shape {tuple(item[name].shape)}",
+                "one position or more",
+                "pass a prompt that is not empty",
+            )
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -96,23 +111,9 @@ def _generate(model: Any, inputs: Mapping[str, Any], tokens: int) -> tuple[torch
     config = copy.deepcopy(model.generation_config)
     config.update(do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, max_length=None)
     config.update(max_new_tokens=tokens, return_dict_in_generate=True, output_logits=True, output_scores=False)
+    config.update(disable_compile=True)  # of what a compiler makes of a patched layer no call is reported
     if config.pad_token_id is None:
         ends = config.eos_token_id
         config.pad_token_id = (ends[0] if isinstance(ends, list) else ends) if ends is not None else 0
     made = model.generate(**inputs, generation_config=config)
     return made.sequences.cpu(), torch.stack([step.detach().cpu() for step in made.logits], dim=1)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off for the block; every module's own `training` flag comes back. Compiled modules run their eager code:
-    what a compiler makes of it reports no calls, and is not this package's arithmetic to prove."""
-    before = [(module, module.training) for module in model.modules()]
-    for module, _ in before:
-        module.training = False
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        for module, training in before:
-            module.training = training

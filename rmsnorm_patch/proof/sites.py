@@ -20,7 +20,7 @@ from ..plan import Backend, NormSite
 from ..rewrite import classes
 from ..tolerances import EXACT, EXACT_ERROR_RATIO, SITE, SiteTolerance
 from . import probes
-from .difference import Difference, bit_mismatches, compare, compare_sum, finite, row_keys
+from .difference import Difference, bit_mismatches, compare, compare_sum, digest, finite, row_keys
 from .report import Measurement, SiteProof
 
 _ORIGINAL_ARITHMETIC = ("reference", "original")
@@ -42,6 +42,7 @@ class _Site:
     failing: dict[str, torch.Tensor] = field(default_factory=dict)
     rows: dict[str, set[int]] = field(default_factory=dict)
     handed_over: torch.Tensor | None = None
+    offered: _Offer | None = None
 
     @property
     def differs_by_design(self) -> bool:
@@ -63,6 +64,20 @@ class _Site:
             return result
         weight, _ = self.weight_and_eps(norm, x)
         return self.plan.spec.rounded_dtype(x, None if weight is None else weight.dtype)
+
+
+@dataclass
+class _Offer:
+    """A sum whose norm was handed over, and has not been taken yet: as it was then."""
+
+    total: torch.Tensor
+    digest: int
+
+    def why_refused(self, entered: torch.Tensor) -> str:
+        """Why the norm, given `entered`, rightly computes its own; "" where it was given the very sum, unchanged."""
+        if digest(entered) == self.digest:
+            return "" if entered is self.total else "a copy of the layer's sum reached the norm"
+        return "another tensor than the layer's sum reached the norm"
 
 
 @dataclass
@@ -93,13 +108,11 @@ class SiteWatcher:
 
     def __init__(
         self,
-        model: nn.Module,
         sites: Mapping[str, NormSite],
         backend: Backend,
         seed: int,
         only: frozenset[str] | None = None,
     ) -> None:
-        self.paths = {id(module): path for path, module in model.named_modules()}
         self.run = "captured"
         self.listener: Callable[[str, observe.Event], None] | None = None
         self._plan = sites
@@ -107,20 +120,28 @@ class SiteWatcher:
         self._seed = seed
         self._only = only
         self._sites: dict[str, _Site] = {}
+        self._paths: dict[int, str] = {}
         self.sum_rms: dict[str, float] = {}
         self.sum_width = 0
         self.eps = 1e-6
 
+    def watch(self, model: nn.Module) -> None:
+        """Know the norms of `model` by their paths from now on."""
+        self._paths = {id(module): path for path, module in model.named_modules()}
+
+    def path_of(self, norm: nn.Module) -> str:
+        return self._paths.get(id(norm), f"<{type(norm).__name__} outside the model>")
+
     def __call__(self, event: observe.Event) -> None:
         with observe.observing(_ignore):
-            path = self.paths.get(id(event.norm), f"<{type(event.norm).__name__} outside the model>")
+            path = self.path_of(event.norm)
             site = self._sites.setdefault(path, _Site(self._plan.get(path)))
             self._count(site, event)
             if self.listener is not None:
                 self.listener(path, event)
-            fell_apart = event.kind == "in_layer" and event.backend == "original"  # the norm's own event is judged
-            if not fell_apart:
-                self._measure_sum(site, event)
+            # the norm's own event is judged where an add and its norm were two calls
+            fell_apart = event.kind == "kept" or (event.kind == "in_layer" and event.backend == "original")
+            self._measure_sum(site, event)
             if not fell_apart and (self._only is None or path in self._only):
                 self._judge(site, event)
                 if event.backend != "original":
@@ -130,10 +151,32 @@ class SiteWatcher:
         if self.run != "captured":
             return
         original = event.backend == "original"
-        site.calls[("apart" if event.kind == "in_layer" else "original") if original else event.kind] += 1
+        kind: str = event.kind
+        if original and kind in ("norm", "in_layer"):
+            kind = "apart" if kind == "in_layer" else "original"
+        if event.reason or kind not in ("apart", "kept"):
+            site.calls[kind] += 1
         site.backends[event.backend] += 1
         if event.reason:
             site.reasons[event.reason] += 1
+        self._follow(site, event)
+
+    def _follow(self, site: _Site, event: observe.Event) -> None:
+        """What became of the hand-over to this norm. One that was rightly refused is counted, with the reason."""
+        if event.kind == "cross_layer":
+            assert event.total is not None
+            site.offered = _Offer(event.total, digest(event.total))
+            return
+        offer, site.offered = site.offered, None
+        if event.kind != "norm" or offer is None:
+            return
+        entered = event.operands[0]
+        if any(other.offered is not None and other.offered.total is entered for other in self._sites.values()):
+            return  # a sum of another layer, whose tail handed it over to another norm
+        why = event.reason or offer.why_refused(entered)
+        if why:
+            site.calls["refused"] += 1
+            site.reasons[why] += 1
 
     def _judge(self, site: _Site, event: observe.Event) -> None:
         """The event's own results against the original arithmetic on the event's operands."""

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-import os
+from collections.abc import Mapping
 
 import torch
 import torch.nn as nn
 
+from . import memory
+from .replica import replica
 from .runs import Run, dtype_of
-
-_HEADROOM = 1.25
-"""Memory asked for, over the bytes of the copy: activations and the allocator's rounding."""
 
 
 class Unavailable(Exception):
@@ -24,15 +23,34 @@ def wide_dtype(model: nn.Module) -> torch.dtype:
     return torch.float64 if dtype_of(model) in (torch.float32, torch.float64) else torch.float32
 
 
-def wide_outputs(model: nn.Module, runs: list[Run]) -> list[torch.Tensor]:
-    """The logits of `runs` in `wide_dtype`, by a copy of the (unpatched) model that is gone afterwards.
+def needed(model: nn.Module, beside: Mapping[torch.device, int]) -> dict[torch.device, int]:
+    """Bytes by device of a copy in `wide_dtype` and of what is taken `beside` it.
 
-    Raises Unavailable: weights that are elsewhere or not floating-point, too little memory, a model that cannot be
-    copied or does not run in that dtype.
+    Raises Unavailable: weights that are elsewhere or not floating-point, or too little memory.
     """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.device.type == "meta":
+            raise Unavailable(f"{name} is not on a device (offloaded)")
+        if isinstance(tensor, nn.Parameter) and (type(tensor) is not nn.Parameter or not tensor.is_floating_point()):
+            raise Unavailable(f"{name} is a {type(tensor).__name__} of {tensor.dtype} (quantised or sharded)")
+    dtype, total = wide_dtype(model), dict(beside)
+    for device, size in memory.of_copy(model, dtype).items():
+        total[device] = total.get(device, 0) + int(size * memory.HEADROOM)
+        free = memory.free(device)
+        if free is not None and total[device] > free:
+            raise Unavailable(
+                f"with a {dtype} copy it needs {memory.gib(total[device])} GiB on {device}, free {memory.gib(free)}"
+            )
+    return total
+
+
+def wide_outputs(model: nn.Module, runs: list[Run]) -> list[torch.Tensor]:
+    """The logits of `runs` in `wide_dtype`, by a copy of `model`, its patch undone, that is gone afterwards.
+
+    Raises Unavailable, also where a copy does not run in that dtype.
+    """
+    needed(model, {})
     dtype = wide_dtype(model)
-    _check_weights(model)
-    _check_memory(model, dtype)
     try:
         made = _copy(model, dtype)
         return [Run(run.name, _cast(run, dtype))(made)[0] for run in runs]
@@ -41,16 +59,21 @@ def wide_outputs(model: nn.Module, runs: list[Run]) -> list[torch.Tensor]:
 
 
 def _copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A deepcopy whose tensors are made wide as they are copied: no second copy in the narrow dtype."""
-    memo: dict[int, object] = {}
+    """A replica over tensors that were made wide, with a configuration of its own."""
+    tensors: dict[int, torch.Tensor] = {}
     for parameter in model.parameters():
         value = parameter.detach()
         wide = value.to(dtype) if value.is_floating_point() else value
-        memo[id(parameter)] = nn.Parameter(wide, requires_grad=False)
+        tensors[id(parameter)] = nn.Parameter(wide, requires_grad=False)
     for buffer in model.buffers():
-        memo[id(buffer)] = buffer.to(dtype) if buffer.is_floating_point() and buffer.dtype != torch.float64 else buffer
-    made = copy.deepcopy(model, memo)
+        if buffer.is_floating_point() and buffer.dtype != torch.float64:
+            tensors[id(buffer)] = buffer.to(dtype)
+    made = replica(model, patched=False, tensors=tensors)
     if dtype == torch.float64 and hasattr(made, "set_experts_implementation"):
+        memo: dict[int, object] = {}  # of one configuration and its parts one copy each
+        for module in made.modules():
+            if "config" in module.__dict__:
+                module.__dict__["config"] = copy.deepcopy(module.__dict__["config"], memo)
         made.set_experts_implementation("eager")  # type: ignore[operator]  # torch's grouped matrix product has no fp64
     return made
 
@@ -60,33 +83,3 @@ def _cast(run: Run, dtype: torch.dtype) -> dict[str, object]:
         name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
         for name, value in run.inputs.items()
     }
-
-
-def _check_weights(model: nn.Module) -> None:
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.device.type == "meta":
-            raise Unavailable(f"{name} is not on a device (offloaded)")
-        if isinstance(tensor, nn.Parameter) and (type(tensor) is not nn.Parameter or not tensor.is_floating_point()):
-            raise Unavailable(f"{name} is a {type(tensor).__name__} of {tensor.dtype} (quantised or sharded)")
-
-
-def _check_memory(model: nn.Module, dtype: torch.dtype) -> None:
-    needed: dict[torch.device, int] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        needed[tensor.device] = needed.get(tensor.device, 0) + tensor.numel() * dtype.itemsize
-    for device, size in needed.items():
-        free = _free_memory(device)
-        if free is not None and size * _HEADROOM > free:
-            needs = size * _HEADROOM / 2**30
-            raise Unavailable(f"a {dtype} copy needs {needs:.1f} GiB on {device}, free {free / 2**30:.1f}")
-
-
-def _free_memory(device: torch.device) -> int | None:
-    """Bytes; None where nothing is known."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if device.type != "cpu" or not os.path.exists("/proc/meminfo"):
-        return None
-    with open("/proc/meminfo", encoding="ascii") as lines:
-        found = dict(line.split(":", 1) for line in lines)
-    return int(found["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in found else None

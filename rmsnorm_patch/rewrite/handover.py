@@ -99,9 +99,9 @@ def take(norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor | None:
     ):
         return None
     carried.link.untaken = 0
-    if observe.active is not None:
+    if observe.active:
         backend = carried.kernel.backend(hidden_states, carried.weight)
-        observe.active(observe.Event("taken", norm, (hidden_states,), carried.normed, None, backend))
+        observe.report(observe.Event("taken", norm, (hidden_states,), carried.normed, None, backend))
     return carried.normed
 
 

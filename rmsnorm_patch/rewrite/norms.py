@@ -83,7 +83,7 @@ def _forward_of(original: type[nn.Module], key: Key) -> FunctionType:
             return traced(self, hidden_states)
         normed = native.alone(self, hidden_states)
         if normed is not None:
-            if observe.active is not None:
+            if observe.active:
                 report(self, hidden_states, normed, "cuda")
             return normed
         if type(hidden_states) is not _Tensor:  # a subclass, or no tensor at all (`torch.fx` traces with proxies)
@@ -94,7 +94,7 @@ def _forward_of(original: type[nn.Module], key: Key) -> FunctionType:
                 return handed_over
         if reference_only or (automatic and not hidden_states.is_cuda):
             normed = original.forward(self, hidden_states)
-            if observe.active is not None:
+            if observe.active:
                 report(self, hidden_states, normed, "reference")
             return normed
         weight = self._parameters.get(weight_name)
@@ -114,11 +114,11 @@ def _forward_of(original: type[nn.Module], key: Key) -> FunctionType:
                 kernel = pair_ops.kernel_of(self)
                 if kernel is not None:
                     native.enroll_alone(self.__class__, kernel, run.table)
-            if observe.active is not None:
+            if observe.active:
                 report(self, hidden_states, normed, run.backend_for(hidden_states, weight))
             return normed
         normed = original.forward(self, hidden_states)
-        if observe.active is not None:
+        if observe.active:
             why = guards.reason(hidden_states, weight) or (guards.TRAINING if self.training else "")
             why = why or f"weight or eps is not where it was (eps is {eps!r})"
             report(self, hidden_states, normed, "original", why)
@@ -138,7 +138,7 @@ def _forward_of(original: type[nn.Module], key: Key) -> FunctionType:
         return original.forward(self, hidden_states)
 
     def report(self, hidden_states, normed, backend, why=""):  # type: ignore[no-untyped-def]
-        observe.active(observe.Event("norm", self, (hidden_states,), normed, None, backend, why))
+        observe.report(observe.Event("norm", self, (hidden_states,), normed, None, backend, why))
 
     return _in_the_guise_of(original, forward)
 

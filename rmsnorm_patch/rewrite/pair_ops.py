@@ -113,8 +113,8 @@ def in_layer(norm: nn.Module, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.T
     if done is None:
         return _in_layer(norm, a, b)
     normed, total = done
-    if observe.active is not None:
-        observe.active(observe.Event("in_layer", norm, (a, b), normed, total, "cuda"))
+    if observe.active:
+        observe.report(observe.Event("in_layer", norm, (a, b), normed, total, "cuda"))
     return normed, total
 
 
@@ -125,9 +125,9 @@ def tail(layer: nn.Module, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     total: torch.Tensor | None = native.hand_over(layer, a, b)
     if total is None:
         return _tail(layer, a, b)
-    if observe.active is not None:
+    if observe.active:
         carried: Carry = total.__dict__[CARRIED]
-        observe.active(observe.Event("cross_layer", carried.norm, (a, b), carried.normed, total, "cuda"))
+        observe.report(observe.Event("cross_layer", carried.norm, (a, b), carried.normed, total, "cuda"))
     return total
 
 
@@ -136,8 +136,8 @@ def entry(norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     if not _is_tracing():
         normed: torch.Tensor | None = native.take(norm, hidden_states)
         if normed is not None:
-            if observe.active is not None:
-                observe.active(observe.Event("taken", norm, (hidden_states,), normed, None, "cuda"))
+            if observe.active:
+                observe.report(observe.Event("taken", norm, (hidden_states,), normed, None, "cuda"))
             return normed
     return norm(hidden_states)  # type: ignore[no-any-return]
 
@@ -151,15 +151,15 @@ def _in_layer(norm: nn.Module, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.
         weight, eps = kernel.weight_of(norm), kernel.eps_of(norm)
         done = kernel.run(norm, a, b, weight, eps)
         if done is not None:
-            if observe.active is not None:
+            if observe.active:
                 backend = kernel.backend(a, weight)
-                observe.active(observe.Event("in_layer", norm, (a, b), *done, backend))
+                observe.report(observe.Event("in_layer", norm, (a, b), *done, backend))
             return done
     total = a + b
     normed = norm(total)
-    if observe.active is not None:
+    if observe.active:
         reason = why_not(norm, kernel, a, b)
-        observe.active(observe.Event("in_layer", norm, (a, b), normed, total, "original", reason))
+        observe.report(observe.Event("in_layer", norm, (a, b), normed, total, "original", reason))
     return normed, total
 
 
@@ -168,8 +168,8 @@ def _in_layer_reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     total = a + b
     normed = kernel.original(norm, total)
-    if observe.active is not None:
-        observe.active(observe.Event("in_layer", norm, (a, b), normed, total, "reference"))
+    if observe.active:
+        observe.report(observe.Event("in_layer", norm, (a, b), normed, total, "reference"))
     return normed, total
 
 
@@ -177,22 +177,33 @@ def _tail(layer: nn.Module, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """`tail` with every check in Python."""
     state = layer.__dict__.get(STATE)
     link: Link | None = None if state is None else state.get(LINK)
-    norm = None if link is None or _is_grad_enabled() else link.norm()
-    if link is None or norm is None or link.untaken >= MAX_UNTAKEN:
+    norm = None if link is None else link.norm()
+    if link is None or norm is None:
         return a + b
-    kernel = _KERNELS.get(norm.__class__)
-    if kernel is None or not (_unhooked(norm) and _undisturbed(layer, link)):
-        return a + b
-    if not _called_by_loop(link) or (not link.passive and torch.is_inference_mode_enabled()):
-        return a + b
-    weight, eps = kernel.weight_of(norm), kernel.eps_of(norm)
-    done = kernel.run(norm, a, b, weight, eps)
-    if done is None:
-        return a + b
+    kernel, done, kept = _KERNELS.get(norm.__class__), None, ""
+    if kernel is None or _is_grad_enabled() or not _unhooked(norm):
+        kept = "a gradient may be wanted" if _is_grad_enabled() else why_not(norm, kernel, a, b)
+    elif link.untaken >= MAX_UNTAKEN:
+        kept = f"the last {MAX_UNTAKEN} hand-overs were not taken"
+    elif not _undisturbed(layer, link):
+        kept = "a module was hooked, wrapped, moved or put between the layer and the norm since apply"
+    elif not _called_by_loop(link):
+        kept = "the layer was not called by the loop that was read"
+    elif not link.passive and torch.is_inference_mode_enabled():
+        kept = "code between the layer and the norm may edit the sum, and inference mode counts no edits"
+    else:
+        weight, eps = kernel.weight_of(norm), kernel.eps_of(norm)
+        done = kernel.run(norm, a, b, weight, eps)
+    if kernel is None or done is None:
+        total = a + b
+        if observe.active:
+            reason = kept or why_not(norm, kernel, a, b)
+            observe.report(observe.Event("kept", norm, (a, b), total, total, "original", reason))
+        return total
     normed, total = done
-    if observe.active is not None:
+    if observe.active:
         backend = kernel.backend(a, weight)
-        observe.active(observe.Event("cross_layer", norm, (a, b), normed, total, backend))
+        observe.report(observe.Event("cross_layer", norm, (a, b), normed, total, backend))
     put(normed, total, norm, weight, eps, kernel, link)
     return total
 
