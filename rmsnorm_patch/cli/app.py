@@ -93,7 +93,7 @@ class Output:
 @contextlib.contextmanager
 def output(as_json: bool) -> Iterator[Output]:
     """Errors of this package become a message, an exit status and, with --json, a document."""
-    from .errors import RMSNormPatchError
+    from ..errors import RMSNormPatchError
 
     out = Output(as_json)
     keep_stdout = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
@@ -116,7 +116,8 @@ def output(as_json: bool) -> Iterator[Output]:
 
 
 def exit_status(error: Exception) -> int:
-    from . import checkpoint, errors
+    from .. import errors
+    from . import checkpoint
 
     table: tuple[tuple[type[Exception], int], ...] = (
         (errors.VerificationFailed, FAILED),
@@ -139,7 +140,7 @@ def _load(out: Output, model: Path, dtype: Dtype, device: str, trust: bool) -> L
 def env(vllm_model: VllmModel = None, vllm_arg: VllmArguments = None, as_json: Json = False) -> None:
     """Show versions, devices, which backends run on them and why not, the kernel cache and the vLLM plugin."""
     with output(as_json) as out:
-        from . import env as environment
+        from . import environment
         from .tables import environment_tables
 
         if vllm_arg and not vllm_model:
@@ -165,7 +166,7 @@ def plan(
     """Show every norm and residual-add that would be fused, and why the others would not. Changes nothing."""
     with output(as_json) as out:
         loaded = _load(out, model, dtype, device, trust_remote_code)
-        from . import api
+        from .. import api
         from .tables import plan_table
 
         with out.progress(None, "scanning"):
@@ -198,7 +199,7 @@ def verify(
     """Patch the model and prove it against the original: per site, data flow, logits, greedy text, calls that ran."""
     with output(as_json) as out:
         loaded = _load(out, model, dtype, device, trust_remote_code)
-        from . import api
+        from .. import api
 
         api.apply(loaded.model, include=include or (), exclude=exclude or (), backend=backend.value)
         valued = {"--prompt": prompt, "--compare": compare, "--device": None if device == "auto" else device}
@@ -243,7 +244,8 @@ def generate(
     """Continue a prompt greedily with the patched model."""
     with output(as_json) as out:
         loaded = _load(out, model, dtype, device, trust_remote_code)
-        from . import api, speed
+        from .. import api
+        from . import speed
 
         ids = loaded.encode(prompt)
         wanted = None
@@ -336,7 +338,7 @@ def demo(
 def cache_show(as_json: Json = False) -> None:
     """List the compiled kernels on disk."""
     with output(as_json) as out:
-        from . import cache
+        from .. import cache
 
         entries = cache.entries()
         listed = [{"key": e.key, "size_bytes": e.size, "state": e.state, "meta": e.meta} for e in entries]
@@ -353,7 +355,7 @@ def cache_verify(as_json: Json = False) -> None:
     with output(as_json) as out:
         import warnings
 
-        from . import cache
+        from .. import cache
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # each damaged kernel is listed below
@@ -371,7 +373,7 @@ def cache_verify(as_json: Json = False) -> None:
 def cache_clear(as_json: Json = False) -> None:
     """Remove every compiled kernel; they are built again when needed."""
     with output(as_json) as out:
-        from . import cache
+        from .. import cache
 
         removed = cache.clear()
         out.document({"removed": removed})
@@ -386,6 +388,3 @@ def main(args: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     app(args=None if args is None else list(args), prog_name="rmsnorm-patch")
 
-
-if __name__ == "__main__":
-    main()

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from .api import patched
-from .plan import Backend
+from ..api import patched
+from ..plan import Backend
 
 CPU_NOTE = (
     "on the CPU the patched model runs the original arithmetic in rewritten layers: the ratio shows its overhead, "

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from rmsnorm_patch.cli import DAMAGED, UNSUPPORTED, USAGE
+from rmsnorm_patch.cli.app import DAMAGED, UNSUPPORTED, USAGE
 
 COMMANDS = ("plan", "verify", "generate", "bench")
 

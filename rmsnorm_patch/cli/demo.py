@@ -10,10 +10,11 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from . import api, tables
+from .. import api
+from ..errors import VerificationFailed
+from ..plan import Backend
+from . import tables
 from .checkpoint import Loaded, load
-from .errors import VerificationFailed
-from .plan import Backend
 from .speed import CPU_NOTE, Comparison, compare, generate
 
 

@@ -10,9 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from .env import EngineState, Environment
-from .plan import NormSite, PairSite, Plan
-from .semantics import NormSpec
+from ..plan import NormSite, PairSite, Plan
+from ..semantics import NormSpec
+from .environment import EngineState, Environment
 from .speed import Comparison
 
 PAIR_MEANING = {

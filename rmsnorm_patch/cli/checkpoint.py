@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .errors import UnsupportedInput, UnsupportedModel
+from ..errors import UnsupportedInput, UnsupportedModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TEXT = (
