@@ -6,9 +6,10 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from .semantics import NormSpec
+if TYPE_CHECKING:
+    from .semantics import NormSpec
 
 Backend = Literal["auto", "reference", "triton", "cuda"]
 BACKENDS: tuple[Backend, ...] = ("auto", "reference", "triton", "cuda")

@@ -1,7 +1,7 @@
 """`rmsnorm-patch`: the API on a checkpoint folder, for people and, with --json, for programs.
 
 Exit status: 0 done; 1 a proof failed or a text differs; 2 wrong usage, no such folder; 3 a model that cannot be
-patched; 4 a damaged checkpoint; 5 kernels or their cache cannot be used here.
+patched; 4 a damaged checkpoint; 5 kernels, their cache, memory or a disk cannot be used here, or an unforeseen error.
 
 Nothing here reaches the network, and code that a checkpoint brings runs only with --trust-remote-code. With --json,
 stdout holds one JSON document; tables, progress and warnings go to stderr.
@@ -10,23 +10,37 @@ stdout holds one JSON document; tables, progress and warnings go to stderr.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from enum import Enum
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from .. import __version__
+from .folder import read_config
+from .options import (
+    BackendName,
+    BackendOption,
+    DeviceOption,
+    DtypeOption,
+    Exclude,
+    Include,
+    Json,
+    Model,
+    NewTokens,
+    Prompt,
+    Rounds,
+    Trust,
+    VllmArguments,
+    VllmModel,
+)
+from .output import FAILED, Output, finish, output
 
 if TYPE_CHECKING:
     from .checkpoint import Loaded
-
-FAILED, USAGE, UNSUPPORTED, DAMAGED, UNUSABLE = 1, 2, 3, 4, 5
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__, rich_markup_mode=None
@@ -35,105 +49,27 @@ cache_app = typer.Typer(no_args_is_help=True, help="Look at, check or empty the 
 app.add_typer(cache_app, name="cache")
 
 
-class Dtype(str, Enum):
-    auto, float32, bfloat16, float16 = "auto", "float32", "bfloat16", "float16"
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"rmsnorm_patch {__version__}")
+        raise typer.Exit
 
 
-class BackendName(str, Enum):
-    auto, reference, triton, cuda = "auto", "reference", "triton", "cuda"
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
-Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder with config.json and *.safetensors.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout and nothing else.")]
-DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="auto: as the checkpoint was saved.")]
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N; auto prefers a GPU.")]
-BackendOption = Annotated[BackendName, typer.Option("--backend", help="auto: chosen per call by device and shape.")]
-Include = Annotated[list[str] | None, typer.Option("--include", help="Pattern on norm paths; may be repeated.")]
-Exclude = Annotated[list[str] | None, typer.Option("--exclude", help="Pattern on norm paths; may be repeated.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let the checkpoint's own Python code run.")]
-Prompt = Annotated[str | None, typer.Option("--prompt", help="Text to run on; a fixed English text by default.")]
-VllmModel = Annotated[
-    Path | None, typer.Option("--vllm-model", metavar="MODEL", help="Say what vLLM would do with each norm of MODEL.")
-]
-VllmArguments = Annotated[
-    list[str] | None,
-    typer.Option("--vllm-arg", help="Argument of `vllm serve`, as --vllm-arg=--enforce-eager; may be repeated."),
-]
-NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to generate.")]
-Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Timed rounds, stock and patched in turn.")]
-
-
-class Output:
-    """Where a command prints: tables for people, or one document for programs."""
-
-    def __init__(self, as_json: bool) -> None:
-        self.as_json = as_json
-        self.stdout = sys.stdout
-        self.console = Console(file=sys.stderr) if as_json else Console()
-        self.progress_console = Console(stderr=True)
-
-    def document(self, value: dict[str, Any]) -> None:
-        if self.as_json:
-            print(json.dumps(value, indent=2), file=self.stdout)
-
-    @contextlib.contextmanager
-    def progress(self, total: int | None, text: str) -> Iterator[Any]:
-        """A bar on stderr; yields step(text). total None: a spinner with the step's name."""
-        counted = () if total is None else (BarColumn(), MofNCompleteColumn())
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), *counted, TimeElapsedColumn())
-        with Progress(*columns, console=self.progress_console, transient=True) as bar:
-            task = bar.add_task(text, total=total)
-
-            def step(text: str | None = None) -> None:
-                bar.update(task, advance=1, description=text)
-
-            yield step
-
-
-@contextlib.contextmanager
-def output(as_json: bool) -> Iterator[Output]:
-    """Errors of this package become a message, an exit status and, with --json, a document."""
-    from ..errors import RMSNormPatchError
-
-    out = Output(as_json)
-    keep_stdout = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
-    try:
-        with keep_stdout:
-            yield out
-    except RMSNormPatchError as error:
-        status = exit_status(error)
-        proof = getattr(error, "proof", None)
-        described = {
-            "type": type(error).__name__,
-            "site": error.site,
-            "got": error.got,
-            "supported": error.supported,
-            "next_step": error.next_step,
-        }
-        out.document({"error": described, "exit_status": status, **({"proof": proof.to_dict()} if proof else {})})
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(status) from error
-
-
-def exit_status(error: Exception) -> int:
-    from .. import errors
-    from . import checkpoint
-
-    table: tuple[tuple[type[Exception], int], ...] = (
-        (errors.VerificationFailed, FAILED),
-        (checkpoint.BrokenCheckpoint, DAMAGED),
-        (errors.UnsupportedInput, USAGE),
-        (errors.UnsupportedModel, UNSUPPORTED),
-        (errors.PatchConflict, UNSUPPORTED),
-    )
-    return next((status for kind, status in table if isinstance(error, kind)), UNUSABLE)
-
-
-def _load(out: Output, model: Path, dtype: Dtype, device: str, trust: bool) -> Loaded:
+def _load(out: Output, model: Path, dtype: str, device: str, trust: bool) -> Loaded:
+    config = read_config(model)
     with out.progress(None, f"loading {model}"):
         from .checkpoint import load
 
-        return load(model, dtype.value, device, trust)
+        return load(model, config, dtype, device, trust)
 
 
 @app.command()
@@ -158,7 +94,7 @@ def plan(
     backend: BackendOption = BackendName.auto,
     include: Include = None,
     exclude: Exclude = None,
-    dtype: DtypeOption = Dtype.auto,
+    dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     trust_remote_code: Trust = False,
     as_json: Json = False,
@@ -191,7 +127,7 @@ def verify(
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=0, help="Greedy tokens to compare.")] = 16,
     record: Annotated[Path | None, typer.Option("--record", help="Write logits to this safetensors file.")] = None,
     compare: Annotated[Path | None, typer.Option("--compare", help="Hold logits against this file.")] = None,
-    dtype: DtypeOption = Dtype.auto,
+    dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     trust_remote_code: Trust = False,
     as_json: Json = False,
@@ -236,7 +172,7 @@ def generate(
     backend: BackendOption = BackendName.auto,
     include: Include = None,
     exclude: Exclude = None,
-    dtype: DtypeOption = Dtype.auto,
+    dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     trust_remote_code: Trust = False,
     as_json: Json = False,
@@ -277,7 +213,7 @@ def bench(
     backend: BackendOption = BackendName.auto,
     include: Include = None,
     exclude: Exclude = None,
-    dtype: DtypeOption = Dtype.auto,
+    dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     trust_remote_code: Trust = False,
     as_json: Json = False,
@@ -308,7 +244,7 @@ def demo(
     max_new_tokens: NewTokens = 96,
     rounds: Rounds = 3,
     backend: BackendOption = BackendName.auto,
-    dtype: DtypeOption = Dtype.auto,
+    dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     as_json: Json = False,
 ) -> None:
@@ -321,7 +257,7 @@ def demo(
             stories = []
             for folder in models:
                 stories.append(
-                    tell(folder, prompt, max_new_tokens, out.console, backend.value, dtype.value, device, rounds)
+                    tell(folder, prompt, max_new_tokens, out.console, backend.value, dtype, device, rounds)
                 )
                 if step is not None:
                     step()
@@ -381,10 +317,16 @@ def cache_clear(as_json: Json = False) -> None:
             out.console.print(f"removed {removed} kernels from {cache.directory()}")
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Entry point of the console script; `args` default to the command line's."""
+def main(args: Sequence[str] | None = None) -> NoReturn:
+    """Entry point of the console script; `args` default to the command line's. Ends in SystemExit with the status."""
     # Set before transformers is imported, which reads them once. Nothing here may fetch a checkpoint.
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    app(args=None if args is None else list(args), prog_name="rmsnorm-patch")
+    words = sys.argv[1:] if args is None else list(args)
 
+    def run() -> None:
+        command = typer.main.get_command(app)
+        with command.make_context("rmsnorm-patch", list(words)) as context:
+            command.invoke(context)
+
+    sys.exit(finish(run, "--json" in words))

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,20 +12,13 @@ from typing import Any
 import torch
 
 from ..errors import UnsupportedInput, UnsupportedModel
+from .folder import BrokenCheckpoint, MissingCheckpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TEXT = (
     "The statement above is true for every sequence of values. If the argument is omitted, the default is used, and "
     "the result is returned as a new object."
 )
-
-
-class MissingCheckpoint(UnsupportedInput):
-    """The path given is no folder with a model in it."""
-
-
-class BrokenCheckpoint(UnsupportedModel):
-    """The folder looks like a model, but its files are damaged or do not belong together."""
 
 
 @dataclass(frozen=True)
@@ -74,36 +66,14 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder. Raises MissingCheckpoint, BrokenCheckpoint."""
-    supported, step = "a folder with config.json and *.safetensors", "check the path; nothing is ever downloaded"
-    if not folder.is_dir():
-        raise MissingCheckpoint(str(folder), "a file" if folder.exists() else "no such folder", supported, step)
-    path = folder / "config.json"
-    if not path.is_file():
-        raise MissingCheckpoint(str(folder), "a folder without config.json", supported, step)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BrokenCheckpoint(str(path), f"no JSON ({error})", supported, "copy the file again") from error
-    if not isinstance(config, dict):
-        raise BrokenCheckpoint(str(path), f"a JSON {type(config).__name__}", "a JSON object", "copy the file again")
-    if not list(folder.glob("*.safetensors")):
-        others = sorted(p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt")))
-        got = "no *.safetensors" + (f", only {', '.join(others)}" if others else "")
-        raise MissingCheckpoint(
-            str(folder), got, "safetensors weights (pickled ones can run code)", "convert them with save_pretrained"
-        )
-    return config
+def load(
+    folder: Path, config: dict[str, Any], dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+) -> Loaded:
+    """The model in `folder`. config: of `read_config`. dtype: a name of DTYPES, or "auto" for the checkpoint's own.
 
-
-def load(folder: Path, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False) -> Loaded:
-    """The model in `folder`. dtype: a name of DTYPES, or "auto" for the checkpoint's own.
-
-    Raises MissingCheckpoint, BrokenCheckpoint, UnsupportedModel (needs its own code, no causal language model),
+    Raises BrokenCheckpoint, UnsupportedModel (needs its own code, no causal language model),
     UnsupportedInput (device).
     """
-    config = read_config(folder)
     where = device_of(device)
     _check_code(folder, config, trust_remote_code)
     from transformers import AutoModelForCausalLM

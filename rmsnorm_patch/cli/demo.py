@@ -15,6 +15,7 @@ from ..errors import VerificationFailed
 from ..plan import Backend
 from . import tables
 from .checkpoint import Loaded, load
+from .folder import read_config
 from .speed import CPU_NOTE, Comparison, compare, generate
 
 
@@ -66,7 +67,7 @@ def tell(
     rounds: int = 3,
 ) -> Story:
     """Run the story on the checkpoint in `folder` and print it to `console`."""
-    loaded = load(folder, dtype, device)
+    loaded = load(folder, read_config(folder), dtype, device)
     model, ids = loaded.model, loaded.encode(prompt)
     console.rule(f"{folder.name}: {type(model).__name__}, {loaded.dtype}, {loaded.device}".replace("torch.", ""))
     plan = api.plan(model, backend=backend)
