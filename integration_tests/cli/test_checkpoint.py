@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
 from rmsnorm_patch.cli.output import DAMAGED, UNSUPPORTED, USAGE
 
@@ -109,6 +112,175 @@ def test_pattern_that_matches_nothing(command, tiny_llama: Path) -> None:
 def test_site_that_the_plan_does_not_have(command, tiny_llama: Path) -> None:
     ended = command("verify", tiny_llama, "--site", "model.nrom", "--json")
     refused(ended, USAGE, "UnsupportedInput", "model.nrom", "model.norm")
+
+
+def change(path: Path, **fields: Any) -> None:
+    """Fields of a JSON file; None takes one away."""
+    found = {**json.loads(path.read_text()), **fields}
+    path.write_text(json.dumps({name: value for name, value in found.items() if value is not None}))
+
+
+@pytest.fixture
+def shards(copy: Path) -> Path:
+    """The same checkpoint in several files with an index."""
+    model = AutoModelForCausalLM.from_pretrained(copy)
+    (copy / "model.safetensors").unlink()
+    model.save_pretrained(copy, max_shard_size="600KB")
+    assert len(list(copy.glob("*-of-*.safetensors"))) > 2
+    return copy
+
+
+def first_shard(folder: Path) -> Path:
+    return min(folder.glob("*-of-*.safetensors"))
+
+
+def lose_a_weight(folder: Path) -> None:
+    weights = load_file(first_shard(folder))
+    weights.popitem()
+    save_file(weights, first_shard(folder), metadata={"format": "pt"})
+
+
+INDEX = "model.safetensors.index.json"
+DAMAGES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
+    "lost shard": (lambda f: first_shard(f).unlink(), ("1 of ", "shards missing", "model-00001-of", "download")),
+    "lost index": (lambda f: (f / INDEX).unlink(), ("shards without", INDEX)),
+    "cut index": (lambda f: (f / INDEX).write_text('{"weight_map": {'), (INDEX, "no JSON")),
+    "listed index": (lambda f: (f / INDEX).write_text("[]"), (INDEX, "a JSON list")),
+    "empty index": (lambda f: (f / INDEX).write_text("{}"), (INDEX, "no weight_map")),
+    "odd index": (lambda f: change(f / INDEX, weight_map={"a": 1}), (INDEX, "weight_map")),
+    "other index": (lose_a_weight, (INDEX, "not in the shard it names")),
+    "cut shard": (lambda f: os.truncate(first_shard(f), 5000), ("model-00001-of", "damaged weights")),
+    "pointer": (
+        lambda f: first_shard(f).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
+        ("Git LFS pointer", "git lfs pull"),
+    ),
+    "config in another encoding": (
+        lambda f: (f / "config.json").write_bytes((f / "config.json").read_text().encode("utf-16")),
+        ("config.json", "no JSON"),
+    ),
+    "config with a mark in front": (
+        lambda f: (f / "config.json").write_text("\ufeff" + (f / "config.json").read_text()),
+        ("config.json", "no JSON", "BOM"),
+    ),
+    "deep config": (lambda f: (f / "config.json").write_text("[" * 100_000), ("config.json", "no JSON")),
+    "invalid value": (lambda f: change(f / "config.json", hidden_size="wide"), ("config.json", "hidden_size")),
+    "values that do not fit": (lambda f: change(f / "config.json", num_key_value_heads=0), ("config.json", "llama")),
+    "unknown activation": (lambda f: change(f / "config.json", hidden_act="nosuch"), ("config.json", "nosuch")),
+    "fewer layers": (
+        lambda f: change(f / "config.json", num_hidden_layers=2),
+        ("weights of layers or experts that config.json does not have", "model.layers.2"),
+    ),
+    "more layers": (lambda f: change(f / "config.json", num_hidden_layers=6), ("missing", "model.layers.4")),
+    "smaller vocabulary": (lambda f: change(f / "config.json", vocab_size=64), ("64 embeddings", "vocab_size")),
+    "larger vocabulary": (lambda f: change(f / "config.json", vocab_size=300), ("of other shapes", "config.json")),
+    "cut tokenizer": (lambda f: (f / "tokenizer.json").write_text('{"version"'), ("unreadable tokenizer",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_folders(command, shards: Path, damage: str) -> None:
+    """Each its own diagnosis, and the status of a damaged checkpoint."""
+    done, words = DAMAGES[damage]
+    done(shards)
+    refused(command("plan", shards, "--json"), DAMAGED, "BrokenCheckpoint", *words)
+
+
+def test_shards_are_whole_as_they_were(command, shards: Path) -> None:
+    assert command("plan", shards, "--json").document["counts"]["norm/fuse"] == 9
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("adapter_config.json", "PEFT adapter"), ("model_index.json", "diffusers pipeline"), ("x.gguf", "x.gguf")],
+)
+def test_folders_of_another_kind(command, copy: Path, name: str, shown: str) -> None:
+    (copy / "model.safetensors").unlink()
+    (copy / name).write_text("{}")
+    refused(command("plan", copy, "--json"), USAGE, "MissingCheckpoint", shown)
+
+
+def test_weights_of_another_name(command, copy: Path) -> None:
+    (copy / "model.safetensors").rename(copy / "model.fp16.safetensors")
+    refused(command("plan", copy, "--json"), USAGE, "MissingCheckpoint", "model.fp16.safetensors")
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq", "bitsandbytes", "compressed-tensors", "nosuch"])
+def test_quantised_without_its_library(command, copy: Path, method: str) -> None:
+    change(copy / "config.json", quantization_config={"quant_method": method, "bits": 4, "load_in_4bit": True})
+    refused(command("plan", copy, "--json"), UNSUPPORTED, "UnsupportedModel", method, "quantised", "install")
+
+
+@pytest.fixture
+def qwen(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = Qwen3Config(**sizes, num_key_value_heads=2, head_dim=8, vocab_size=100, tie_word_embeddings=False)
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path / "qwen")
+    return tmp_path / "qwen"
+
+
+def drop(folder: Path, name: str) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights[name]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_an_embedding_model_saved_under_a_language_models_name(command, qwen: Path) -> None:
+    """As Qwen3-Embedding: config.json says ForCausalLM, the weights have no lm_head. Nothing is filled in."""
+    drop(qwen, "lm_head.weight")
+    ended = command("plan", qwen, "--json")
+    assert (ended.status, ended.document["model_class"]) == (0, "Qwen3Model")
+    assert "no language-model head (lm_head.weight)" in ended.stderr
+    assert command("verify", qwen).status == 0
+    refused(command("generate", qwen, "--json"), UNSUPPORTED, "UnsupportedModel", "no language-model head")
+
+
+def test_a_head_and_more_missing_is_damage(command, qwen: Path) -> None:
+    drop(qwen, "lm_head.weight")
+    drop(qwen, "model.layers.1.mlp.up_proj.weight")
+    refused(command("plan", qwen, "--json"), DAMAGED, "BrokenCheckpoint", "up_proj")
+
+
+def test_a_reward_model_without_its_head_is_damage(command, qwen: Path) -> None:
+    change(qwen / "config.json", architectures=["Qwen3ForSequenceClassification"])
+    refused(command("plan", qwen, "--json"), DAMAGED, "BrokenCheckpoint", "score.weight")
+
+
+def test_weights_beside_the_model_are_said_and_left(command, qwen: Path) -> None:
+    """A language-model head under an encoder, a value head beside a language model."""
+    change(qwen / "config.json", architectures=["Qwen3Model"])
+    ended = command("plan", qwen, "--json")
+    assert (ended.status, ended.document["model_class"]) == (0, "Qwen3Model")
+    assert "1 weights" in ended.stderr
+    assert "lm_head.weight" in ended.stderr
+
+
+@pytest.mark.parametrize("named", [None, ["NoSuchModel"], []])
+def test_a_class_that_is_not_known_here(command, qwen: Path, named: list[str] | None) -> None:
+    change(qwen / "config.json", architectures=named)
+    assert command("plan", qwen, "--json").document["model_class"] == "Qwen3ForCausalLM"
+
+
+def test_a_tokenizer_beyond_the_vocabulary(command, qwen: Path, tiny_llama: Path) -> None:
+    """A byte of 255 for a model with 100 embeddings: on a GPU the process would die of it."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_llama / name, qwen / name)
+    refused(command("verify", qwen, "--json"), DAMAGED, "BrokenCheckpoint", "tokenizer", "100 embeddings")
+
+
+def test_a_prompt_in_another_encoding(command, tiny_llama: Path) -> None:
+    prompt = b"caf\xe9".decode("utf-8", "surrogateescape")
+    for name in ("generate", "verify", "bench"):
+        refused(command(name, tiny_llama, "--prompt", prompt, "--json"), USAGE, "UnsupportedInput", "--prompt", "UTF-8")
+
+
+@pytest.mark.parametrize("words", [["--prompt", ""], ["--device", "tpu"], ["--compare", "nowhere"]])
+def test_known_before_the_weights_are_read(command, tiny_llama: Path, monkeypatch, words: list[str]) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("the weights were read")
+
+    monkeypatch.setattr("transformers.LlamaForCausalLM.from_pretrained", never)
+    refused(command("verify", tiny_llama, *words, "--json"), USAGE, "UnsupportedInput", words[0])
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "tpu", "meta", "mps"])

@@ -20,7 +20,8 @@ import typer
 from rich.markup import escape
 
 from .. import __version__
-from .folder import read_config
+from ..errors import RMSNormPatchError
+from .folder import check_prompt, read_config
 from .options import (
     BackendName,
     BackendOption,
@@ -33,11 +34,13 @@ from .options import (
     NewTokens,
     Prompt,
     Rounds,
+    Threads,
     Trust,
     VllmArguments,
     VllmModel,
 )
-from .output import FAILED, Output, finish, output
+from .output import FAILED, Output, described_error, finish, output
+from .recordings import check_files
 
 if TYPE_CHECKING:
     from .checkpoint import Loaded
@@ -64,12 +67,16 @@ def _options(
     pass
 
 
-def _load(out: Output, model: Path, dtype: str, device: str, trust: bool) -> Loaded:
+def _load(out: Output, model: Path, dtype: str, device: str, trust: bool, prompt: str | None = None) -> Loaded:
+    check_prompt(prompt)
     config = read_config(model)
     with out.progress(None, f"loading {model}"):
         from .checkpoint import load
 
-        return load(model, config, dtype, device, trust)
+        loaded = load(model, config, dtype, device, trust, prompt)
+    for note in loaded.notes:
+        out.warn(note)
+    return loaded
 
 
 @app.command()
@@ -134,7 +141,8 @@ def verify(
 ) -> None:
     """Patch the model and prove it against the original: per site, data flow, logits, greedy text, calls that ran."""
     with output(as_json) as out:
-        loaded = _load(out, model, dtype, device, trust_remote_code)
+        check_files(record, compare)
+        loaded = _load(out, model, dtype, device, trust_remote_code, prompt)
         from .. import api
 
         api.apply(loaded.model, include=include or (), exclude=exclude or (), backend=backend.value)
@@ -146,7 +154,7 @@ def verify(
         with out.progress(None, "proving") as step:
             proof = api.verify(
                 loaded.model,
-                loaded.encode(prompt),
+                loaded.inputs(prompt, out.warn),
                 sites=site or None,
                 seed=seed,
                 strict=strict,
@@ -167,8 +175,8 @@ def generate(
     model: Model,
     prompt: Prompt = None,
     max_new_tokens: NewTokens = 64,
-    stock: Annotated[bool, typer.Option("--stock", help="Do not patch.")] = False,
-    compare: Annotated[bool, typer.Option("--compare", help="Run stock too; status 1 if tokens differ.")] = False,
+    stock: Annotated[bool, typer.Option("--stock", help="Show the text of the unpatched model.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Run both; status 1 if tokens differ.")] = False,
     backend: BackendOption = BackendName.auto,
     include: Include = None,
     exclude: Exclude = None,
@@ -179,25 +187,28 @@ def generate(
 ) -> None:
     """Continue a prompt greedily with the patched model."""
     with output(as_json) as out:
-        loaded = _load(out, model, dtype, device, trust_remote_code)
+        loaded = _load(out, model, dtype, device, trust_remote_code, prompt)
         from .. import api
         from . import speed
 
-        ids = loaded.encode(prompt)
-        wanted = None
+        loaded.check_generates()
+        made = {}
+        given = loaded.inputs(prompt, out.warn)
         with out.progress(None, "generating"):
-            if compare:
-                wanted, _ = speed.generate(loaded.model, ids, max_new_tokens)
-            if not stock:
+            if stock or compare:
+                made["stock"] = speed.generate(loaded.model, given, max_new_tokens)
+            if not stock or compare:
                 api.apply(loaded.model, include=include or (), exclude=exclude or (), backend=backend.value)
-            tokens, rate = speed.generate(loaded.model, ids, max_new_tokens)
-        equal = None if wanted is None else bool((wanted == tokens).all())
+                made["patched"] = speed.generate(loaded.model, given, max_new_tokens)
+        tokens, rate = made["stock" if stock else "patched"]
+        equal = bool((made["stock"][0] == made["patched"][0]).all()) if compare else None
         text = loaded.decode(tokens[0])
         found = {"tokens": tokens[0].tolist(), "text": text, "tokens_per_second": rate, "patched": not stock}
         out.document({**found, "equal_to_stock": equal})
         if not as_json:
             out.console.print(text or " ".join(map(str, tokens[0].tolist())), markup=False, highlight=False)
-            compared = "" if equal is None else f", equal to stock: {'yes' if equal else 'NO'}"
+            other = "patched" if stock else "stock"
+            compared = "" if equal is None else f", equal to {other}: {'yes' if equal else 'NO'}"
             out.progress_console.print(f"{rate:,.1f} tokens/s{compared}", style="dim")
         if equal is False:
             raise typer.Exit(FAILED)
@@ -210,6 +221,7 @@ def bench(
     max_new_tokens: NewTokens = 64,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Sequences at once.")] = 1,
     rounds: Rounds = 5,
+    threads: Threads = None,
     backend: BackendOption = BackendName.auto,
     include: Include = None,
     exclude: Exclude = None,
@@ -220,27 +232,31 @@ def bench(
 ) -> None:
     """Time decode and prefill, stock and patched in alternating rounds."""
     with output(as_json) as out:
-        loaded = _load(out, model, dtype, device, trust_remote_code)
+        loaded = _load(out, model, dtype, device, trust_remote_code, prompt)
         from . import speed
         from .tables import speed_table
 
-        ids = loaded.encode(prompt).repeat(batch_size, 1)
-        with out.progress(2 * (rounds + 1), "timing") as step:
-            only = {"include": tuple(include or ()), "exclude": tuple(exclude or ())}
-            rows = speed.compare(loaded.model, ids, max_new_tokens, rounds, backend.value, advance=step, **only)
+        one, generates = loaded.inputs(prompt, out.warn), loaded.generates
+        given = speed.repeated(one, batch_size)
+        used = speed.chosen_threads(loaded.model, given, generates, threads)
+        with out.progress(2 * (rounds + 1), "timing") as step, used as chosen:
+            patch = speed.Patch(backend.value, tuple(include or ()), tuple(exclude or ()))
+            rows = speed.compare(loaded.model, given, generates, max_new_tokens, rounds, patch, step)
         note = speed.CPU_NOTE if loaded.device.type == "cpu" else ""
         found: dict[str, Any] = {"device": str(loaded.device), "dtype": str(loaded.dtype).removeprefix("torch.")}
-        found.update(batch_size=batch_size, prompt_tokens=ids.shape[1], note=note)
+        found.update(batch_size=batch_size, threads=chosen, note=note)
+        found["prompt_tokens"] = one["input_ids"].shape[1] if "input_ids" in one else 0
         out.document({**found, "results": [row.to_dict() for row in rows]})
         if not as_json:
             out.console.print(speed_table(rows))
-            out.console.print(note, style="dim")
+            for text in (note, speed.NOISE_NOTE if any(row.verdict == "too noisy" for row in rows) else ""):
+                out.console.print(text, style="dim") if text else None
 
 
 @app.command()
 def demo(
     models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="Checkpoint folders.")],
-    prompt: Annotated[str, typer.Option("--prompt", help="Text to continue.")] = "Return the ",
+    prompt: Prompt = None,
     max_new_tokens: NewTokens = 96,
     rounds: Rounds = 3,
     backend: BackendOption = BackendName.auto,
@@ -250,24 +266,57 @@ def demo(
 ) -> None:
     """Plan, patch, prove, compare text and speed, and undo, on one checkpoint after the other."""
     with output(as_json) as out:
-        from .demo import tell
-
+        check_prompt(prompt)
+        refused = {folder: error for folder in models if (error := _refusal(out, folder)) is not None}
+        statuses, documents = [], []
         with contextlib.ExitStack() as stack:
             step = stack.enter_context(out.progress(len(models), "demo")) if len(models) > 1 else None
-            stories = []
             for folder in models:
-                stories.append(
-                    tell(folder, prompt, max_new_tokens, out.console, backend.value, dtype, device, rounds)
+                status, document = refused.get(folder) or _story(
+                    out, folder, prompt, max_new_tokens, dtype, device, backend.value, rounds
                 )
+                statuses.append(status)
+                documents.append(document)
                 if step is not None:
                     step()
-        passed = all(story.passed for story in stories)
-        out.document({"passed": passed, "checkpoints": [story.to_dict() for story in stories]})
-        for story in stories:
-            verdict = "[green]PASSED[/]" if story.passed else "[red]FAILED[/]"
-            out.console.print(f"{verdict} {escape(story.checkpoint)}")
-        if not passed:
-            raise typer.Exit(FAILED)
+        out.document({"passed": not any(statuses), "checkpoints": documents})
+        for status, document in zip(statuses, documents, strict=True):
+            verdict = "[red]FAILED[/]" if status else "[green]PASSED[/]"
+            out.console.print(f"{verdict} {escape(document['checkpoint'])}")
+        if any(statuses):
+            raise typer.Exit(FAILED if FAILED in statuses else next(filter(None, statuses)))
+
+
+def _refusal(out: Output, folder: Path) -> tuple[int, dict[str, Any]] | None:
+    """What a folder's own files say against it, before the work on the others."""
+    try:
+        read_config(folder)
+    except RMSNormPatchError as error:
+        return _failed(out, folder, error)
+    return None
+
+
+def _failed(out: Output, folder: Path, error: RMSNormPatchError) -> tuple[int, dict[str, Any]]:
+    status, described = described_error(error)
+    out.progress_console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    return status, {"checkpoint": folder.resolve().name, "passed": False, "error": described, "exit_status": status}
+
+
+def _story(
+    out: Output, folder: Path, prompt: str | None, new_tokens: int, dtype: str, device: str, backend: Any, rounds: int
+) -> tuple[int, dict[str, Any]]:
+    """(exit status, document) of one checkpoint; what is wrong with one leaves the others' documents alone."""
+    try:
+        config = read_config(folder)
+        from .checkpoint import has_tokenizer, load
+        from .demo import PROMPT, tell
+
+        text = PROMPT if prompt is None and has_tokenizer(folder) else prompt
+        loaded = load(folder, config, dtype, device, prompt=text)
+        story = tell(loaded, loaded.inputs(text, out.warn), text or "", new_tokens, out.console, backend, rounds)
+    except RMSNormPatchError as error:
+        return _failed(out, folder, error)
+    return 0 if story.passed else FAILED, story.to_dict()
 
 
 @cache_app.command("show")

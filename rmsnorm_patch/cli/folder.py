@@ -124,3 +124,12 @@ def header(path: Path) -> frozenset[str]:
             is_pointer = file.read(len(_LFS)) == _LFS
         why, step = ("a Git LFS pointer in its place", "run `git lfs pull`") if is_pointer else (str(error), _AGAIN)
         raise BrokenCheckpoint(str(path), f"damaged weights ({why})", "whole safetensors files", step) from error
+
+
+def check_prompt(prompt: str | None) -> None:
+    """Before anything is loaded. Raises UnsupportedInput for bytes that are no text in the terminal's encoding."""
+    try:
+        (prompt or "").encode()
+    except UnicodeEncodeError as error:
+        got, step = f"bytes that are no UTF-8 ({error.reason})", "write the prompt in UTF-8"
+        raise UnsupportedInput("--prompt", got, "text", step) from error

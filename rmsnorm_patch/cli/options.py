@@ -50,3 +50,6 @@ VllmArguments = Annotated[
 ]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to generate.")]
 Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Timed rounds, stock and patched in turn.")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, help="By default OMP_NUM_THREADS, else the fastest number.")
+]

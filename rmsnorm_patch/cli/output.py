@@ -159,9 +159,9 @@ def described_error(error: Exception) -> tuple[int, dict[str, str]]:
         command = context.command_path if context else "rmsnorm-patch"
         words = {"site": command, "got": error.format_message(), "supported": f"what `{command} --help` lists"}
         return USAGE, {"type": kind, **words, "next_step": "correct the command"}
-    if isinstance(error, OSError):
-        site, step = str(error.filename or "the system"), "check the path, its permissions and the space on its disk"
-        supported = "files that can be read and written"
+    if isinstance(error, OSError) or kind == "SafetensorError":
+        site, supported = str(getattr(error, "filename", None) or "a file"), "files that can be read and written"
+        step = "check the path, its permissions and the space on its disk"
     elif isinstance(error, MemoryError) or kind == "OutOfMemoryError":
         site, step = "memory", "use a smaller dtype or a shorter prompt, or free memory"
         supported = "models that fit"

@@ -86,8 +86,14 @@ def speed_table(rows: Iterable[Comparison]) -> Table:
         table.add_column(name, justify="left" if name == "work" else "right")
     for row in rows:
         rates = [f"{r.median:,.0f} ({r.low:,.0f} - {r.high:,.0f})" for r in (row.stock, row.patched)]
-        table.add_row(row.work, *rates, f"{row.ratio:.3f}")
+        table.add_row(row.work, *rates, _ratio(row))
     return table
+
+
+def _ratio(row: Comparison) -> str:
+    if row.verdict == "too noisy":
+        return "[yellow]too noisy[/]"
+    return f"{row.ratio:.3f}" + (f" ({row.verdict})" if row.verdict in ("equal", "one round") else "")
 
 
 def environment_tables(env: Environment) -> list[Table | Text]:
