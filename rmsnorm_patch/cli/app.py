@@ -116,7 +116,7 @@ def plan(
             found = api.plan(loaded.model, include=include or (), exclude=exclude or (), backend=backend.value)
         out.document(found.to_dict())
         if not as_json:
-            out.console.print(plan_table(found))
+            out.console.print(plan_table(found, out.console.width))
             for note in found.notes:
                 out.console.print(f"note: {escape(note)}")
 

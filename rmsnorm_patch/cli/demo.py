@@ -69,7 +69,7 @@ def tell(
     model, generates, name = loaded.model, loaded.generates, loaded.folder.resolve().name
     console.rule(escape(f"{name}: {type(model).__name__}, {loaded.dtype}, {loaded.device}".replace("torch.", "")))
     plan = api.plan(model, backend=backend)
-    console.print(tables.plan_table(plan))
+    console.print(tables.plan_table(plan, console.width))
 
     def tokens() -> torch.Tensor:
         return generate(model, inputs, new_tokens)[0] if generates else torch.empty(1, 0)
