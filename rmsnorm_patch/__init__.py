@@ -6,12 +6,14 @@
     rmsnorm_patch.revert(model)                   # the object it was
     with rmsnorm_patch.patched(model): ...
 
-Importing this package imports torch and nothing else of weight: no transformers, no triton, no CUDA context.
+Importing this package imports nothing of weight: torch comes with the first of these functions.
 """
 
 from __future__ import annotations
 
-from .api import apply, patched, plan, revert, verify, warmup
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .errors import (
     KernelBuildError,
     NothingProved,
@@ -23,8 +25,11 @@ from .errors import (
     VerificationFailed,
 )
 from .plan import BACKENDS, Backend, NormSite, PairSite, Plan
-from .rewrite.report import Report
-from .semantics import NormSpec
+
+if TYPE_CHECKING:
+    from .api import apply, patched, plan, revert, verify, warmup
+    from .rewrite.report import Report
+    from .semantics import NormSpec
 
 __version__ = "0.1.0"
 
@@ -51,3 +56,23 @@ __all__ = [
     "verify",
     "warmup",
 ]
+
+_IMPORTED_LATER = {
+    **dict.fromkeys(("apply", "patched", "plan", "revert", "verify", "warmup"), ".api"),
+    "Report": ".rewrite.report",
+    "NormSpec": ".semantics",
+}
+
+# The import above left the module `plan` here under that name. Python does so once; the function takes the name later.
+globals().pop("plan")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _IMPORTED_LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_IMPORTED_LATER[name], __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -36,9 +36,9 @@ def test_demo_shows_the_whole_story(repository: Path) -> None:
         assert ended.stdout.count(part) >= 2, part
 
 
-def test_demo_as_json(repository: Path) -> None:
-    ended = demo(repository, "--json", "--max-new-tokens", "8")
-    found = json.loads(ended.stdout)
+def test_demo_as_json(command, repository: Path) -> None:
+    folders = [repository / "integration_tests" / "data" / name for name in ("tiny-llama", "tiny-mistral")]
+    found = command("demo", *folders, "--json", "--max-new-tokens", 8, "--rounds", 1, "--device", "cpu").document
     assert found["passed"] is True
     assert [c["checkpoint"] for c in found["checkpoints"]] == ["tiny-llama", "tiny-mistral"]
     for story in found["checkpoints"]:

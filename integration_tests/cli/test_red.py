@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rmsnorm_patch import ops
-from rmsnorm_patch.cli import FAILED
+from rmsnorm_patch.cli.output import FAILED
 from rmsnorm_patch.reference import fused_add_rms_norm, rms_norm
 from rmsnorm_patch.rewrite import norms
 

@@ -9,7 +9,7 @@ import pytest
 from typer.main import get_command
 
 import rmsnorm_patch
-from rmsnorm_patch.cli import app
+from rmsnorm_patch.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "records").glob("*.md")])

@@ -17,7 +17,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rmsnorm_patch import cache, cuda_backend, driver, env, launcher, launcher_ctypes
+from rmsnorm_patch import cache, cuda_backend, driver, launcher, launcher_ctypes
+from rmsnorm_patch.cli import environment
 from rmsnorm_patch.errors import KernelBuildError, UnsupportedInput
 
 N = 64
@@ -498,15 +499,16 @@ def test_env_says_who_starts_kernels(recorded, monkeypatch):
     guards = torch._C._dynamo.guards
     monkeypatch.setattr(guards, "_empty_strided_cuda", guards._empty_strided_cpu, raising=False)
     cuda_backend._bound.cache_clear()
-    assert env.starting() == "started by launcher.c"
+    assert environment.starting() == "started by launcher.c"
     with monkeypatch.context() as older:
         older.delattr(torch.Tensor, "__dlpack_c_exchange_api__")
         cuda_backend._bound.cache_clear()
-        assert env.starting().startswith("started from Python, a few microseconds more a call: torch before 2.10")
+        why = "started from Python, a few microseconds more a call: torch before 2.10"
+        assert environment.starting().startswith(why)
     monkeypatch.setenv(launcher.VARIABLE, "python")
     launcher.functions.cache_clear()
     cuda_backend._bound.cache_clear()
-    assert env.starting().endswith(f"{launcher.VARIABLE}=python")
+    assert environment.starting().endswith(f"{launcher.VARIABLE}=python")
     cuda_backend._bound.cache_clear()
 
 
@@ -519,6 +521,6 @@ def test_env_says_why_nobody_can_start_kernels(recorded, tmp_path, monkeypatch):
     monkeypatch.setenv(cache.DIRECTORY_VARIABLE, str(folder))
     for forget in (cache.forget, launcher.functions.cache_clear, cuda_backend._bound.cache_clear):
         forget()
-    assert str(folder) in env.starting()
+    assert str(folder) in environment.starting()
     for forget in (cache.forget, launcher.functions.cache_clear, cuda_backend._bound.cache_clear):
         forget()

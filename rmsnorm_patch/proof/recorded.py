@@ -238,9 +238,10 @@ def _check_model(model: nn.Module, path: str | Path, described: dict[str, str]) 
     }
     for name, value in ours.items():
         if value and described[name] and value != described[name]:
+            shown = [text[:16] if name.endswith("_digest") else text for text in (value, described[name])]
             raise UnsupportedModel(
                 str(path),
-                f"{name} {value[:16]}",
-                f"the recorded model's: {name} {described[name][:16]}",
+                f"{name} {shown[0]}",
+                f"the recorded model's: {name} {shown[1]}",
                 "load the checkpoint and dtype that were recorded, or record this one",
             )

@@ -10,6 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 
+from ..page import page, summarised
 from ..tolerances import SiteTolerance, scale_bias
 from .difference import FAR, HUGE, Difference
 
@@ -316,6 +317,10 @@ class Proof:
         if self.saved_failure:
             lines.append(f"  operands of the failing rows: {self.saved_failure}")
         return "\n".join(lines)
+
+    def __str__(self) -> str:
+        """What `explain` says on a page: lines of at most 120 characters, those of a stack's layers counted."""
+        return page(summarised(self.explain().splitlines()))
 
     def command(self) -> str:
         """The command line that repeats this proof, on the site to blame where there is one."""

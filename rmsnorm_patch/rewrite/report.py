@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..page import page, summarised
 from ..plan import Backend, Plan
 
 
@@ -38,6 +39,24 @@ class Report:
     def counts(self) -> dict[str, int]:
         """Sites per kind and action, as in `Plan.counts`."""
         return self.plan.counts()
+
+    def __str__(self) -> str:
+        """A page: what was done, and the plan's sites by kind, lines of at most 120 characters."""
+        lines = [self._headline(), str(self.plan), *summarised(f"note: {note}" for note in self.notes)]
+        proof = [] if self.proof is None else [str(self.proof)]
+        return "\n".join([page(line for text in lines for line in text.splitlines()), *proof])
+
+    def explain(self) -> str:
+        """Every norm and layer that was patched, every site of the plan, the notes and the proof."""
+        lines = [self._headline(), "norms with another class", *(f"  {path or '(root)'}" for path in self.norms)]
+        lines += ["layers with another forward", *(f"  {path or '(root)'}" for path in self.layers)]
+        lines += ["plan", *self.plan.explain().splitlines(), *(f"note: {note}" for note in self.notes)]
+        proof = [] if self.proof is None else [str(getattr(self.proof, "explain", self.proof.__str__)())]
+        return "\n".join([page(lines), *proof])
+
+    def _headline(self) -> str:
+        done = f"{len(self.norms)} norms and {len(self.layers)} layers and stacks patched"
+        return f"{self.plan.model_class}: {done}"
 
     def with_proof(self, proof: Any) -> Report:
         return replace(self, proof=proof)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.markup import escape
 
-from . import api, tables
-from .checkpoint import Loaded, load
-from .errors import VerificationFailed
-from .plan import Backend
-from .speed import CPU_NOTE, Comparison, compare, generate
+from .. import api
+from ..errors import VerificationFailed
+from ..plan import Backend
+from . import tables
+from .checkpoint import Loaded
+from .speed import CPU_NOTE, NOISE_NOTE, Comparison, Patch, chosen_threads, compare, generate
+
+PROMPT = "Return the "
 
 
 @dataclass(frozen=True)
@@ -55,48 +57,54 @@ class Story:
 
 
 def tell(
-    folder: Path,
+    loaded: Loaded,
+    inputs: dict[str, torch.Tensor],
     prompt: str,
     new_tokens: int,
     console: Console,
     backend: Backend = "auto",
-    dtype: str = "auto",
-    device: str = "auto",
     rounds: int = 3,
 ) -> Story:
-    """Run the story on the checkpoint in `folder` and print it to `console`."""
-    loaded = load(folder, dtype, device)
-    model, ids = loaded.model, loaded.encode(prompt)
-    console.rule(f"{folder.name}: {type(model).__name__}, {loaded.dtype}, {loaded.device}".replace("torch.", ""))
+    """Run the story on a checkpoint and print it to `console`. prompt: the text that `inputs` were made from."""
+    model, generates, name = loaded.model, loaded.generates, loaded.folder.resolve().name
+    console.rule(escape(f"{name}: {type(model).__name__}, {loaded.dtype}, {loaded.device}".replace("torch.", "")))
     plan = api.plan(model, backend=backend)
-    console.print(tables.plan_table(plan))
-    stock, _ = generate(model, ids, new_tokens)
+    console.print(tables.plan_table(plan, console.width))
+
+    def tokens() -> torch.Tensor:
+        return generate(model, inputs, new_tokens)[0] if generates else torch.empty(1, 0)
+
+    stock = tokens()
     report = api.apply(model, backend=backend)
     console.print(f"applied: {len(report.norms)} norms, {len(report.layers)} layers and stacks rewritten")
     try:
-        proof = api.verify(model, ids, greedy_tokens=new_tokens)
+        proof = api.verify(model, inputs, greedy_tokens=new_tokens)
     except VerificationFailed as error:
         if error.proof is None:
             raise
         proof = error.proof
     console.print(escape(proof.explain()), highlight=False)
-    patched, _ = generate(model, ids, new_tokens)
+    patched = tokens()
     api.revert(model)
-    reverted, _ = generate(model, ids, new_tokens)
+    reverted = tokens()
+    with chosen_threads(model, inputs, generates):
+        speed = compare(model, inputs, generates, new_tokens, rounds, Patch(backend))
     story = Story(
-        checkpoint=folder.name,
+        checkpoint=name,
         counts=plan.counts(),
         proof=proof,
         stock_text=_text(loaded, stock),
         patched_text=_text(loaded, patched),
         same_text=torch.equal(stock, patched),
         restored=torch.equal(stock, reverted),
-        speed=compare(model, ids, new_tokens, rounds, backend),
+        speed=speed,
     )
-    _print_texts(story, prompt, new_tokens, console)
+    if generates:
+        _print_texts(story, prompt, new_tokens, console)
     console.print(tables.speed_table(story.speed))
-    if loaded.device.type == "cpu":
-        console.print(f"[dim]{CPU_NOTE}[/]")
+    notes = [CPU_NOTE] * (loaded.device.type == "cpu")
+    for note in notes + [NOISE_NOTE] * any(row.verdict == "too noisy" for row in speed):
+        console.print(f"[dim]{note}[/]")
     return story
 
 

@@ -2,77 +2,32 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
-from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from .env import EngineState, Environment
-from .plan import NormSite, PairSite, Plan
-from .semantics import NormSpec
+from ..page import wrapped
+from ..plan import Plan
+from .environment import EngineState, Environment
 from .speed import Comparison
 
-PAIR_MEANING = {
-    "in_layer": "add -> norm in one layer",
-    "cross_layer": "last add -> next layer's norm",
-    "final": "last add -> final norm",
-    "norm_add": "norm -> add",
-}
 
-
-def numerics(spec: NormSpec | None) -> str:
-    """A spec in a few words, e.g. "x*rstd rounded, w, eps 1e-05"."""
-    if spec is None:
-        return "unknown"
-    rounding = {"input": "x*rstd rounded", "weight": "rounded to the weight's type", "none": "one rounding"}
-    weight = {"none": "w", "fp32": "1+w", "weight_dtype": "1+w in its type"}[spec.weight_offset]
-    words = [rounding[spec.round_before_weight], weight if spec.has_weight else "no weight"]
-    words.append("eps of the dtype" if spec.eps is None else f"eps {spec.eps:g}")
-    words += [f"width {spec.width}"] * (spec.width is not None) + [f"groups of {spec.group}"] * (spec.group is not None)
-    return ", ".join(words)
-
-
-def numbered(path: str) -> tuple[str, tuple[int, ...]]:
-    """("model.layers.#.norm", (3,)) for "model.layers.3.norm"."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "#", path), tuple(int(n) for n in re.findall(r"(?<=\.)(\d+)(?=\.|$)", path))
-
-
-def folded(paths: Iterable[str]) -> str:
-    """One row's paths: layer numbers that follow each other become a range."""
-    found = list(paths)
-    pattern, numbers = numbered(found[0])
-    if len(found) == 1 or len(numbers) != 1:
-        return found[0] if len(found) == 1 else f"{found[0]} ... ({len(found)})"
-    indices = sorted(numbered(p)[1][0] for p in found)
-    gapless = indices == list(range(indices[0], indices[-1] + 1))
-    shown = f"{indices[0]}-{indices[-1]}" if gapless else f"{indices[0]}..{indices[-1]} ({len(indices)} of them)"
-    return pattern.replace("#", f"[{shown}]")
-
-
-def plan_table(plan: Plan) -> Table:
-    """Norms, then pairs; the layers of a stack that are treated alike share a row."""
+def plan_table(plan: Plan, width: int) -> Table:
+    """Norms, then pairs; the layers of a stack that are treated alike share a row. width: of the terminal; each row's
+    site and reason stand on lines of their own, so that no word is parted that fits a line."""
     table = Table(title=f"{plan.model_class}, backend {plan.backend}", title_justify="left", expand=False)
-    table.add_column("site", overflow="fold")
-    for name in ("kind", "n", "action", "numerics / why"):
-        table.add_column(name, justify="right" if name == "n" else "left", overflow="fold")
-    norms: dict[Any, list[NormSite]] = {}
-    for site in plan.norms:
-        key = (numbered(site.path)[0], site.class_name, site.action, site.spec, site.reason)
-        norms.setdefault(key, []).append(site)
-    for (_, class_name, action, spec, reason), sites in norms.items():
-        why = f"{numerics(spec)}, N={sites[0].hidden_size}" if action == "fuse" else reason
-        table.add_row(folded(s.path for s in sites) or "(root)", class_name, str(len(sites)), _coloured(action), why)
-    table.add_section()
-    pairs: dict[Any, list[PairSite]] = {}
-    for pair in plan.pairs:
-        why = pair.reason if pair.action == "leave" else pair.source.rsplit("/", 1)[-1]
-        pairs.setdefault((pair.kind, numbered(pair.norm)[0], pair.action, why), []).append(pair)
-    for (kind, _, action, why), found in pairs.items():
-        path = folded(p.norm for p in found) or "(root)"
-        table.add_row(path, PAIR_MEANING[kind], str(len(found)), _coloured(action), why)
+    table.add_column("action")
+    table.add_column("n", justify="right")
+    table.add_column("site, kind, numerics / why", no_wrap=True)
+    digits = len(str(max((group.count for group in plan.norm_groups()), default=0)))
+    room = width - len("| action | ") - digits - len(" |  |")
+    for groups in (plan.norm_groups(), plan.pair_groups()):
+        table.add_section()
+        for group in groups:
+            lines = wrapped(group.where, room, "  ") + wrapped(f"  {group.what}: {group.why}", room, "  ")
+            table.add_row(_coloured(group.action), str(group.count), Text("\n".join(lines)))
     return table
 
 
@@ -86,8 +41,14 @@ def speed_table(rows: Iterable[Comparison]) -> Table:
         table.add_column(name, justify="left" if name == "work" else "right")
     for row in rows:
         rates = [f"{r.median:,.0f} ({r.low:,.0f} - {r.high:,.0f})" for r in (row.stock, row.patched)]
-        table.add_row(row.work, *rates, f"{row.ratio:.3f}")
+        table.add_row(row.work, *rates, _ratio(row))
     return table
+
+
+def _ratio(row: Comparison) -> str:
+    if row.verdict == "too noisy":
+        return "[yellow]too noisy[/]"
+    return f"{row.ratio:.3f}" + (f" ({row.verdict})" if row.verdict in ("equal", "one round") else "")
 
 
 def environment_tables(env: Environment) -> list[Table | Text]:

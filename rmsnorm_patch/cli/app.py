@@ -1,7 +1,7 @@
 """`rmsnorm-patch`: the API on a checkpoint folder, for people and, with --json, for programs.
 
 Exit status: 0 done; 1 a proof failed or a text differs; 2 wrong usage, no such folder; 3 a model that cannot be
-patched; 4 a damaged checkpoint; 5 kernels or their cache cannot be used here.
+patched; 4 a damaged checkpoint; 5 kernels, their cache, memory or a disk cannot be used here, or an unforeseen error.
 
 Nothing here reaches the network, and code that a checkpoint brings runs only with --trust-remote-code. With --json,
 stdout holds one JSON document; tables, progress and warnings go to stderr.
@@ -10,23 +10,40 @@ stdout holds one JSON document; tables, progress and warnings go to stderr.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from enum import Enum
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from .. import __version__
+from ..errors import RMSNormPatchError
+from .folder import check_prompt, read_config
+from .options import (
+    BackendName,
+    BackendOption,
+    DeviceOption,
+    DtypeOption,
+    Exclude,
+    Include,
+    Json,
+    Model,
+    NewTokens,
+    Prompt,
+    Rounds,
+    Threads,
+    Trust,
+    VllmArguments,
+    VllmModel,
+)
+from .output import FAILED, Output, described_error, finish, output
+from .recordings import check_files
 
 if TYPE_CHECKING:
     from .checkpoint import Loaded
-
-FAILED, USAGE, UNSUPPORTED, DAMAGED, UNUSABLE = 1, 2, 3, 4, 5
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__, rich_markup_mode=None
@@ -35,111 +52,38 @@ cache_app = typer.Typer(no_args_is_help=True, help="Look at, check or empty the 
 app.add_typer(cache_app, name="cache")
 
 
-class Dtype(str, Enum):
-    auto, float32, bfloat16, float16 = "auto", "float32", "bfloat16", "float16"
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"rmsnorm_patch {__version__}")
+        raise typer.Exit
 
 
-class BackendName(str, Enum):
-    auto, reference, triton, cuda = "auto", "reference", "triton", "cuda"
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
-Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder with config.json and *.safetensors.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout and nothing else.")]
-DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="auto: as the checkpoint was saved.")]
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N; auto prefers a GPU.")]
-BackendOption = Annotated[BackendName, typer.Option("--backend", help="auto: chosen per call by device and shape.")]
-Include = Annotated[list[str] | None, typer.Option("--include", help="Pattern on norm paths; may be repeated.")]
-Exclude = Annotated[list[str] | None, typer.Option("--exclude", help="Pattern on norm paths; may be repeated.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let the checkpoint's own Python code run.")]
-Prompt = Annotated[str | None, typer.Option("--prompt", help="Text to run on; a fixed English text by default.")]
-VllmModel = Annotated[
-    Path | None, typer.Option("--vllm-model", metavar="MODEL", help="Say what vLLM would do with each norm of MODEL.")
-]
-VllmArguments = Annotated[
-    list[str] | None,
-    typer.Option("--vllm-arg", help="Argument of `vllm serve`, as --vllm-arg=--enforce-eager; may be repeated."),
-]
-NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to generate.")]
-Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Timed rounds, stock and patched in turn.")]
-
-
-class Output:
-    """Where a command prints: tables for people, or one document for programs."""
-
-    def __init__(self, as_json: bool) -> None:
-        self.as_json = as_json
-        self.stdout = sys.stdout
-        self.console = Console(file=sys.stderr) if as_json else Console()
-        self.progress_console = Console(stderr=True)
-
-    def document(self, value: dict[str, Any]) -> None:
-        if self.as_json:
-            print(json.dumps(value, indent=2), file=self.stdout)
-
-    @contextlib.contextmanager
-    def progress(self, total: int | None, text: str) -> Iterator[Any]:
-        """A bar on stderr; yields step(text). total None: a spinner with the step's name."""
-        counted = () if total is None else (BarColumn(), MofNCompleteColumn())
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), *counted, TimeElapsedColumn())
-        with Progress(*columns, console=self.progress_console, transient=True) as bar:
-            task = bar.add_task(text, total=total)
-
-            def step(text: str | None = None) -> None:
-                bar.update(task, advance=1, description=text)
-
-            yield step
-
-
-@contextlib.contextmanager
-def output(as_json: bool) -> Iterator[Output]:
-    """Errors of this package become a message, an exit status and, with --json, a document."""
-    from .errors import RMSNormPatchError
-
-    out = Output(as_json)
-    keep_stdout = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
-    try:
-        with keep_stdout:
-            yield out
-    except RMSNormPatchError as error:
-        status = exit_status(error)
-        proof = getattr(error, "proof", None)
-        described = {
-            "type": type(error).__name__,
-            "site": error.site,
-            "got": error.got,
-            "supported": error.supported,
-            "next_step": error.next_step,
-        }
-        out.document({"error": described, "exit_status": status, **({"proof": proof.to_dict()} if proof else {})})
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(status) from error
-
-
-def exit_status(error: Exception) -> int:
-    from . import checkpoint, errors
-
-    table: tuple[tuple[type[Exception], int], ...] = (
-        (errors.VerificationFailed, FAILED),
-        (checkpoint.BrokenCheckpoint, DAMAGED),
-        (errors.UnsupportedInput, USAGE),
-        (errors.UnsupportedModel, UNSUPPORTED),
-        (errors.PatchConflict, UNSUPPORTED),
-    )
-    return next((status for kind, status in table if isinstance(error, kind)), UNUSABLE)
-
-
-def _load(out: Output, model: Path, dtype: Dtype, device: str, trust: bool) -> Loaded:
+def _load(out: Output, model: Path, dtype: str, device: str, trust: bool, prompt: str | None = None) -> Loaded:
+    check_prompt(prompt)
+    config = read_config(model)
     with out.progress(None, f"loading {model}"):
         from .checkpoint import load
 
-        return load(model, dtype.value, device, trust)
+        loaded = load(model, config, dtype, device, trust, prompt)
+    for note in loaded.notes:
+        out.warn(note)
+    return loaded
 
 
 @app.command()
 def env(vllm_model: VllmModel = None, vllm_arg: VllmArguments = None, as_json: Json = False) -> None:
     """Show versions, devices, which backends run on them and why not, the kernel cache and the vLLM plugin."""
     with output(as_json) as out:
-        from . import env as environment
+        from . import environment
         from .tables import environment_tables
 
         if vllm_arg and not vllm_model:
@@ -157,7 +101,7 @@ def plan(
     backend: BackendOption = BackendName.auto,
     include: Include = None,
     exclude: Exclude = None,
-    dtype: DtypeOption = Dtype.auto,
+    dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     trust_remote_code: Trust = False,
     as_json: Json = False,
@@ -165,14 +109,14 @@ def plan(
     """Show every norm and residual-add that would be fused, and why the others would not. Changes nothing."""
     with output(as_json) as out:
         loaded = _load(out, model, dtype, device, trust_remote_code)
-        from . import api
+        from .. import api
         from .tables import plan_table
 
         with out.progress(None, "scanning"):
             found = api.plan(loaded.model, include=include or (), exclude=exclude or (), backend=backend.value)
         out.document(found.to_dict())
         if not as_json:
-            out.console.print(plan_table(found))
+            out.console.print(plan_table(found, out.console.width))
             for note in found.notes:
                 out.console.print(f"note: {escape(note)}")
 
@@ -190,15 +134,16 @@ def verify(
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=0, help="Greedy tokens to compare.")] = 16,
     record: Annotated[Path | None, typer.Option("--record", help="Write logits to this safetensors file.")] = None,
     compare: Annotated[Path | None, typer.Option("--compare", help="Hold logits against this file.")] = None,
-    dtype: DtypeOption = Dtype.auto,
+    dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Patch the model and prove it against the original: per site, data flow, logits, greedy text, calls that ran."""
     with output(as_json) as out:
-        loaded = _load(out, model, dtype, device, trust_remote_code)
-        from . import api
+        check_files(record, compare)
+        loaded = _load(out, model, dtype, device, trust_remote_code, prompt)
+        from .. import api
 
         api.apply(loaded.model, include=include or (), exclude=exclude or (), backend=backend.value)
         valued = {"--prompt": prompt, "--compare": compare, "--device": None if device == "auto" else device}
@@ -209,7 +154,7 @@ def verify(
         with out.progress(None, "proving") as step:
             proof = api.verify(
                 loaded.model,
-                loaded.encode(prompt),
+                loaded.inputs(prompt, out.warn),
                 sites=site or None,
                 seed=seed,
                 strict=strict,
@@ -230,36 +175,40 @@ def generate(
     model: Model,
     prompt: Prompt = None,
     max_new_tokens: NewTokens = 64,
-    stock: Annotated[bool, typer.Option("--stock", help="Do not patch.")] = False,
-    compare: Annotated[bool, typer.Option("--compare", help="Run stock too; status 1 if tokens differ.")] = False,
+    stock: Annotated[bool, typer.Option("--stock", help="Show the text of the unpatched model.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Run both; status 1 if tokens differ.")] = False,
     backend: BackendOption = BackendName.auto,
     include: Include = None,
     exclude: Exclude = None,
-    dtype: DtypeOption = Dtype.auto,
+    dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Continue a prompt greedily with the patched model."""
     with output(as_json) as out:
-        loaded = _load(out, model, dtype, device, trust_remote_code)
-        from . import api, speed
+        loaded = _load(out, model, dtype, device, trust_remote_code, prompt)
+        from .. import api
+        from . import speed
 
-        ids = loaded.encode(prompt)
-        wanted = None
+        loaded.check_generates()
+        made = {}
+        given = loaded.inputs(prompt, out.warn)
         with out.progress(None, "generating"):
-            if compare:
-                wanted, _ = speed.generate(loaded.model, ids, max_new_tokens)
-            if not stock:
+            if stock or compare:
+                made["stock"] = speed.generate(loaded.model, given, max_new_tokens)
+            if not stock or compare:
                 api.apply(loaded.model, include=include or (), exclude=exclude or (), backend=backend.value)
-            tokens, rate = speed.generate(loaded.model, ids, max_new_tokens)
-        equal = None if wanted is None else bool((wanted == tokens).all())
+                made["patched"] = speed.generate(loaded.model, given, max_new_tokens)
+        tokens, rate = made["stock" if stock else "patched"]
+        equal = bool((made["stock"][0] == made["patched"][0]).all()) if compare else None
         text = loaded.decode(tokens[0])
         found = {"tokens": tokens[0].tolist(), "text": text, "tokens_per_second": rate, "patched": not stock}
         out.document({**found, "equal_to_stock": equal})
         if not as_json:
             out.console.print(text or " ".join(map(str, tokens[0].tolist())), markup=False, highlight=False)
-            compared = "" if equal is None else f", equal to stock: {'yes' if equal else 'NO'}"
+            other = "patched" if stock else "stock"
+            compared = "" if equal is None else f", equal to {other}: {'yes' if equal else 'NO'}"
             out.progress_console.print(f"{rate:,.1f} tokens/s{compared}", style="dim")
         if equal is False:
             raise typer.Exit(FAILED)
@@ -272,71 +221,109 @@ def bench(
     max_new_tokens: NewTokens = 64,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Sequences at once.")] = 1,
     rounds: Rounds = 5,
+    threads: Threads = None,
     backend: BackendOption = BackendName.auto,
     include: Include = None,
     exclude: Exclude = None,
-    dtype: DtypeOption = Dtype.auto,
+    dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Time decode and prefill, stock and patched in alternating rounds."""
     with output(as_json) as out:
-        loaded = _load(out, model, dtype, device, trust_remote_code)
+        loaded = _load(out, model, dtype, device, trust_remote_code, prompt)
         from . import speed
         from .tables import speed_table
 
-        ids = loaded.encode(prompt).repeat(batch_size, 1)
-        with out.progress(2 * (rounds + 1), "timing") as step:
-            only = {"include": tuple(include or ()), "exclude": tuple(exclude or ())}
-            rows = speed.compare(loaded.model, ids, max_new_tokens, rounds, backend.value, advance=step, **only)
+        one, generates = loaded.inputs(prompt, out.warn), loaded.generates
+        given = speed.repeated(one, batch_size)
+        used = speed.chosen_threads(loaded.model, given, generates, threads)
+        with out.progress(2 * (rounds + 1), "timing") as step, used as chosen:
+            patch = speed.Patch(backend.value, tuple(include or ()), tuple(exclude or ()))
+            rows = speed.compare(loaded.model, given, generates, max_new_tokens, rounds, patch, step)
         note = speed.CPU_NOTE if loaded.device.type == "cpu" else ""
         found: dict[str, Any] = {"device": str(loaded.device), "dtype": str(loaded.dtype).removeprefix("torch.")}
-        found.update(batch_size=batch_size, prompt_tokens=ids.shape[1], note=note)
+        found.update(batch_size=batch_size, threads=chosen, note=note)
+        found["prompt_tokens"] = one["input_ids"].shape[1] if "input_ids" in one else 0
         out.document({**found, "results": [row.to_dict() for row in rows]})
         if not as_json:
             out.console.print(speed_table(rows))
-            out.console.print(note, style="dim")
+            for text in (note, speed.NOISE_NOTE if any(row.verdict == "too noisy" for row in rows) else ""):
+                out.console.print(text, style="dim") if text else None
 
 
 @app.command()
 def demo(
     models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="Checkpoint folders.")],
-    prompt: Annotated[str, typer.Option("--prompt", help="Text to continue.")] = "Return the ",
+    prompt: Prompt = None,
     max_new_tokens: NewTokens = 96,
     rounds: Rounds = 3,
     backend: BackendOption = BackendName.auto,
-    dtype: DtypeOption = Dtype.auto,
+    dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     as_json: Json = False,
 ) -> None:
     """Plan, patch, prove, compare text and speed, and undo, on one checkpoint after the other."""
     with output(as_json) as out:
-        from .demo import tell
-
+        check_prompt(prompt)
+        refused = {folder: error for folder in models if (error := _refusal(out, folder)) is not None}
+        statuses, documents = [], []
         with contextlib.ExitStack() as stack:
             step = stack.enter_context(out.progress(len(models), "demo")) if len(models) > 1 else None
-            stories = []
             for folder in models:
-                stories.append(
-                    tell(folder, prompt, max_new_tokens, out.console, backend.value, dtype.value, device, rounds)
+                status, document = refused.get(folder) or _story(
+                    out, folder, prompt, max_new_tokens, dtype, device, backend.value, rounds
                 )
+                statuses.append(status)
+                documents.append(document)
                 if step is not None:
                     step()
-        passed = all(story.passed for story in stories)
-        out.document({"passed": passed, "checkpoints": [story.to_dict() for story in stories]})
-        for story in stories:
-            verdict = "[green]PASSED[/]" if story.passed else "[red]FAILED[/]"
-            out.console.print(f"{verdict} {escape(story.checkpoint)}")
-        if not passed:
-            raise typer.Exit(FAILED)
+        out.document({"passed": not any(statuses), "checkpoints": documents})
+        for status, document in zip(statuses, documents, strict=True):
+            verdict = "[red]FAILED[/]" if status else "[green]PASSED[/]"
+            out.console.print(f"{verdict} {escape(document['checkpoint'])}")
+        if any(statuses):
+            raise typer.Exit(FAILED if FAILED in statuses else next(filter(None, statuses)))
+
+
+def _refusal(out: Output, folder: Path) -> tuple[int, dict[str, Any]] | None:
+    """What a folder's own files say against it, before the work on the others."""
+    try:
+        read_config(folder)
+    except RMSNormPatchError as error:
+        return _failed(out, folder, error)
+    return None
+
+
+def _failed(out: Output, folder: Path, error: RMSNormPatchError) -> tuple[int, dict[str, Any]]:
+    status, described = described_error(error)
+    out.progress_console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    return status, {"checkpoint": folder.resolve().name, "passed": False, "error": described, "exit_status": status}
+
+
+def _story(
+    out: Output, folder: Path, prompt: str | None, new_tokens: int, dtype: str, device: str, backend: Any, rounds: int
+) -> tuple[int, dict[str, Any]]:
+    """(exit status, document) of one checkpoint; what is wrong with one leaves the others' documents alone."""
+    try:
+        config = read_config(folder)
+        from .checkpoint import has_tokenizer, load
+        from .demo import PROMPT, tell
+
+        text = PROMPT if prompt is None and has_tokenizer(folder) else prompt
+        loaded = load(folder, config, dtype, device, prompt=text)
+        story = tell(loaded, loaded.inputs(text, out.warn), text or "", new_tokens, out.console, backend, rounds)
+    except RMSNormPatchError as error:
+        return _failed(out, folder, error)
+    return 0 if story.passed else FAILED, story.to_dict()
 
 
 @cache_app.command("show")
 def cache_show(as_json: Json = False) -> None:
     """List the compiled kernels on disk."""
     with output(as_json) as out:
-        from . import cache
+        from .. import cache
 
         entries = cache.entries()
         listed = [{"key": e.key, "size_bytes": e.size, "state": e.state, "meta": e.meta} for e in entries]
@@ -353,7 +340,7 @@ def cache_verify(as_json: Json = False) -> None:
     with output(as_json) as out:
         import warnings
 
-        from . import cache
+        from .. import cache
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # each damaged kernel is listed below
@@ -371,7 +358,7 @@ def cache_verify(as_json: Json = False) -> None:
 def cache_clear(as_json: Json = False) -> None:
     """Remove every compiled kernel; they are built again when needed."""
     with output(as_json) as out:
-        from . import cache
+        from .. import cache
 
         removed = cache.clear()
         out.document({"removed": removed})
@@ -379,13 +366,16 @@ def cache_clear(as_json: Json = False) -> None:
             out.console.print(f"removed {removed} kernels from {cache.directory()}")
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Entry point of the console script; `args` default to the command line's."""
+def main(args: Sequence[str] | None = None) -> NoReturn:
+    """Entry point of the console script; `args` default to the command line's. Ends in SystemExit with the status."""
     # Set before transformers is imported, which reads them once. Nothing here may fetch a checkpoint.
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    app(args=None if args is None else list(args), prog_name="rmsnorm-patch")
+    words = sys.argv[1:] if args is None else list(args)
 
+    def run() -> None:
+        command = typer.main.get_command(app)
+        with command.make_context("rmsnorm-patch", list(words)) as context:
+            command.invoke(context)
 
-if __name__ == "__main__":
-    main()
+    sys.exit(finish(run, "--json" in words))

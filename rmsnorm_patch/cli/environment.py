@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from . import cache, cuda_backend, dispatch, triton_backend, vllm_plugin
-from ._paths import kernels_dir
-from .errors import RMSNormPatchError
-from .semantics import LLAMA
+from .. import cache, cuda_backend, dispatch, triton_backend, vllm_plugin
+from .._paths import kernels_dir
+from ..errors import RMSNormPatchError
+from ..semantics import LLAMA
 
 PACKAGES = ("rmsnorm_patch", "torch", "transformers", "triton", "nvidia-cuda-nvrtc", "accelerate", "kernels", "vllm")
 PROBED_HIDDEN_SIZE = 4096
@@ -192,7 +192,7 @@ def report(engine_arguments: Sequence[str] = ()) -> Environment:
     versions = {package: _version(package) for package in PACKAGES}
     versions["torch"] = torch.__version__
     if versions["rmsnorm_patch"] is None:  # run from a checkout that is not installed
-        from . import __version__
+        from .. import __version__
 
         versions["rmsnorm_patch"] = __version__
     return Environment(

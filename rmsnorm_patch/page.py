@@ -1,0 +1,77 @@
+"""Sites and reasons as lines of text that fit a page: what plans, reports and proofs print."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .semantics import NormSpec
+
+WIDTH = 120
+
+
+def wrapped(text: str, width: int = WIDTH, hanging: str = "") -> list[str]:
+    """`text` in lines of at most `width` characters, those after the first indented by `hanging`. Words stay whole; one
+    that is longer than a line is parted after a dot or a slash."""
+    room = max(width - len(hanging), 8)
+    fitting = re.sub(rf"\S{{{room + 1},}}", lambda word: " ".join(_parts(word.group(), room)), text)
+    return textwrap.wrap(fitting, width, subsequent_indent=hanging, break_on_hyphens=False) or [""]
+
+
+def _parts(word: str, room: int) -> list[str]:
+    """`word` in parts of at most `room` characters."""
+    parts = []
+    while len(word) > room:
+        at = max(word.rfind(mark, 0, room) for mark in "./") + 1 or room
+        parts.append(word[:at])
+        word = word[at:]
+    return [*parts, word]
+
+
+def page(lines: Iterable[str], width: int = WIDTH) -> str:
+    """`lines`, each wrapped under its own indentation."""
+    made: list[str] = []
+    for line in lines:
+        indent = line[: len(line) - len(line.lstrip())]
+        made += wrapped(line, width, f"{indent}    ")
+    return "\n".join(made)
+
+
+def summarised(lines: Iterable[str]) -> list[str]:
+    """Lines that differ in numbers alone, as those of the layers of a stack do, as the first of them and a count."""
+    groups: dict[str, list[str]] = {}
+    for line in lines:
+        groups.setdefault(re.sub(r"\d+", "#", line), []).append(line)
+    return [first if not more else f"{first} (and {len(more)} more like this)" for first, *more in groups.values()]
+
+
+def numerics(spec: NormSpec | None) -> str:
+    """A spec in a few words, e.g. "x*rstd rounded, w, eps 1e-05"."""
+    if spec is None:
+        return "unknown"
+    rounding = {"input": "x*rstd rounded", "weight": "rounded to the weight's type", "none": "one rounding"}
+    weight = {"none": "w", "fp32": "1+w", "weight_dtype": "1+w in its type"}[spec.weight_offset]
+    words = [rounding[spec.round_before_weight], weight if spec.has_weight else "no weight"]
+    words.append("eps of the dtype" if spec.eps is None else f"eps {spec.eps:g}")
+    words += [f"width {spec.width}"] * (spec.width is not None) + [f"groups of {spec.group}"] * (spec.group is not None)
+    return ", ".join(words)
+
+
+def numbered(path: str) -> tuple[str, tuple[int, ...]]:
+    """("model.layers.#.norm", (3,)) for "model.layers.3.norm"."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "#", path), tuple(int(n) for n in re.findall(r"(?<=\.)(\d+)(?=\.|$)", path))
+
+
+def folded(paths: Iterable[str]) -> str:
+    """One row's paths: layer numbers that follow each other become a range."""
+    found = list(paths)
+    pattern, numbers = numbered(found[0])
+    if len(found) == 1 or len(numbers) != 1:
+        return found[0] or "(root)" if len(found) == 1 else f"{found[0]} ... ({len(found)})"
+    indices = sorted(numbered(p)[1][0] for p in found)
+    gapless = indices == list(range(indices[0], indices[-1] + 1))
+    shown = f"{indices[0]}-{indices[-1]}" if gapless else f"{indices[0]}..{indices[-1]} ({len(indices)} of them)"
+    return pattern.replace("#", f"[{shown}]")
