@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from rmsnorm_patch import ops
-from rmsnorm_patch.cli.output import FAILED
+from rmsnorm_patch.cli.output import FAILED, NOTHING_PROVED
 from rmsnorm_patch.reference import fused_add_rms_norm, rms_norm
 from rmsnorm_patch.rewrite import norms
 
@@ -75,3 +77,24 @@ def test_the_demo_is_red(command, tiny_llama: Path) -> None:
     (story,) = ended.document["checkpoints"]
     assert (ended.status, story["passed"], story["same_text"]) == (FAILED, False, False)
     assert story["restored"] is True
+
+
+@pytest.fixture
+def empty_answers(tiny_llama: Path, tmp_path: Path) -> Path:
+    """The checkpoint with a weight that is NaN: its logits are, stock and patched."""
+    folder = tmp_path / "nan"
+    shutil.copytree(tiny_llama, folder)
+    file = next(folder.glob("*.safetensors"))
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.down_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+def test_nothing_proved_has_a_status_of_its_own(command, empty_answers: Path) -> None:
+    given = ("--device", "cpu", "--prompt", "Return", "--max-new-tokens", 2)
+    ended = command("verify", empty_answers, *given, "--json")
+    assert (ended.status, ended.document["exit_status"]) == (NOTHING_PROVED, NOTHING_PROVED)
+    assert ended.document["error"]["type"] == "NothingProved"
+    assert ended.document["proof"]["verdict"] == "nothing proved"
+    assert command("demo", empty_answers, *given, "--rounds", 1).status == NOTHING_PROVED

@@ -1,7 +1,8 @@
 """`rmsnorm-patch`: the API on a checkpoint folder, for people and, with --json, for programs.
 
 Exit status: 0 done; 1 a proof failed or a text differs; 2 wrong usage, no such folder; 3 a model that cannot be
-patched; 4 a damaged checkpoint; 5 kernels, their cache, memory or a disk cannot be used here, or an unforeseen error.
+patched; 4 a damaged checkpoint; 5 kernels, their cache, memory or a disk cannot be used here, or an unforeseen error;
+6 nothing was proved.
 
 Nothing here reaches the network, and code that a checkpoint brings runs only with --trust-remote-code. With --json,
 stdout holds one JSON document; tables, progress and warnings go to stderr.
@@ -39,7 +40,7 @@ from .options import (
     VllmArguments,
     VllmModel,
 )
-from .output import FAILED, Output, described_error, finish, output
+from .output import FAILED, NOTHING_PROVED, Output, described_error, finish, output
 from .recordings import check_files
 
 if TYPE_CHECKING:
@@ -316,7 +317,10 @@ def _story(
         story = tell(loaded, loaded.inputs(text, out.warn), text or "", new_tokens, out.console, backend, rounds)
     except RMSNormPatchError as error:
         return _failed(out, folder, error)
-    return 0 if story.passed else FAILED, story.to_dict()
+    if story.passed:
+        return 0, story.to_dict()
+    idle = story.proof.verdict == "nothing proved" and story.same_text and story.restored
+    return NOTHING_PROVED if idle else FAILED, story.to_dict()
 
 
 @cache_app.command("show")

@@ -18,10 +18,17 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from ..errors import PatchConflict, RMSNormPatchError, UnsupportedInput, UnsupportedModel, VerificationFailed
+from ..errors import (
+    NothingProved,
+    PatchConflict,
+    RMSNormPatchError,
+    UnsupportedInput,
+    UnsupportedModel,
+    VerificationFailed,
+)
 from .folder import BrokenCheckpoint
 
-FAILED, USAGE, UNSUPPORTED, DAMAGED, UNUSABLE = 1, 2, 3, 4, 5
+FAILED, USAGE, UNSUPPORTED, DAMAGED, UNUSABLE, NOTHING_PROVED = 1, 2, 3, 4, 5, 6
 INTERRUPTED, CLOSED_PIPE = 130, 141
 """What a shell reports for a program that SIGINT and SIGPIPE ended."""
 
@@ -32,6 +39,7 @@ _CommandError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__
 
 
 _STATUS: tuple[tuple[type[Exception], int], ...] = (
+    (NothingProved, NOTHING_PROVED),
     (VerificationFailed, FAILED),
     (BrokenCheckpoint, DAMAGED),
     (UnsupportedInput, USAGE),
