@@ -13,7 +13,6 @@ import json
 import os
 import stat
 import tempfile
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from typing import Any
 
 import filelock
 
+from ._fork import Lock
 from .errors import KernelBuildError, RMSNormPatchError, UnsafeCacheError, UnsupportedInput
 
 DIRECTORY_VARIABLE = "RMSNORM_PATCH_CACHE_DIR"
@@ -105,8 +105,8 @@ def check_private(folder: Path) -> None:
 
 _warned: set[str] = set()
 _memory: dict[str, bytes] = {}
-_building: dict[str, threading.Lock] = {}
-_guard = threading.Lock()
+_building: dict[str, Lock] = {}
+_guard = Lock()
 
 
 def _memory_only(folder: Path, error: OSError) -> None:
@@ -235,7 +235,7 @@ def get_or_build(key: str, build: Callable[[], bytes], meta: dict[str, Any]) -> 
     with _guard:
         if key in _memory:
             return _memory[key]
-        mine = _building.setdefault(key, threading.Lock())
+        mine = _building.setdefault(key, Lock())
     with mine:
         if key not in _memory:
             _memory[key] = _from_disk_or_build(key, build, meta)

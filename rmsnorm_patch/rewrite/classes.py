@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import copyreg
 import functools
-import threading
 from collections.abc import Callable, Hashable, Mapping
 from types import CellType, FunctionType
 from typing import Any, NamedTuple
 
 import torch.nn as nn
+
+from .._fork import Lock
 
 
 class Body(NamedTuple):
@@ -33,7 +34,7 @@ _FACTORIES: dict[str, Factory] = {}
 _CLASSES: dict[tuple[type, str, Hashable], type] = {}
 _FORWARDS: dict[Any, type] = {}
 """The forward of every patched class -> the class under the patch."""
-_LOCK = threading.Lock()
+_LOCK = Lock()
 
 STATE = "_rmsnorm_patch"
 """The one `__dict__` entry that a patched module may carry (links to other modules, what was displaced); `revert`

@@ -79,9 +79,10 @@ def adopt(module: nn.Module, before: type, journal: Journal) -> None:
         journal.set_state(module, DISPLACED, displaced)
 
 
-def release(module: nn.Module, patched: type) -> None:
-    """`module` was of class `patched` and is its original's again, with its state still in place."""
-    ours, own = _class_forward(patched), _class_forward(type(module))
+def release(module: nn.Module, patched: type, unpatched: type) -> None:
+    """`module` is of class `patched`, with its state still in place, and will be of `unpatched`. Called twice, it does
+    nothing more."""
+    ours, own = _class_forward(patched), _class_forward(unpatched)
     displaced: dict[str, Displaced] = module.__dict__.get(STATE, {}).get(DISPLACED, {})
     kept = displaced.get("_old_forward", displaced.get("forward"))
     back = own if kept is None or kept.function is None else kept.function
