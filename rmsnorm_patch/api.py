@@ -12,12 +12,17 @@ import torch.nn as nn
 
 from .errors import PatchConflict, UnsupportedInput, UnsupportedModel
 from .plan import BACKENDS, Backend, NormSite, Plan
-from .rewrite import LOCK, applied_report, apply_plan, patched_paths, revert_model
+from .rewrite import LOCK, applied_report, apply_plan, install_factories, patched_paths, revert_model
 from .rewrite.classes import derives_from_patched
 from .rewrite.report import Report, Settings
+from .scan import scan_norms
+from .scan.pairs import find_pairs
 
 if TYPE_CHECKING:
     from .prepare import Prepared
+
+install_factories()  # now: a child forked while another thread imports a module waits for it for ever
+
 
 
 def plan(
@@ -126,9 +131,6 @@ def patched(
 
 
 def _scan(model: nn.Module, settings: Settings) -> Plan:
-    from .scan import scan_norms
-    from .scan.pairs import find_pairs
-
     norms = scan_norms(model, settings.include, settings.exclude)
     return Plan(
         model_class=type(model).__name__,

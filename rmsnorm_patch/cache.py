@@ -11,9 +11,9 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import stat
 import tempfile
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,7 +22,8 @@ from typing import Any
 
 import filelock
 
-from .errors import KernelBuildError, RMSNormPatchError, UnsafeCacheError, UnsupportedInput
+from ._fork import Lock
+from .errors import KernelBuildError, NoCacheError, RMSNormPatchError, UnsafeCacheError, UnsupportedInput
 
 DIRECTORY_VARIABLE = "RMSNORM_PATCH_CACHE_DIR"
 TIMEOUT_VARIABLE = "RMSNORM_PATCH_LOCK_TIMEOUT"
@@ -48,15 +49,34 @@ class Entry:
 
 
 def directory() -> Path:
-    """Where artefacts are kept: RMSNORM_PATCH_CACHE_DIR, else the user's cache folder of this system."""
+    """Where artefacts are kept: RMSNORM_PATCH_CACHE_DIR, else the user's cache folder of this system.
+
+    Raises UnsupportedInput for a variable that names no path, NoCacheError where this user has no such folder.
+    """
     chosen = os.environ.get(DIRECTORY_VARIABLE)
     if chosen is not None and (not chosen.strip() or "\0" in chosen):
         raise UnsupportedInput(DIRECTORY_VARIABLE, repr(chosen), "a path", "set it to a private folder, or unset it")
     if chosen:
-        return Path(chosen).expanduser().absolute()
+        try:
+            return Path(chosen).expanduser().absolute()
+        except RuntimeError as error:
+            raise UnsupportedInput(
+                DIRECTORY_VARIABLE, f"{chosen!r}: {error}", "a path", "write the home directory out"
+            ) from error
     import platformdirs  # only here: a machine that sets the variable does not need it
 
-    return Path(platformdirs.user_cache_dir("rmsnorm_patch"))
+    try:
+        folder, why = Path(platformdirs.user_cache_dir("rmsnorm_patch")), ""
+    except RuntimeError as error:  # platformdirs 4.14; older ones give a relative path
+        folder, why = Path(), f": {error}"
+    if not folder.is_absolute():  # it would be another one in every working directory
+        raise NoCacheError(
+            "kernel cache",
+            f"a user without a home directory{why}",
+            "an absolute HOME or XDG_CACHE_HOME, or a passwd entry",
+            f"set {DIRECTORY_VARIABLE} to a writable private directory",
+        )
+    return folder
 
 
 def lock_timeout() -> float:
@@ -105,25 +125,34 @@ def check_private(folder: Path) -> None:
 
 _warned: set[str] = set()
 _memory: dict[str, bytes] = {}
-_building: dict[str, threading.Lock] = {}
-_guard = threading.Lock()
+_building: dict[str, Lock] = {}
+_guard = Lock()
 
 
-def _memory_only(folder: Path, error: OSError) -> None:
+def _memory_only(folder: Path | None, error: OSError) -> None:
     with _guard:
         if str(folder) in _warned:
             return
         _warned.add(str(folder))
+    if isinstance(error, NoCacheError):
+        why = f"there is no folder for the kernel cache ({error.got})"
+    else:
+        why = f"the kernel cache {folder} cannot be written ({error.strerror or error})"
     warnings.warn(
-        f"rmsnorm_patch: the kernel cache {folder} cannot be written ({error.strerror or error}); compiled kernels are "
+        f"rmsnorm_patch: {why}; compiled kernels are "
         f"kept in memory and built again in every process. Set {DIRECTORY_VARIABLE} to a writable private directory.",
         RuntimeWarning,
         stacklevel=3,
     )
 
 
-def _prepare(folder: Path) -> bool:
-    """Make the directory (0700) and check it; False, after one warning, where this system does not let us."""
+def _prepare() -> Path | None:
+    """The directory, made (0700) and checked; None, after one warning, where this system does not let us."""
+    try:
+        folder = directory()
+    except NoCacheError as error:
+        _memory_only(None, error)
+        return None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
@@ -135,13 +164,43 @@ def _prepare(folder: Path) -> bool:
         if isinstance(error, RMSNormPatchError):
             raise
         _memory_only(folder, error)
-        return False
-    return True
+        return None
+    return folder
+
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def _not_a_file(mode: int) -> str:
+    """What stands in the place of a file, in words; "" for a file. To open something else may block, or act."""
+    return "" if stat.S_ISREG(mode) else _KINDS.get(stat.S_IFMT(mode), "no file")
+
+
+_FLAGS = os.O_RDONLY
+for _name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"):  # the first two for what is put there after the look at it
+    _FLAGS |= getattr(os, _name, 0)
 
 
 def read(path: Path) -> tuple[dict[str, Any], bytes]:
     """(meta, payload) of one artefact, after its owner, digest and key were checked; Damaged or OSError otherwise."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
+    wrong = _not_a_file(os.lstat(path).st_mode)
+    if wrong:
+        raise Damaged(wrong)
+    descriptor = os.open(path, _FLAGS)
+    try:
+        wrong = _not_a_file(os.fstat(descriptor).st_mode)
+    finally:
+        if wrong:
+            os.close(descriptor)
+    if wrong:
+        raise Damaged(wrong)
     with os.fdopen(descriptor, "rb") as file:
         info = os.fstat(file.fileno())
         if hasattr(os, "geteuid") and (info.st_uid != os.geteuid() or info.st_mode & 0o022):
@@ -153,27 +212,53 @@ def read(path: Path) -> tuple[dict[str, Any], bytes]:
     if hashlib.sha256(content[head:]).hexdigest().encode() != content[len(MAGIC) : head - 1]:
         raise Damaged("the digest does not match")
     line, _, payload = content[head:].partition(b"\n")
-    meta = json.loads(line)
-    if meta.get("key") != path.stem:
+    try:
+        meta = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"its description cannot be read ({type(error).__name__})") from error
+    if not isinstance(meta, dict) or meta.get("key") != path.stem:
         raise Damaged("it was written for another key")
     return meta, payload
 
 
+def _remove(path: Path) -> None:
+    """Whatever it is, a folder with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _move_aside(path: Path, target: Path) -> str:
+    """Move whatever `path` is to `target`, whatever that was; what became of it, in words."""
+    try:
+        try:
+            os.replace(path, target)
+        except OSError:  # a file over a folder, or the other way round
+            _remove(target)
+            os.replace(path, target)
+    except OSError as error:
+        return f"it could not be moved aside ({error.strerror or error})"
+    return f"it was moved to {target.name}"
+
+
 def _quarantine(path: Path, why: str) -> None:
     """Move a damaged artefact aside, so that nothing loads it and it can still be looked at."""
-    target = path.with_suffix(".quarantined")
-    with contextlib.suppress(OSError):
-        os.replace(path, target)
+    done = _move_aside(path, path.with_suffix(".quarantined"))
     warnings.warn(
-        f"rmsnorm_patch: refused the cached kernel {path} ({why}); it was moved to {target.name} and is built again",
+        f"rmsnorm_patch: refused the cached kernel {path} ({why}); {done} and is built again",
         RuntimeWarning,
         stacklevel=3,
     )
 
 
-def _load(path: Path) -> bytes | None:
+def _load(path: Path, fault: Callable[[bytes], str]) -> bytes | None:
     try:
-        return read(path)[1]
+        payload = read(path)[1]
+        wrong = fault(payload)
+        if wrong:
+            raise Damaged(wrong)
+        return payload
     except FileNotFoundError:
         return None
     except (Damaged, ValueError, OSError) as error:
@@ -206,6 +291,9 @@ def _locked(path: Path) -> Iterator[None]:
     the atomic rename keeps artefacts whole, at worst a kernel is built twice."""
     lock_path = path.with_suffix(".lock")
     seconds = lock_timeout()
+    if not _can_be_locked(lock_path):
+        yield
+        return
     lock = filelock.FileLock(lock_path, timeout=seconds, mode=0o600)
     held = False
     try:
@@ -227,31 +315,56 @@ def _locked(path: Path) -> Iterator[None]:
             lock.release()
 
 
-def get_or_build(key: str, build: Callable[[], bytes], meta: dict[str, Any]) -> bytes:
+def _can_be_locked(path: Path) -> bool:
+    """Whether a lock file is or can be made at `path`; what else stands there is moved aside."""
+    try:
+        wrong = _not_a_file(path.lstat().st_mode)
+    except OSError:
+        return True
+    if not wrong:
+        return True
+    done = _move_aside(path, path.with_name(f"{path.name}.quarantined"))
+    warnings.warn(
+        f"rmsnorm_patch: {path}, a lock of the kernel cache, is {wrong}; {done}", RuntimeWarning, stacklevel=5
+    )
+    return not os.path.lexists(path)
+
+
+def _no_fault(payload: bytes) -> str:
+    return ""
+
+
+def get_or_build(
+    key: str, build: Callable[[], bytes], meta: dict[str, Any], fault: Callable[[bytes], str] = _no_fault
+) -> bytes:
     """The artefact of `key`: from memory, from disk, or built once among all processes that share the directory.
 
+    fault: what is wrong with bytes that are as they were written, in words, "" if nothing is; such an artefact is
+        refused like a damaged one.
     Raises UnsafeCacheError for a directory that others can write to, KernelBuildError where a lock stays held.
     """
     with _guard:
         if key in _memory:
             return _memory[key]
-        mine = _building.setdefault(key, threading.Lock())
+        mine = _building.setdefault(key, Lock())
     with mine:
         if key not in _memory:
-            _memory[key] = _from_disk_or_build(key, build, meta)
+            _memory[key] = _from_disk_or_build(key, build, meta, fault)
     return _memory[key]
 
 
-def _from_disk_or_build(key: str, build: Callable[[], bytes], meta: dict[str, Any]) -> bytes:
-    folder = directory()
-    if not _prepare(folder):
+def _from_disk_or_build(
+    key: str, build: Callable[[], bytes], meta: dict[str, Any], fault: Callable[[bytes], str]
+) -> bytes:
+    folder = _prepare()
+    if folder is None:
         return build()
     path = folder / f"{key}{SUFFIX}"
-    payload = _load(path)
+    payload = _load(path, fault)
     if payload is not None:
         return payload
     with _locked(path):
-        payload = _load(path)  # another process may have built it while this one waited
+        payload = _load(path, fault)  # another process may have built it while this one waited
         if payload is None:
             payload = build()
             _store(path, {**meta, "key": key}, payload)
@@ -272,7 +385,8 @@ def entries() -> list[Entry]:
             state = "ok"
         except (Damaged, ValueError, OSError) as error:
             state = str(error)
-        found.append(Entry(path.stem, path, path.lstat().st_size, state, meta))
+        with contextlib.suppress(FileNotFoundError):  # another process may have moved it
+            found.append(Entry(path.stem, path, path.lstat().st_size, state, meta))
     return found
 
 
@@ -293,7 +407,7 @@ def clear() -> int:
     removed = 0
     for path in folder.iterdir():
         if path.suffix in (SUFFIX, ".lock", ".quarantined") or path.name.startswith(".new-"):
-            path.unlink(missing_ok=True)
+            _remove(path)
             removed += path.suffix == SUFFIX
     return removed
 

@@ -40,6 +40,10 @@ class UnsafeCacheError(RMSNormPatchError, PermissionError):
     """The on-disk kernel cache is not private to this user, or an artefact in it is not what was written."""
 
 
+class NoCacheError(RMSNormPatchError, FileNotFoundError):
+    """This user has no folder for the on-disk kernel cache."""
+
+
 class VerificationFailed(RMSNormPatchError, AssertionError):
     """The patched model did not stay within tolerance; `proof` holds the whole report."""
 

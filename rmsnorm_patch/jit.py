@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -112,4 +113,25 @@ def machine_code(build: Build) -> bytes:
         return nvrtc.compile_source(build.config.source, text, headers, (architecture, *options))
 
     meta = {"kernel": build.config.kernel, "arch": build.arch, "options": options, "source_sha256": digest}
-    return cache.get_or_build(key, compile_now, meta)
+    return cache.get_or_build(key, compile_now, meta, lambda code: _fault(code, build.config.entry))
+
+
+_ELF_HEADER = struct.Struct("<4sB13xH12xQ14xHH")
+_CUDA_MACHINE = 190
+
+
+def _fault(code: bytes, entry: str) -> str:
+    """Why `code` cannot be a cubin or PTX with the kernel `entry`, or "". The driver's own answer would come too late:
+    the artefact would be refused again in every process."""
+    if entry.encode() not in code:
+        return f"it holds no kernel {entry}"
+    if code.lstrip().startswith((b"//", b".version")):
+        return "" if code.endswith(b"\0") else "PTX without its end"
+    if len(code) < _ELF_HEADER.size or not code.startswith(b"\x7fELF"):
+        return "neither a cubin nor PTX"
+    _, bits, machine, segments, size, count = _ELF_HEADER.unpack_from(code)
+    if (bits, machine) != (2, _CUDA_MACHINE):
+        return f"an object for another machine ({machine})"
+    if segments + size * count > len(code):  # their table is the last part of a cubin
+        return "a cubin without its end"
+    return ""

@@ -11,7 +11,6 @@ import importlib.machinery
 import importlib.util
 import os
 import sys
-import threading
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -19,9 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from ._fork import Lock
 from ._paths import kernels_dir
 
-_LOCK = threading.Lock()
+_LOCK = Lock(waits=True)  # a module half imported, and the switch of `knobs` set, could not be mended
 _PACKAGES = {False: "_rmsnorm_patch_triton", True: "_rmsnorm_patch_triton_interpreted"}
 MODULES = ("row_math", "schedule", "rms_norm", "fused_add_rms_norm")
 

@@ -5,6 +5,7 @@ Each pair is one launch; where a check says no, nothing is launched and the orig
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -81,6 +82,19 @@ def test_no_python_check_runs(patched, monkeypatch) -> None:
         monkeypatch.setattr(pair_ops, "_in_layer", never)
         monkeypatch.setattr(pair_ops, "_tail", never)
         model(TOKENS)
+
+
+def test_held_forwards_launch_nothing_after_revert(model, launchers, monkeypatch) -> None:
+    with torch.no_grad():
+        before = model(TOKENS).logits
+        found = patch(model, launchers, monkeypatch)
+        settle(model)
+        for module in (*model.model.layers, *(m for m in model.modules() if type(m).__name__ == "LlamaRMSNorm")):
+            module.forward = functools.partial(module.forward)
+        rmsnorm_patch.revert(model)
+        start = found.launches
+        assert torch.equal(model(TOKENS).logits, before)
+    assert found.launches == start
 
 
 def test_generation_is_the_models(model, launchers, monkeypatch) -> None:

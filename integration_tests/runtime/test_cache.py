@@ -9,6 +9,7 @@ import resource
 import shutil
 import stat
 import tempfile
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -76,6 +77,34 @@ def test_threads_compile_once(cache_dir, build, compiles):
         found = list(pool.map(lambda _: jit.machine_code(build()), range(8)))
     assert len(set(found)) == 1
     assert compiles() == 1
+
+
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_a_child_forked_while_a_thread_builds_has_the_kernel_too(cache_dir, fork, on_disk):
+    """The builder is not in the child. It waits for the parent's file, or builds where there is none."""
+    if not on_disk:
+        cache_dir.write_text("a file where the directory should be")
+    building, go_on = threading.Event(), threading.Event()
+
+    def build() -> bytes:
+        building.set()
+        assert go_on.wait(20)
+        return b"code"
+
+    def work() -> None:
+        cache._warned.add(str(cache_dir))
+        assert cache.get_or_build("a", lambda: b"its own", {}) == (b"code" if on_disk else b"its own")
+
+    cache._warned.add(str(cache_dir))
+    thread = threading.Thread(target=cache.get_or_build, args=("a", build, {}))
+    thread.start()
+    assert building.wait(20)
+    child = fork(work)
+    go_on.set()
+    child.join(20)
+    thread.join(20)
+    assert child.exitcode == 0
 
 
 @pytest.mark.parametrize("size", [0, 10, 200, -1])

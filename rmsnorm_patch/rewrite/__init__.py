@@ -7,11 +7,14 @@ unpickled model, which never had a journal, just as well.
 
 from __future__ import annotations
 
-import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 
 import torch.nn as nn
 
+from .._fork import Lock
 from ..errors import RMSNormPatchError, UnsupportedModel
 from ..plan import Plan
 from . import instance_forward
@@ -19,7 +22,17 @@ from .classes import STATE, derives_from_patched, role_of, unpatched_class
 from .journal import Journal
 from .report import Report
 
-LOCK = threading.RLock()
+_unfinished: list[Callable[[], None]] = []
+"""For each change that is under way: what makes the model whole where the change cannot go on."""
+
+
+def _finish() -> None:
+    """In a child that was forked meanwhile: a model half patched is unpatched again, one half reverted is reverted."""
+    while _unfinished:
+        _unfinished.pop()()
+
+
+LOCK = Lock(mend=_finish)
 """Held while a model is being changed; models may share modules, so one lock for all."""
 
 APPLIED = "applied"
@@ -36,8 +49,8 @@ def apply_plan(model: nn.Module, plan: Plan) -> Report:
     """Patch `model` as `plan` says, wholly or not at all."""
     from . import layers, norms
 
-    with LOCK:
-        journal = Journal()
+    journal = Journal()
+    with _changing(journal.rollback):
         try:
             for site in plan.fused_norms():
                 norms.install(model.get_submodule(site.path), site, plan.backend, journal)
@@ -58,14 +71,29 @@ def apply_plan(model: nn.Module, plan: Plan) -> Report:
 
 
 def revert_model(model: nn.Module) -> None:
-    """Give every module below `model` its class, bound forwards and `__dict__` back; nothing to undo is no error."""
-    with LOCK:
+    """Give every module below `model` its class, bound forwards and `__dict__` back; nothing to undo is no error.
+
+    Interrupted at any point, it can be called again and goes on.
+    """
+    with _changing(partial(revert_model, model)):
         for module in list(model.modules()):
             patched = type(module)
             if derives_from_patched(patched):
-                module.__class__ = unpatched_class(patched)
-                instance_forward.release(module, patched)
+                unpatched = unpatched_class(patched)
+                instance_forward.release(module, patched, unpatched)
+                module.__class__ = unpatched
             module.__dict__.pop(STATE, None)
+
+
+@contextmanager
+def _changing(finish: Callable[[], None]) -> Iterator[None]:
+    """Hold LOCK; `finish` makes the model whole if a child is forked meanwhile."""
+    with LOCK:
+        _unfinished.append(finish)
+        try:
+            yield
+        finally:
+            _unfinished.remove(finish)
 
 
 def applied_report(model: nn.Module) -> Report | None:

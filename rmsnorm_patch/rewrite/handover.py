@@ -2,7 +2,8 @@
 
 The layer's contract does not change: it returns the sum. The normed tensor rides on that very tensor object, and the
 next norm takes it only where it is certain to be what it would compute itself: the same tensor object, not written to
-since (version counter), computed for this norm object with the weight (object and version) and eps that it has now.
+since (version counter), computed for this norm object as it is patched now, with the weight (object and version) and
+eps that it has now.
 Anything else, a layer dropped, reordered, shared or left early, a hook that edits, a copy of the tensor, finds no
 match and computes.
 
@@ -91,6 +92,7 @@ def take(norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor | None:
         return None
     if (
         carried.norm is not norm
+        or carried.kernel.cls is not norm.__class__  # patched anew in between
         or carried.total != id(hidden_states)
         or (carried.version is not None and carried.version != hidden_states._version)
         or carried.weight is not carried.kernel.weight_of(norm)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch.nn as nn
 
-from .classes import STATE
+from .classes import STATE, unpatched_forward
 from .journal import Journal
 
 SLOTS = ("forward", "_old_forward")
@@ -47,7 +47,7 @@ def foreign(module: nn.Module) -> str | None:
         method = module.__dict__.get(slot)
         if method is None or (slot == "forward" and "_hf_hook" in module.__dict__):
             continue
-        function = getattr(method, "__func__", None)
+        function = unpatched_forward(getattr(method, "__func__", None))
         bound_here = isinstance(method, MethodType) and method.__self__ is module
         if not bound_here or not (function is own or _is_known_kernel(module, function)):
             return f"an instance-level {slot} ({_name(function or method)}), and what it computes is unknown"
@@ -66,9 +66,10 @@ def adopt(module: nn.Module, before: type, journal: Journal) -> None:
         method = module.__dict__.get(slot)
         if not isinstance(method, MethodType) or method.__self__ is not module:
             continue
-        if method.__func__ is not own and not _is_known_kernel(module, method.__func__):
+        function = unpatched_forward(method.__func__)  # left there by who held ours beyond `revert`
+        if function is not own and not _is_known_kernel(module, function):
             continue
-        displaced[slot] = Displaced(None if method.__func__ is own else method.__func__)
+        displaced[slot] = Displaced(None if function is own else function)
         journal.record(functools.partial(module.__dict__.__setitem__, slot, method))
         if slot == "forward":
             del module.__dict__[slot]
@@ -78,9 +79,10 @@ def adopt(module: nn.Module, before: type, journal: Journal) -> None:
         journal.set_state(module, DISPLACED, displaced)
 
 
-def release(module: nn.Module, patched: type) -> None:
-    """`module` was of class `patched` and is its original's again, with its state still in place."""
-    ours, own = _class_forward(patched), _class_forward(type(module))
+def release(module: nn.Module, patched: type, unpatched: type) -> None:
+    """`module` is of class `patched`, with its state still in place, and will be of `unpatched`. Called twice, it does
+    nothing more."""
+    ours, own = _class_forward(patched), _class_forward(unpatched)
     displaced: dict[str, Displaced] = module.__dict__.get(STATE, {}).get(DISPLACED, {})
     kept = displaced.get("_old_forward", displaced.get("forward"))
     back = own if kept is None or kept.function is None else kept.function

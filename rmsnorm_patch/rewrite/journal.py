@@ -46,12 +46,14 @@ class Journal:
         self._undo.append(undo)
 
     def rollback(self) -> None:
-        """Undo everything, whatever single steps say; the first of their errors is raised at the end."""
+        """Undo everything, whatever single steps say; the first of their errors is raised at the end. Interrupted in
+        between, it can be called again."""
         failed: Exception | None = None
         while self._undo:
             try:
-                self._undo.pop()()
+                self._undo[-1]()
             except Exception as error:
                 failed = failed or error
+            self._undo.pop()
         if failed is not None:
             raise failed

@@ -12,6 +12,9 @@ dynamo), same closure cells plus one cell for each helper, same defaults and dec
     return x                     return x
 
     y = self.norm(argument)      y = entry(self._modules["norm"], argument)
+
+In front of them stands a question: somebody may hold the bound forward beyond `revert`, which then runs what the
+layer's class has now.
 """
 
 from __future__ import annotations
@@ -19,8 +22,9 @@ import __future__
 
 import ast
 import copy
+import functools
 import types
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch.nn as nn
@@ -28,7 +32,7 @@ import torch.nn as nn
 from ..scan.dataflow import Add, Flow, NormCall, analyse
 from ..scan.source import NoSource, Source, read_forward
 from . import handover, instance_forward, pair_ops
-from .classes import original_class, patched_class, register_factory
+from .classes import Body, original_class, patched_class, register_factory, running_now
 from .journal import Journal
 
 ROLE = "layer"
@@ -37,6 +41,8 @@ _HELPERS: dict[str, Any] = {
     "_rmsnorm_in_layer": pair_ops.in_layer,
     "_rmsnorm_tail": pair_ops.tail,
     "_rmsnorm_entry": pair_ops.entry,
+    "_rmsnorm_type": type,
+    "_rmsnorm_isinstance": isinstance,
 }
 
 
@@ -64,20 +70,21 @@ def layer_key(
     )
 
 
-def layer_factory(original: type, key: LayerKey) -> Mapping[str, Any]:
-    """The namespace of the patched class: its `forward`."""
+def layer_factory(original: type, key: LayerKey) -> Body:
+    """The patched class has a `forward` of its own, unless the source is not the one that the key was made for."""
     key = LayerKey(*key)
     source = read_forward(original)
     if source.digest != key.digest:
-        return {}
-    return {"forward": rewrite(source, key)}
+        return Body({}, lambda cls: None)
+    return rewrite(source, key, original)
 
 
 register_factory(ROLE, layer_factory)
 
 
-def rewrite(source: Source, key: LayerKey) -> types.FunctionType:
-    """The forward of `source` with the pairs of `key` fused, under its own decorators. Raises NoSource."""
+def rewrite(source: Source, key: LayerKey, original: type) -> Body:
+    """The forward of `source`, which is that of `original`, with the pairs of `key` fused, under its own decorators.
+    Raises NoSource."""
     tree = copy.deepcopy(source.tree)
     flow = analyse(tree, frozenset(key.norms))
     for number, (add, norm) in enumerate((a, n) for a, n in flow.in_layer if a.index in key.in_layer):
@@ -87,7 +94,43 @@ def rewrite(source: Source, key: LayerKey) -> types.FunctionType:
             _read_entry(tree, call)
     if key.tail and flow.tail is not None:
         _fuse_tail(tree, flow)
-    return _decorate(_compile(tree, source.function), source)
+    _ask_class(tree)
+    patched = types.CellType()
+
+    def now(layer: nn.Module) -> Callable[..., Any]:
+        return running_now(layer, original, source.function)
+
+    made = _compile(tree, source.function, {"_rmsnorm_class": patched, "_rmsnorm_now": types.CellType(now)})
+    namespace = {"forward": _decorate(made, source), "_rmsnorm_patch_forward": made}
+    return Body(namespace, functools.partial(setattr, patched, "cell_contents"))
+
+
+def _ask_class(tree: ast.FunctionDef) -> None:
+    """First of all: a layer that is no longer of the class that this forward is made for runs the forward that it has
+    now. That one stands below the decorators too, which have run already."""
+    parameters = tree.args
+    given = [ast.Name(p.arg, ast.Load()) for p in (*parameters.posonlyargs, *parameters.args)]
+    named = [ast.keyword(p.arg, ast.Name(p.arg, ast.Load())) for p in parameters.kwonlyargs]
+    rest: list[ast.expr] = []
+    if parameters.vararg is not None:
+        rest.append(ast.Starred(ast.Name(parameters.vararg.arg, ast.Load()), ast.Load()))
+    if parameters.kwarg is not None:
+        named.append(ast.keyword(None, ast.Name(parameters.kwarg.arg, ast.Load())))
+    question = ast.parse(
+        "if _rmsnorm_type(layer) is not _rmsnorm_class and not _rmsnorm_isinstance(layer, _rmsnorm_class):\n"
+        "    return _rmsnorm_now(layer)"
+    ).body[0]
+    assert isinstance(question, ast.If)
+    for name in ast.walk(question):
+        if isinstance(name, ast.Name) and name.id == "layer":
+            name.id = given[0].id
+    (answer,) = question.body
+    assert isinstance(answer, ast.Return)
+    answer.value = ast.Call(answer.value, [*given, *rest], named)  # type: ignore[arg-type]
+    documented = ast.get_docstring(tree) is not None and len(tree.body) > 1
+    for node in ast.walk(question):
+        ast.copy_location(node, tree.body[documented])
+    tree.body.insert(documented, ast.fix_missing_locations(question))
 
 
 def _self(tree: ast.FunctionDef) -> ast.expr:
@@ -144,8 +187,10 @@ class _Substitute(ast.NodeTransformer):
         return self.generic_visit(node)
 
 
-def _compile(tree: ast.FunctionDef, function: types.FunctionType) -> types.FunctionType:
-    """`tree` as a function with the globals, closure and attributes of `function`."""
+def _compile(
+    tree: ast.FunctionDef, function: types.FunctionType, helpers: dict[str, types.CellType]
+) -> types.FunctionType:
+    """`tree` as a function with the globals, closure and attributes of `function`, and cells for `helpers`."""
     code = function.__code__
     tree.decorator_list = []
     tree.returns = None
@@ -157,7 +202,7 @@ def _compile(tree: ast.FunctionDef, function: types.FunctionType) -> types.Funct
         None if d is None else ast.copy_location(ast.Constant(None), d) for d in tree.args.kw_defaults
     ]
     cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
-    cells.update({name: types.CellType(helper) for name, helper in _HELPERS.items()})
+    cells.update({name: types.CellType(helper) for name, helper in _HELPERS.items()}, **helpers)
     # A class around it keeps private names mangled as they were; the function around that makes the names free.
     owner = function.__qualname__.rpartition(".")[0].rpartition(".")[2]
     scope = ast.parse(f"def _scope({', '.join(cells)}):\n class {owner if owner.isidentifier() else '_'}: pass").body[0]

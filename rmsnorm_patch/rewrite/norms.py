@@ -7,6 +7,7 @@ no care: weight and eps are read from the module at every call.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from ..errors import PatchConflict
 from ..plan import Backend, NormSite
 from ..semantics import NormSpec
 from . import guards, instance_forward, native, pair_ops
-from .classes import is_patched, patched_class, register_factory
+from .classes import Body, is_patched, patched_class, register_factory, running_now
 from .handover import take
 from .journal import Journal
 from .traced import keeps_op
@@ -48,15 +49,23 @@ def key_of(site: NormSite, backend: Backend) -> Key:
     return Key(spec, site.weight_attribute, site.eps_attribute, backend)
 
 
-def namespace(original: type[nn.Module], key: Key) -> dict[str, Any]:
-    """Factory of `classes`: methods and attributes of the patched subclass of `original`."""
+def body(original: type[nn.Module], key: Key) -> Body:
+    """Factory of `classes`: the patched subclass of `original`."""
     key = Key(*key)
-    return {
-        "forward": _forward_of(original, key),
+    forward, belongs_to = _forward_of(original, key)
+    namespace = {
+        "forward": forward,
         # A later `kernelize` would put its kernel over this class, instance by instance.
         "kernel_condition": staticmethod(lambda module: False),
+        "_rmsnorm_patch_forward": forward,
         "_rmsnorm_patch_run": ops.bind_rms_norm(key.spec, key.backend),
     }
+
+    def made(cls: type) -> None:
+        belongs_to(cls)
+        pair_ops.register(cls)
+
+    return Body(namespace, made)
 
 
 def install(module: nn.Module, site: NormSite, backend: Backend, journal: Journal) -> None:
@@ -70,7 +79,9 @@ def install(module: nn.Module, site: NormSite, backend: Backend, journal: Journa
     instance_forward.adopt(module, original, journal)
 
 
-def _forward_of(original: type[nn.Module], key: Key) -> FunctionType:
+def _forward_of(original: type[nn.Module], key: Key) -> tuple[FunctionType, Callable[[type], None]]:
+    """The forward, and a function that tells it the class that it is made for."""
+    patched: type = original
     run = ops.bind_rms_norm(key.spec, key.backend)
     weight_name, eps_name, backend = key.weight_attribute, key.eps_attribute, key.backend
     implied_eps = key.spec.eps
@@ -78,7 +89,13 @@ def _forward_of(original: type[nn.Module], key: Key) -> FunctionType:
     reference_only = backend == "reference"
     automatic = backend == "auto"
 
+    def belongs_to(cls: type) -> None:
+        nonlocal patched
+        patched = cls
+
     def forward(self, hidden_states):  # type: ignore[no-untyped-def]
+        if type(self) is not patched and not isinstance(self, patched):  # held by somebody beyond `revert`
+            return running_now(self, original, original.forward)(self, hidden_states)
         if _is_dynamo_tracing():
             return traced(self, hidden_states)
         normed = native.alone(self, hidden_states)
@@ -140,7 +157,7 @@ def _forward_of(original: type[nn.Module], key: Key) -> FunctionType:
     def report(self, hidden_states, normed, backend, why=""):  # type: ignore[no-untyped-def]
         observe.report(observe.Event("norm", self, (hidden_states,), normed, None, backend, why))
 
-    return _in_the_guise_of(original, forward)
+    return _in_the_guise_of(original, forward), belongs_to
 
 
 def _in_the_guise_of(original: type[nn.Module], forward: Any) -> FunctionType:
@@ -167,4 +184,4 @@ def _in_the_guise_of(original: type[nn.Module], forward: Any) -> FunctionType:
     return made
 
 
-register_factory(ROLE, namespace, pair_ops.register)
+register_factory(ROLE, body)

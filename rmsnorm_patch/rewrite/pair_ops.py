@@ -40,15 +40,16 @@ _OUTPUT_RECORDER = "transformers.utils.output_capturing"
 class NormKernel:
     """What the pair helpers need to know of one patched norm class.
 
-    original: the norm's own forward. fused: the bound op, or None for the reference backend, which is `a + b` and
-    then `original`. on_cpu: whether CPU tensors go to `fused` too (a backend that was forced). implied_eps: that of
-    a norm which has no attribute for it, or None in it.
+    cls: that class. original: the norm's own forward. fused: the bound op, or None for the reference backend, which is
+    `a + b` and then `original`. on_cpu: whether CPU tensors go to `fused` too (a backend that was forced).
+    implied_eps: that of a norm which has no attribute for it, or None in it.
     """
 
-    __slots__ = ("eps_attribute", "fused", "implied_eps", "on_cpu", "original", "weight_attribute")
+    __slots__ = ("cls", "eps_attribute", "fused", "implied_eps", "on_cpu", "original", "weight_attribute")
 
     def __init__(self, cls: type) -> None:
         key: Any = cls._rmsnorm_patch_key  # type: ignore[attr-defined]
+        self.cls = cls
         self.original: Callable[..., torch.Tensor] = original_class(cls).forward  # type: ignore[attr-defined]
         self.fused = None if key.backend == "reference" else ops.bind_fused_add_rms_norm(key.spec, key.backend)
         self.on_cpu = key.backend not in ("auto", "reference")

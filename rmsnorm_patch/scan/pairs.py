@@ -228,7 +228,7 @@ def _read_class(cls: type, forward: object, norms: frozenset[str]) -> tuple[Sour
     flow = analyse(source.tree, norms)
     try:
         adds, entries = (add.index for add, _ in flow.in_layer), (call.attr for call in flow.entries)
-        rewrite(source, LayerKey(tuple(norms), tuple(adds), True, tuple(entries), ""))
+        rewrite(source, LayerKey(tuple(norms), tuple(adds), True, tuple(entries), ""), cls)
     except (NoSource, SyntaxError) as error:
         return source, flow, f"its forward cannot be rewritten: {error}"
     return source, flow, ""
