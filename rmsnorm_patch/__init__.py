@@ -14,6 +14,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ._fork import Lock
 from .errors import (
     KernelBuildError,
     NothingProved,
@@ -63,6 +64,8 @@ _IMPORTED_LATER = {
     "NormSpec": ".semantics",
 }
 
+_IMPORTING = Lock(waits=True)  # a child forked in the middle of an import would wait for it for ever
+
 # The import above left the module `plan` here under that name. Python does so once; the function takes the name later.
 globals().pop("plan")
 
@@ -70,7 +73,8 @@ globals().pop("plan")
 def __getattr__(name: str) -> Any:
     if name not in _IMPORTED_LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_IMPORTED_LATER[name], __name__), name)
+    with _IMPORTING:
+        value = globals()[name] = getattr(import_module(_IMPORTED_LATER[name], __name__), name)
     return value
 
 

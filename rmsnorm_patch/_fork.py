@@ -8,6 +8,8 @@ Forking does not wait for a lock in general: its holder may run a user's code, w
 
 from __future__ import annotations
 
+import concurrent.futures.thread  # noqa: F401  see below
+import logging  # noqa: F401
 import os
 import threading
 import weakref
@@ -74,5 +76,7 @@ def _in_child() -> None:
         mend()
 
 
+# Hooks run last registered first. Those of the two modules above hold locks that an import needs, so they must come
+# after ours, which wait for one.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_before, after_in_parent=_release, after_in_child=_in_child)

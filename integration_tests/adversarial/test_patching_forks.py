@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -250,3 +252,31 @@ def test_a_fork_does_not_wait_for_ever(monkeypatch):
 
     with running(hold, stop):
         assert in_child(check) == 0
+
+
+FIRST_USE = """
+import faulthandler, os, sys, threading, time
+import rmsnorm_patch
+
+assert "torch" not in sys.modules
+started = threading.Event()
+
+def use():
+    started.set()
+    rmsnorm_patch.apply
+
+threading.Thread(target=use).start()
+started.wait()
+time.sleep(0.2)  # in the middle of importing torch
+child = os.fork()
+if child == 0:
+    faulthandler.dump_traceback_later(20, exit=True)
+    os._exit(0 if callable(rmsnorm_patch.revert) else 1)
+sys.exit(os.waitpid(child, 0)[1] != 0)
+"""
+
+
+def test_a_fork_waits_for_the_first_use_of_the_package():
+    """Its functions are imported with it; a child that inherits half an import waits for the rest for ever."""
+    done = subprocess.run([sys.executable, "-c", FIRST_USE], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
