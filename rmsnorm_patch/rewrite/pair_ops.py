@@ -179,7 +179,7 @@ def _tail(layer: nn.Module, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     state = layer.__dict__.get(STATE)
     link: Link | None = None if state is None else state.get(LINK)
     norm = None if link is None or _is_grad_enabled() else link.norm()
-    if link is None or norm is None or link.untaken >= MAX_UNTAKEN:
+    if link is None or norm is None or (link.untaken >= MAX_UNTAKEN and link.rests(getattr(a, "shape", None))):
         return a + b
     kernel = _KERNELS.get(norm.__class__)
     if kernel is None or not (_unhooked(norm) and _undisturbed(layer, link)):
@@ -269,7 +269,7 @@ def _unhooked(norm: nn.Module) -> bool:
         or _module._global_forward_pre_hooks
         or _module._global_backward_hooks
         or _module._global_backward_pre_hooks
-        or "forward" in norm.__dict__
+        or ("forward" in norm.__dict__ and _replaced(norm))
     )
 
 
@@ -286,9 +286,9 @@ def _undisturbed(layer: nn.Module, link: Link) -> bool:
     return receiver is not None and not receiver._forward_pre_hooks and not _replaced(receiver)
 
 
-def _replaced(layer: nn.Module) -> bool:
-    """Whether another forward than its class's stands in the layer's `__dict__`. (After `output_hidden_states=True`
-    transformers 5.0 leaves the class's own there.)"""
-    forward = layer.__dict__.get("forward")
-    own = isinstance(forward, MethodType) and forward.__self__ is layer and forward.__func__ is type(layer).forward
+def _replaced(module: nn.Module) -> bool:
+    """Whether another forward than its class's stands in the module's `__dict__`. (accelerate's hooks, taken off again,
+    leave the class's own there, and transformers 5.0 after `output_hidden_states=True`.)"""
+    forward = module.__dict__.get("forward")
+    own = isinstance(forward, MethodType) and forward.__self__ is module and forward.__func__ is type(module).forward
     return forward is not None and not own
