@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 install_factories()  # now: a child forked while another thread imports a module waits for it for ever
 
 
-
 def plan(
     model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = (), backend: Backend = "auto"
 ) -> Plan:
