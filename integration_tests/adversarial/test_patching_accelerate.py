@@ -176,6 +176,31 @@ def test_a_hook_that_edits_a_layers_output_is_seen_by_the_next_norm(
     assert run(model, ids, inference=inference).same_as(expected)
 
 
+@pytest.mark.parametrize("order", [("apply", "on", "off"), ("on", "apply", "off"), ("apply", "on", "off", "apply")])
+def test_hooks_taken_off_again_leave_every_pair_fused(small_model, run, ids, order):
+    """They leave the class's own forward on each module, which is no other forward."""
+    model = small_model("llama")
+    expected = run(model, ids)
+    for step in order:
+        if step == "apply":
+            rmsnorm_patch.apply(model, backend="reference")
+        elif step == "on":
+            for path, module in model.named_modules():
+                if path:
+                    add_hook_to_module(module, Count())
+        else:
+            remove_hook_from_submodules(model)
+    assert "forward" in model.model.norm.__dict__
+    after = run(model, ids)
+    assert after.same_as(expected)
+    assert after.kinds == {"norm": 1, "in_layer": 2, "cross_layer": 2, "taken": 2}
+    assert after.backends == {"reference": 7}
+    rmsnorm_patch.revert(model)
+    reverted = run(model, ids)
+    assert reverted.same_as(expected)
+    assert reverted.kinds == {}
+
+
 def _offloaded(model, how, folder):
     if how == "cpu_offload":
         return cpu_offload(model, execution_device=torch.device("cpu"))

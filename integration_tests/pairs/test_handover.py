@@ -209,6 +209,42 @@ def test_a_link_that_nobody_takes_is_given_up(twins, tokens) -> None:
     assert (ran["cross_layer"], ran["taken"]) == (1, 1)
 
 
+def handed_over(model: Model, tokens: torch.Tensor, times: int) -> int:
+    ran: Counter[str] = Counter()
+    with observe.observing(lambda event: ran.update([event.kind])):
+        for _ in range(times):
+            logits(model, tokens)
+    return ran["cross_layer"]
+
+
+def test_a_link_that_was_given_up_revives(twins, tokens) -> None:
+    """Where its norm reads the sum again: at once for another shape, else some calls later."""
+    plain, patched = twins()
+    for other in (tokens[:, :3], tokens):
+        patched.config.num_hidden_layers = 2
+        handed_over(patched, tokens, handover.MAX_UNTAKEN + 2)
+        patched.config.num_hidden_layers = LAYERS
+        waiting = 0
+        while taken(patched, other) < LAYERS:
+            waiting += 1
+            assert waiting < handover.MAX_UNTAKEN
+        assert (waiting == 0) is (other.shape != tokens.shape)
+        assert torch.equal(logits(patched, other), logits(plain, other))
+
+
+def test_a_link_that_nobody_takes_costs_next_to_nothing(twins, tokens) -> None:
+    """The norm of layer 0's link runs; layer 1's does not, and is tried once in MAX_UNTAKEN forwards."""
+    _, patched = twins()
+    patched.config.num_hidden_layers = 2
+    most = handover.MAX_UNTAKEN
+    handed_over(patched, tokens, most)
+    assert handed_over(patched, tokens, 3 * most) == 3 * most + 3
+    shapes = [tokens[:, :length] for length in (2, 3)]
+    for step in range(most):
+        logits(patched, shapes[step % 2])
+    assert sum(handed_over(patched, shapes[step % 2], 1) for step in range(2 * most)) == 2 * most + 2
+
+
 class Editing(nn.Module):
     """Writes to the hidden states before what it wraps, or, with nothing inside, returns them."""
 

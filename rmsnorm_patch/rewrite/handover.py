@@ -33,7 +33,7 @@ LINK = "next"
 CHAIN = "chain"
 """Key in the state of the module that runs the layers; holds its Chain."""
 MAX_UNTAKEN = 64
-"""After so many hand-overs in a row that no norm took (its layer was removed, say), a link is given up."""
+"""After so many hand-overs in a row that no norm took (its layer was removed, say), a link rests (`Link.rests`)."""
 
 
 class Carry(NamedTuple):
@@ -117,9 +117,11 @@ class Link:
     passive: that code and the layers' do nothing between the add and the norm but pass the tensor on. Without it, an
         inference tensor, which has no version counter, is never handed over.
     depth, caller: how many frames up from `pair_ops.tail` that code and torch's module call ran last time.
+    untaken: hand-overs in a row that no norm took. skipped, shape: while it rests, how many calls it has left out, and
+        the shape of the sum that was not taken.
     """
 
-    __slots__ = ("caller", "depth", "loop", "norm", "passive", "places", "receiver", "untaken")
+    __slots__ = ("caller", "depth", "loop", "norm", "passive", "places", "receiver", "shape", "skipped", "untaken")
 
     def __init__(
         self,
@@ -135,8 +137,25 @@ class Link:
         self.passive = passive
         self.places = Places(places)
         self.untaken = 0
+        self.skipped = 0
+        self.shape: torch.Size | None = None
         self.depth = 0
         self.caller = 0
+
+    def rests(self, total: torch.Size | None) -> bool:
+        """Whether nothing is handed over now, for a sum of shape `total`: after MAX_UNTAKEN in vain, except for every
+        MAX_UNTAKEN-th call, and at once for another shape, since a prompt with images may be edited where a step of
+        decoding is not. One that is taken ends the rest; as many trials in vain end the second exception."""
+        in_vain = self.untaken - MAX_UNTAKEN
+        if in_vain < 0:
+            return False
+        if in_vain == 0 and self.skipped == 0:
+            self.shape = total
+        if self.skipped + 1 < MAX_UNTAKEN and (self.shape == total or in_vain >= MAX_UNTAKEN):
+            self.skipped += 1
+            return True
+        self.skipped, self.shape = 0, total
+        return False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Link:
         return Link()  # a layer copied alone has no next one; with its model, the copied Chain links it again

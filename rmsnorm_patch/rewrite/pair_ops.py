@@ -184,8 +184,8 @@ def _tail(layer: nn.Module, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     kernel, done, kept = _KERNELS.get(norm.__class__), None, ""
     if kernel is None or _is_grad_enabled() or not _unhooked(norm):
         kept = "a gradient may be wanted" if _is_grad_enabled() else why_not(norm, kernel, a, b)
-    elif link.untaken >= MAX_UNTAKEN:
-        kept = f"the last {MAX_UNTAKEN} hand-overs were not taken"
+    elif link.untaken >= MAX_UNTAKEN and link.rests(getattr(a, "shape", None)):
+        kept = f"the last {link.untaken} hand-overs were not taken; it is tried again from time to time"
     elif not _undisturbed(layer, link):
         kept = "a module was hooked, wrapped, moved or put between the layer and the norm since apply"
     elif not _called_by_loop(link):
@@ -280,7 +280,7 @@ def _unhooked(norm: nn.Module) -> bool:
         or _module._global_forward_pre_hooks
         or _module._global_backward_hooks
         or _module._global_backward_pre_hooks
-        or "forward" in norm.__dict__
+        or ("forward" in norm.__dict__ and _replaced(norm))
     )
 
 
@@ -297,9 +297,9 @@ def _undisturbed(layer: nn.Module, link: Link) -> bool:
     return receiver is not None and not receiver._forward_pre_hooks and not _replaced(receiver)
 
 
-def _replaced(layer: nn.Module) -> bool:
-    """Whether another forward than its class's stands in the layer's `__dict__`. (After `output_hidden_states=True`
-    transformers 5.0 leaves the class's own there.)"""
-    forward = layer.__dict__.get("forward")
-    own = isinstance(forward, MethodType) and forward.__self__ is layer and forward.__func__ is type(layer).forward
+def _replaced(module: nn.Module) -> bool:
+    """Whether another forward than its class's stands in the module's `__dict__`. (accelerate's hooks, taken off again,
+    leave the class's own there, and transformers 5.0 after `output_hidden_states=True`.)"""
+    forward = module.__dict__.get("forward")
+    own = isinstance(forward, MethodType) and forward.__self__ is module and forward.__func__ is type(module).forward
     return forward is not None and not own
