@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from .rewrite.classes import derives_from_patched
 from .rewrite.report import Report, Settings
 from .scan import scan_norms
 from .scan.pairs import find_pairs
+from .semantics import SUPPORTED_DTYPES
 
 if TYPE_CHECKING:
     from .prepare import Prepared
@@ -85,6 +87,7 @@ def verify(model: nn.Module, inputs: Any, **options: Any) -> Any:
     """
     from .proof import verify as prove
 
+    _check_proof(model, options)
     return prove(model, inputs, **options)
 
 
@@ -97,14 +100,17 @@ def revert(model: nn.Module) -> None:
     revert_model(model)
 
 
-def warmup(model: nn.Module, dtype: torch.dtype | None = None) -> tuple[Prepared, ...]:
+def warmup(model: nn.Module, dtype: torch.dtype | str | None = None) -> tuple[Prepared, ...]:
     """Compile and load every kernel that a patched `model` uses where it is now; returns what was made ready.
 
-    dtype: of the hidden states; by default that of most parameters. Kernels are otherwise compiled at their first call,
-    which a latency target or the capture of a CUDA graph may not allow. On the CPU there is nothing to do: ().
-    Raises UnsupportedModel for a model that is not patched, KernelBuildError where a kernel cannot be built.
+    dtype: of the hidden states, "bfloat16" for example; by default that of most parameters. Kernels are otherwise
+        compiled at their first call, which a latency target or the capture of a CUDA graph may not allow. On the CPU
+        there is nothing to do: ().
+    Raises UnsupportedModel for a model that is not patched, UnsupportedInput for a dtype that has no kernels,
+    KernelBuildError where a kernel cannot be built.
     """
     _check_module(model)
+    wanted = None if dtype is None else _dtype(dtype)
     report = applied_report(model)
     if report is None:
         raise UnsupportedModel(
@@ -112,7 +118,7 @@ def warmup(model: nn.Module, dtype: torch.dtype | None = None) -> tuple[Prepared
         )
     from .prepare import prepare
 
-    return prepare(model, report.plan, dtype)
+    return prepare(model, report.plan, wanted)
 
 
 @contextmanager
@@ -186,43 +192,95 @@ def _check_something_to_do(wanted: Plan) -> None:
 
 def _settings(model: Any, include: Sequence[str], exclude: Sequence[str], backend: Any) -> Settings:
     _check_module(model)
-    for option, patterns in (("include", include), ("exclude", exclude)):
-        if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):
-            raise UnsupportedInput(
-                option, repr(patterns), "a sequence of fnmatch patterns on module paths", f"pass {option}=['model.*']"
-            )
+    chosen = _patterns("include", include), _patterns("exclude", exclude)
     if backend not in BACKENDS:
         raise UnsupportedInput(
             "backend", repr(backend), ", ".join(map(repr, BACKENDS)), "pass one of these; 'auto' chooses by device"
         )
     _check_backend_runs(model, backend)
-    return Settings(backend, tuple(include), tuple(exclude))
+    return Settings(backend, *chosen)
+
+
+def _patterns(option: str, given: Any) -> tuple[str, ...]:
+    """The patterns as a tuple, read once: an iterator would be empty the second time, and no include means all."""
+    patterns = () if given is None else given
+    if not isinstance(patterns, str) and isinstance(patterns, Iterable):
+        patterns = tuple(patterns)
+    if not isinstance(patterns, tuple) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise UnsupportedInput(
+            option, repr(given), "a sequence of fnmatch patterns on module paths", f"pass {option}=['model.*']"
+        )
+    return patterns
 
 
 def _check_backend_runs(model: nn.Module, backend: Backend) -> None:
     """A forced backend must be able to run where the model is."""
-    if backend not in ("cuda", "triton"):
-        return
     devices = {p.device for p in model.parameters()} or {torch.device("cpu")}
     for device in sorted(devices, key=str):
-        if device.type == "meta":  # not loaded yet; where it will be is not known
-            continue
-        if backend == "cuda":
-            from . import cuda_backend as chosen
-        else:
-            from . import triton_backend as chosen  # type: ignore[no-redef]
-        runs, why = chosen.available(device)
-        if not runs:
-            raise UnsupportedInput(
-                f"backend={backend!r}", f"a model on {device}: {why}", "devices on which it runs",
-                "move the model there, or pass backend='auto'",
-            )
+        if device.type != "meta":  # not loaded yet: where it will be is not known
+            check_backend(backend, device)
+
+
+def check_backend(backend: Backend, device: torch.device) -> None:
+    """Raise UnsupportedInput where `backend` is forced and cannot run on `device`."""
+    why, step = ("", "") if backend in ("auto", "reference") else _cannot_run(backend, device)
+    if why:
+        raise UnsupportedInput(
+            f"backend={backend!r}", f"a model on {device}: {why}", "devices on which it runs",
+            f"{step}, or pass backend='auto'",
+        )
+
+
+def _dtype(given: Any) -> torch.dtype:
+    """The dtype, or the one of that name."""
+    found = getattr(torch, given.removeprefix("torch."), None) if isinstance(given, str) else given
+    if found not in SUPPORTED_DTYPES:
+        names = ", ".join(map(str, SUPPORTED_DTYPES))
+        raise UnsupportedInput("dtype", repr(given), names, "pass one of these, or none for that of the model")
+    return found  # type: ignore[no-any-return]
+
+
+def _cannot_run(backend: Backend, device: torch.device) -> tuple[str, str]:
+    """(why `backend` does not run on `device`, what to do about it), ("", "") where it runs."""
+    from . import cuda_backend, triton_backend, triton_loader
+
+    if backend == "cuda":
+        runs, why = cuda_backend.available(device if device.type == "cuda" else None)
+        if runs and device.type != "cuda":
+            return "CUDA kernels run on CUDA devices", "move the model to one with model.to('cuda')"
+        return ("", "") if runs else (why, "run it where torch, an NVIDIA GPU and NVRTC are")
+    runs, why = triton_backend.available(device)
+    if runs:
+        return "", ""
+    if triton_loader.triton_missing():
+        return why, "install triton (pip install triton)"
+    if device.type == "cpu":
+        return why, "set TRITON_INTERPRET=1 before the process starts, or move the model to a GPU"
+    return why, "move the model to a device with kernels"
 
 
 def _check_module(model: Any) -> None:
     if not isinstance(model, nn.Module):
         got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         raise UnsupportedModel("model", got, "a torch.nn.Module", "pass the model object itself (pipeline.model, say)")
+
+
+def _check_proof(model: Any, options: dict[str, Any]) -> None:
+    """What a proof cannot be made with, before the model is run."""
+    for name, least in (("seed", None), ("greedy_tokens", 0)):
+        value = options.get(name, 0)
+        if isinstance(value, bool) or not isinstance(value, Integral) or (least is not None and int(value) < least):
+            supported = "an integer" + ("" if least is None else f" of at least {least}")
+            raise UnsupportedInput(name, repr(value), supported, f"correct it, or leave {name} out")
+    weights = list(model.parameters()) if isinstance(model, nn.Module) else []
+    is_offloaded = any(hasattr(module, "_hf_hook") for module in model.modules()) if weights else False
+    if weights and all(weight.is_meta for weight in weights) and not is_offloaded:
+        raise UnsupportedModel(
+            type(model).__name__,
+            "a model on the meta device, which has no weights to run with",
+            "models that are loaded; plan and apply take this one too",
+            "load the weights, then verify",
+        )
 
 
 def _check_options(inputs: Any, options: dict[str, Any]) -> None:

@@ -173,28 +173,6 @@ def test_dtype_option_changes_the_model(command, tiny_llama: Path) -> None:
     assert command("verify", tiny_llama, "--dtype", "float32", "--json").document["dtype"] == "float32"
 
 
-def test_env_names_every_backend_with_a_reason(command) -> None:
-    found = command("env", "--json").document
-    cpu = found["devices"][0]
-    assert cpu["device"] == "cpu"
-    assert {b["name"] for b in cpu["backends"]} == {"reference", "triton", "cuda"}
-    assert all(b["reason"] for b in cpu["backends"] if not b["available"])
-    assert cpu["auto"] == "reference"
-    assert found["versions"]["torch"] == torch.__version__
-    assert command("env").status == 0
-
-
-def test_env_asks_a_vllm_that_is_not_here(command, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rmsnorm_patch import vllm_plugin
-
-    monkeypatch.setattr(vllm_plugin, "installed", lambda: None)
-    found = command("env", "--vllm-model", tiny_llama, "--vllm-arg=--enforce-eager", "--json").document["engine"]
-    assert found["arguments"] == [str(tiny_llama), "--enforce-eager"]
-    assert found["error"] == "vLLM is not installed"
-    assert "vLLM is not installed" in command("env", "--vllm-model", tiny_llama).stdout
-    assert command("env", "--vllm-arg=--enforce-eager").status == 2
-
-
 def test_cache_commands(command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A damaged artefact is shown, found by `verify` with status 1, and gone after `clear`."""
     from rmsnorm_patch import cache

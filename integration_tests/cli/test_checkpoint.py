@@ -274,13 +274,17 @@ def test_a_prompt_in_another_encoding(command, tiny_llama: Path) -> None:
         refused(command(name, tiny_llama, "--prompt", prompt, "--json"), USAGE, "UnsupportedInput", "--prompt", "UTF-8")
 
 
-@pytest.mark.parametrize("words", [["--prompt", ""], ["--device", "tpu"], ["--compare", "nowhere"]])
+@pytest.mark.parametrize(
+    "words", [["--prompt", ""], ["--device", "tpu"], ["--compare", "nowhere"], ["--backend", "cuda"]]
+)
 def test_known_before_the_weights_are_read(command, tiny_llama: Path, monkeypatch, words: list[str]) -> None:
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("the weights were read")
 
     monkeypatch.setattr("transformers.LlamaForCausalLM.from_pretrained", never)
-    refused(command("verify", tiny_llama, *words, "--json"), USAGE, "UnsupportedInput", words[0])
+    named = "backend='cuda'" if "--backend" in words else words[0]
+    words = ["--device", "cpu", *words]
+    refused(command("verify", tiny_llama, *words, "--json"), USAGE, "UnsupportedInput", named)
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "tpu", "meta", "mps"])

@@ -68,13 +68,15 @@ def _options(
     pass
 
 
-def _load(out: Output, model: Path, dtype: str, device: str, trust: bool, prompt: str | None = None) -> Loaded:
+def _load(
+    out: Output, model: Path, dtype: str, device: str, trust: bool, backend: BackendName, prompt: str | None = None
+) -> Loaded:
     check_prompt(prompt)
     config = read_config(model)
     with out.progress(None, f"loading {model}"):
         from .checkpoint import load
 
-        loaded = load(model, config, dtype, device, trust, prompt)
+        loaded = load(model, config, dtype, device, trust, prompt, backend.value)
     for note in loaded.notes:
         out.warn(note)
     return loaded
@@ -109,7 +111,7 @@ def plan(
 ) -> None:
     """Show every norm and residual-add that would be fused, and why the others would not. Changes nothing."""
     with output(as_json) as out:
-        loaded = _load(out, model, dtype, device, trust_remote_code)
+        loaded = _load(out, model, dtype, device, trust_remote_code, backend)
         from .. import api
         from .tables import plan_table
 
@@ -143,7 +145,7 @@ def verify(
     """Patch the model and prove it against the original: per site, data flow, logits, greedy text, calls that ran."""
     with output(as_json) as out:
         check_files(record, compare)
-        loaded = _load(out, model, dtype, device, trust_remote_code, prompt)
+        loaded = _load(out, model, dtype, device, trust_remote_code, backend, prompt)
         from .. import api
 
         api.apply(loaded.model, include=include or (), exclude=exclude or (), backend=backend.value)
@@ -188,7 +190,7 @@ def generate(
 ) -> None:
     """Continue a prompt greedily with the patched model."""
     with output(as_json) as out:
-        loaded = _load(out, model, dtype, device, trust_remote_code, prompt)
+        loaded = _load(out, model, dtype, device, trust_remote_code, backend, prompt)
         from .. import api
         from . import speed
 
@@ -233,7 +235,7 @@ def bench(
 ) -> None:
     """Time decode and prefill, stock and patched in alternating rounds."""
     with output(as_json) as out:
-        loaded = _load(out, model, dtype, device, trust_remote_code, prompt)
+        loaded = _load(out, model, dtype, device, trust_remote_code, backend, prompt)
         from . import speed
         from .tables import speed_table
 
@@ -313,7 +315,7 @@ def _story(
         from .demo import PROMPT, tell
 
         text = PROMPT if prompt is None and has_tokenizer(folder) else prompt
-        loaded = load(folder, config, dtype, device, prompt=text)
+        loaded = load(folder, config, dtype, device, prompt=text, backend=backend)
         story = tell(loaded, loaded.inputs(text, out.warn), text or "", new_tokens, out.console, backend, rounds)
     except RMSNormPatchError as error:
         return _failed(out, folder, error)

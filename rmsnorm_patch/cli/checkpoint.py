@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 
+from ..api import check_backend
 from ..errors import UnsupportedInput, UnsupportedModel
+from ..plan import Backend
 from . import inputs
 from .folder import CONFIG, BrokenCheckpoint
 
@@ -96,14 +98,16 @@ def load(
     device: str = "auto",
     trust_remote_code: bool = False,
     prompt: str | None = None,
+    backend: Backend = "auto",
 ) -> Loaded:
     """The model in `folder`. config: of `read_config`. dtype: a name of DTYPES, or "auto" for the checkpoint's own.
 
     What can be known without the weights is asked before they are read. Raises BrokenCheckpoint, MissingCheckpoint (a
     prompt without tokenizer), UnsupportedModel (needs its own code, or a library that is not here), UnsupportedInput
-    (device, prompt).
+    (device, prompt, backend).
     """
     where = device_of(device)
+    check_backend(backend, where)
     _check_code(folder, config, trust_remote_code)
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     read = _configuration(folder, config, options)

@@ -2,26 +2,51 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
 
 import torch
 
-from .. import cache, cuda_backend, dispatch, triton_backend, vllm_plugin
+from .. import cache, cuda_backend, dispatch, launcher, ops, triton_backend, vllm_plugin
 from .._paths import kernels_dir
-from ..errors import RMSNormPatchError
+from ..errors import RMSNormPatchError, UnsupportedInput
 from ..semantics import LLAMA
+from ..vllm_plugin import settings
 
 PACKAGES = ("rmsnorm_patch", "torch", "transformers", "triton", "nvidia-cuda-nvrtc", "accelerate", "kernels", "vllm")
 PROBED_HIDDEN_SIZE = 4096
 ENGINE_SECONDS = 300
+
+
+PREFIX = "RMSNORM_PATCH_"
+
+
+def _check_launcher() -> None:
+    value = os.environ.get(launcher.VARIABLE) or "auto"
+    if value not in launcher.CHOICES:
+        supported = ", ".join(launcher.CHOICES)
+        raise UnsupportedInput(launcher.VARIABLE, repr(value), supported, "set it to one of these, or unset it")
+
+
+VARIABLES: dict[str, Callable[[], object]] = {
+    dispatch.BACKEND_VARIABLE: dispatch.requested_backend,
+    ops.COMPILE_VARIABLE: lambda: ops.compile_form("cpu"),
+    cache.DIRECTORY_VARIABLE: cache.directory,
+    cache.TIMEOUT_VARIABLE: cache.lock_timeout,
+    launcher.VARIABLE: _check_launcher,
+    settings.VARIABLE: settings.read,
+    settings.LINEAR_VARIABLE: settings.read_linear,
+    settings.TRACE_VARIABLE: lambda: None,
+}
+"""Every variable that the package reads -> what raises for a value that means nothing."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +109,8 @@ class EngineState:
 
 @dataclass(frozen=True)
 class Environment:
+    """variables: those of the environment that begin with RMSNORM_PATCH_. variable_faults: what is wrong with some."""
+
     python: str
     system: str
     versions: dict[str, str | None]
@@ -92,6 +119,7 @@ class Environment:
     cache: CacheState
     vllm: VllmState
     variables: dict[str, str]
+    variable_faults: dict[str, str]
     engine: EngineState | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -179,6 +207,19 @@ def engine(arguments: Sequence[str]) -> EngineState:
     return EngineState(tuple(arguments), norms=norms, **answer)
 
 
+def variable_fault(name: str) -> str:
+    """What is wrong with the variable `name` as it is set; "" if nothing is."""
+    if name not in VARIABLES:
+        ends = [known.removeprefix(PREFIX) for known in VARIABLES]
+        near = difflib.get_close_matches(name.removeprefix(PREFIX), ends, n=1)
+        return "unknown, nothing reads it" + (f"; did you mean {PREFIX}{near[0]}?" if near else "")
+    try:
+        VARIABLES[name]()
+    except RMSNormPatchError as error:
+        return str(error)
+    return ""
+
+
 def report(engine_arguments: Sequence[str] = ()) -> Environment:
     """Look at packages, devices, cache and variables. Starts CUDA where there is a GPU; builds nothing.
 
@@ -189,6 +230,7 @@ def report(engine_arguments: Sequence[str] = ()) -> Environment:
         kernels = str(kernels_dir())
     except RMSNormPatchError as error:
         kernels = str(error)
+    variables = {name: value for name, value in sorted(os.environ.items()) if name.startswith(PREFIX)}
     versions = {package: _version(package) for package in PACKAGES}
     versions["torch"] = torch.__version__
     if versions["rmsnorm_patch"] is None:  # run from a checkout that is not installed
@@ -203,6 +245,7 @@ def report(engine_arguments: Sequence[str] = ()) -> Environment:
         kernels=kernels,
         cache=_cache(),
         vllm=_vllm(),
-        variables={k: v for k, v in sorted(os.environ.items()) if k.startswith("RMSNORM_PATCH_")},
+        variables=variables,
+        variable_faults={name: fault for name in variables if (fault := variable_fault(name))},
         engine=engine(engine_arguments) if engine_arguments else None,
     )

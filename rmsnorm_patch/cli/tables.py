@@ -75,7 +75,8 @@ def environment_tables(env: Environment) -> list[Table | Text]:
     route = f"; route {env.vllm.route} ({env.vllm.reason})" if env.vllm.version else ""
     places.add_row("vLLM", f"{vllm}; plugin {env.vllm.entry_point or 'not registered'}{route}")
     for name, value in env.variables.items():
-        places.add_row(name, value)
+        fault = env.variable_faults.get(name, "")
+        places.add_row(name, escape(value) + (f"\n[yellow]{escape(fault)}[/]" if fault else ""))
     return [versions, devices, places, *([] if env.engine is None else engine_tables(env.engine))]
 
 

@@ -1,0 +1,60 @@
+"""`rmsnorm-patch env`: what runs here, why other things do not, and variables that mean nothing."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import rmsnorm_patch
+from rmsnorm_patch import vllm_plugin
+from rmsnorm_patch.cli import environment
+
+
+def test_env_names_every_backend_with_a_reason(command) -> None:
+    found = command("env", "--json").document
+    cpu = found["devices"][0]
+    assert cpu["device"] == "cpu"
+    assert {b["name"] for b in cpu["backends"]} == {"reference", "triton", "cuda"}
+    assert all(b["reason"] for b in cpu["backends"] if not b["available"])
+    assert cpu["auto"] == "reference"
+    assert found["versions"]["torch"] == torch.__version__
+    assert command("env").status == 0
+
+
+def test_env_asks_a_vllm_that_is_not_here(command, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_plugin, "installed", lambda: None)
+    found = command("env", "--vllm-model", tiny_llama, "--vllm-arg=--enforce-eager", "--json").document["engine"]
+    assert found["arguments"] == [str(tiny_llama), "--enforce-eager"]
+    assert found["error"] == "vLLM is not installed"
+    assert "vLLM is not installed" in command("env", "--vllm-model", tiny_llama).stdout
+    assert command("env", "--vllm-arg=--enforce-eager").status == 2
+
+
+def test_variables_that_mean_nothing_are_marked(command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that nothing reads, with the one that was meant; a value that its reader refuses."""
+    wrong = {
+        "RMSNORM_PATCH_BACKEND": "fast", "RMSNORM_PATCH_COMPILE": "maybe", "RMSNORM_PATCH_LAUNCHER": "rust",
+        "RMSNORM_PATCH_LOCK_TIMEOUT": "soon", "RMSNORM_PATCH_VLLM": "yes", "RMSNORM_PATCH_VLLM_LINEAR": "1",
+        "RMSNORM_PATCH_CACHE_DIR": "",
+    }  # fmt: skip
+    unknown = {"RMSNORM_PATCH_BACKENDS": "cuda", "RMSNORM_PATCH_QUITE_ANOTHER_THING": "1"}
+    for name, value in {**wrong, **unknown, "RMSNORM_PATCH_VLLM_TRACE": "somewhere"}.items():
+        monkeypatch.setenv(name, value)
+    found = command("env", "--json").document
+    faults = found["variable_faults"]
+    assert set(found["variables"]) == {*wrong, *unknown, "RMSNORM_PATCH_VLLM_TRACE"}
+    assert set(faults) == {*wrong, *unknown}
+    assert all("supported: " in faults[name] and "next: " in faults[name] for name in wrong)
+    assert faults["RMSNORM_PATCH_BACKENDS"].endswith("did you mean RMSNORM_PATCH_BACKEND?")
+    assert faults["RMSNORM_PATCH_QUITE_ANOTHER_THING"] == "unknown, nothing reads it"
+    assert "unknown, nothing reads it" in " ".join(command("env").stdout.split())
+
+
+def test_every_variable_that_the_package_reads_is_known() -> None:
+    package = Path(rmsnorm_patch.__file__).parent
+    sources = [path.read_text() for path in package.rglob("*.py")]
+    read = {name for text in sources for name in re.findall(r'"(RMSNORM_PATCH_[A-Z_]*[A-Z])"', text)}
+    assert read == set(environment.VARIABLES)
