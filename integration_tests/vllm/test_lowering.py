@@ -88,7 +88,7 @@ import os
 from collections import Counter
 from dataclasses import replace
 import torch.nn.functional as F
-from rmsnorm_patch.vllm_plugin import hooks, settings
+from rmsnorm_patch.vllm_plugin import decision, hooks, settings
 from vllm.compilation.passes.ir.clone_elimination import UnsafeCloneEliminationPass
 
 def config(linear):
@@ -97,7 +97,7 @@ def config(linear):
 
 assert config("auto").compute_hash() == config("off").compute_hash(), "on the CPU nothing is joined"
 of_this_engine = hooks.facts_of
-hooks.facts_of = lambda *args: replace(of_this_engine(*args), device_type="cuda", capability=90, captures=True)
+hooks.facts_of = decision.facts_of = lambda *args: replace(of_this_engine(*args), device_type="cuda", capability=90, captures=True)
 assert config("auto").compute_hash() != config("off").compute_hash()
 
 class Watched(VllmIRLoweringPass):

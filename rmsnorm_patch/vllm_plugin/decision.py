@@ -14,6 +14,7 @@ from typing import Any, Literal
 from .. import product_splits
 from ..semantics import NormSpec
 from . import settings
+from .wrapping import original_of
 
 Chosen = Literal["ir", "oot", "none"]
 
@@ -146,6 +147,19 @@ def facts_of(vllm_config: Any, incumbents: tuple[str, ...]) -> Facts:
         captures=compilation.cudagraph_mode != CUDAGraphMode.NONE,
         linear=settings.read_linear(),
     )
+
+
+def decision_for(vllm_config: Any) -> Decision:
+    """What this engine's norms get; raises UnsupportedInput for a bad variable."""
+    from vllm.platforms import current_platform
+
+    incumbents: tuple[str, ...] = ("native",)
+    default = getattr(type(current_platform), "get_default_ir_op_priority", None)
+    if default is not None:
+        original = original_of(default)
+        found = default(vllm_config) if original is None else original(type(current_platform), vllm_config)
+        incumbents = tuple(found.rms_norm)
+    return decide(facts_of(vllm_config, incumbents))
 
 
 def _capability(platform: Any) -> int | None:

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from . import arithmetic, hooks
-from .decision import SPECS, Decision
+from . import arithmetic
+from .decision import SPECS, Decision, decision_for
 
 
 class _Chosen(Exception):
@@ -26,7 +26,7 @@ class _Chosen(Exception):
 def explain(arguments: list[str]) -> dict[str, Any]:
     """decision, and for each norm its path, class, columns and what serves it; may raise what vLLM raises."""
     config = _configure(arguments)
-    decision = hooks.decision_for(config)
+    decision = decision_for(config)
     if decision.route != "none" and not _is_loaded(decision.route):
         decision = Decision("none", "", "vLLM did not load the plugin: VLLM_PLUGINS, or no installed package names it")
     norms = []

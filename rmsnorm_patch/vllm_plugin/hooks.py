@@ -5,7 +5,6 @@ Each hook wraps one function once per process, keeps its signature and calls the
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 import sys
@@ -15,36 +14,11 @@ from typing import Any
 from .. import nvrtc, product_splits
 from ..dispatch import triton_installed
 from . import arithmetic, linear_pass, settings
-from .decision import SPECS, Decision, decide, facts_of
+from .decision import SPECS, Decision, decide, decision_for, facts_of
 from .health import logger, warn_once
+from .wrapping import wrap_once
 
 _LOGGED: set[int] = set()
-_MARK = "__rmsnorm_patch_original__"
-
-
-def wrap_once(owner: type, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Replace `owner.name` by `make(original)`; a second call changes nothing."""
-    found = getattr(owner, name)
-    if hasattr(found, _MARK):
-        return
-    is_classmethod = hasattr(found, "__func__")
-    original = found.__func__ if is_classmethod else found
-    wrapper = functools.wraps(original)(make(original))
-    setattr(wrapper, _MARK, original)
-    setattr(owner, name, classmethod(wrapper) if is_classmethod else wrapper)
-
-
-def decision_for(vllm_config: Any) -> Decision:
-    """What this engine's norms get; raises UnsupportedInput for a bad variable."""
-    from vllm.platforms import current_platform
-
-    incumbents: tuple[str, ...] = ("native",)
-    default = getattr(type(current_platform), "get_default_ir_op_priority", None)
-    if default is not None:
-        original = getattr(default, _MARK, None)
-        found = default(vllm_config) if original is None else original(type(current_platform), vllm_config)
-        incumbents = tuple(found.rms_norm)
-    return decide(facts_of(vllm_config, incumbents))
 
 
 def install() -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from .. import linear_ops, product_splits
+from .decision import decision_for
 from .health import logger, warn_once
 
 aten = torch.ops.aten
@@ -104,10 +105,8 @@ def wrap_init(original: Callable[..., Any]) -> Callable[..., Any]:
     """Of vLLM's lowering pass: it learns whether its engine joins products and norms."""
 
     def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        from . import hooks
-
         original(self, vllm_config, *args, **kwargs)
-        self.rmsnorm_patch_linear = hooks.decision_for(vllm_config).linear
+        self.rmsnorm_patch_linear = decision_for(vllm_config).linear
 
     return init
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from . import arithmetic, health, hooks
+from .decision import decision_for
 
 
 def register() -> None:
@@ -41,7 +42,7 @@ def _make_class(rms_norm: type) -> type:
         def _choose(self) -> str:
             from vllm.config import get_current_vllm_config
 
-            decision = hooks.decision_for(get_current_vllm_config())
+            decision = decision_for(get_current_vllm_config())
             hooks.log(get_current_vllm_config())
             if decision.route != "oot":
                 return ""

@@ -9,17 +9,9 @@ from collections.abc import Callable
 
 import torch
 
-from .providers import (
-    compiled,
-    flashinfer_norm,
-    functional_norm,
-    liger_norm,
-    one_rounding,
-    ours,
-    provider,
-    vllm_op,
-)
-from .rows import PAIR
+from ..rows import PAIR
+from .norms import compiled, flashinfer_norm, functional_norm, liger_norm, one_rounding, vllm_op
+from .table import ours, provider
 
 
 def twice(norm: Callable[..., torch.Tensor]) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:

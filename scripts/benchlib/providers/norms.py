@@ -1,93 +1,14 @@
-"""Who is timed: one function per provider and op; an import that fails drops the row with its reason.
-
-A provider is a function of the op's tensors and eps: (x, residual, weight, eps) -> (normed, total) for
-"fused_add_rms_norm", (x, weight, eps) -> normed for "rms_norm", (q, k, q_weight, k_weight, eps) -> (normed q, normed k)
-for "rms_norm_pair". `in_place` says that it overwrites (x, residual) with (normed, total).
-"""
+"""Providers of the two norms of a hidden state, alone and behind a residual-add."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
-import sys
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from rmsnorm_patch.semantics import NormSpec
-
-from .rows import FUSED, PLAIN, named
-
-Call = Callable[..., Any]
-
-
-@dataclass(frozen=True)
-class Provider:
-    name: str
-    op: str
-    call: Call
-    in_place: bool = False
-
-
-_MAKERS: dict[tuple[str, str], tuple[Callable[[NormSpec], Call], bool]] = {}
-_OURS: set[tuple[str, str]] = set()
-
-
-def provider(name: str, op: str, in_place: bool = False):
-    """Register `make()` -> callable. A peer computes one rounding at the end, whatever variant is asked for."""
-
-    def register(make: Callable[[], Call]) -> Callable[[], Call]:
-        _MAKERS[name, op] = (lambda _: make(), in_place)
-        return make
-
-    return register
-
-
-def ours(name: str, op: str, in_place: bool = False):
-    """Register `make(spec)` -> callable: one of our kernels, which come in every variant."""
-
-    def register(make: Callable[[NormSpec], Call]) -> Callable[[NormSpec], Call]:
-        _MAKERS[name, op] = (make, in_place)
-        _OURS.add((name, op))
-        return make
-
-    return register
-
-
-def load(
-    op: str,
-    spec: NormSpec,
-    only_ours: bool = False,
-    extra: Collection[str] = (),
-    wanted: Collection[str] = (),
-) -> tuple[list[Provider], dict[str, str]]:
-    """The providers of `op` that this machine has, and why the others are missing.
-
-    wanted: names; empty: all. extra: "[name=]module:function" entries; the function takes a built-in one's arguments.
-    """
-    from . import pair_providers  # noqa: F401  registers its providers
-
-    found, missing = [], {}
-    for (name, of), (make, in_place) in _MAKERS.items():
-        if of != op or (only_ours and (name, of) not in _OURS) or (wanted and name not in wanted):
-            continue
-        try:
-            found.append(Provider(name, op, make(spec), in_place))
-        except Exception as error:  # a peer that does not import or build on this machine is a missing row, not a crash
-            missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    return found + [_from_outside(entry, op) for entry in extra if not only_ours], missing
-
-
-def _from_outside(entry: str, op: str) -> Provider:
-    name, path = named(entry)
-    module, _, function = path.partition(":")
-    if not function:
-        raise SystemExit(f"--provider {entry}: write it as module:function or name=module:function")
-    sys.path.insert(0, os.getcwd())
-    return Provider(name, op, getattr(importlib.import_module(module), function))
+from ..rows import FUSED, PLAIN
+from .table import Call, ours, provider
 
 
 @ours("ours", FUSED)
