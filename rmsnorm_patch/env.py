@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import cache, cuda_backend, dispatch, triton_backend, vllm_plugin
+from . import cache, cuda_backend, dispatch, launch_mode, triton_backend, vllm_plugin
 from ._paths import kernels_dir
 from .errors import RMSNormPatchError
 from .semantics import LLAMA
@@ -84,6 +84,8 @@ class EngineState:
 
 @dataclass(frozen=True)
 class Environment:
+    """launches: how kernels are launched, or what is wrong with RMSNORM_PATCH_PDL."""
+
     python: str
     system: str
     versions: dict[str, str | None]
@@ -92,6 +94,7 @@ class Environment:
     cache: CacheState
     vllm: VllmState
     variables: dict[str, str]
+    launches: str = ""
     engine: EngineState | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -204,5 +207,6 @@ def report(engine_arguments: Sequence[str] = ()) -> Environment:
         cache=_cache(),
         vllm=_vllm(),
         variables={k: v for k, v in sorted(os.environ.items()) if k.startswith("RMSNORM_PATCH_")},
+        launches=launch_mode.describe(),
         engine=engine(engine_arguments) if engine_arguments else None,
     )

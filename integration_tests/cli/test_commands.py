@@ -114,6 +114,25 @@ def test_env_names_every_backend_with_a_reason(command) -> None:
     assert command("env").status == 0
 
 
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (None, "dependent on NVIDIA sm_90 and newer"),
+        ("off", "plain"),
+        ("maybe", "RMSNORM_PATCH_PDL: got 'maybe'; supported: 'auto', 'off' or unset"),
+    ],
+)
+def test_env_says_how_kernels_are_launched(
+    command, monkeypatch: pytest.MonkeyPatch, value: str | None, said: str
+) -> None:
+    if value is None:
+        monkeypatch.delenv("RMSNORM_PATCH_PDL", raising=False)
+    else:
+        monkeypatch.setenv("RMSNORM_PATCH_PDL", value)
+    assert said in command("env", "--json").document["launches"]
+    assert "kernel launches" in command("env").stdout
+
+
 def test_env_asks_a_vllm_that_is_not_here(command, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from rmsnorm_patch import vllm_plugin
 
