@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import driver, jit, launcher, nvrtc, validate
+from . import driver, jit, launch_mode, launcher, nvrtc, validate
 from .dispatch import Config, Op, schedules, sm
 from .errors import KernelBuildError, UnsupportedInput
 from .semantics import NormSpec
@@ -40,24 +40,25 @@ def available(device: torch.device | None = None) -> tuple[bool, str]:
     return True, ""
 
 
-def bind(op: Op, spec: NormSpec) -> Callable[..., Any]:
+def bind(op: Op, spec: NormSpec, enable_pdl: bool | None = None) -> Callable[..., Any]:
     """f(x, weight, eps), or f(x, residual, weight, eps) for the fused ops; results as `ops.bind_*` documents them.
+    enable_pdl: as `launch_mode.dependent` takes it.
 
     x, residual: [..., N], fp16/bf16/fp32 on one CUDA device, any strides; weight: [N] or None. Raises
     UnsupportedInput for what cannot be served and KernelBuildError where a kernel cannot be built or launched.
     """
-    return _bound(op, spec.variant)[1]
+    return _bound(op, spec.variant, launch_mode.dependent(enable_pdl))[1]
 
 
-def table(op: Op, spec: NormSpec) -> object | None:
+def table(op: Op, spec: NormSpec, enable_pdl: bool | None = None) -> object | None:
     """What launcher.c knows of the op, for `rewrite.native`; None where it is not launcher.c that serves."""
-    bound, _ = _bound(op, spec.variant)
+    bound, _ = _bound(op, spec.variant, launch_mode.dependent(enable_pdl))
     return bound.table if bound.functions.kind == "c" else None
 
 
 def started_from_python(op: Op, spec: NormSpec) -> str:
     """Why it is not launcher.c that serves the op; "" if it is."""
-    functions = _bound(op, spec.variant)[0].functions
+    functions = _bound(op, spec.variant, launch_mode.dependent())[0].functions
     return functions.reason if functions.kind == "python" else ""
 
 
@@ -68,18 +69,19 @@ def warmup(
     dtype: torch.dtype,
     weight_dtype: torch.dtype | None,
     device: torch.device | str = "cuda",
+    enable_pdl: bool | None = None,
 ) -> None:
     """Compile and load every kernel that `op` uses for contiguous rows of `n` columns; launches nothing."""
     x = torch.empty(1, n, dtype=dtype, device=device)
     weight = None if weight_dtype is None or not spec.has_weight else torch.empty(n, dtype=weight_dtype, device=device)
-    bound, _ = _bound(op, spec.variant)
+    bound, _ = _bound(op, spec.variant, launch_mode.dependent(enable_pdl))
     validate.check_rms_norm(x, weight, spec, op)
     bound.prepare(x, weight)
 
 
 @cache
-def _bound(op: Op, spec: NormSpec) -> tuple[BoundOp, Callable[..., Any]]:
-    bound = BoundOp(op, spec)
+def _bound(op: Op, spec: NormSpec, dependent: bool) -> tuple[BoundOp, Callable[..., Any]]:
+    bound = BoundOp(op, spec, dependent)
     empty_strided = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)  # Inductor's: skips the dispatcher
     exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     made = None
@@ -156,11 +158,13 @@ def power_of_two(*values: int) -> int:
 
 
 class BoundOp:
-    """One op and numerics variant; holds its kernels by (dtypes, N, device, alignment, addressing)."""
+    """One op and numerics variant, launched dependently or plainly; holds its kernels by (dtypes, N, device, alignment,
+    addressing)."""
 
-    def __init__(self, op: Op, spec: NormSpec) -> None:
+    def __init__(self, op: Op, spec: NormSpec, dependent: bool) -> None:
         self.op = op
         self.spec = spec
+        self.dependent = dependent
         self.fused = op.startswith("fused_add")
         self.in_place = op == "fused_add_rms_norm_"
         self.functions: launcher.Functions
@@ -168,7 +172,7 @@ class BoundOp:
         self._kernels: dict[tuple[Any, ...], list[tuple[int, int]]] = {}
 
     def __repr__(self) -> str:
-        return f"cuda_backend.BoundOp({self.op!r}, {self.spec!r})"
+        return f"cuda_backend.BoundOp({self.op!r}, {self.spec!r}, dependent={self.dependent})"
 
     def __call__(self, x: torch.Tensor, *rest: Any) -> Any:
         residual = rest[0] if self.fused else None
@@ -203,7 +207,7 @@ class BoundOp:
             )
 
     def _through_copies(self, x: torch.Tensor, residual: Any, weight: torch.Tensor | None, eps: float) -> None:
-        normed, total = bind("fused_add_rms_norm", self.spec)(x, residual, weight, eps)
+        normed, total = bind("fused_add_rms_norm", self.spec, self.dependent)(x, residual, weight, eps)
         residual.copy_(total)
         x.copy_(normed)
 
@@ -269,13 +273,7 @@ class BoundOp:
         if two_level:
             arguments += [inner, _outer(rows, inner), 0 if other is None else _outer(other, inner)]
         index = x.get_device()
-        code = self.functions.launch(
-            handle,
-            torch._C._cuda_getCurrentRawStream(index),
-            weight is None or type(weight) is torch.nn.Parameter,
-            eps,
-            *arguments,
-        )
+        code = self.functions.launch(handle, torch._C._cuda_getCurrentRawStream(index), eps, *arguments)
         if code:
             raise self._launch_error(code, x, chain)
 
@@ -357,7 +355,7 @@ class BoundOp:
                 config.rows_per_cta,
                 config.cluster,
                 config.threads,
-                int(build.arch >= 90),
+                int(self.dependent and build.arch >= 90),
                 align,
                 weight_align,
                 following,

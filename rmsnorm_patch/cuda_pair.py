@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from . import launcher, validate
+from . import launch_mode, launcher, validate
 from .cuda_backend import MAX_ALIGN, BoundOp, Rows, bind, configs_for, power_of_two, rows_of
 from .errors import UnsupportedInput
 from .semantics import NormSpec
@@ -17,26 +17,27 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 @cache
-def _bound(spec: NormSpec) -> BoundPair:
-    return BoundPair(spec)
+def _bound(spec: NormSpec, dependent: bool) -> BoundPair:
+    return BoundPair(spec, dependent)
 
 
-def bind_rms_norm_pair(spec: NormSpec) -> Callable[..., Pair]:
+def bind_rms_norm_pair(spec: NormSpec, enable_pdl: bool | None = None) -> Callable[..., Pair]:
     """f(q, k, q_weight, k_weight, eps) -> (norm of q, norm of k), each bit for bit what `rms_norm` gives.
 
     q: [..., N], k: [..., N] of one dtype on one CUDA device, any strides; weights: [N] of one dtype, or both None.
     Operands that do not share N, dtypes or device, and rows longer than 2 KiB, are normed by a launch each.
+    enable_pdl: as `launch_mode.dependent` takes it.
     """
-    return _bound(spec.variant)
+    return _bound(spec.variant, launch_mode.dependent(enable_pdl))
 
 
 class BoundPair(BoundOp):
     """The pair of one numerics variant; kernels are kept as for any op."""
 
-    def __init__(self, spec: NormSpec) -> None:
-        super().__init__("rms_norm_pair", spec)
+    def __init__(self, spec: NormSpec, dependent: bool) -> None:
+        super().__init__("rms_norm_pair", spec, dependent)
         self.functions = launcher.functions()
-        self.single = bind("rms_norm", spec)
+        self.single = bind("rms_norm", spec, dependent)
 
     def _register(self, *_: Any) -> None:
         """The plain call of launcher.c does not know pairs."""
@@ -80,11 +81,9 @@ class BoundPair(BoundOp):
         (first, inner, outer), (second, inner2, outer2) = (
             _levels(rows, count) for rows, count in zip(sets, (m, m2), strict=True)
         )
-        dependent = q_weight is None or type(q_weight) is type(k_weight) is torch.nn.Parameter
         code = self.functions.launch(
             handle,
             torch._C._cuda_getCurrentRawStream(q.get_device()),
-            dependent,
             eps,
             *(sets[0].tensor.data_ptr(), 0, addresses[0], normed[0].data_ptr(), 0, m, first, 0, n, 0),
             *(inner, outer, 0),

@@ -12,7 +12,7 @@ from functools import cache
 
 import torch
 
-from . import launcher
+from . import launch_mode, launcher
 from .cuda_backend import BoundOp, configs_for, power_of_two
 from .dispatch import Config, Op
 from .semantics import NormSpec
@@ -29,10 +29,14 @@ _CLUSTERED_ROWS = 32
 """Up to here four CTAs share a row, beyond two: all rows together fill the device's multiprocessors."""
 
 
+def bound(spec: NormSpec, parts: int, enable_pdl: bool | None = None) -> BoundPartials:
+    """The kernels of one numerics variant and number of parts. enable_pdl: as `launch_mode.dependent` takes it."""
+    return _bound(spec.variant, parts, launch_mode.dependent(enable_pdl))
+
+
 @cache
-def bound(spec: NormSpec, parts: int) -> BoundPartials:
-    """The kernels of one numerics variant and number of parts."""
-    return BoundPartials(spec.variant, parts)
+def _bound(spec: NormSpec, parts: int, dependent: bool) -> BoundPartials:
+    return BoundPartials(spec, parts, dependent)
 
 
 def serves(spec: NormSpec, dtype: torch.dtype, n: int, device: int) -> bool:
@@ -49,13 +53,13 @@ class BoundPartials(BoundOp):
     parts: fp32 [P, M, N]; residual, normed: 16-bit [M, N]; weight: [N] or None. All contiguous. The caller checks.
     """
 
-    def __init__(self, spec: NormSpec, parts: int) -> None:
-        super().__init__(OP, spec)
+    def __init__(self, spec: NormSpec, parts: int, dependent: bool) -> None:
+        super().__init__(OP, spec, dependent)
         self.parts = parts
         self.functions = launcher.functions()
 
     def __repr__(self) -> str:
-        return f"cuda_partials.BoundPartials({self.spec!r}, parts={self.parts})"
+        return f"cuda_partials.BoundPartials({self.spec!r}, parts={self.parts}, dependent={self.dependent})"
 
     def _register(self, *_: object) -> None:
         """The plain call of launcher.c does not know parts."""
@@ -80,7 +84,6 @@ class BoundPartials(BoundOp):
         code = self.functions.launch(
             handle,
             torch._C._cuda_getCurrentRawStream(residual.get_device()),
-            weight is None or type(weight) is torch.nn.Parameter,
             eps,
             *(parts.data_ptr(), residual.data_ptr(), address, normed.data_ptr(), residual.data_ptr()),
             *(m, n, n, n, n),

@@ -194,8 +194,7 @@ static PyObject *fast(Table *table, PyObject *const *a, int *sure) {
             return 0;
         }
     }
-    int dependent = weight_object == NONE || is_type(weight_object, table->parameter_type, table->parameter_type);
-    int error = start(kernel, stream, dependent, &args);
+    int error = start(kernel, stream, &args);
     if (error) { /* the slow path repeats the launch and words the error */
         if (normed)
             Py_DecRef(normed);

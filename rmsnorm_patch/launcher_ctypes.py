@@ -53,16 +53,18 @@ class _Kernel:
         self.config = _Config(attributes=self.attributes)
         self.config.grid[:] = (1, 1, 1)
         self.config.block[:] = (threads, 1, 1)
-        # With a cluster its attribute comes first; the programmatic one is last, so `count` switches it on and off.
-        self.fixed = 0
         if self.cluster > 1:
-            self.attributes[0].id = _CLUSTER
-            self.attributes[0].value[:3] = (self.cluster, 1, 1)
-            self.fixed = 1
-        self.attributes[self.fixed].id = _PROGRAMMATIC
-        self.attributes[self.fixed].value[0] = 1
+            self._attribute(_CLUSTER, self.cluster, 1, 1)
+        if self.dependent:
+            self._attribute(_PROGRAMMATIC, 1)
         self.grid_x = ctypes.cast(ctypes.addressof(self.config), ctypes.POINTER(ctypes.c_uint))
         self.call = (ctypes.byref(self.config), ctypes.c_void_p(self.function), self.params, None)
+
+    def _attribute(self, identity: int, *value: int) -> None:
+        attribute = self.attributes[self.config.count]
+        attribute.id = identity
+        attribute.value[: len(value)] = value
+        self.config.count += 1
 
     def groups(self, m: int, m2: int) -> int:
         return -(-m // self.rows_per_cta) + -(-m2 // self.rows_per_cta)
@@ -125,7 +127,6 @@ class PlainCall:
         code = self.launch(
             kernel.handle,
             torch._C._cuda_getCurrentRawStream(device),
-            weight is None or type(weight) is torch.nn.Parameter,
             plan.default_eps if eps is None else float(eps),
             x.data_ptr(),
             residual.data_ptr() if self.fused else 0,
@@ -154,7 +155,7 @@ def functions() -> tuple[Callable[..., Any], ...]:
         _kernels[-1].handle = len(_kernels)
         return len(_kernels)
 
-    def launch(handle: int, stream: int, dependent: bool, eps: float, *words: int) -> int:
+    def launch(handle: int, stream: int, eps: float, *words: int) -> int:
         kernel = _kernels[handle - 1]
         if len(words) == 6:
             words = (*words, kernel.n, kernel.n, kernel.n, kernel.n)
@@ -173,7 +174,6 @@ def functions() -> tuple[Callable[..., Any], ...]:
             _WORDS.pack_into(kernel.args, 0, *words, eps)
             kernel.config.stream = stream
             kernel.grid_x[0] = groups * kernel.cluster
-            kernel.config.count = kernel.fixed + (1 if dependent and kernel.dependent else 0)
             code = launch_kernel(*kernel.call)
         if pushed:
             pop(ctypes.byref(current))

@@ -16,14 +16,14 @@ typedef struct Kernel {
     void *function, *context;
     i64 n, m_max, rows_per_cta;
     unsigned cluster, threads;
-    int dependent; /* the device knows programmatic dependent launch */
+    int dependent; /* launched with programmatic stream serialization */
     uint64_t mask, weight_mask;
     struct Kernel *next; /* the kernel for more than m_max rows; same reduction tree */
 } Kernel;
 
 #define TOO_MANY_ROWS 1000001
 
-static int start(const Kernel *kernel, void *stream, int dependent, Args *args) {
+static int start(const Kernel *kernel, void *stream, Args *args) {
     i64 groups = (args->m + args->m2 + kernel->rows_per_cta - 1) / kernel->rows_per_cta;
     if (args->m2) /* a CTA of a pair kernel works on one of its two problems only */
         groups = (args->m + kernel->rows_per_cta - 1) / kernel->rows_per_cta +
@@ -40,7 +40,7 @@ static int start(const Kernel *kernel, void *stream, int dependent, Args *args) 
         attribute->value.cluster.x = kernel->cluster;
         attribute->value.cluster.y = attribute->value.cluster.z = 1;
     }
-    if (dependent && kernel->dependent) {
+    if (kernel->dependent) {
         LaunchAttribute *attribute = &attributes[config.attribute_count++];
         attribute->id = ATTRIBUTE_PROGRAMMATIC_SERIALIZATION;
         attribute->value.flag = 1;
@@ -90,26 +90,25 @@ static PyObject *new_kernel(PyObject *self, PyObject *const *a, Py_ssize_t count
     return PyLong_FromUnsignedLongLong((uint64_t)(uintptr_t)kernel);
 }
 
-/* launch(kernel, stream, dependent, eps, x, residual, weight, normed, total, m[, x_row_stride, residual_row_stride,
+/* launch(kernel, stream, eps, x, residual, weight, normed, total, m[, x_row_stride, residual_row_stride,
  *        normed_row_stride, total_row_stride[, inner_rows, x_outer_stride, residual_outer_stride[, x2, weight2, normed2,
  *        m2, x2_row_stride, normed2_row_stride, inner_rows2, x2_outer_stride]]]) -> CUresult */
 static PyObject *launch(PyObject *self, PyObject *const *a, Py_ssize_t count) {
     Args args;
     memset(&args, 0, sizeof args);
-    if (count < 10 || count > 4 + 21) {
-        PyErr_SetString(PyExc_TypeError, "launch takes 10 to 25 arguments");
+    if (count < 9 || count > 3 + 21) {
+        PyErr_SetString(PyExc_TypeError, "launch takes 9 to 24 arguments");
         return 0;
     }
     Kernel *kernel = (Kernel *)PyLong_AsUnsignedLongLong(a[0]);
     void *stream = (void *)PyLong_AsUnsignedLongLong(a[1]);
-    int dependent = PyObject_IsTrue(a[2]);
-    args.eps = (float)PyFloat_AsDouble(a[3]);
+    args.eps = (float)PyFloat_AsDouble(a[2]);
     uint64_t *fields = (uint64_t *)&args;
-    for (Py_ssize_t i = 4; i < count; i++)
-        fields[i - 4] = PyLong_AsUnsignedLongLong(a[i]);
+    for (Py_ssize_t i = 3; i < count; i++)
+        fields[i - 3] = PyLong_AsUnsignedLongLong(a[i]);
     if (PyErr_Occurred())
         return 0;
-    if (count == 10)
+    if (count == 9)
         args.x_row_stride = args.residual_row_stride = args.normed_row_stride = args.total_row_stride = kernel->n;
-    return PyLong_FromLongLong(start(kernel, stream, dependent, &args));
+    return PyLong_FromLongLong(start(kernel, stream, &args));
 }

@@ -32,24 +32,22 @@ SCHEMA = _IN_PLACE.replace("Tensor(a!) x", "Tensor rows, Tensor matrix").replace
 def _linear_fused_add_rms_norm_(  # type: ignore[no-untyped-def]
     rows, matrix, residual, weight, eps, *spec
 ):
-    variant, backend, fused = _bound(weight is not None, *spec)
+    variant, backend, fused, plain = _bound(weight is not None, *spec)
     check(rows, matrix)
     parts = None
     if rows.is_cuda and backend in ("auto", "cuda"):
         parts = split_of(rows, matrix, residual, weight, variant)
-    if parts and weight is not None:
-        # Only with a parameter is a norm launched dependently. Behind a product's own kernel, which lets nothing start
-        # early, that costs 0.1 to 0.3 us; behind the kernel that adds up parts it saves 1 us (H200).
-        weight = weight.detach()
     if not parts or parts == 1:
         x = torch.mm(rows, matrix.t())
-        fused(x, residual, weight, eps)
+        # A product's own kernel lets nothing start early: behind it a dependent launch costs 0.1 to 0.3 us. Behind the
+        # kernel that adds up parts it saves 1 us (H200).
+        (plain if parts else fused)(x, residual, weight, eps)
         return x
     from . import cuda_partials
 
     normed = _for_result(rows, matrix)
     validate.check_in_place(normed, residual, weight, variant, NAME)
-    add_up, eps = cuda_partials.bound(variant, parts), _IMPLIED_EPS if eps is None else eps
+    add_up, eps = cuda_partials.bound(variant, parts, enable_pdl=False), _IMPLIED_EPS if eps is None else eps
     add_up(product_in_parts(rows, matrix, parts), residual, weight, eps, normed)
     if not residual.is_inference():  # autograd counts what an in-place op wrote
         torch.autograd.graph.increment_version(residual)
@@ -61,12 +59,14 @@ _IMPLIED_EPS = NormSpec(eps=None).resolve_eps(torch.float32)
 
 
 @cache
-def _bound(has_weight: bool, *spec: object) -> tuple[NormSpec, Backend, ops.Bound]:
-    """Of the arguments after eps, of which those at the end may be missing."""
+def _bound(has_weight: bool, *spec: object) -> tuple[NormSpec, Backend, ops.Bound, ops.Bound]:
+    """Of the arguments after eps, of which those at the end may be missing: numerics, backend, the fused op, and the
+    same launched plainly."""
     arguments: tuple[Any, ...] = (*spec, *_DEFAULTS[len(spec) :])
-    before, offset, output, sum_of, width, group, backend = arguments
+    before, offset, output, sum_of, width, group, backend, enable_pdl = arguments
     variant = NormSpec(0.0, before, offset, has_weight, output, sum_of, width, group)
-    return variant, backend, ops.bind_fused_add_rms_norm_(variant, backend)
+    bind = ops.bind_fused_add_rms_norm_
+    return variant, backend, bind(variant, backend, enable_pdl), bind(variant, backend, enable_pdl=False)
 
 
 def check(rows: torch.Tensor, matrix: torch.Tensor) -> None:

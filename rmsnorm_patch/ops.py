@@ -7,6 +7,7 @@
 x, residual: [..., N], fp16, bf16 or fp32, any strides; weight: [N] or None. Results are contiguous whatever the
 strides of the inputs (the kernels write rows one after another), so the fake implementations say the same.
 `eps=None` means fp32's epsilon (as `NormSpec.eps`). A NormSpec travels as primitive arguments (`spec_args`).
+`enable_pdl=False` launches plainly, `True` (in `bind_*` also `None`) as RMSNORM_PATCH_PDL says (`launch_mode`).
 
 The ops are registered with `torch.library.Library.impl`: 6.5 us per eager call with two allocations, against 14.4 us
 for `torch.library.custom_op`. A bound callable skips the dispatcher altogether. Neither kernels nor ops have a
@@ -22,7 +23,7 @@ from typing import Any, Literal
 
 import torch
 
-from . import reference, validate
+from . import launch_mode, reference, validate
 from .errors import KernelBuildError, UnsupportedInput
 from .plan import BACKENDS, Backend
 from .semantics import NormSpec
@@ -30,7 +31,8 @@ from .semantics import NormSpec
 NAMESPACE = "rmsnorm_patch"
 _SPEC = (
     "float? eps, str round_before_weight='input', str weight_offset='none', str output='promote', "
-    "str sum='rounded', int? width=None, int? group=None, str backend='auto'"
+    "str sum='rounded', int? width=None, int? group=None, str backend='auto', "
+    "bool enable_pdl=True"
 )
 SCHEMAS = {
     "rms_norm": f"(Tensor x, Tensor? weight, {_SPEC}) -> Tensor",
@@ -41,7 +43,7 @@ CompileForm = Literal["op", "decomposed"]
 COMPILE_VARIABLE = "RMSNORM_PATCH_COMPILE"
 
 _is_compiling = torch.compiler.is_compiling
-_BOUND: dict[tuple[str, NormSpec, str], Bound] = {}
+_BOUND: dict[tuple[str, NormSpec, str, bool], Bound] = {}
 
 
 def compile_form(device_type: str) -> CompileForm:
@@ -57,8 +59,10 @@ def compile_form(device_type: str) -> CompileForm:
     return "op" if (forced or ("op" if device_type == "cuda" else "decomposed")) == "op" else "decomposed"
 
 
-def spec_args(spec: NormSpec, backend: str = "auto") -> tuple[str, str, str, str, int | None, int | None, str]:
-    """The arguments of the ops after `eps` that describe `spec`."""
+def spec_args(
+    spec: NormSpec, backend: str = "auto", enable_pdl: bool = True
+) -> tuple[str, str, str, str, int | None, int | None, str, bool]:
+    """The arguments of the ops after `eps`: those that describe `spec`, then how it is served."""
     return (
         spec.round_before_weight,
         spec.weight_offset,
@@ -67,28 +71,29 @@ def spec_args(spec: NormSpec, backend: str = "auto") -> tuple[str, str, str, str
         spec.width,
         spec.group,
         backend,
+        enable_pdl,
     )
 
 
-def bind_rms_norm(spec: NormSpec, backend: Backend = "auto") -> Bound:
-    """f(x, weight, eps) -> normed."""
-    return _bind("rms_norm", spec, backend)
+def bind_rms_norm(spec: NormSpec, backend: Backend = "auto", enable_pdl: bool | None = None) -> Bound:
+    """f(x, weight, eps) -> normed. UnsupportedInput for a value of RMSNORM_PATCH_PDL that is none."""
+    return _bind("rms_norm", spec, backend, enable_pdl)
 
 
-def bind_fused_add_rms_norm(spec: NormSpec, backend: Backend = "auto") -> Bound:
-    """f(x, residual, weight, eps) -> (normed, sum)."""
-    return _bind("fused_add_rms_norm", spec, backend)
+def bind_fused_add_rms_norm(spec: NormSpec, backend: Backend = "auto", enable_pdl: bool | None = None) -> Bound:
+    """f(x, residual, weight, eps) -> (normed, sum). Errors as `bind_rms_norm`."""
+    return _bind("fused_add_rms_norm", spec, backend, enable_pdl)
 
 
-def bind_fused_add_rms_norm_(spec: NormSpec, backend: Backend = "auto") -> Bound:
-    """f(x, residual, weight, eps) -> None; residual <- sum, x <- normed."""
-    return _bind("fused_add_rms_norm_", spec, backend)
+def bind_fused_add_rms_norm_(spec: NormSpec, backend: Backend = "auto", enable_pdl: bool | None = None) -> Bound:
+    """f(x, residual, weight, eps) -> None; residual <- sum, x <- normed. Errors as `bind_rms_norm`."""
+    return _bind("fused_add_rms_norm_", spec, backend, enable_pdl)
 
 
-def _bind(op: str, spec: NormSpec, backend: str) -> Bound:
+def _bind(op: str, spec: NormSpec, backend: str, enable_pdl: bool | None) -> Bound:
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}; allowed: {', '.join(map(repr, BACKENDS))}")
-    key = (op, spec.variant, backend)
+    key = (op, spec.variant, backend, launch_mode.dependent(enable_pdl))
     bound = _BOUND.get(key)
     if bound is None:
         bound = _BOUND.setdefault(key, Bound(*key))
@@ -101,13 +106,15 @@ class Bound:
     An instance, not a function: held as a class attribute it does not turn into a method.
     """
 
-    __slots__ = ("_args", "_device_call", "_reference", "_routes", "backend", "op", "spec", "table")
+    __slots__ = ("_args", "_device_call", "_reference", "_routes", "backend", "dependent", "op", "spec", "table")
 
-    def __init__(self, op: str, spec: NormSpec, backend: str) -> None:
+    def __init__(self, op: str, spec: NormSpec, backend: str, dependent: bool) -> None:
         self.op = op
         self.spec = spec
         self.backend = backend
-        self._args = spec_args(spec, backend)
+        self.dependent = dependent
+        """Whether its kernels are launched dependently, on devices that know such launches."""
+        self._args = spec_args(spec, backend, dependent)
         self._reference = _reference_function(op, spec)
         self._routes: dict[tuple[Any, ...], tuple[str, Callable[..., Any]]] = {}
         self._device_call: Callable[..., Any] | None = None
@@ -164,7 +171,7 @@ class Bound:
         if name == "triton":
             from . import triton_backend
 
-            return name, triton_backend.bind(self.op, self.spec)
+            return name, triton_backend.bind(self.op, self.spec, self.dependent)
         if name == "cuda":
             if not x.is_cuda:
                 raise UnsupportedInput(
@@ -172,14 +179,15 @@ class Bound:
                 )
             from . import cuda_backend
 
-            call = cuda_backend.bind(self.op, self.spec)  # type: ignore[arg-type]
+            call = cuda_backend.bind(self.op, self.spec, self.dependent)  # type: ignore[arg-type]
             self._device_call = self._device_call or call
-            self.table = cuda_backend.table(self.op, self.spec)  # type: ignore[arg-type]
+            self.table = cuda_backend.table(self.op, self.spec, self.dependent)  # type: ignore[arg-type]
             return name, self._device_call
         return name, self._reference
 
     def __repr__(self) -> str:
-        return f"Bound({self.op!r}, {self.spec!r}, backend={self.backend!r})"
+        plain = "" if self.dependent else ", enable_pdl=False"
+        return f"Bound({self.op!r}, {self.spec!r}, backend={self.backend!r}{plain})"
 
 
 def _needs_grad(args: tuple[Any, ...]) -> bool:
@@ -240,12 +248,13 @@ def _bound_of(
     width: int | None,
     group: int | None,
     backend: str,
+    enable_pdl: bool,
 ) -> Bound:
     spec = NormSpec(0.0, round_before_weight, weight_offset, has_weight, output, sum, width, group)  # type: ignore[arg-type]
-    return _bind(op, spec, backend)
+    return _bind(op, spec, backend, enable_pdl)
 
 
-_DEFAULTS = ("input", "none", "promote", "rounded", None, None, "auto")
+_DEFAULTS = ("input", "none", "promote", "rounded", None, None, "auto", True)
 
 
 def _bound_for(op: str, weight: torch.Tensor | None, spec: tuple[Any, ...]) -> Bound:
@@ -264,7 +273,7 @@ def _fused_add_rms_norm_(x, residual, weight, eps, *spec, **named):  # type: ign
     _bound_for("fused_add_rms_norm_", weight, _positional(spec, named))(x, residual, weight, eps)
 
 
-_NAMES = ("round_before_weight", "weight_offset", "output", "sum", "width", "group", "backend")
+_NAMES = ("round_before_weight", "weight_offset", "output", "sum", "width", "group", "backend", "enable_pdl")
 
 
 def _positional(spec: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:

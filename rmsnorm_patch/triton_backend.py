@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import triton_loader, validate
+from . import launch_mode, triton_loader, validate
 from .errors import UnsupportedInput
 from .semantics import NormSpec
 
@@ -41,19 +41,20 @@ def available(device: torch.device | str) -> tuple[bool, str]:
     return True, ""
 
 
-def bind(op: str, spec: NormSpec) -> Callable[..., Any]:
-    """The callable for `op` ("rms_norm", "fused_add_rms_norm", "fused_add_rms_norm_") with the numerics of `spec`."""
-    return _bind(op, spec.variant)
+def bind(op: str, spec: NormSpec, enable_pdl: bool | None = None) -> Callable[..., Any]:
+    """The callable for `op` ("rms_norm", "fused_add_rms_norm", "fused_add_rms_norm_") with the numerics of `spec`.
+    enable_pdl: as `launch_mode.dependent` takes it."""
+    return _bind(op, spec.variant, launch_mode.dependent(enable_pdl))
 
 
 @cache
-def _bind(op: str, spec: NormSpec) -> Callable[..., Any]:
-    classes: dict[str, Callable[[str, NormSpec], Callable[..., Any]]] = {
+def _bind(op: str, spec: NormSpec, dependent: bool) -> Callable[..., Any]:
+    classes: dict[str, Callable[[str, NormSpec, bool], Callable[..., Any]]] = {
         "rms_norm": RMSNorm,
         "fused_add_rms_norm": FusedAddRMSNorm,
         "fused_add_rms_norm_": FusedAddRMSNormInPlace,
     }
-    return classes[op](op, spec)
+    return classes[op](op, spec, dependent)
 
 
 def warmup(
@@ -63,12 +64,13 @@ def warmup(
     dtype: torch.dtype,
     weight_dtype: torch.dtype | None,
     device: torch.device | str = "cuda",
+    enable_pdl: bool | None = None,
 ) -> None:
     """Compile what `op` needs for rows of `n` columns: one call on zeros; afterwards a CUDA graph can capture it."""
     x = torch.zeros(2, n, dtype=dtype, device=device)
     weight = None if weight_dtype is None else torch.zeros(n, dtype=weight_dtype, device=device)
     operands = (x,) if op == "rms_norm" else (x, torch.zeros_like(x))
-    bind(op, spec)(*operands, weight, 1e-6)
+    bind(op, spec, enable_pdl)(*operands, weight, 1e-6)
 
 
 class Rows(NamedTuple):
@@ -84,7 +86,7 @@ class Target(NamedTuple):
     """What the kernels must know of a device.
 
     packed: 16-bit rows stay 16-bit in registers (by PTX, so NVIDIA alone). dependent: a launch may start before the
-    kernel in front of it has ended (sm_90 and newer).
+    kernel in front of it has ended (sm_90 and newer, unless plain launches were asked for).
     """
 
     warp_size: int = 32
@@ -92,17 +94,17 @@ class Target(NamedTuple):
     dependent: bool = False
 
     @classmethod
-    def of(cls, device: torch.device) -> Target:
+    def of(cls, device: torch.device, dependent: bool = True) -> Target:
         if device.type != "cuda":
             return cls()
         properties = torch.cuda.get_device_properties(device)
         if torch.version.hip is not None:
             return cls(properties.warp_size)
-        return cls.nvidia(properties.major)
+        return cls.nvidia(properties.major, dependent)
 
     @classmethod
-    def nvidia(cls, major: int) -> Target:
-        return cls(32, packed=True, dependent=major >= 9)
+    def nvidia(cls, major: int, dependent: bool = True) -> Target:
+        return cls(32, packed=True, dependent=dependent and major >= 9)
 
 
 class Layout:
@@ -151,6 +153,7 @@ class Layout:
             "PACKED": target.packed and halves,
             "DEPENDENT": target.dependent,
             "PREFETCH": self.schedule.prefetch,
+            "PREFETCH_WEIGHT": self.schedule.prefetch_weight,
         }
         if not plain:
             self.constants.update(BATCH=self.schedule.batch, LAUNCH_LATE=self.schedule.launch_late)
@@ -163,14 +166,15 @@ class Layout:
 class _Op:
     """One op of one spec; subclasses are called like `ops.bind_*`."""
 
-    def __init__(self, op: str, spec: NormSpec) -> None:
+    def __init__(self, op: str, spec: NormSpec, dependent: bool) -> None:
         self.op = op
         self.spec = spec
+        self.dependent = dependent
         self._layouts: dict[tuple[Any, ...], Layout] = {}
 
     def _layout(self, x: torch.Tensor, weight: torch.Tensor | None) -> Layout:
         weight_dtype = None if weight is None else weight.dtype
-        layout = Layout(self.op, self.spec, x.dtype, x.shape[-1], weight_dtype, Target.of(x.device))
+        layout = Layout(self.op, self.spec, x.dtype, x.shape[-1], weight_dtype, Target.of(x.device, self.dependent))
         return self._layouts.setdefault((x.dtype, x.shape[-1:], weight_dtype), layout)
 
     def _launch(
@@ -231,8 +235,8 @@ class RMSNorm(_Op):
             (x,), (rows,) = place_rows(layout, x)
             places, nested = (rows.inner, rows.stride // layout.vec, rows.inner_stride // layout.vec), rows.inner > 1
         tensors = (x, x if weight is None else _aligned(weight, layout), y)
-        constants = {"NESTED": nested, "EARLY_WEIGHT": isinstance(tensors[1], torch.nn.Parameter)}
-        self._launch("rms_norm", layout, tensors, eps, (x.numel() // layout.columns, *places), constants)
+        numbers = (x.numel() // layout.columns, *places)
+        self._launch("rms_norm", layout, tensors, eps, numbers, {"NESTED": nested})
         return y
 
 
@@ -270,7 +274,6 @@ class FusedAddRMSNorm(_Op):
         tensors = (x, residual, x if weight is None else _aligned(weight, layout), *(outputs or (x, residual)))
         constants = {
             "NESTED": nested,
-            "EARLY_WEIGHT": isinstance(tensors[2], torch.nn.Parameter),
             "ROUND_SUM": self.spec.sum == "rounded",
             "IN_PLACE": outputs is None,
         }
@@ -293,7 +296,7 @@ class FusedAddRMSNormInPlace(FusedAddRMSNorm):
             layout = self._layout(x, weight)
         if layout.schedule.streamed and self.spec.sum == "fp32":
             # The kernel would overwrite the residual before other threads have read it a second time.
-            normed, total = bind("fused_add_rms_norm", self.spec)(x, residual, weight, eps)
+            normed, total = bind("fused_add_rms_norm", self.spec, self.dependent)(x, residual, weight, eps)
         else:
             normed, total = self._run(layout, x, residual, weight, None, eps)
         if normed is not x:

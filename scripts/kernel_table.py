@@ -213,8 +213,9 @@ def page() -> str:
         "Made by `python scripts/kernel_table.py` from `kernels/` with "
         f"NVRTC {'.'.join(map(str, nvrtc.version()))}; no GPU is needed. Sources: `{digest()}`.",
         "",
-        "Fused residual-add + RMSNorm, weight in x's dtype, rounding as in Llama. *Loads above the wait*: weight "
-        "loads that the machine code issues before it waits for the previous kernel (griddepcontrol, sm_90 and later). "
+        "Fused residual-add + RMSNorm, weight in x's dtype, rounding as in Llama. *Loads above the wait*: loads "
+        "that the machine code issues before it waits for the previous kernel (griddepcontrol, sm_90 and later); there "
+        "must be none, prefetches to L2 are not counted. "
         "*In flight*: bytes of x and residual that one multiprocessor has asked for at a time. *Fraction of "
         f"bandwidth*: predicted from them by Little's law, {LATENCY * 1e6:.1f} us of latency, of the datasheet's "
         f"bandwidth; {REACHABLE} is the most that a plain copy reaches. Few rows do not fill the chip: there the "

@@ -265,6 +265,16 @@ def jit_table(record: Row) -> str:
     )
 
 
+FAILED_ONCE = """Of five full runs of the GPU tests of the code before, one had one failure:
+`test_batch_invariant_and_repeatable[dtype0-8192]`, 8 processes, an empty kernel cache. It did not come back, and what
+differed was not printed. The test casts its weight right in front of a norm, and a weight was read before the
+dependency wait then: behind a kernel without a trigger of its own a stale one was seen since (128 of 48 992 calls on an
+H100), behind a cast none (0 of 38 144). So this is the likely cause, and not a proved one. The weight is read behind
+the wait now ([decisions](decisions.md#the-weight-is-read-behind-the-dependency-wait)).
+"""
+"""What no record of a passing run would say."""
+
+
 def tests_of_all(records: Records) -> str:
     """A run that stands in two records, in one of them with its sanitizers, is shown once."""
     run = lambda record: (record["digest"], str(record["tests"]))  # noqa: E731
@@ -274,7 +284,8 @@ def tests_of_all(records: Records) -> str:
         for name, record in records.items()
         if record.get("sanitizer") or run(record) not in sanitized
     }
-    return "\n".join(f"{_source(name, record)}. {tests_text(record)}" for name, record in shown.items())
+    runs = "\n".join(f"{_source(name, record)}. {tests_text(record)}" for name, record in shown.items())
+    return f"{runs}\n{FAILED_ONCE}"
 
 
 def _counted(tests: Row | None) -> str:
@@ -341,6 +352,12 @@ def draw(record: Row, folder: Path) -> list[str]:
     return made
 
 
+def name_of(path: Path) -> str:
+    """Where a record lies in `records/`; of one elsewhere its name."""
+    folder, path = ROOT / "records", path.resolve()
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
+
+
 def _source(name: str, record: Row) -> str:
     return f"`records/{name}`, code digest `{record['digest'][:16]}`"
 
@@ -375,7 +392,7 @@ def main() -> None:
     parser.add_argument("records", type=Path, nargs="+", metavar="RECORD")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of results.md and the plots")
     args = parser.parse_args()
-    records = {path.name: json.loads(path.read_text()) for path in args.records}
+    records = {name_of(path): json.loads(path.read_text()) for path in args.records}
     gpus = {record["device"]["name"] for record in records.values()}
     if len(gpus) > 1:
         parser.error(f"records of {', '.join(sorted(gpus))}: a page is about one GPU; give its records alone")

@@ -38,7 +38,7 @@ def test_variables_that_mean_nothing_are_marked(command, monkeypatch: pytest.Mon
     wrong = {
         "RMSNORM_PATCH_BACKEND": "fast", "RMSNORM_PATCH_COMPILE": "maybe", "RMSNORM_PATCH_LAUNCHER": "rust",
         "RMSNORM_PATCH_LOCK_TIMEOUT": "soon", "RMSNORM_PATCH_VLLM": "yes", "RMSNORM_PATCH_VLLM_LINEAR": "1",
-        "RMSNORM_PATCH_CACHE_DIR": "",
+        "RMSNORM_PATCH_CACHE_DIR": "", "RMSNORM_PATCH_PDL": "maybe",
     }  # fmt: skip
     unknown = {"RMSNORM_PATCH_BACKENDS": "cuda", "RMSNORM_PATCH_QUITE_ANOTHER_THING": "1"}
     for name, value in {**wrong, **unknown, "RMSNORM_PATCH_VLLM_TRACE": "somewhere"}.items():
@@ -58,3 +58,22 @@ def test_every_variable_that_the_package_reads_is_known() -> None:
     sources = [path.read_text() for path in package.rglob("*.py")]
     read = {name for text in sources for name in re.findall(r'"(RMSNORM_PATCH_[A-Z_]*[A-Z])"', text)}
     assert read == set(environment.VARIABLES)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (None, "dependent on NVIDIA sm_90 and newer"),
+        ("off", "plain"),
+        ("maybe", "RMSNORM_PATCH_PDL: got 'maybe'; supported: 'auto', 'off' or unset"),
+    ],
+)
+def test_env_says_how_kernels_are_launched(
+    command, monkeypatch: pytest.MonkeyPatch, value: str | None, said: str
+) -> None:
+    if value is None:
+        monkeypatch.delenv("RMSNORM_PATCH_PDL", raising=False)
+    else:
+        monkeypatch.setenv("RMSNORM_PATCH_PDL", value)
+    assert said in command("env", "--json").document["launches"]
+    assert "kernel launches" in command("env").stdout

@@ -105,7 +105,7 @@ def test_kernels_of_one_call(kind: str, monkeypatch: pytest.MonkeyPatch) -> None
     """One kernel fewer than the two calls launch, whichever launcher starts it."""
     monkeypatch.setenv(launcher.VARIABLE, kind)
     launcher.functions.cache_clear()
-    cuda_partials.bound.cache_clear()
+    cuda_partials._bound.cache_clear()
     try:
         assert launcher.functions().kind == kind
         tensors = operands(8, 4096, 14336)
@@ -118,7 +118,7 @@ def test_kernels_of_one_call(kind: str, monkeypatch: pytest.MonkeyPatch) -> None
         assert counts[1] == counts[0] - 1
     finally:
         launcher.functions.cache_clear()
-        cuda_partials.bound.cache_clear()
+        cuda_partials._bound.cache_clear()
 
 
 @measured
@@ -137,14 +137,17 @@ def test_how_the_norm_of_a_whole_product_is_launched(
     parts: int | None, dependent: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Dependently unless the product's own kernel stands in front of it."""
-    variant, backend, fused = linear_ops._bound(True, *ops.spec_args(FP32_SUM))
+    variant, backend, *norms = linear_ops._bound(True, *ops.spec_args(FP32_SUM))
     launched: list[bool] = []
 
-    def norm(x, residual, weight, eps):
-        launched.append(type(weight) is nn.Parameter)
-        fused(x, residual, weight, eps)
+    def noting(norm):
+        def call(*operands):
+            launched.append(norm.dependent)
+            norm(*operands)
 
-    monkeypatch.setattr(linear_ops, "_bound", lambda *_: (variant, backend, norm))
+        return call
+
+    monkeypatch.setattr(linear_ops, "_bound", lambda *_: (variant, backend, *map(noting, norms)))
     monkeypatch.setattr(linear_ops, "split_of", lambda *_: parts)
     tensors = operands(8, 2048, 2048)
     assert same(one_call(*tensors, FP32_SUM), two_calls(*tensors, FP32_SUM))

@@ -201,9 +201,25 @@ def test_batch_invariant_and_repeatable(n, dtype):
     together, both = norm(x, weight, EPS), fused(x, x, weight, EPS)[0]
     for first, rows in ((0, 1), (17, 2), (100, 130), (300, 600), (1000, 1100)):
         part = x[first : first + rows]
-        assert torch.equal(norm(part, weight, EPS), together[first : first + rows])
-        assert torch.equal(fused(part, part, weight, EPS)[0], both[first : first + rows])
-    assert all(torch.equal(norm(x, weight, EPS), together) for _ in range(20))
+        of = f"{rows} rows from {first}"
+        same_rows(norm(part, weight, EPS), together[first : first + rows], f"norm of {of}")
+        same_rows(fused(part, part, weight, EPS)[0], both[first : first + rows], f"fused norm of {of}")
+    for repeat in range(20):
+        same_rows(norm(x, weight, EPS), together, f"norm of all rows, repeat {repeat}")
+
+
+def same_rows(actual, expected, what):
+    """Equal to the bit, or a failure that says where not: which rows and columns, and how the first one looks."""
+    if torch.equal(actual, expected):
+        return
+    wrong = actual != expected  # NaN is unequal to itself, and must not be here
+    rows, columns = wrong.any(-1).nonzero().flatten().tolist(), wrong.any(0).nonzero().flatten().tolist()
+    at = rows[0], columns[0]
+    pytest.fail(
+        f"{what}: {len(rows)} of {len(wrong)} rows differ, in {len(columns)} columns; rows {rows[:40]}, "
+        f"columns {columns[0]} to {columns[-1]}; at {at} {actual[at].item()} and {expected[at].item()}; "
+        f"NaN {int(actual.isnan().sum())} and {int(expected.isnan().sum())}"
+    )
 
 
 @pytest.mark.parametrize("spec", [LLAMA, GEMMA, replace(LLAMA, has_weight=False)])
@@ -395,7 +411,7 @@ def test_eight_threads_on_streams_of_their_own(launcher_kind):
 
 
 def test_launch_errors_name_the_call(monkeypatch):
-    bound = cuda_backend.BoundOp("rms_norm", LLAMA)
+    bound = cuda_backend.BoundOp("rms_norm", LLAMA, True)
     bound.functions = replace(launcher.functions(), launch=lambda *args: 1)
     monkeypatch.setattr(bound, "_register", lambda *args: None)
     with pytest.raises(KernelBuildError, match=r"launch on cuda:0.*CUDA_ERROR_INVALID_VALUE"):

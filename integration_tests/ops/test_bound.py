@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
-from rmsnorm_patch import ops, reference
+from rmsnorm_patch import launch_mode, ops, reference
 from rmsnorm_patch.errors import KernelBuildError, UnsupportedInput
 from rmsnorm_patch.semantics import GEMMA, LLAMA
 
@@ -53,6 +53,42 @@ def test_binding_from_many_threads_gives_one_callable() -> None:
     assert len(set(map(id, found))) == 1
 
 
+def test_plain_launches_are_another_callable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(launch_mode.VARIABLE, raising=False)
+    usual, plain = ops.bind_rms_norm(LLAMA), ops.bind_rms_norm(LLAMA, enable_pdl=False)
+    assert (usual.dependent, plain.dependent) == (True, False)
+    assert ops.bind_rms_norm(LLAMA, enable_pdl=True) is usual
+    assert usual._args == ops.spec_args(LLAMA)
+    assert plain._args == ops.spec_args(LLAMA, enable_pdl=False)
+    monkeypatch.setenv(launch_mode.VARIABLE, "off")
+    for asked in (None, True, False):
+        assert ops.bind_rms_norm(LLAMA, enable_pdl=asked) is plain
+    monkeypatch.setenv(launch_mode.VARIABLE, " Auto ")
+    assert ops.bind_rms_norm(LLAMA) is usual
+
+
+@pytest.mark.parametrize("bind", [ops.bind_rms_norm, ops.bind_fused_add_rms_norm, ops.bind_fused_add_rms_norm_])
+def test_a_wrong_launch_mode_is_named_where_an_op_is_bound(bind, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(launch_mode.VARIABLE, "on")
+    with pytest.raises(UnsupportedInput, match="RMSNORM_PATCH_PDL: got 'on'; supported: 'auto', 'off' or unset"):
+        bind(LLAMA)
+
+
+def test_a_graph_keeps_plain_launches() -> None:
+    norm = ops.bind_rms_norm(LLAMA, enable_pdl=False)
+    weight, given = torch.ones(64), []
+
+    def backend(graph, _):
+        given.extend(node.args for node in graph.graph.nodes if "rms_norm" in str(node.target))
+        return graph.forward
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(ops.COMPILE_VARIABLE, "op")
+        torch._dynamo.reset()
+        torch.compile(lambda x: norm(x, weight, 1e-6), backend=backend, fullgraph=True)(torch.randn(2, 64))
+    assert [args[-1] for args in given] == [False]
+
+
 def test_unknown_backend_names_the_known_ones() -> None:
     with pytest.raises(ValueError, match="got 'rocm'; allowed: 'auto', 'reference', 'triton', 'cuda'"):
         ops.bind_rms_norm(LLAMA, "rocm")  # type: ignore[arg-type]
@@ -89,7 +125,7 @@ class OnDevice:
 
 def test_what_the_cuda_backend_cannot_build_goes_to_the_next_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """The usual call looks nothing up; a refusal is answered by a route of its own for that length only."""
-    bound = ops.Bound("rms_norm", LLAMA, "auto")
+    bound = ops.Bound("rms_norm", LLAMA, "auto", True)
 
     def cuda(x: Any, weight: Any, eps: Any) -> str:
         if x.shape[-1] > 100:

@@ -17,9 +17,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rmsnorm_patch import cache, cuda_backend, driver, launcher, launcher_ctypes
+from rmsnorm_patch import cache, cuda_backend, cuda_partials, dispatch, driver, launcher, launcher_ctypes
 from rmsnorm_patch.cli import environment
 from rmsnorm_patch.errors import KernelBuildError, UnsupportedInput
+from rmsnorm_patch.semantics import LLAMA
 
 N = 64
 BF16 = torch.bfloat16
@@ -150,7 +151,7 @@ def test_launcher_is_compiled_once_and_kept(recorded, compiled):
 
 
 def test_launch_words(functions, recorded):
-    code = functions.launch(kernel(functions), STREAM, True, 1e-6, 1, 2, 3, 4, 5, 9)
+    code = functions.launch(kernel(functions), STREAM, 1e-6, 1, 2, 3, 4, 5, 9)
     last = recorded.last
     assert code == 0
     assert [last[name] for name in WORDS] == [1, 2, 3, 4, 5, 9, N, N, N, N] + [0] * 11
@@ -160,7 +161,7 @@ def test_launch_words(functions, recorded):
 
 
 def test_launch_passes_every_word(functions, recorded):
-    functions.launch(kernel(functions), STREAM, True, 0.5, *range(1, 22))
+    functions.launch(kernel(functions), STREAM, 0.5, *range(1, 22))
     last = recorded.last
     assert [last[name] for name in WORDS] == list(range(1, 22))
     assert last["grid"] == -(-6 // 4) + -(-17 // 4)
@@ -168,34 +169,34 @@ def test_launch_passes_every_word(functions, recorded):
 
 def test_launch_attributes(functions, recorded):
     handle = kernel(functions, cluster=8)
-    functions.launch(handle, STREAM, True, 0.5, 1, 2, 3, 4, 5, 8)
+    functions.launch(handle, STREAM, 0.5, 1, 2, 3, 4, 5, 8)
     last = recorded.last
     assert (last["grid"], last["shared_bytes"]) == (16, 0)
     assert [last[name] for name in ("count", "id0", "value0", "id1", "value1")] == [2, CLUSTER, 8, PROGRAMMATIC, 1]
-    functions.launch(handle, STREAM, False, 0.5, 1, 2, 3, 4, 5, 8)
+    functions.launch(kernel(functions, cluster=8, dependent=0), STREAM, 0.5, 1, 2, 3, 4, 5, 8)
     assert (recorded.last["count"], recorded.last["id0"]) == (1, CLUSTER)
-    functions.launch(kernel(functions, dependent=0), STREAM, True, 0.5, 1, 2, 3, 4, 5, 8)
+    functions.launch(kernel(functions, dependent=0), STREAM, 0.5, 1, 2, 3, 4, 5, 8)
     assert recorded.last["count"] == 0
 
 
 def test_no_rows_no_launch_and_too_many_rows_are_said(functions, recorded):
     before = recorded.last["launches"]
     handle = kernel(functions, rows_per_cta=1)
-    assert functions.launch(handle, STREAM, True, 0.5, 1, 2, 3, 4, 5, 0) == 0
-    assert functions.launch(handle, STREAM, True, 0.5, 1, 2, 3, 4, 5, 2**31) == launcher.TOO_MANY_ROWS
+    assert functions.launch(handle, STREAM, 0.5, 1, 2, 3, 4, 5, 0) == 0
+    assert functions.launch(handle, STREAM, 0.5, 1, 2, 3, 4, 5, 2**31) == launcher.TOO_MANY_ROWS
     assert recorded.last["launches"] == before
 
 
 def test_another_context_is_pushed(functions, recorded):
     before = recorded.last["pushes"]
     recorded.library.set_context(99)
-    functions.launch(kernel(functions), STREAM, True, 0.5, 1, 2, 3, 4, 5, 8)
+    functions.launch(kernel(functions), STREAM, 0.5, 1, 2, 3, 4, 5, 8)
     assert recorded.last["pushes"] == before + 1
 
 
 def test_driver_error_is_returned(functions, recorded):
     recorded.library.set_result(719)
-    assert functions.launch(kernel(functions), STREAM, True, 0.5, 1, 2, 3, 4, 5, 8) == 719
+    assert functions.launch(kernel(functions), STREAM, 0.5, 1, 2, 3, 4, 5, 8) == 719
 
 
 @pytest.mark.parametrize("shape", [(8,), (2, 3), (1,), (), (2, 1, 3)])
@@ -230,12 +231,12 @@ def test_weightless(functions, recorded):
     assert recorded.last["count"] == 1
 
 
-def test_weight_that_is_no_parameter_waits_for_its_producer(functions, recorded):
-    op = Op(functions, "rms_norm")
-    op.call(rows(4), weight(), 1e-6)
-    assert recorded.last["count"] == 1
-    op.call(rows(4), weight().data, 1e-6)
-    assert recorded.last["count"] == 0
+@pytest.mark.parametrize("dependent", [1, 0])
+def test_how_an_op_is_launched_is_its_kernels_alone(functions, recorded, dependent):
+    op = Op(functions, "rms_norm", kernel=kernel(functions, dependent=dependent))
+    for either in (weight(), weight().data):
+        op.call(rows(4), either, 1e-6)
+        assert recorded.last["count"] == dependent
 
 
 def test_row_count_chooses_among_schedules(functions, recorded):
@@ -493,6 +494,23 @@ def test_launcher_variable(recorded, monkeypatch):
     with pytest.raises(UnsupportedInput, match="auto, c, python") as caught:
         launcher.functions()
     assert (caught.value.site, caught.value.got) == (launcher.VARIABLE, "'rust'")
+
+
+@pytest.mark.parametrize("dependent", [True, False])
+@pytest.mark.parametrize("arch", [89, 90])
+def test_the_switch_reaches_the_kernels_of_every_op(functions, recorded, monkeypatch, arch, dependent):
+    monkeypatch.setattr(cuda_backend, "_function", lambda *_: FUNCTION)
+    monkeypatch.setattr(cuda_backend, "_capability", lambda *_: arch)
+    monkeypatch.setattr(driver, "primary_context", lambda *_: CONTEXT)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (arch // 10, arch % 10))
+    single = cuda_backend.BoundOp("fused_add_rms_norm_", LLAMA, dependent)
+    configs, x = dispatch.schedules("fused_add_rms_norm_", BF16, 4096, arch), torch.empty(2, 4096, dtype=BF16)
+    for op in (single, cuda_partials.BoundPartials(LLAMA, 2, dependent)):
+        op.functions = functions
+        for _, handle in op._build(configs, x, BF16, 16, 16, False):
+            functions.launch(handle, STREAM, 1e-6, 1, 2, 3, 4, 5, 8)
+            last = recorded.last
+            assert (PROGRAMMATIC in [last[f"id{i}"] for i in range(last["count"])]) == (dependent and arch >= 90)
 
 
 def test_env_says_who_starts_kernels(recorded, monkeypatch):

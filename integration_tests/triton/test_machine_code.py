@@ -40,13 +40,13 @@ def build(
     weight_dtype: torch.dtype | None = torch.bfloat16,
     nested: bool = False,
     in_place: bool = False,
-    early_weight: bool = True,
+    dependent: bool = True,
 ) -> Any:
     """The kernel as `triton_backend` would launch it, compiled for `target`."""
-    known = Target(target.warp_size) if target.backend == "hip" else Target.nvidia(target.arch // 10)
+    known = Target(target.warp_size) if target.backend == "hip" else Target.nvidia(target.arch // 10, dependent)
     layout = Layout(op, spec, dtype, n, weight_dtype, known)
     kernel = getattr(triton_loader.load(op, interpreted=False), op)
-    constants = {**layout.constants, "NESTED": nested, "EARLY_WEIGHT": early_weight}
+    constants = {**layout.constants, "NESTED": nested}
     if op != "rms_norm":
         constants.update(ROUND_SUM=spec.sum == "rounded", IN_PLACE=in_place)
     pointers = {"weight_ptr": weight_dtype or dtype, "y_ptr": layout.out_dtype}
@@ -92,25 +92,40 @@ def test_nvidia_code_has_no_spills_and_moves_sixteen_bytes(op: str, capability: 
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_only_parameters_and_prefetches_stand_above_the_dependency_wait(op: str, tmp_path: Path) -> None:
-    for n, prefetched in ((128, False), (1024, False), (5125, False), (16384, True), (20489, True), (131072, False)):
-        for early_weight in (True, False):
-            compiled = build(cuda(90), op, n, early_weight=early_weight)
+def test_only_prefetches_stand_above_the_dependency_wait(op: str, tmp_path: Path) -> None:
+    """Nothing is read there, not even the weight: the kernel in front may have written it."""
+    plain = op == "rms_norm"
+    asked_for = {  # by length: rows, weight
+        128: (False, plain),
+        1024: (False, True),
+        4096: (False, plain),
+        5125: (False, plain),
+        16384: (True, plain),
+        20489: (True, plain),
+        131072: (False, plain),
+    }
+    for n, (rows, weight) in asked_for.items():
+        for capability in (90, 120) if n == 4096 else (90,):
+            compiled = build(cuda(capability), op, n)
             assert compiled.metadata.launch_pdl
+            above, below = compiled.asm["ptx"].split("griddepcontrol.wait;")
+            assert not re.search(r"\b(ld\.(?!param)|st\.)", above), (n, capability)
+            assert above.count("cp.async.bulk.prefetch.L2") == rows * (1 if plain else 2) + weight, n
+            assert "cp.async.bulk.prefetch" not in below
+            assert "griddepcontrol.launch_dependents" in below
             above, below = cuobjdump(compiled, tmp_path, "-sass").split("ACQBULK")
-            weights_above = len(re.findall(r"\bLDG\b", above))
-            assert (weights_above > 0) == early_weight, (n, early_weight)
-            assert ("UBLKPF" in above) == prefetched, n
-            assert not re.search(r"\bST[GS]\b", above), n
-            assert "UBLKPF" not in below
-            assert "PREEXIT" in below
-            # What stands above is the weight and no more: without it exactly as many loads move below.
-            total = len(re.findall(r"\bLDG\b", above + below))
-            late = cuobjdump(build(cuda(90), op, n, early_weight=False), tmp_path, "-sass")
-            assert total == len(re.findall(r"\bLDG\b", late)), n
+            assert not re.search(r"\b(LD|ST)[GSL]\b", above), (n, capability)
+            assert "LDG" in below
     old = cuobjdump(build(cuda(80), op, 16384), tmp_path, "-sass")
     assert not re.search("ACQBULK|PREEXIT|UBLKPF", old)
     assert not build(cuda(80), op, 16384).metadata.launch_pdl
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_plain_launch_knows_no_dependency(op: str, tmp_path: Path) -> None:
+    compiled = build(cuda(90), op, 4096, dependent=False)
+    assert not compiled.metadata.launch_pdl
+    assert not re.search("ACQBULK|PREEXIT|UBLKPF", cuobjdump(compiled, tmp_path, "-sass"))
 
 
 @pytest.mark.parametrize("op", OPS)

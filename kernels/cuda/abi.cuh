@@ -29,8 +29,8 @@
 //   ROWS_PER_THREAD  rows that one thread serves (divides ROWS_PER_CTA).
 //                    blockDim.x = THREADS_PER_ROW * ROWS_PER_CTA / ROWS_PER_THREAD
 //   TREE_THREADS     0: the reduction tree depends on N and VEC alone. 1: on the schedule (reduce.cuh)
-//   WEIGHT_AT        when the weight is read: 0 above the dependency wait, 1 with x, 2 after the reduction, 3 in parts from just
-//                    before the reduction on, each a part ahead of its use (one row a thread)
+//   WEIGHT_AT        when the weight is read: 0 directly below the dependency wait, ahead of x, 1 behind x, 2 after the
+//                    reduction, 3 in parts from just before the reduction on, each a part ahead of its use (one row a thread)
 //   LAUNCH_AT        when the next kernel may become resident: 0 at once, 1 after the dependency wait, 2 after the loads of x,
 //                    3 after the reduction
 //   PREFETCH         1: before the wait, ask for the CTA's rows of x and residual to come to L2 (sm_90+)
@@ -42,9 +42,11 @@
 //
 // GRID. gridDim.x = CLUSTER * ceil(m / ROWS_PER_CTA), m > 0. Shared memory is static.
 //
-// DEPENDENT LAUNCH. On sm_90+ the launch carries programmatic stream serialization. Before `griddepcontrol.wait` a
-// kernel may read the weight and nothing else (PREFETCH reads nothing: it moves lines to L2, where both kernels meet); every CTA executes the wait before it reads activations, writes or exits.
-// (For a weight that is not a parameter the host launches without the attribute, so an early weight read is safe.)
+// DEPENDENT LAUNCH. On sm_90+ the launch carries programmatic stream serialization, unless the op was bound for plain launches.
+// Before `griddepcontrol.wait` a kernel reads nothing from memory but `args`, not even the weight: the kernel in front may have
+// written any of it, and where it has no trigger of its own, ours starts when its CTAs exit, before its stores must be visible.
+// Prefetches to L2 may stand above the wait: they read nothing, and L2 is where both kernels meet, so that a line which is
+// written later is written there. Every CTA executes the wait before it reads, writes or exits.
 //
 // ALIASING. In place: normed == x and total == residual (same strides). Also possible: residual == x (h + h). No
 // `__restrict__` on these four, no `.nc` loads of x or residual. An element is read by the thread that writes it, and a row

@@ -1,7 +1,7 @@
 // Global-memory accesses of one chunk (VEC neighbouring elements), the dependent-launch instructions, row addresses.
 //
-// Loads are `asm volatile`: plain C++ or `.nc` loads of the weight are sunk below `griddepcontrol.wait` by the compiler,
-// and `.nc` loads of x or residual would be wrong under a dependent launch.
+// Loads are `asm volatile`, so that the compiler keeps them where they stand: below `griddepcontrol.wait`, and in an order that
+// was measured. `.nc` loads may come from before the wait, which is wrong for x, residual and weight alike.
 
 #pragma once
 
@@ -19,7 +19,7 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 #endif
 }
 
-// Lets the next kernel's CTAs become resident. It still waits for this grid's completion before it touches activations.
+// Lets the next kernel's CTAs become resident. They still wait for this grid's completion before they read anything.
 __device__ __forceinline__ void launch_next_kernel() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");

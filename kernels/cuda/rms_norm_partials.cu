@@ -34,12 +34,13 @@ extern "C" __global__ void __launch_bounds__(THREADS_PER_ROW, 1) rms_norm_partia
 #endif
     auto exists = [&](int j) { return CHUNKS == TPR * K * CLUSTER || first_chunk + j * TPR < CHUNKS; };
     if constexpr (LAUNCH_AT == 0) launch_next_kernel();
+    prefetch_weight(rows.weight, row, first_chunk - thread);
+    wait_for_previous_kernel();
     Weights weights[K];
 #pragma unroll
     for (int j = 0; j < K; ++j)
         if (HAS_WEIGHT && exists(j))
             load_chunk<W_T, W_ALIGN>(weights[j].word, rows.weight + (i64)(first_chunk + j * TPR) * (VEC * W_SIZE), VEC);
-    wait_for_previous_kernel();
 
     u32 held[K][HELD_WORDS];
     float partial[SUMS_PER_THREAD], sums[1];

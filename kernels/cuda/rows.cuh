@@ -1,8 +1,8 @@
 // One pass over rows that stay in registers: load x (and residual), add, reduce, normalise, store.
 //
 // A thread holds CHUNKS_PER_THREAD chunks of each of its ROWS_PER_THREAD rows, 16-bit values packed. WEIGHT_AT says where the
-// weight is read: 0 above the dependency wait (few rows: its latency hides behind the previous kernel), 1 together with
-// x, 2 after the reduction (fewest registers), 3 from just before the reduction on, a part ahead of its use.
+// weight is read, below the dependency wait as everything else: 0 ahead of x, 1 behind it, 2 after the reduction (fewest
+// registers), 3 from just before the reduction on, a part ahead of its use.
 
 #pragma once
 
@@ -160,6 +160,18 @@ __device__ __forceinline__ void prefetch_rows(const Rows& rows, i64 first, int s
 #endif
 }
 
+// The same for the weight, of which this CTA reads what begins with logical chunk `first_chunk`. Whoever has the first rows
+// asks for it: once in L2 it is there for all.
+__device__ __forceinline__ void prefetch_weight(const char* weight, i64 first_row, int first_chunk) {
+#if __CUDA_ARCH__ >= 900
+    constexpr int CHUNK = VEC * size_of(W_T), ALL = N * WEIGHT_ROWS * size_of(W_T);
+    constexpr int PART = WEIGHT_ROWS > 1 ? ALL : TPR * CHUNKS_PER_THREAD * CHUNK;
+    if (!HAS_WEIGHT || W_ALIGN < 16 || ALL % 16 != 0 || first_row != 0 || threadIdx.x != 0) return;
+    const int first_byte = first_chunk * CHUNK, bytes = smaller(PART, ALL - first_byte);
+    if (bytes > 0) asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(weight + first_byte), "r"(bytes));
+#endif
+}
+
 // Rows [first, first + ROWS_PER_CTA) of `rows`.
 __device__ __forceinline__ void norm_rows(const Rows& rows, i64 first, float eps) {
     constexpr int K = CHUNKS_PER_THREAD, U = ROWS_PER_THREAD;
@@ -198,10 +210,11 @@ __device__ __forceinline__ void norm_rows(const Rows& rows, i64 first, float eps
                 load_chunk<W_T, W_ALIGN>(weights[j % WEIGHTS_HELD].word, weight + (i64)chunk * (VEC * W_SIZE), valid_elements(chunk));
         }
     };
-    if constexpr (WEIGHT_WHEN == 0) load_weights(0, 0);
     if constexpr (PREFETCH) prefetch_rows(rows, first, slot, thread, first_of_cta * VEC * X_SIZE);
+    prefetch_weight(rows.weight, first, first_of_cta);
     wait_for_previous_kernel();
     if constexpr (LAUNCH_AT == 1) launch_next_kernel();
+    if constexpr (WEIGHT_WHEN == 0) load_weights(0, 0);
 
     u32 held[U * K][HELD_WORDS];
     // A few chunks at a time are loaded, then added: that bounds the registers of long rows.

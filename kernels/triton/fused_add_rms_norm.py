@@ -18,6 +18,7 @@ from .row_math import (
     load_weight,
     opaque_zero,
     prefetch,
+    prefetch_weight,
     reciprocal_rms,
     row_offset,
     scale,
@@ -65,8 +66,8 @@ def fused_add_rms_norm(
     IN_PLACE: tl.constexpr,
     PACKED: tl.constexpr,
     DEPENDENT: tl.constexpr,
-    EARLY_WEIGHT: tl.constexpr,
     PREFETCH: tl.constexpr,
+    PREFETCH_WEIGHT: tl.constexpr,
     LAUNCH_LATE: tl.constexpr,
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
@@ -89,9 +90,8 @@ def fused_add_rms_norm(
         if PREFETCH and num_rows >= PREFETCH_FROM:
             prefetch(x_row, N)
             prefetch(residual_row, N)
-        if HAS_WEIGHT and EARLY_WEIGHT:
-            for c in tl.static_range(STREAMED, min(STREAMED + AHEAD, CHUNKS)):
-                ws = ws + (load_weight(weight, cols, c, N, BLOCK, ROWS),)
+        if HAS_WEIGHT and PREFETCH_WEIGHT:
+            prefetch_weight(weight_ptr, N * GROUPS)
         wait_for_inputs()
 
     squares = tl.full([ROWS, BLOCK], 0.0, tl.float32)
@@ -121,7 +121,7 @@ def fused_add_rms_norm(
             xs = xs + (load_row(x_row, cols, c, live, N, BLOCK, ROWS),)
             residuals = residuals + (load_row(residual_row, cols, c, live, N, BLOCK, ROWS),)
         if first + BATCH >= CHUNKS:
-            if HAS_WEIGHT and not (DEPENDENT and EARLY_WEIGHT):
+            if HAS_WEIGHT:
                 for c in tl.static_range(STREAMED, min(STREAMED + AHEAD, CHUNKS)):
                     ws = ws + (load_weight(weight, cols, c, N, BLOCK, ROWS),)
             if DEPENDENT and not LAUNCH_LATE:

@@ -17,6 +17,7 @@ from .row_math import (
     load_weight,
     opaque_zero,
     prefetch,
+    prefetch_weight,
     reciprocal_rms,
     row_offset,
     scale,
@@ -55,8 +56,8 @@ def rms_norm(
     OUT: tl.constexpr,
     PACKED: tl.constexpr,
     DEPENDENT: tl.constexpr,
-    EARLY_WEIGHT: tl.constexpr,
     PREFETCH: tl.constexpr,
+    PREFETCH_WEIGHT: tl.constexpr,
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
     cols = tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
@@ -69,14 +70,13 @@ def rms_norm(
     if DEPENDENT:
         if PREFETCH and num_rows >= PREFETCH_FROM:
             prefetch(x_row, N)
-        if HAS_WEIGHT and EARLY_WEIGHT:
-            for c in tl.static_range(STREAMED, min(STREAMED + AHEAD, CHUNKS)):
-                ws = ws + (load_weight(weight, cols, c, N, BLOCK, ROWS),)
+        if HAS_WEIGHT and PREFETCH_WEIGHT:
+            prefetch_weight(weight_ptr, N * GROUPS)
         wait_for_inputs()
     xs = ()
     for c in tl.static_range(STREAMED, CHUNKS):
         xs = xs + (load_row(x_row, cols, c, live, N, BLOCK, ROWS),)
-    if HAS_WEIGHT and not (DEPENDENT and EARLY_WEIGHT):
+    if HAS_WEIGHT:
         for c in tl.static_range(STREAMED, min(STREAMED + AHEAD, CHUNKS)):
             ws = ws + (load_weight(weight, cols, c, N, BLOCK, ROWS),)
 

@@ -75,8 +75,7 @@ def load_weight(weight, cols, c: tl.constexpr, N: tl.constexpr, BLOCK: tl.conste
 @triton.jit
 def wait_for_inputs():
     """In a launch that may start before the previous kernel has ended (sm_90): wait for its end. Everything that it
-    could have written is read below this; above stand only the prefetch, which reads nothing, and the weight, if it is
-    a parameter."""
+    could have written is read below this, the weight too. Above stand only prefetches, which read nothing."""
     tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
@@ -97,6 +96,25 @@ def prefetch(row, N: tl.constexpr):
     count = (((first + size + 15) & -16) - start).to(tl.int32)
     tl.inline_asm_elementwise(
         "{ .reg .pred p; .reg .u32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; "
+        "@p cp.async.bulk.prefetch.L2.global [$1], $2; } // $0",
+        "=r,l,r",
+        [start, count],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def prefetch_weight(weight_ptr, COUNT: tl.constexpr):
+    """The `COUNT` elements of the weight into the L2, in one request of the first program: once there, they are so for
+    all."""
+    size: tl.constexpr = COUNT * (weight_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    first = weight_ptr.to(tl.int64)
+    start = first & -16
+    count = (((first + size + 15) & -16) - start).to(tl.int32)
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .u32 t, b; mov.u32 t, %tid.x; mov.u32 b, %ctaid.x; or.b32 t, t, b; setp.eq.u32 p, t, 0; "
         "@p cp.async.bulk.prefetch.L2.global [$1], $2; } // $0",
         "=r,l,r",
         [start, count],

@@ -38,6 +38,10 @@ next one's programs, waiting, crowd on some multiprocessors there (256 x 4096: 2
 reduction). A late start makes what stands above the wait costly, so those have no prefetch (one row of 4096 with both:
 1.30, else 1.13).
 
+The weight is read behind the wait. Asked for above it, by the first program alone, it costs nothing against a read
+there (H100, chain, fused 32 x 2048: 1.06 us, read above 1.07, without the prefetch 1.12; plain 32 x 4096: 1.23, 1.22,
+1.27). Longer fused rows lose by the prefetch (1 x 16384: 2.46, without 2.37), so they have none.
+
 Lost: evict-first loads (2% to 5%), a register bound by force (spills, or nothing), a prefetch for each line of 128
 bytes (20% at 3072), the whole weight ahead of long rows (registers: 109 at 20480), programs of several rows at 2048 (a
 row alone 1.02 to 1.2), 1024 threads for the fused 6144 (52.1, with 512 50.3), 512 threads for the plain 16384 (66.3,
@@ -58,8 +62,8 @@ class Schedule(NamedTuple):
     """rows: rows of one program. block: columns of one chunk (a power of two). chunks: ceil(N / block). num_warps: of
     one program. streamed: chunks read twice instead of held in registers, a multiple of UNROLL. batch: chunks of both
     inputs loaded before the first sum is stored. ahead: chunks of the weight loaded ahead of their use. prefetch: the
-    row is asked for before the kernel may read it. launch_late: the next kernel may start after the reduction, not
-    after the loads."""
+    row is asked for before the kernel may read it. prefetch_weight: the same for the weight. launch_late: the next
+    kernel may start after the reduction, not after the loads."""
 
     rows: int
     block: int
@@ -69,6 +73,7 @@ class Schedule(NamedTuple):
     batch: int
     ahead: int
     prefetch: bool
+    prefetch_weight: bool
     launch_late: bool
 
 
@@ -91,7 +96,7 @@ def schedule(n: int, itemsize: int, inputs: int, warp_size: int = 32, wide_sum: 
     plain = inputs == 1
     if vectors <= 64:
         block = max(per_thread, 1 << (n - 1).bit_length())
-        return Schedule(max(1, 128 * per_thread // block), block, 1, 128 // warp_size, 0, 1, 1, False, False)
+        return Schedule(max(1, 128 * per_thread // block), block, 1, 128 // warp_size, 0, 1, 1, False, plain, False)
     threads = next((threads for most, threads in (PLAIN_THREADS if plain else FUSED_THREADS) if vectors <= most), 1024)
     rows = 4 if plain and vectors <= 128 else 1
     block = threads * per_thread // rows
@@ -107,5 +112,6 @@ def schedule(n: int, itemsize: int, inputs: int, warp_size: int = 32, wide_sum: 
         batch=2 if vectors > 3072 else chunks,
         ahead=chunks if plain and short else 1,
         prefetch=not short and vectors <= 1024 * KEPT_VECTORS,
+        prefetch_weight=plain or vectors <= 256,
         launch_late=not plain and short,
     )

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .. import cache, cuda_backend, dispatch, launcher, ops, triton_backend, vllm_plugin
+from .. import cache, cuda_backend, dispatch, launch_mode, launcher, ops, triton_backend, vllm_plugin
 from .._paths import kernels_dir
 from ..errors import RMSNormPatchError, UnsupportedInput
 from ..semantics import LLAMA
@@ -41,6 +41,7 @@ VARIABLES: dict[str, Callable[[], object]] = {
     ops.COMPILE_VARIABLE: lambda: ops.compile_form("cpu"),
     cache.DIRECTORY_VARIABLE: cache.directory,
     cache.TIMEOUT_VARIABLE: cache.lock_timeout,
+    launch_mode.VARIABLE: launch_mode.read,
     launcher.VARIABLE: _check_launcher,
     settings.VARIABLE: settings.read,
     settings.LINEAR_VARIABLE: settings.read_linear,
@@ -109,7 +110,8 @@ class EngineState:
 
 @dataclass(frozen=True)
 class Environment:
-    """variables: those of the environment that begin with RMSNORM_PATCH_. variable_faults: what is wrong with some."""
+    """variables: those of the environment that begin with RMSNORM_PATCH_. variable_faults: what is wrong with some.
+    launches: how kernels are launched, or what is wrong with RMSNORM_PATCH_PDL."""
 
     python: str
     system: str
@@ -120,6 +122,7 @@ class Environment:
     vllm: VllmState
     variables: dict[str, str]
     variable_faults: dict[str, str]
+    launches: str = ""
     engine: EngineState | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -247,5 +250,6 @@ def report(engine_arguments: Sequence[str] = ()) -> Environment:
         vllm=_vllm(),
         variables=variables,
         variable_faults={name: fault for name in variables if (fault := variable_fault(name))},
+        launches=launch_mode.describe(),
         engine=engine(engine_arguments) if engine_arguments else None,
     )

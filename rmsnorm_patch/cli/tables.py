@@ -74,6 +74,7 @@ def environment_tables(env: Environment) -> list[Table | Text]:
     vllm = "not installed" if env.vllm.version is None else env.vllm.version
     route = f"; route {env.vllm.route} ({env.vllm.reason})" if env.vllm.version else ""
     places.add_row("vLLM", f"{vllm}; plugin {env.vllm.entry_point or 'not registered'}{route}")
+    places.add_row("kernel launches", env.launches)
     for name, value in env.variables.items():
         fault = env.variable_faults.get(name, "")
         places.add_row(name, escape(value) + (f"\n[yellow]{escape(fault)}[/]" if fault else ""))

@@ -6,6 +6,7 @@ import os
 import re
 from typing import Literal, TypeVar, get_args
 
+from .. import launch_mode
 from ..errors import UnsupportedInput
 
 Route = Literal["auto", "ir", "oot", "off"]
@@ -31,9 +32,10 @@ def read_linear() -> Linear:
 
 
 def check() -> None:
-    """Raise UnsupportedInput if either variable has a value that it must not have."""
+    """Raise UnsupportedInput if one of the variables that engines follow has a value that it must not have."""
     read()
     read_linear()
+    launch_mode.read()
 
 
 T = TypeVar("T", bound=str)

@@ -336,7 +336,7 @@ def scheduled(schedules: str) -> Iterator[None]:
     def forget() -> None:
         cuda_backend.configs_for.cache_clear()
         cuda_backend._bound.cache_clear()
-        cuda_partials.bound.cache_clear()
+        cuda_partials._bound.cache_clear()
         ops._bound_of.cache_clear()
         ops._BOUND.clear()
 
