@@ -166,6 +166,7 @@ def test_a_demo_keeps_what_it_has_when_a_model_is_missing(command, tiny_llama: P
     assert (ended.status, ended.document["passed"]) == (2, False)
     assert (first["passed"], last["passed"]) == (True, True)
     assert (missing["checkpoint"], missing["error"]["type"]) == ("nowhere", "MissingCheckpoint")
+    assert ended.stderr.count("no such folder") == 1
     assert ended.stderr.index("no such folder") < ended.stderr.index("applied: ")
 
 

@@ -134,6 +134,8 @@ def test_the_inputs_fit_and_reach_every_part(name: str) -> None:
     assert warnings == []
     assert set(inputs) >= TAKEN[kind]
     assert all(torch.equal(value, again[name]) for name, value in inputs.items())
+    for part in inspect.signature(model.forward).parameters.keys() & {"mm_token_type_ids", "token_type_ids"}:
+        assert kind != "image" or torch.equal(inputs[part], (inputs["input_ids"] == 90).long())
     ran = set()
     for path, module in model.named_modules():
         if "norm" in path.rsplit(".")[-1]:

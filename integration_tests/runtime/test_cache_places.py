@@ -18,7 +18,8 @@ import filelock  # noqa: F401  now: a child that has become another user may not
 import platformdirs
 import pytest
 
-from rmsnorm_patch import cache, env, jit
+from rmsnorm_patch import cache, jit
+from rmsnorm_patch.cli import environment
 from rmsnorm_patch.dispatch import BUILT_CAPABILITIES
 from rmsnorm_patch.errors import NoCacheError, UnsupportedInput
 
@@ -263,7 +264,7 @@ def test_no_home_means_memory_and_one_warning(monkeypatch, within, tmp_path, hom
         assert cache.DIRECTORY_VARIABLE in message
         with pytest.raises(NoCacheError):
             cache.entries()
-        assert cache.DIRECTORY_VARIABLE in env._cache().state
+        assert cache.DIRECTORY_VARIABLE in environment._cache().state
 
     within(work)
     assert list(tmp_path.iterdir()) == []

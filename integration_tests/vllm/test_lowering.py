@@ -97,7 +97,8 @@ def config(linear):
 
 assert config("auto").compute_hash() == config("off").compute_hash(), "on the CPU nothing is joined"
 of_this_engine = hooks.facts_of
-hooks.facts_of = decision.facts_of = lambda *args: replace(of_this_engine(*args), device_type="cuda", capability=90, captures=True)
+elsewhere = dict(device_type="cuda", capability=90, captures=True)
+hooks.facts_of = decision.facts_of = lambda *args: replace(of_this_engine(*args), **elsewhere)
 assert config("auto").compute_hash() != config("off").compute_hash()
 
 class Watched(VllmIRLoweringPass):
