@@ -31,7 +31,7 @@ test: lint record
 # pairs are tested with an older transformers too: there gradient checkpointing wraps a layer's call, in newer ones its
 # forward, and what stands between a layer and its caller decides whether a normed tensor is handed over.
 test-vllm: $(VLLM_VENV)/.installed
-	$(VLLM_VENV)/bin/python -m pytest integration_tests/vllm -p no:cacheprovider
+	$(VLLM_VENV)/bin/python -m pytest integration_tests/vllm_plugin -p no:cacheprovider
 	$(VLLM_VENV)/bin/python -m pytest integration_tests/pairs --ignore integration_tests/pairs/test_support_matrix.py \
 		-p no:cacheprovider
 
@@ -59,6 +59,6 @@ $(INSTALLED): pyproject.toml Makefile
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) "$(TORCH)" -e ".[$(EXTRAS)]"
 	@touch $@
 
-$(VLLM_VENV)/.installed: integration_tests/vllm/requirements.txt integration_tests/vllm/environment.py pyproject.toml
-	$(PYTHON) integration_tests/vllm/environment.py $(VLLM_VENV) --torch "$(TORCH)" --pip-args="$(PIP_ARGS)"
+$(VLLM_VENV)/.installed: integration_tests/vllm_plugin/requirements.txt integration_tests/vllm_plugin/environment.py pyproject.toml
+	$(PYTHON) integration_tests/vllm_plugin/environment.py $(VLLM_VENV) --torch "$(TORCH)" --pip-args="$(PIP_ARGS)"
 	@touch $@

@@ -79,7 +79,7 @@ def random_checkpoint() -> Callable[..., Path]:
 @pytest.fixture
 def products_unknown() -> Iterator[None]:
     """What the process knows and allows of split products, before a test and after it: nothing."""
-    from rmsnorm_patch import product_splits
+    from rmsnorm_patch.fused.linear_norm import splits as product_splits
 
     def forget() -> None:
         product_splits._SPLITS.clear()
@@ -119,7 +119,7 @@ def vllm_processes() -> ModuleType:
 @pytest.fixture(scope="session")
 def shared_library(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`shared_library(source, "-lm")`: a C file compiled into a folder of its own."""
-    from rmsnorm_patch import launcher
+    from rmsnorm_patch.backends.cuda import launcher
 
     def build(source: Path, *words: str) -> Path:
         command = launcher.compiler()

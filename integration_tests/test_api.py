@@ -11,17 +11,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import rmsnorm_patch
-from rmsnorm_patch import (
-    UnsupportedInput,
-    UnsupportedModel,
-    apply,
-    patched,
-    plan,
-    revert,
-    triton_loader,
-    verify,
-    warmup,
-)
+from rmsnorm_patch import UnsupportedInput, UnsupportedModel, apply, patched, plan, revert, verify, warmup
+from rmsnorm_patch.backends.triton import loader as triton_loader
 
 IDS = torch.arange(3, 9)[None]
 

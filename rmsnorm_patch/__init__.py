@@ -14,7 +14,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ._fork import Lock
 from .errors import (
     KernelBuildError,
     NothingProved,
@@ -25,12 +24,13 @@ from .errors import (
     UnsupportedModel,
     VerificationFailed,
 )
-from .plan import BACKENDS, Backend, NormSite, PairSite, Plan
+from .locks import Lock
+from .scan.plan import BACKENDS, Backend, NormSite, PairSite, Plan
 
 if TYPE_CHECKING:
     from .api import apply, patched, plan, revert, verify, warmup
+    from .numerics.spec import NormSpec
     from .rewrite.report import Report
-    from .semantics import NormSpec
 
 __version__ = "0.1.0"
 

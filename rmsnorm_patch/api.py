@@ -12,16 +12,16 @@ import torch
 import torch.nn as nn
 
 from .errors import PatchConflict, UnsupportedInput, UnsupportedModel
-from .plan import BACKENDS, Backend, NormSite, Plan
+from .numerics.spec import SUPPORTED_DTYPES
+from .pairs.layout import find_pairs
 from .rewrite import LOCK, applied_report, apply_plan, install_factories, patched_paths, revert_model
 from .rewrite.classes import derives_from_patched
 from .rewrite.report import Report, Settings
 from .scan import scan_norms
-from .scan.pairs import find_pairs
-from .semantics import SUPPORTED_DTYPES
+from .scan.plan import BACKENDS, Backend, NormSite, Plan
 
 if TYPE_CHECKING:
-    from .prepare import Prepared
+    from .rewrite.warmup import Prepared
 
 install_factories()  # now: a child forked while another thread imports a module waits for it for ever
 
@@ -116,7 +116,7 @@ def warmup(model: nn.Module, dtype: torch.dtype | str | None = None) -> tuple[Pr
         raise UnsupportedModel(
             type(model).__name__, "a model that is not patched", "patched models", "call apply(model) first"
         )
-    from .prepare import prepare
+    from .rewrite.warmup import prepare
 
     return prepare(model, report.plan, wanted)
 
@@ -242,7 +242,9 @@ def _dtype(given: Any) -> torch.dtype:
 
 def _cannot_run(backend: Backend, device: torch.device) -> tuple[str, str]:
     """(why `backend` does not run on `device`, what to do about it), ("", "") where it runs."""
-    from . import cuda_backend, triton_backend, triton_loader
+    from .backends.cuda import backend as cuda_backend
+    from .backends.triton import backend as triton_backend
+    from .backends.triton import loader as triton_loader
 
     if backend == "cuda":
         runs, why = cuda_backend.available(device if device.type == "cuda" else None)

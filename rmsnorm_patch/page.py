@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .semantics import NormSpec
+    from .numerics.spec import NormSpec
 
 WIDTH = 120
 

@@ -37,8 +37,9 @@ def _milliseconds(work) -> float:
 
 def _one_kernel() -> float:
     """One schedule from source (or disk) to a loaded function; the first of the process, so the compiler loads too."""
-    from rmsnorm_patch import cuda_backend, driver, jit
-    from rmsnorm_patch.semantics import LLAMA
+    from rmsnorm_patch.backends.cuda import backend as cuda_backend
+    from rmsnorm_patch.backends.cuda import driver, jit
+    from rmsnorm_patch.numerics.spec import LLAMA
 
     dtype, index = torch.bfloat16, torch.cuda.current_device()
     config = cuda_backend.configs_for("fused_add_rms_norm", dtype, KERNEL_N, index)[0]
@@ -54,8 +55,8 @@ def _one_kernel() -> float:
 
 
 def _first_call(op: str, n: int) -> float:
-    from rmsnorm_patch import cuda_backend
-    from rmsnorm_patch.semantics import LLAMA
+    from rmsnorm_patch.backends.cuda import backend as cuda_backend
+    from rmsnorm_patch.numerics.spec import LLAMA
 
     x, residual = (torch.randn(8, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     weight = torch.nn.Parameter(torch.ones(n, device="cuda", dtype=torch.bfloat16), requires_grad=False)
@@ -74,13 +75,13 @@ def _warmup() -> float:
 
 
 def _kernels() -> int:
-    from rmsnorm_patch import cache
+    from rmsnorm_patch.backends.cuda import cache
 
     return len(list(cache.directory().glob("*.artefact")))
 
 
 def child() -> list[dict]:
-    from rmsnorm_patch import launcher
+    from rmsnorm_patch.backends.cuda import launcher
 
     launcher.functions()  # the launcher is compiled once for a user, not for a kernel
     torch.zeros(1, device="cuda")

@@ -26,8 +26,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from rmsnorm_patch import dispatch, jit, nvrtc  # noqa: E402
-from rmsnorm_patch.semantics import LLAMA, NormSpec  # noqa: E402
+from rmsnorm_patch.backends.cuda import jit, nvrtc  # noqa: E402
+from rmsnorm_patch.numerics.spec import LLAMA, NormSpec  # noqa: E402
+from rmsnorm_patch.ops import dispatch
 
 PAGE = ROOT / "docs" / "kernels.md"
 

@@ -28,8 +28,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 from small_configs import MODEL_TYPES, VOCABULARY, small_config  # noqa: E402
 
 import rmsnorm_patch  # noqa: E402
-from rmsnorm_patch import observe  # noqa: E402
 from rmsnorm_patch.errors import UnsupportedModel  # noqa: E402
+from rmsnorm_patch.rewrite import observe  # noqa: E402
 
 PAGE = ROOT / "docs" / "support_matrix.md"
 LARGEST = 30_000_000

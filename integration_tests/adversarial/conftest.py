@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from rmsnorm_patch import observe
+from rmsnorm_patch.rewrite import observe
 
 IDS = torch.tensor([[5, 17, 200, 3, 44, 91, 8], [6, 6, 250, 12, 19, 77, 301]])
 

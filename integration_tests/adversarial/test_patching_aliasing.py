@@ -9,7 +9,7 @@ import torch.nn as nn
 import rmsnorm_patch
 from rmsnorm_patch import ops
 from rmsnorm_patch.errors import UnsupportedInput
-from rmsnorm_patch.semantics import LLAMA
+from rmsnorm_patch.numerics.spec import LLAMA
 
 MODES = [torch.no_grad, torch.inference_mode]
 

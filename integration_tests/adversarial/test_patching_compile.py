@@ -9,7 +9,7 @@ import torch.nn as nn
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 import rmsnorm_patch
-from rmsnorm_patch import observe
+from rmsnorm_patch.rewrite import observe
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -88,7 +88,7 @@ import io, pickle, sys, torch
 mode, path = sys.argv[1:]
 model = pickle.load(open(path, "rb")) if mode == "pickle" else torch.load(path, weights_only=False)
 import rmsnorm_patch
-from rmsnorm_patch import observe
+from rmsnorm_patch.rewrite import observe
 ids, expected = torch.load(path + ".expected")
 events = []
 with torch.no_grad(), observe.observing(events.append):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import rmsnorm_patch
-from rmsnorm_patch import observe
+from rmsnorm_patch.rewrite import observe
 
 WAYS = {
     "greedy": {},

@@ -109,7 +109,7 @@ import copy, torch, torch.nn as nn
 from collections import Counter
 from transformers import LlamaConfig, LlamaForCausalLM
 import rmsnorm_patch
-from rmsnorm_patch import observe
+from rmsnorm_patch.rewrite import observe
 
 torch.manual_seed(0)
 config = LlamaConfig(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2,

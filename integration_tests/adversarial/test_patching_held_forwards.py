@@ -18,7 +18,8 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from transformers import PreTrainedModel
 
 import rmsnorm_patch
-from rmsnorm_patch.rewrite import handover, pair_ops
+from rmsnorm_patch.rewrite import handover
+from rmsnorm_patch.rewrite import layer_calls as pair_ops
 
 
 def pass_on(forward, *args, **named):

@@ -9,8 +9,7 @@ import torch
 import torch.nn as nn
 
 import rmsnorm_patch
-from rmsnorm_patch import observe
-from rmsnorm_patch.rewrite import classes
+from rmsnorm_patch.rewrite import classes, observe
 
 
 def _dropped(model):

@@ -176,7 +176,7 @@ def test_dtype_option_changes_the_model(command, tiny_llama: Path) -> None:
 
 def test_cache_commands(command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A damaged artefact is shown, found by `verify` with status 1, and gone after `clear`."""
-    from rmsnorm_patch import cache
+    from rmsnorm_patch.backends.cuda import cache
 
     monkeypatch.setenv("RMSNORM_PATCH_CACHE_DIR", str(tmp_path / "kernels"))
     for name in ("whole", "damaged"):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from rmsnorm_patch import ops
 from rmsnorm_patch.cli.output import FAILED, NOTHING_PROVED
-from rmsnorm_patch.reference import fused_add_rms_norm, rms_norm
+from rmsnorm_patch.numerics.reference import fused_add_rms_norm, rms_norm
 from rmsnorm_patch.rewrite import norms
 
 

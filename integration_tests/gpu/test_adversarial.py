@@ -17,11 +17,16 @@ import torch._dynamo.testing
 import torch.nn as nn
 
 import rmsnorm_patch
-from rmsnorm_patch import cache, cuda_backend, cuda_pair, dispatch, ops, reference
+from rmsnorm_patch import ops
+from rmsnorm_patch.backends.cuda import backend as cuda_backend
+from rmsnorm_patch.backends.cuda import cache
 from rmsnorm_patch.errors import UnsupportedInput
+from rmsnorm_patch.fused.query_key_norm import kernel as cuda_pair
+from rmsnorm_patch.numerics import reference
+from rmsnorm_patch.numerics.spec import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, NormSpec
+from rmsnorm_patch.numerics.tolerances import SITE
+from rmsnorm_patch.ops import dispatch
 from rmsnorm_patch.proof.difference import compare
-from rmsnorm_patch.semantics import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, NormSpec
-from rmsnorm_patch.tolerances import SITE
 
 pytestmark = pytest.mark.gpu
 

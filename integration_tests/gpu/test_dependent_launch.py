@@ -12,8 +12,14 @@ import pytest
 import torch
 import torch.nn as nn
 
-from rmsnorm_patch import cuda_backend, cuda_pair, cuda_partials, launch_mode, launcher, ops, triton_backend
-from rmsnorm_patch.semantics import LLAMA
+from rmsnorm_patch import ops
+from rmsnorm_patch.backends import launch_mode
+from rmsnorm_patch.backends.cuda import backend as cuda_backend
+from rmsnorm_patch.backends.cuda import launcher
+from rmsnorm_patch.backends.triton import backend as triton_backend
+from rmsnorm_patch.fused.linear_norm import kernel as cuda_partials
+from rmsnorm_patch.fused.query_key_norm import kernel as cuda_pair
+from rmsnorm_patch.numerics.spec import LLAMA
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rmsnorm_patch import cuda_backend, reference
+from rmsnorm_patch.backends.cuda import backend as cuda_backend
 from rmsnorm_patch.errors import UnsupportedInput
-from rmsnorm_patch.semantics import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, T5, NormSpec
+from rmsnorm_patch.numerics import reference
+from rmsnorm_patch.numerics.spec import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, T5, NormSpec
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

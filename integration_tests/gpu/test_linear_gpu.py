@@ -6,9 +6,14 @@ import pytest
 import torch
 import torch.nn as nn
 
-from rmsnorm_patch import cuda_backend, cuda_partials, launcher, linear_ops, ops, product_splits
+from rmsnorm_patch import ops
+from rmsnorm_patch.backends.cuda import backend as cuda_backend
+from rmsnorm_patch.backends.cuda import launcher
 from rmsnorm_patch.errors import UnsupportedInput
-from rmsnorm_patch.semantics import GEMMA, LLAMA, NormSpec
+from rmsnorm_patch.fused.linear_norm import kernel as cuda_partials
+from rmsnorm_patch.fused.linear_norm import op as linear_ops
+from rmsnorm_patch.fused.linear_norm import splits as product_splits
+from rmsnorm_patch.numerics.spec import GEMMA, LLAMA, NormSpec
 
 pytestmark = [
     pytest.mark.gpu,

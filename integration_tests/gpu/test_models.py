@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import rmsnorm_patch
-from rmsnorm_patch import observe
+from rmsnorm_patch.rewrite import observe
 
 pytestmark = pytest.mark.gpu
 

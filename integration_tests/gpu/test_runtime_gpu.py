@@ -15,11 +15,15 @@ import pytest
 import torch
 import torch.nn as nn
 
-from rmsnorm_patch import cache, cuda_backend, cuda_pair, launcher, ops, reference
+from rmsnorm_patch import ops
+from rmsnorm_patch.backends.cuda import backend as cuda_backend
+from rmsnorm_patch.backends.cuda import cache, launcher
 from rmsnorm_patch.errors import KernelBuildError, UnsupportedInput
+from rmsnorm_patch.fused.query_key_norm import kernel as cuda_pair
+from rmsnorm_patch.numerics import reference
+from rmsnorm_patch.numerics.spec import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, NormSpec
+from rmsnorm_patch.numerics.tolerances import SITE
 from rmsnorm_patch.proof.difference import compare
-from rmsnorm_patch.semantics import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, NormSpec
-from rmsnorm_patch.tolerances import SITE
 
 pytestmark = pytest.mark.gpu
 
@@ -435,7 +439,7 @@ def test_disk_cache_serves_a_new_process(tmp_path):
     script = """
 import json, sys, time, torch
 from rmsnorm_patch import cuda_backend, nvrtc
-from rmsnorm_patch.semantics import LLAMA
+from rmsnorm_patch.numerics.spec import LLAMA
 x = torch.randn(8, 2048, device="cuda", dtype=torch.bfloat16)
 weight = torch.nn.Parameter(torch.ones(2048, device="cuda", dtype=torch.bfloat16))
 torch.cuda.synchronize()

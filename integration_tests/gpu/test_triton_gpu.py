@@ -9,10 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rmsnorm_patch import ops, reference, triton_backend
+from rmsnorm_patch import ops
+from rmsnorm_patch.backends.triton import backend as triton_backend
+from rmsnorm_patch.numerics import reference
+from rmsnorm_patch.numerics.spec import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, T5, NormSpec
+from rmsnorm_patch.numerics.tolerances import SITE
 from rmsnorm_patch.proof.difference import compare
-from rmsnorm_patch.semantics import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, T5, NormSpec
-from rmsnorm_patch.tolerances import SITE
 
 pytestmark = pytest.mark.gpu
 

@@ -52,7 +52,7 @@ JOINS = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 
 
 @dataclass
 class Engines:
-    """`engines("tiny-llama", "ir", True)`: the answer of integration_tests/vllm/engine.py."""
+    """`engines("tiny-llama", "ir", True)`: the answer of integration_tests/vllm_plugin/engine.py."""
 
     work: Path
     prompts: list[list[int]]

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
-from rmsnorm_patch import launch_mode, ops, reference
+from rmsnorm_patch import ops
+from rmsnorm_patch.backends import launch_mode
 from rmsnorm_patch.errors import KernelBuildError, UnsupportedInput
-from rmsnorm_patch.semantics import GEMMA, LLAMA
+from rmsnorm_patch.numerics import reference
+from rmsnorm_patch.numerics.spec import GEMMA, LLAMA
 
 
 class Layer(torch.nn.Module):

@@ -10,8 +10,8 @@ import torch
 
 from rmsnorm_patch import ops
 from rmsnorm_patch.errors import UnsupportedInput
-from rmsnorm_patch.semantics import LLAMA
-from rmsnorm_patch.validate import share_memory
+from rmsnorm_patch.numerics.operands import share_memory
+from rmsnorm_patch.numerics.spec import LLAMA
 
 BACKENDS = ["auto", "triton"]
 

@@ -11,8 +11,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from rmsnorm_patch import ops, reference
-from rmsnorm_patch.semantics import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, T5, NormSpec
+from rmsnorm_patch import ops
+from rmsnorm_patch.numerics import reference
+from rmsnorm_patch.numerics.spec import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, T5, NormSpec
 
 NAMES = ["rms_norm", "fused_add_rms_norm", "fused_add_rms_norm_"]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

@@ -77,7 +77,7 @@ def test_wheel_holds_the_package_and_its_kernels_only(wheel: Path, repository: P
 
 def test_installed_package_finds_its_kernels(installed: tuple[str, Path], repository: Path, tmp_path: Path) -> None:
     kind, python = installed
-    code = "import json, rmsnorm_patch; from rmsnorm_patch._paths import kernels_dir; "
+    code = "import json, rmsnorm_patch; from rmsnorm_patch.kernel_files import kernels_dir; "
     code += "print(json.dumps([rmsnorm_patch.__file__, str(kernels_dir())]))"
     package, kernels = map(Path, json.loads(run(python, "-c", code, cwd=tmp_path)))
     if kind == "wheel":

@@ -17,9 +17,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.utils.deprecation import deprecate_kwarg
 
 import rmsnorm_patch
-from rmsnorm_patch import observe
+from rmsnorm_patch.pairs.source import read_forward
+from rmsnorm_patch.rewrite import observe
 from rmsnorm_patch.rewrite.classes import is_patched
-from rmsnorm_patch.scan.source import read_forward
 
 WIDTH = 16
 
@@ -328,7 +328,7 @@ def test_a_sum_of_two_shapes(x: torch.Tensor) -> None:
 
 
 def test_calls_that_no_kernel_serves_say_why(x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rmsnorm_patch.triton_backend.available", lambda device: (True, ""))
+    monkeypatch.setattr("rmsnorm_patch.backends.triton.backend.available", lambda device: (True, ""))
     model, x = Model(Plain).double(), x.double()
     with torch.no_grad():
         expected = model(x)
@@ -406,7 +406,8 @@ def test_a_forward_of_the_instance_is_left_alone(x: torch.Tensor) -> None:
 
 def test_a_trace_that_disagrees_keeps_the_forward(x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """The source alone is not enough: with a norm that the trace does not see called, the layer is left alone."""
-    from rmsnorm_patch.scan import pairs, trace
+    from rmsnorm_patch.pairs import layout as pairs
+    from rmsnorm_patch.pairs import trace
 
     blind = trace.Trace(frozenset(), 0, "")
     monkeypatch.setattr(pairs, "trace_layer", lambda *_: blind)

@@ -5,10 +5,10 @@ import torch.nn as nn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rmsnorm_patch import reference
+from rmsnorm_patch.numerics import reference
+from rmsnorm_patch.numerics.spec import OUTPUT_DTYPES, ROUNDINGS, SUPPORTED_DTYPES, WEIGHT_OFFSETS, NormSpec
 from rmsnorm_patch.scan import infer_spec
 from rmsnorm_patch.scan.probe import probe_cases, same_bits
-from rmsnorm_patch.semantics import OUTPUT_DTYPES, ROUNDINGS, SUPPORTED_DTYPES, WEIGHT_OFFSETS, NormSpec
 
 
 class Computes(nn.Module):

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rmsnorm_patch import reference
-from rmsnorm_patch.semantics import LLAMA
+from rmsnorm_patch.numerics import reference
+from rmsnorm_patch.numerics.spec import LLAMA
 
 FUSED, PLAIN, PAIR = "fused_add_rms_norm", "rms_norm", "rms_norm_pair"
 

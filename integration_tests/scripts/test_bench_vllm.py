@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 
-from rmsnorm_patch import dispatch, launcher
-from rmsnorm_patch._paths import kernels_dir
+from rmsnorm_patch.backends.cuda import launcher
+from rmsnorm_patch.kernel_files import kernels_dir
+from rmsnorm_patch.ops import dispatch
 
 
 @pytest.fixture(scope="module")

@@ -204,7 +204,7 @@ def test_the_digest_is_made_as_in_earlier_records(gpu_record):
 
 def test_the_digest_follows_kernels_and_launch_code(gpu_record, checkout):
     before = gpu_record.digest()
-    for path in ("kernels/cuda/rows.cuh", "kernels/registry.toml", "rmsnorm_patch/launcher.c", "rmsnorm_patch/ops.py"):
+    for path in ("kernels/cuda/rows.cuh", "kernels/registry.toml", "rmsnorm_patch/backends/cuda/launcher/launcher.c", "rmsnorm_patch/ops.py"):
         (checkout / path).write_text((checkout / path).read_text() + "\n")
         after = gpu_record.digest()
         assert after != before, path

@@ -1,4 +1,4 @@
-// The contract between the host (rmsnorm_patch/cuda_backend.py, launcher.c) and every kernel in this folder.
+// The contract between the host (rmsnorm_patch/backends/cuda/backend.py, launcher.c) and every kernel in this folder.
 //
 // COMPILATION. One translation unit per (kernel, configuration), by NVRTC, for the exact architecture, `-std=c++17`,
 // no include path: only the `.cuh` files of this folder can be included (by their bare name), no CUDA or C++ headers.

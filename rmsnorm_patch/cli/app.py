@@ -329,7 +329,7 @@ def _story(
 def cache_show(as_json: Json = False) -> None:
     """List the compiled kernels on disk."""
     with output(as_json) as out:
-        from .. import cache
+        from ..backends.cuda import cache
 
         entries = cache.entries()
         listed = [{"key": e.key, "size_bytes": e.size, "state": e.state, "meta": e.meta} for e in entries]
@@ -346,7 +346,7 @@ def cache_verify(as_json: Json = False) -> None:
     with output(as_json) as out:
         import warnings
 
-        from .. import cache
+        from ..backends.cuda import cache
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # each damaged kernel is listed below
@@ -364,7 +364,7 @@ def cache_verify(as_json: Json = False) -> None:
 def cache_clear(as_json: Json = False) -> None:
     """Remove every compiled kernel; they are built again when needed."""
     with output(as_json) as out:
-        from .. import cache
+        from ..backends.cuda import cache
 
         removed = cache.clear()
         out.document({"removed": removed})

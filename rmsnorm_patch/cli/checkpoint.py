@@ -16,7 +16,7 @@ import torch
 
 from ..api import check_backend
 from ..errors import UnsupportedInput, UnsupportedModel
-from ..plan import Backend
+from ..scan.plan import Backend
 from . import inputs
 from .folder import CONFIG, BrokenCheckpoint
 

@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from .. import api
 from ..errors import VerificationFailed
-from ..plan import Backend
+from ..scan.plan import Backend
 from . import tables
 from .checkpoint import Loaded
 from .speed import CPU_NOTE, NOISE_NOTE, Comparison, Patch, chosen_threads, compare, generate

@@ -15,10 +15,15 @@ from typing import Any
 
 import torch
 
-from .. import cache, cuda_backend, dispatch, launch_mode, launcher, ops, triton_backend, vllm_plugin
-from .._paths import kernels_dir
+from .. import ops, vllm_plugin
+from ..backends import launch_mode
+from ..backends.cuda import backend as cuda_backend
+from ..backends.cuda import cache, launcher
+from ..backends.triton import backend as triton_backend
 from ..errors import RMSNormPatchError, UnsupportedInput
-from ..semantics import LLAMA
+from ..kernel_files import kernels_dir
+from ..numerics.spec import LLAMA
+from ..ops import dispatch
 from ..vllm_plugin import settings
 
 PACKAGES = ("rmsnorm_patch", "torch", "transformers", "triton", "nvidia-cuda-nvrtc", "accelerate", "kernels", "vllm")

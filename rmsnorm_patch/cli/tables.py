@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..page import wrapped
-from ..plan import Plan
+from ..scan.plan import Plan
 from .environment import EngineState, Environment
 from .speed import Comparison
 

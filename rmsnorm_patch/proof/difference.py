@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..tolerances import SiteTolerance, scale_bias
+from ..numerics.tolerances import SiteTolerance, scale_bias
 
 _BITS = {
     torch.bfloat16: torch.int16,

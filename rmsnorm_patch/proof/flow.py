@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from .. import observe
-from ..tolerances import SITE
+from ..numerics.tolerances import SITE
+from ..rewrite import observe
 from .difference import bit_mismatches, bits, digest
 
 

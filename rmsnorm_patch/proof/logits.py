@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from ..tolerances import GREEDY_MARGIN, LOGIT_ERROR_RATIO
+from ..numerics.tolerances import GREEDY_MARGIN, LOGIT_ERROR_RATIO
 from .difference import HUGE, bit_mismatches, finite
 from .report import GreedyProof, LogitProof
 

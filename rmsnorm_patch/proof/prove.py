@@ -15,11 +15,11 @@ from typing import Any, Literal
 import torch
 import torch.nn as nn
 
-from .. import observe
 from ..errors import NothingProved, UnsupportedInput, UnsupportedModel, VerificationFailed
-from ..plan import NormSite, Plan
-from ..rewrite import applied_report
-from . import driven, fired, flow, logits, memory, wide
+from ..rewrite import applied_report, observe
+from ..scan.plan import NormSite, Plan
+from . import calls as fired
+from . import driven, flow, logits, memory, wide
 from .replica import replica
 from .report import FlowProof, GreedyProof, LogitProof, Proof
 from .runs import FORWARD, GREEDY, Inputs, Run, can_generate, device_of, dtype_of, normalise
@@ -90,7 +90,7 @@ def verify(
         raise VerificationFailed(
             proof.red_site or proof.model_class,
             proof.explain(),
-            "the tolerances of rmsnorm_patch.tolerances",
+            "the tolerances of rmsnorm_patch.numerics.tolerances",
             f"revert the model, leave the site out with exclude=, and report this; again with: {proof.command()}",
             proof,
         )

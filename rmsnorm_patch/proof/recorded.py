@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 
 from ..errors import NothingProved, UnsupportedInput, UnsupportedModel, VerificationFailed
-from ..tolerances import LOGIT_ERROR_RATIO
+from ..numerics.tolerances import LOGIT_ERROR_RATIO
 from . import flow, logits, wide
 from .replica import replica
 from .runs import FORWARD, Inputs, Run, device_of, dtype_of, normalise

@@ -10,8 +10,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 
+from ..numerics.tolerances import SiteTolerance, scale_bias
 from ..page import page, summarised
-from ..tolerances import SiteTolerance, scale_bias
 from .difference import FAR, HUGE, Difference
 
 Verdict = Literal["proved", "failed", "nothing proved"]

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from .. import observe, ops, reference
-from ..plan import Backend, NormSite
-from ..rewrite import classes
-from ..tolerances import EXACT, EXACT_ERROR_RATIO, SITE, SiteTolerance
+from .. import ops
+from ..numerics import reference
+from ..numerics.tolerances import EXACT, EXACT_ERROR_RATIO, SITE, SiteTolerance
+from ..rewrite import classes, observe
+from ..scan.plan import Backend, NormSite
 from . import probes
 from .difference import Difference, bit_mismatches, compare, compare_sum, digest, finite, row_keys
 from .report import Measurement, SiteProof

@@ -14,9 +14,9 @@ from importlib import import_module
 
 import torch.nn as nn
 
-from .._fork import Lock
 from ..errors import RMSNormPatchError, UnsupportedModel
-from ..plan import Plan
+from ..locks import Lock
+from ..scan.plan import Plan
 from . import instance_forward
 from .classes import STATE, derives_from_patched, role_of, unpatched_class
 from .journal import Journal

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch.nn as nn
 
-from .._fork import Lock
+from ..locks import Lock
 
 
 class Body(NamedTuple):

@@ -16,7 +16,7 @@ from torch.nn import Parameter
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-from ..semantics import SUPPORTED_DTYPES
+from ..numerics.spec import SUPPORTED_DTYPES
 
 TRAINING = "the module is in training mode (reentrant checkpointing runs it with grad off); call model.eval()"
 

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn as nn
 
-from .. import observe
-from ..scan.source import NoSource, read_forward
+from ..pairs.source import NoSource, read_forward
+from . import observe
 from .classes import STATE
 from .places import Place, Places
 

@@ -29,9 +29,10 @@ from typing import Any, NamedTuple
 
 import torch.nn as nn
 
-from ..scan.dataflow import Add, Flow, NormCall, analyse
-from ..scan.source import NoSource, Source, read_forward
-from . import handover, instance_forward, pair_ops
+from ..pairs.dataflow import Add, Flow, NormCall, analyse
+from ..pairs.source import NoSource, Source, read_forward
+from . import handover, instance_forward
+from . import layer_calls as pair_ops
 from .classes import Body, original_class, patched_class, register_factory, running_now
 from .journal import Journal
 
@@ -267,7 +268,7 @@ def _content(cell: types.CellType) -> object:
 
 def install(model: nn.Module, plan: Any, journal: Journal) -> None:
     """Swap the classes of the layers that hold the plan's fused pairs, and link each to the norm that reads its sum."""
-    from ..scan.pairs import layout
+    from ..pairs.layout import layout
 
     found = layout(model, plan.norms)
     fused: set[tuple[str, str, str]] = {(p.kind, p.layer, p.norm) for p in plan.pairs if p.action == "fuse"}

@@ -17,7 +17,7 @@ import torch.nn as nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _module
 
-from .. import launcher
+from ..backends.cuda import launcher
 from . import guards
 from .handover import MAX_UNTAKEN, Carry
 

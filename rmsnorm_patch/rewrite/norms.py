@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn as nn
 
-from .. import observe, ops
+from .. import ops
 from ..errors import PatchConflict
-from ..plan import Backend, NormSite
-from ..semantics import NormSpec
-from . import guards, instance_forward, native, pair_ops
+from ..numerics.spec import NormSpec
+from ..scan.plan import Backend, NormSite
+from . import guards, instance_forward, native, observe
+from . import layer_calls as pair_ops
 from .classes import Body, is_patched, patched_class, register_factory, running_now
 from .handover import take
 from .journal import Journal

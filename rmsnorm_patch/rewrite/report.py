@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..page import page, summarised
-from ..plan import Backend, Plan
+from ..scan.plan import Backend, Plan
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..semantics import NormSpec
+from ..numerics.spec import NormSpec
 from .probe import (
     PROBE_EPS,
     ROWS,

@@ -13,9 +13,9 @@ from weakref import WeakKeyDictionary
 import torch.nn as nn
 
 from ..errors import UnsupportedModel
-from ..plan import NormSite
-from ..semantics import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, T5, NormSpec
+from ..numerics.spec import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, T5, NormSpec
 from .diagnose import explain
+from .plan import NormSite
 from .probe import WEIGHTLESS, Found, find_spec, short, undisturbed
 from .subject import Rejected, Subject, examine, own_class, reachable_codes
 

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from .. import reference
-from ..semantics import (
+from ..numerics import reference
+from ..numerics.spec import (
     FP32_WEIGHT_MULTIPLY,
     GEMMA,
     LLAMA,

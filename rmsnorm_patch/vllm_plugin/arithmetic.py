@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .. import ops
-from ..semantics import NormSpec
+from ..numerics.spec import NormSpec
 from .decision import SPECS
 
 VERSION = 3

@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .. import product_splits
-from ..semantics import NormSpec
+from ..fused.linear_norm import splits as product_splits
+from ..numerics.spec import NormSpec
 from . import settings
 from .wrapping import original_of
 

@@ -11,9 +11,10 @@ from functools import cache
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .. import ops, reference
+from .. import ops
 from ..errors import RMSNormPatchError
-from ..semantics import SUPPORTED_DTYPES, NormSpec
+from ..numerics import reference
+from ..numerics.spec import SUPPORTED_DTYPES, NormSpec
 
 logger = logging.getLogger("vllm.rmsnorm_patch")
 """Below vLLM's logger, so that its handlers and its level apply in every worker."""

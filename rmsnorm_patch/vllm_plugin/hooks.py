@@ -11,8 +11,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from .. import nvrtc, product_splits
-from ..dispatch import triton_installed
+from ..backends.cuda import nvrtc
+from ..fused.linear_norm import splits as product_splits
+from ..ops.dispatch import triton_installed
 from . import arithmetic, linear_pass, settings
 from .decision import SPECS, Decision, decide, decision_for, facts_of
 from .health import logger, warn_once

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from .. import linear_ops, product_splits
+from ..fused.linear_norm import op as linear_ops
+from ..fused.linear_norm import splits as product_splits
 from .decision import decision_for
 from .health import logger, warn_once
 

@@ -6,7 +6,7 @@ import os
 import re
 from typing import Literal, TypeVar, get_args
 
-from .. import launch_mode
+from ..backends import launch_mode
 from ..errors import UnsupportedInput
 
 Route = Literal["auto", "ir", "oot", "off"]

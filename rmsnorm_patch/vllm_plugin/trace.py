@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 
-from .. import cuda_partials, ops, product_splits
-from ..semantics import NormSpec
+from .. import ops
+from ..fused.linear_norm import kernel as cuda_partials
+from ..fused.linear_norm import splits as product_splits
+from ..numerics.spec import NormSpec
 from . import health
 
 

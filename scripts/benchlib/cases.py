@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rmsnorm_patch.semantics import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, NormSpec
+from rmsnorm_patch.numerics.spec import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, NormSpec
 
 from . import roofline, timing
 from .providers import Provider

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from rmsnorm_patch import ops
-from rmsnorm_patch.semantics import FP32_WEIGHT_MULTIPLY
+from rmsnorm_patch.numerics.spec import FP32_WEIGHT_MULTIPLY
 
 
 class FarApart:

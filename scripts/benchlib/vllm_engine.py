@@ -326,7 +326,11 @@ def recapture(worker: Any) -> bool:
 @contextmanager
 def scheduled(schedules: str) -> Iterator[None]:
     """Norms that this process binds within follow these schedules: another registry, or "plain" launches."""
-    from rmsnorm_patch import cuda_backend, cuda_partials, dispatch, launcher, ops, registry
+    from rmsnorm_patch import ops
+    from rmsnorm_patch.backends.cuda import backend as cuda_backend
+    from rmsnorm_patch.backends.cuda import launcher, registry
+    from rmsnorm_patch.fused.linear_norm import kernel as cuda_partials
+    from rmsnorm_patch.ops import dispatch
 
     if not schedules:
         yield

@@ -21,7 +21,7 @@ def twice(norm: Callable[..., torch.Tensor]) -> Callable[..., tuple[torch.Tensor
 
 @ours("ours", PAIR)
 def _ours(spec):
-    from rmsnorm_patch import cuda_pair
+    from rmsnorm_patch.fused.query_key_norm import kernel as cuda_pair
 
     return cuda_pair.bind_rms_norm_pair(spec)
 

@@ -1,0 +1,275 @@
+"""The machine code of every kernel family for GPUs that are not here: widths, spills, registers, order of loads."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from rmsnorm_patch.backends.cuda import jit, nvrtc
+from rmsnorm_patch.fused.linear_norm import kernel as cuda_partials
+from rmsnorm_patch.numerics.spec import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, T5, NormSpec
+from rmsnorm_patch.ops import dispatch
+
+pytest.importorskip("triton")
+if nvrtc.find() is None:
+    pytest.skip("NVRTC is not installed", allow_module_level=True)
+
+_PATH = Path(__file__).parents[2] / "scripts" / "kernel_table.py"
+_SPEC = importlib.util.spec_from_file_location("kernel_table", _PATH)
+assert _SPEC is not None
+assert _SPEC.loader is not None
+kernel_table = importlib.util.module_from_spec(_SPEC)
+sys.modules["kernel_table"] = kernel_table
+_SPEC.loader.exec_module(kernel_table)
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+FUSED, PLAIN = "fused_add_rms_norm", "rms_norm"
+ARCHS = (89, 90, 100, 103, 120)
+LENGTHS = (128, 1024, 4096, 16384)
+FP32_SUM = NormSpec(round_before_weight="none", output="input", sum="fp32")
+VARIANTS = {
+    "gemma": (GEMMA, BF16, BF16),
+    "fp16, weight-dtype offset": (NormSpec(weight_offset="weight_dtype"), FP16, FP16),
+    "fp32 weight, fp32 result": (LLAMA, BF16, FP32),
+    "fp32 weight, one rounding": (FP32_WEIGHT_MULTIPLY, BF16, FP32),
+    "fp32 sum": (FP32_SUM, BF16, BF16),
+    "fp32 sum and weight": (FP32_SUM, BF16, FP32),
+    "fp32": (LLAMA, FP32, FP32),
+    "T5": (T5, FP32, BF16),
+    "no weight": (NormSpec(has_weight=False), BF16, None),
+}
+
+
+@cache
+def code(op, n, arch, which, spec=LLAMA, x=BF16, weight=BF16, align=None):
+    config = dispatch.schedules(op, x, n, arch)[which]
+    return config, kernel_table.machine_code(kernel_table.build(config, spec, op == FUSED, n, arch, x, weight, align))
+
+
+def configurations(op, n, arch, x=BF16):
+    return range(len(dispatch.schedules(op, x, n, arch)))
+
+
+def check(config, machine, arch):
+    assert not machine.spills, (config, machine)
+    assert machine.waits == (1 if arch >= 90 else 0)
+    assert machine.loads_before_wait == 0, "something is read before the dependency wait"
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("n", LENGTHS)
+def test_llama(arch, n):
+    for op in (FUSED, PLAIN):
+        for which in configurations(op, n, arch):
+            config, machine = code(op, n, arch, which)
+            check(config, machine, arch)
+            resident = min(config.min_ctas, kernel_table.GPUS[arch].threads // config.threads)
+            assert machine.registers * config.threads * resident <= 65536, "the registers keep CTAs out"
+            widest = 256 if arch >= 100 else 128
+            assert set(machine.loads) == set(machine.stores) == {widest}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_do_not_spill(name):
+    spec, x, weight = VARIANTS[name]
+    for n in (4096, 16384):
+        for which in configurations(FUSED, n, 90, x):
+            config, machine = code(FUSED, n, 90, which, spec, x, weight)
+            check(config, machine, 90)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_variants_everywhere(name, arch):
+    spec, x, weight = VARIANTS[name]
+    for n in (128, 2880, 8192):
+        for op in (FUSED, PLAIN) if spec.sum == "rounded" else (FUSED,):
+            which = configurations(op, n, arch, x)[-1]
+            config, machine = code(op, n, arch, which, spec, x, weight)
+            check(config, machine, arch)
+
+
+def every_schedule(arch):
+    """(configuration, op, columns, dtype) of every rule of the registry, at the shortest row that it serves: also those
+    that another rule is preferred to there."""
+    for kernel in dispatch._kernels():
+        for rule in kernel.rules:
+            fits = all(low <= arch <= high for low, high in (kernel.capability, rule.capability))
+            for x in (BF16, FP32) if fits else ():
+                if x.itemsize not in rule.itemsize:
+                    continue
+                step = max(1, rule.row_bytes_multiple_of // x.itemsize)
+                shortest = max(rule.n[0], -(-rule.row_bytes[0] // x.itemsize))
+                n = -(-shortest // step) * step
+                for op in kernel.ops:
+                    if op != "fused_add_rms_norm_":  # the same code
+                        yield dispatch._configure(kernel, rule, (1, 1), (), op, n, x.itemsize), op, n, x
+
+
+def kernels_on(arch):
+    return {kernel.name for kernel in dispatch._kernels() if kernel.capability[0] <= arch <= kernel.capability[1]}
+
+
+def around_the_wait(build):
+    """The kernel's PTX above its dependency wait and below it."""
+    text, headers, _ = jit._sources(build.config.source)
+    options = (f"--gpu-architecture=compute_{build.arch}", *build.options())
+    ptx = nvrtc.compile_source(build.config.source, text, headers, options).decode()
+    above, *below = ptx.split("griddepcontrol.wait;")
+    assert len(below) == 1, "every kernel waits, once"
+    return above, below[0]
+
+
+def loads_around_the_wait(build):
+    return tuple(re.findall(r"\bld\.(?!param)\S+", part) for part in around_the_wait(build))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [90, 100, 103, 120])
+def test_no_schedule_reads_anything_before_the_previous_kernel_has_ended(arch):
+    """Not even the weight: the kernel in front may have written it, and ours may start before that can be seen."""
+    seen = set()
+    for config, op, n, x in every_schedule(arch):
+        above, below = loads_around_the_wait(kernel_table.build(config, LLAMA, op == FUSED, n, arch, x, x))
+        assert not above, (config, op, n, above)
+        assert below
+        seen.add(config.kernel)
+    assert seen == kernels_on(arch)
+    for n in IN_PARTS:
+        for config in schedules_in_parts(n, 4, arch):
+            above, below = loads_around_the_wait(kernel_table.build(config, LLAMA, True, n, arch))
+            assert not above, (config, n, above)
+            assert below
+
+
+@pytest.mark.parametrize("arch", [90, 100, 103, 120])
+def test_the_assembler_leaves_every_kind_of_kernel_so(arch):
+    """One schedule of every kernel and order of loads, in machine code."""
+    kinds = {}
+    for config, op, n, x in every_schedule(arch):
+        if x == BF16:
+            kinds[config.kernel, dict(config.defines)["WEIGHT_AT"]] = config, op, n
+    for config, op, n in kinds.values():
+        machine = kernel_table.machine_code(kernel_table.build(config, LLAMA, op == FUSED, n, arch))
+        assert (machine.waits, machine.loads_before_wait) == (1, 0), config
+    assert {kernel for kernel, _ in kinds} == kernels_on(arch)
+
+
+def test_the_weight_is_asked_for_above_the_wait():
+    """Once, by the CTAs of the first rows, where it lies so that whole units of 16 bytes can be asked for."""
+    for align, asked in ((16, 1), (8, 0)):
+        config = dispatch.schedules(FUSED, BF16, 4096, 90)[0]
+        build = kernel_table.build(config, LLAMA, True, 4096, 90, align=align)
+        assert around_the_wait(build)[0].count("cp.async.bulk.prefetch.L2") == asked
+
+
+@pytest.mark.parametrize("arch", [89, 90, 100])
+def test_long_rows(arch):
+    for n in (65536, 131072, 262144):
+        config, machine = code(FUSED, n, arch, 0)
+        check(config, machine, arch)
+        assert set(machine.loads) == {256 if arch >= 100 else 128}
+
+
+@pytest.mark.parametrize("n", [4096, 8192, 16384, 65536, 131072, 262144])
+def test_a_cluster_meets_without_a_fence_for_the_whole_gpu(n):
+    """The release of a cluster barrier is one: 0.05 us of a decode step, 4 to 6% of long rows."""
+    config, machine = code(FUSED, n, 90, 0)
+    assert config.cluster > 1
+    assert machine.gpu_fences == 0
+
+
+@pytest.mark.parametrize(("align", "widths"), [(16, {128}), (8, {64}), (4, {32}), (2, {16})])
+def test_unaligned_addresses_take_narrower_accesses_in_the_same_schedule(align, widths):
+    config, machine = code(FUSED, 4096, 90, 0, align=align)
+    assert set(machine.loads) == set(machine.stores) == widths
+    assert not machine.spills
+    assert config == dispatch.schedules(FUSED, BF16, 4096, 90)[0]
+
+
+def test_a_16_byte_address_on_blackwell_takes_two_128_bit_accesses():
+    _, machine = code(FUSED, 4096, 100, 0, align=16)
+    assert set(machine.loads) == set(machine.stores) == {128}
+
+
+def test_odd_rows_use_the_widest_access_their_length_allows():
+    for n, width in ((5125, 16), (5126, 32), (5124, 64)):
+        _, machine = code(FUSED, n, 90, 0)
+        assert set(machine.loads) == set(machine.stores) == {width}
+        assert not machine.spills
+
+
+IN_PARTS = (2048, 2880, 4096, 5120, 8192, 16384)
+PARTS = (2, 4, 8)
+
+
+def schedules_in_parts(n, parts, arch, x=BF16, clusters=True):
+    fused = dispatch.schedules("fused_add_rms_norm_", x, n, arch)[0]
+    return cuda_partials.schedules(fused, n, parts, clusters)
+
+
+@cache
+def code_in_parts(config, n, arch, spec, x):
+    return kernel_table.machine_code(kernel_table.build(config, spec, True, n, arch, x, x))
+
+
+def check_in_parts(config, n, parts, arch, spec, x):
+    """One load of weight and residual and two of each part for every chunk of a thread, one store of sum and result."""
+    machine = code_in_parts(replace(config, m=(1, 1)), n, arch, spec, x)  # the rows it serves are not compiled in
+    chunks = -(-n // (config.vec * config.threads * config.cluster))
+    assert machine.loads == {128: chunks * (2 + 2 * parts)}
+    assert machine.stores == {128: chunks * 2}
+    assert machine.waits == (1 if arch >= 90 else 0)
+    assert machine.loads_before_wait == 0
+    assert machine.gpu_fences == 0
+    assert not machine.spills, (config, machine)
+
+
+@pytest.mark.parametrize("x", [BF16, FP16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("spec", [LLAMA, FP32_SUM], ids=["llama", "fp32_sum"])
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("n", IN_PARTS)
+def test_a_product_in_parts(n, parts, spec, x):
+    for config in schedules_in_parts(n, parts, 90, x):
+        check_in_parts(config, n, parts, 90, spec, x)
+
+
+@pytest.mark.parametrize("spec", [LLAMA, FP32_SUM], ids=["llama", "fp32_sum"])
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("n", IN_PARTS)
+def test_a_product_in_parts_without_clusters(n, parts, spec):
+    for arch in (80, 89):
+        for config in schedules_in_parts(n, parts, arch, clusters=False):
+            assert config.cluster == 1
+            check_in_parts(config, n, parts, arch, spec, BF16)
+
+
+@pytest.mark.parametrize("clusters", [True, False])
+@pytest.mark.parametrize("n", IN_PARTS)
+def test_schedules_of_products_in_parts(n, clusters):
+    """Whole warps that fit a CTA, equal shares of a cluster's CTAs, every row count once, the fused op's tree."""
+    for parts in PARTS:
+        configs = schedules_in_parts(n, parts, 90, clusters=clusters)
+        rows = [m for config in configs for m in range(config.m[0], config.m[1] + 1)]
+        assert rows == list(range(1, cuda_partials.MOST_ROWS + 1))
+        for config in configs:
+            assert config.threads % 32 == 0
+            assert config.threads <= 512
+            assert config.cluster == 1 or (clusters and n % (config.cluster * config.threads * config.vec) == 0)
+            assert (config.vec, config.rows_per_cta) == (8, 1)
+            assert dict(config.defines)["PARTIALS"] == parts
+        trees = {config.tree for config in dispatch.schedules("fused_add_rms_norm_", BF16, n, 90)}
+        assert {config.tree for config in configs} == trees == {"lanes-8"}
+    assert any(config.cluster > 1 for config in configs) is (clusters and n != 2880)
+
+
+def test_the_page_is_current():
+    assert kernel_table.is_current(), "docs/kernels.md is stale: python scripts/kernel_table.py"

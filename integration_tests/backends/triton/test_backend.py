@@ -1,0 +1,94 @@
+"""How the Triton backend is found, loaded and refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rmsnorm_patch import ops
+from rmsnorm_patch.backends.triton import backend as triton_backend
+from rmsnorm_patch.backends.triton import loader as triton_loader
+from rmsnorm_patch.errors import UnsupportedInput
+from rmsnorm_patch.numerics.spec import LLAMA
+
+
+def test_cpu_tensors_need_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert triton_backend.available("cpu") == (False, "CPU tensors need TRITON_INTERPRET=1")
+    with pytest.raises(UnsupportedInput, match=r"x on cpu for backend='triton'.*TRITON_INTERPRET=1.*backend='auto'"):
+        ops.bind_rms_norm(LLAMA, "triton")(torch.ones(2, 64), None, 1e-6)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert triton_backend.available("cpu")[0]
+    assert torch.equal(ops.bind_rms_norm(LLAMA, "triton")(torch.ones(2, 64), None, 0.0), torch.ones(2, 64))
+
+
+def test_devices_without_kernels_are_named() -> None:
+    assert triton_backend.available("mps") == (False, "no kernels for devices of type mps")
+
+
+def test_missing_triton_is_a_reason_and_not_a_crash() -> None:
+    """In a process where importing triton fails."""
+    script = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch\n"
+        "from rmsnorm_patch import ops, triton_backend\n"
+        "from rmsnorm_patch.numerics.spec import LLAMA\n"
+        "print(triton_backend.available('cpu'))\n"
+        "print(ops.bind_rms_norm(LLAMA)(torch.ones(2, 4), None, 0.0).sum().item())\n"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert found.splitlines() == ["(False, 'triton is not installed')", "8.0"]
+
+
+def test_interpreted_and_compiled_kernels_live_side_by_side() -> None:
+    compiled = triton_loader.load("rms_norm", interpreted=False)
+    interpreted = triton_loader.load("rms_norm", interpreted=True)
+    assert type(compiled.rms_norm).__name__ == "JITFunction"
+    assert type(interpreted.rms_norm).__name__ == "InterpretedFunction"
+    assert Path(compiled.__file__) == Path(interpreted.__file__)
+    assert triton_loader.load("rms_norm", interpreted=False) is compiled
+
+
+def test_the_interpreter_rounds_to_nearest_even() -> None:
+    values = torch.tensor([1.00390625, 1.01171875, -1.00390625, 3.3e38, 1e-40, float("nan"), float("-inf")])
+    found = torch.from_numpy(triton_loader._round_to_bf16(values.numpy())).view(torch.bfloat16)
+    assert torch.equal(found.nan_to_num(), values.bfloat16().nan_to_num())
+    assert found[:3].tolist() == [1.0, 1.015625, -1.0]
+
+
+def test_importing_the_package_leaves_triton_alone() -> None:
+    script = "import sys, rmsnorm_patch.ops, rmsnorm_patch.backends.triton.backend; print('triton.language' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert found.strip() == "False"
+
+
+def test_warmup_compiles_by_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    key = (torch.bfloat16, (328,), torch.bfloat16)  # a length of this test alone
+    for op in ("rms_norm", "fused_add_rms_norm", "fused_add_rms_norm_"):
+        layouts = triton_backend.bind(op, LLAMA)._layouts  # type: ignore[attr-defined]
+        assert key not in layouts
+        triton_backend.warmup(op, LLAMA, 328, torch.bfloat16, torch.bfloat16, device="cpu")
+        assert key in layouts
+
+
+@pytest.mark.parametrize("inputs", [1, 2])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_schedules_cover_every_length_without_a_whole_chunk_to_spare(itemsize: int, inputs: int) -> None:
+    schedules = triton_loader.load("schedule", interpreted=False)
+    for warp_size in (32, 64):
+        for n in (*range(1, 2000), 2880, 5120, 7168, 24449, 32768, 65536, 262144):
+            found = schedules.schedule(n, itemsize, inputs, warp_size)
+            assert found.block * found.chunks >= n > found.block * (found.chunks - 1)
+            assert found.block & (found.block - 1) == 0
+            assert found.num_warps * warp_size <= 1024
+            assert found.streamed == 0 or found.rows == 1
+            assert found.streamed % schedules.UNROLL == 0
+            assert found.streamed < found.chunks  # the loop over them has no masks, so they must all be full
+            vec = schedules.vector_elements(n, itemsize)
+            assert n % vec == 0
+            assert vec * itemsize <= 16

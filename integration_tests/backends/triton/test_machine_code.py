@@ -1,0 +1,191 @@
+"""The Triton kernels compiled ahead of time for GPUs that are not here, and what their machine code looks like."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from rmsnorm_patch.backends.triton import loader as triton_loader
+from rmsnorm_patch.backends.triton.backend import Layout, Target
+from rmsnorm_patch.numerics.spec import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, T5, NormSpec
+
+NVIDIA = [80, 89, 90, 100, 120]
+AMD = ["gfx942", "gfx950"]
+OPS = ["rms_norm", "fused_add_rms_norm"]
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here may be answered from an earlier compilation."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def build(
+    target: GPUTarget,
+    op: str,
+    n: int,
+    spec: NormSpec = LLAMA,
+    dtype: torch.dtype = torch.bfloat16,
+    weight_dtype: torch.dtype | None = torch.bfloat16,
+    nested: bool = False,
+    in_place: bool = False,
+    dependent: bool = True,
+) -> Any:
+    """The kernel as `triton_backend` would launch it, compiled for `target`."""
+    known = Target(target.warp_size) if target.backend == "hip" else Target.nvidia(target.arch // 10, dependent)
+    layout = Layout(op, spec, dtype, n, weight_dtype, known)
+    kernel = getattr(triton_loader.load(op, interpreted=False), op)
+    constants = {**layout.constants, "NESTED": nested}
+    if op != "rms_norm":
+        constants.update(ROUND_SUM=spec.sum == "rounded", IN_PLACE=in_place)
+    pointers = {"weight_ptr": weight_dtype or dtype, "y_ptr": layout.out_dtype}
+    signature, attributes = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = "*" + NAMES[pointers.get(name, dtype)]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if name == "eps" else "i32"
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=target, options=layout.options)
+
+
+def cuda(capability: int) -> GPUTarget:
+    return GPUTarget("cuda", capability, 32)
+
+
+def cuobjdump(compiled: Any, folder: Path, option: str) -> str:
+    path = folder / "kernel.cubin"
+    path.write_bytes(compiled.asm["cubin"])
+    return subprocess.run([CUOBJDUMP, option, path], capture_output=True, text=True, check=True).stdout
+
+
+def widths(sass: str, instruction: str) -> set[str]:
+    return set(re.findall(rf"\b{instruction}\.E\S*", sass))
+
+
+@pytest.mark.parametrize("capability", NVIDIA)
+@pytest.mark.parametrize("op", OPS)
+def test_nvidia_code_has_no_spills_and_moves_sixteen_bytes(op: str, capability: int, tmp_path: Path) -> None:
+    for n in (64, 1024, 5120, 7168, 16384, 32768, 65536):
+        compiled = build(cuda(capability), op, n)
+        usage = cuobjdump(compiled, tmp_path, "--dump-resource-usage")
+        registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
+        assert (stack, local) == (0, 0), (n, usage)
+        assert registers * 32 * compiled.metadata.num_warps <= 65536, (n, registers)
+        sass = cuobjdump(compiled, tmp_path, "-sass")
+        assert widths(sass, "LDG") == {"LDG.E.128"}, n
+        assert widths(sass, "STG") == {"STG.E.128"}, n
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_only_prefetches_stand_above_the_dependency_wait(op: str, tmp_path: Path) -> None:
+    """Nothing is read there, not even the weight: the kernel in front may have written it."""
+    plain = op == "rms_norm"
+    asked_for = {  # by length: rows, weight
+        128: (False, plain),
+        1024: (False, True),
+        4096: (False, plain),
+        5125: (False, plain),
+        16384: (True, plain),
+        20489: (True, plain),
+        131072: (False, plain),
+    }
+    for n, (rows, weight) in asked_for.items():
+        for capability in (90, 120) if n == 4096 else (90,):
+            compiled = build(cuda(capability), op, n)
+            assert compiled.metadata.launch_pdl
+            above, below = compiled.asm["ptx"].split("griddepcontrol.wait;")
+            assert not re.search(r"\b(ld\.(?!param)|st\.)", above), (n, capability)
+            assert above.count("cp.async.bulk.prefetch.L2") == rows * (1 if plain else 2) + weight, n
+            assert "cp.async.bulk.prefetch" not in below
+            assert "griddepcontrol.launch_dependents" in below
+            above, below = cuobjdump(compiled, tmp_path, "-sass").split("ACQBULK")
+            assert not re.search(r"\b(LD|ST)[GSL]\b", above), (n, capability)
+            assert "LDG" in below
+    old = cuobjdump(build(cuda(80), op, 16384), tmp_path, "-sass")
+    assert not re.search("ACQBULK|PREEXIT|UBLKPF", old)
+    assert not build(cuda(80), op, 16384).metadata.launch_pdl
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_plain_launch_knows_no_dependency(op: str, tmp_path: Path) -> None:
+    compiled = build(cuda(90), op, 4096, dependent=False)
+    assert not compiled.metadata.launch_pdl
+    assert not re.search("ACQBULK|PREEXIT|UBLKPF", cuobjdump(compiled, tmp_path, "-sass"))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_rows_stay_packed_and_leave_room_for_two_programs(op: str, tmp_path: Path) -> None:
+    """Kept as fp32 they take 111 registers at 32768 (plain), and one program fits on a multiprocessor."""
+    for n in (16384, 20480, 24576) if op != "rms_norm" else (16384, 20480, 24576, 32768):
+        compiled = build(cuda(90), op, n)
+        registers = int(re.search(r"REG:(\d+)", cuobjdump(compiled, tmp_path, "--dump-resource-usage"))[1])
+        assert 2 * -(-registers // 8) * 8 * 32 * compiled.metadata.num_warps <= 65536, (n, registers)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_nothing_but_the_reduction_goes_through_shared_memory(op: str, tmp_path: Path) -> None:
+    """A weight in another layout than the rows costs two barriers a chunk."""
+    for n, barriers in ((128, 0), (1024, 2), (5122, 2), (5125, 2), (8192, 2), (16384, 2)):
+        sass = cuobjdump(build(cuda(90), op, n), tmp_path, "-sass")
+        assert len(re.findall(r"\bBAR\.SYNC", sass)) == barriers, n
+
+
+@pytest.mark.parametrize("capability", [80, 90, 120])
+def test_every_axis_compiles(capability: int, tmp_path: Path) -> None:
+    half, single = torch.bfloat16, torch.float32
+    for spec, dtype, weight_dtype in (
+        (GEMMA, half, half),
+        (T5, half, single),
+        (LLAMA, torch.float16, half),
+        (FP32_WEIGHT_MULTIPLY, single, single),
+        (replace(LLAMA, weight_offset="weight_dtype", sum="fp32"), half, half),
+        (replace(LLAMA, has_weight=False), half, None),
+        (replace(LLAMA, width=100), half, half),
+        (replace(LLAMA, group=128), half, half),
+    ):
+        for in_place in (False, True):
+            compiled = build(
+                cuda(capability), "fused_add_rms_norm", 1024, spec, dtype, weight_dtype, nested=True, in_place=in_place
+            )
+            assert "LOCAL:0" in cuobjdump(compiled, tmp_path, "--dump-resource-usage"), spec
+
+
+def test_q_norm_rows_of_a_split_projection_load_sixteen_bytes(tmp_path: Path) -> None:
+    for n in (64, 128, 256):
+        sass = cuobjdump(build(cuda(90), "rms_norm", n, nested=True), tmp_path, "-sass")
+        assert "LDG.E.128" in widths(sass, "LDG"), n
+        assert widths(sass, "STG") == {"STG.E.128"}, n
+
+
+def test_unaligned_rows_are_loaded_by_what_their_length_allows(tmp_path: Path) -> None:
+    for n, width in ((5124, "LDG.E.64"), (5122, "LDG.E"), (5125, "LDG.E.U16")):
+        sass = cuobjdump(build(cuda(90), "rms_norm", n), tmp_path, "-sass")
+        assert widths(sass, "LDG") == {width}, n
+
+
+@pytest.mark.parametrize("architecture", AMD)
+@pytest.mark.parametrize("op", OPS)
+def test_amd_code_has_no_spills_and_moves_sixteen_bytes(op: str, architecture: str) -> None:
+    for n in (1024, 5120, 16384, 32768, 65536):
+        compiled = build(GPUTarget("hip", architecture, 64), op, n)
+        assert compiled.asm["hsaco"].startswith(b"\x7fELF")
+        assembly = compiled.asm["amdgcn"]
+        assert re.search(r"\.vgpr_spill_count:\s*0\b", assembly), n
+        moves = set(re.findall(r"\b(?:buffer|global)_(?:load|store)_(\w+)", assembly))
+        assert moves == {"dwordx4"}, n
+        assert compiled.metadata.num_warps * 64 <= 1024

@@ -1,0 +1,392 @@
+"""`linear_fused_add_rms_norm_` without a GPU: the bits of a product and the fused norm, what it refuses, its search."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from rmsnorm_patch import ops
+from rmsnorm_patch.errors import UnsupportedInput
+from rmsnorm_patch.fused.linear_norm import kernel as cuda_partials
+from rmsnorm_patch.fused.linear_norm import op as linear_ops
+from rmsnorm_patch.fused.linear_norm import splits as product_splits
+from rmsnorm_patch.numerics.spec import LLAMA, NormSpec
+
+pytestmark = pytest.mark.usefixtures("products_unknown")
+
+OP: Any = torch.ops.rmsnorm_patch.linear_fused_add_rms_norm_.default
+FP32_SUM = NormSpec(round_before_weight="none", output="input", sum="fp32")
+SPECS = {
+    "llama": LLAMA,
+    "fp32_sum": FP32_SUM,
+    "offset": NormSpec(weight_offset="weight_dtype"),
+    "width": NormSpec(width=40),
+    "weightless": NormSpec(has_weight=False),
+    "weightless_fp32_sum": NormSpec(round_before_weight="none", has_weight=False, output="input", sum="fp32"),
+}
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+N, K = 64, 96
+Operands = list[Any]
+"""rows, matrix, residual, weight."""
+
+
+def operands(m: int, dtype: torch.dtype = torch.float32, spec: NormSpec = LLAMA) -> Operands:
+    """So small that an epsilon of 1e-4 shows in every dtype."""
+    tensors = torch.randn(m, K) / 100, torch.randn(N, K) / 10, torch.randn(m, N) / 100, torch.randn(N)
+    rows, matrix, residual, weight = (tensor.to(dtype) for tensor in tensors)
+    return [rows, matrix, residual, weight if spec.has_weight else None]
+
+
+def moved(tensor: torch.Tensor, by: int) -> torch.Tensor:
+    """A copy so many elements behind an address as an allocator of a device gives it."""
+    size = tensor.element_size()
+    storage = torch.empty(tensor.numel() + by + product_splits.ALIGNMENT // size, dtype=tensor.dtype)
+    start = -storage.data_ptr() % product_splits.ALIGNMENT // size + by
+    return storage[start : start + tensor.numel()].view_as(tensor).copy_(tensor)
+
+
+def one_after_the_other(given: Operands, eps: float | None, spec: NormSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, matrix, residual, weight = given
+    x, total = torch.mm(rows, matrix.t()), residual.clone()
+    ops.bind_fused_add_rms_norm_(spec)(x, total, weight, eps)
+    return x, total
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m", [0, 1, 5])
+def test_bits_of_the_product_and_the_fused_norm(m: int, dtype: torch.dtype, spec: NormSpec) -> None:
+    for eps in (1e-4, None):
+        given = operands(m, dtype, spec)
+        normed, total = one_after_the_other(given, eps, spec)
+        rows, matrix = given[0].clone(), given[1].clone()
+        found = OP(*given, eps, *ops.spec_args(spec))
+        assert torch.equal(found, normed)
+        assert torch.equal(given[2], total)
+        assert found.dtype == dtype
+        assert found.is_contiguous()
+        assert torch.equal(given[0], rows)
+        assert torch.equal(given[1], matrix)
+
+
+def test_only_the_residual_counts_as_written() -> None:
+    given = operands(5)
+    before = [tensor._version for tensor in given]
+    OP(*given, 1e-6)
+    after = [tensor._version for tensor in given]
+    assert [new > old for new, old in zip(after, before, strict=True)] == [False, False, True, False]
+
+
+@pytest.mark.parametrize("kept", range(8))
+def test_spec_arguments_left_out_at_the_end_are_the_defaults(kept: int) -> None:
+    """The dispatcher drops what equals a default, so that the op sees any number of them."""
+    spec = NormSpec(0.0, "weight", "weight_dtype", output="input", sum="fp32", width=40, group=None)
+    args = ops.spec_args(spec)[:kept]
+    given = operands(5, torch.bfloat16)
+    x, total = torch.mm(given[0], given[1].t()), given[2].clone()
+    torch.ops.rmsnorm_patch.fused_add_rms_norm_(x, total, given[3], 1e-4, *args)
+    assert torch.equal(OP(*given, 1e-4, *args), x)
+    assert torch.equal(given[2], total)
+
+
+def test_spec_arguments_by_name() -> None:
+    given = operands(5, torch.bfloat16)
+    normed, total = one_after_the_other(given, 1e-4, NormSpec(weight_offset="fp32", output="input", width=40))
+    assert torch.equal(OP(*given, 1e-4, weight_offset="fp32", output="input", width=40), normed)
+    assert torch.equal(given[2], total)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_opcheck(spec: NormSpec) -> None:
+    for dtype in DTYPES:
+        for m in (0, 1, 5):
+            results = torch.library.opcheck(OP, (*operands(m, dtype, spec), 1e-6, *ops.spec_args(spec)))
+            assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_compiled_with_dynamic_rows(spec: NormSpec) -> None:
+    args = ops.spec_args(spec)
+
+    def layer(rows: Any, matrix: Any, residual: Any, weight: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        normed = OP(rows * 2, matrix, residual, weight, 1e-4, *args)
+        return normed + 1, residual * 2
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    for m in (5, 2, 9):
+        given = operands(m, torch.bfloat16, spec)
+        again = [None if tensor is None else tensor.clone() for tensor in given]
+        with torch.no_grad():
+            for mine, other in zip(compiled(*given), layer(*again), strict=True):
+                assert torch.equal(mine, other)
+        assert torch.equal(given[2], again[2])
+
+
+@pytest.mark.parametrize("key", ["CPU", "CUDA", "Meta"])
+def test_every_device_that_has_kernels_is_registered(key: str) -> None:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(OP.name(), key)
+
+
+REFUSED: dict[str, tuple[dict[int, torch.Tensor], tuple[str, ...]]] = {
+    "inner lengths differ": ({1: torch.randn(N, K - 1)}, ("(5, 96)", "(64, 95)", "rows [M, K]", "[N, K]")),
+    "a matrix [K, N]": ({1: torch.randn(K, N)}, ("(5, 96)", "(96, 64)")),
+    "dtypes differ": ({1: torch.randn(N, K).bfloat16()}, ("torch.float32", "torch.bfloat16", "one dtype")),
+    "rows of three dimensions": ({0: torch.randn(1, 5, K)}, ("(1, 5, 96)", "rows [M, K]")),
+    "rows with columns in the middle": ({0: torch.randn(5, K, 1)}, ("(5, 96, 1)", "rows [M, K]")),
+    "one row without a dimension": ({0: torch.randn(K)}, ("(96,)", "rows [M, K]")),
+    "a matrix of three dimensions": ({1: torch.randn(N, K, 1)}, ("(64, 96, 1)", "matrix [N, K]")),
+    "residual of fewer rows": ({2: torch.randn(1, N)}, ("residual of shape (1, 64)", "(5, 64)")),
+    "residual of other columns": ({2: torch.randn(5, K)}, ("residual of shape (5, 96)", "(5, 64)")),
+    "residual of three dimensions": ({2: torch.randn(1, 5, N)}, ("residual of shape (1, 5, 64)",)),
+    "residual of another dtype": ({2: torch.randn(5, N).half()}, ("residual of dtype torch.float16",)),
+    "residual expanded": ({2: torch.randn(1, N).expand(5, N)}, ("residual of shape (5, 64) expanded",)),
+    "weight of another length": ({3: torch.randn(K)}, ("weight of shape (96,)", "(64,)")),
+    "weight of two dimensions": ({3: torch.randn(1, N)}, ("weight of shape (1, 64)",)),
+    "a result that is no fp16": (
+        {0: torch.randn(5, K).half(), 1: torch.randn(N, K).half(), 2: torch.randn(5, N).half()},
+        ("torch.float16", "result has dtype torch.float32"),
+    ),
+    "rows that no kernel serves": (
+        {0: torch.randn(5, K).double(), 1: torch.randn(N, K).double(), 2: torch.randn(5, N).double()},
+        ("torch.float64", "float32, bfloat16, float16"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_with_the_residual_unchanged(name: str) -> None:
+    changes, words = REFUSED[name]
+    given = [changes.get(place, tensor) for place, tensor in enumerate(operands(5))]
+    before, version = given[2].clone(), given[2]._version
+    with pytest.raises(UnsupportedInput) as caught:
+        OP(*given, 1e-6)
+    for word in (*words, "fused_add_rms_norm_: got ", "; supported: ", "; next: "):
+        assert word in str(caught.value)
+    assert torch.equal(given[2], before)
+    assert given[2]._version == version
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_while_it_is_traced(name: str) -> None:
+    changes, words = REFUSED[name]
+    given = [changes.get(place, tensor) for place, tensor in enumerate(operands(5))]
+    with FakeTensorMode() as mode, pytest.raises(UnsupportedInput) as caught:
+        OP(*(mode.from_tensor(tensor) for tensor in given), 1e-6)
+    for word in (*words, linear_ops.NAME):
+        assert word in str(caught.value)
+
+
+def test_rows_and_matrix_are_on_one_device() -> None:
+    for place in (0, 1):
+        given = operands(5)
+        given[place] = given[place].to("meta")
+        with pytest.raises(UnsupportedInput, match="on meta"):
+            OP(*given, 1e-6)
+
+
+def test_a_split_is_judged_by_many_elements() -> None:
+    """Draws differ, and are alike from call to call."""
+    for m, n in ((1, 512), (1, 4099), (3, 2880), (256, 16384)):
+        rows = torch.randn(m, 8).bfloat16()
+        draws = product_splits._draws(rows, n)
+        assert len(draws) >= 2
+        assert len(draws) * m * n >= product_splits.COMPARED
+        assert {(draw.shape, draw.dtype) for draw in draws} == {(rows.shape, rows.dtype)}
+        assert not torch.equal(draws[0], draws[1])
+        again = product_splits._draws(rows, n)
+        assert all(map(torch.equal, draws, again))
+
+
+def library(split: int) -> Any:
+    """`product_in_parts`, for which the CPU has no op, of a library that splits in so many parts; 0: in any."""
+
+    def product_in_parts(rows: torch.Tensor, matrix: torch.Tensor, parts: int) -> torch.Tensor:
+        whole = torch.mm(rows, matrix.t()).float()
+        rest = torch.zeros(parts - 1, *whole.shape)
+        return torch.cat([whole[None] if split in (0, parts) else whole[None] * 1.5, rest])
+
+    return product_in_parts
+
+
+def find_split(k: int) -> int:
+    rows, matrix, _, weight = operands(3)
+    return product_splits._find_split(rows.repeat(1, k)[:, :k], matrix.repeat(1, k)[:, :k], weight, LLAMA)
+
+
+@pytest.fixture
+def split(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU's library, as if its products of few rows were split."""
+    monkeypatch.setattr(product_splits, "_is_whole", lambda *_: False)
+
+
+@pytest.mark.usefixtures("split")
+@pytest.mark.parametrize(
+    ("k", "expected"),
+    [(64, []), (100, []), (448, [7]), (768, [2, 3, 4, 6]), (4096, [2, 4, 8]), (320 * 8, [2, 4, 5, 8])],
+)
+def test_splits_considered_leave_parts_of_whole_tiles(
+    k: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(product_splits, "_same_products", lambda products, matrix, parts: seen.append(parts))
+    assert find_split(k) == 0
+    assert seen == expected
+    assert all(parts <= cuda_partials.MOST_PARTS for parts in product_splits.SPLITS)
+
+
+@pytest.mark.usefixtures("split")
+def test_a_split_is_taken_if_product_and_norm_have_the_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    for same_norm in (True, False):
+        monkeypatch.setattr(product_splits, "_same_norms", lambda *_, same=same_norm: same)
+        for split in (2, 3, 4, 6):
+            monkeypatch.setattr(product_splits, "product_in_parts", library(split))
+            assert find_split(768) == (split if same_norm else 0)
+        monkeypatch.setattr(product_splits, "product_in_parts", library(5))
+        assert find_split(768) == 0
+
+
+@pytest.mark.usefixtures("split")
+def test_where_every_split_has_the_bits_none_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product_splits, "_same_norms", lambda *_: True)
+    monkeypatch.setattr(product_splits, "product_in_parts", library(0))
+    assert find_split(768) == 0
+
+
+@pytest.mark.usefixtures("split")
+def test_what_cannot_be_compared_is_served_whole() -> None:
+    """The CPU has no product of bf16 with an fp32 result."""
+    rows, matrix, _, weight = operands(3, torch.bfloat16)
+    with pytest.raises(NotImplementedError):
+        product_splits.product_in_parts(rows, matrix, 2)
+    assert product_splits._find_split(rows.repeat(1, 8), matrix.repeat(1, 8), weight, FP32_SUM) == 0
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_other_sums_only_where_they_are_allowed(whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four parts, of which the library of the test adds up to what `torch.mm` gives only where there are four."""
+    monkeypatch.setattr(product_splits, "_is_whole", lambda *_: whole)
+    monkeypatch.setattr(product_splits, "_same_products", lambda *_: False)
+    monkeypatch.setattr(product_splits, "filling", lambda *_: 4)
+    same_norms = [True]
+    monkeypatch.setattr(product_splits, "_same_norms", lambda *_: same_norms[0])
+    for split, agrees, allowed in itertools.product((4, 3), (True, False), (True, False)):
+        monkeypatch.setattr(product_splits, "product_in_parts", library(split))
+        same_norms[0] = agrees
+        product_splits.allow_reordering(allowed)
+        taken = split == 4 and agrees and allowed
+        assert find_split(768) == (4 if taken else int(whole))
+
+
+@pytest.mark.usefixtures("split")
+def test_a_split_with_the_bits_comes_before_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product_splits, "_same_norms", lambda *_: True)
+    monkeypatch.setattr(product_splits, "filling", lambda *_: 4)
+    monkeypatch.setattr(product_splits, "product_in_parts", library(3))
+    product_splits.allow_reordering(True)
+    assert find_split(768) == 3
+
+
+def test_allowing_other_sums_forgets_what_was_found(looked_at: list[int]) -> None:
+    assert split_of(3) == 2
+    for allowed, again in ((True, 1), (True, 0), (False, 1)):
+        before = len(looked_at)
+        product_splits.allow_reordering(allowed)
+        assert split_of(3) == 2
+        assert len(looked_at) - before == again
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "parts"),
+    [(1, 2048, 2048, 4), (32, 2048, 8192, 4), (33, 2048, 8192, 1), (8, 1024, 4096, 8), (8, 1024, 256, 4),
+     (8, 1024, 128, 1), (8, 2176, 8192, 1), (8, 4096, 4096, 1), (1, 256, 1024, 8)],
+)  # fmt: skip
+def test_parts_that_fill_a_device(m: int, n: int, k: int, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Properties:
+        multi_processor_count = 132
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
+    assert product_splits.filling(torch.empty(m, k), torch.empty(n, k)) == parts
+
+
+def test_close_is_a_rounding_apart() -> None:
+    exact = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    rounded = exact.bfloat16()
+    assert product_splits._is_close(rounded, (exact * (1 + 1e-6)).bfloat16())
+    for wrong in (exact + 0.01, exact * 1.02, torch.full_like(exact, torch.nan)):
+        assert not product_splits._is_close(wrong.bfloat16(), rounded)
+
+
+@pytest.mark.parametrize("up_to", [0, 2, 3, 100, product_splits.TALL - 1])
+def test_a_product_with_the_bits_of_many_rows_is_not_split(up_to: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a library that splits products of up to so many rows, which shows in one element."""
+
+    def product(rows: torch.Tensor, transposed: torch.Tensor) -> torch.Tensor:
+        whole = (1000 * rows).double().round() @ (1000 * transposed).double().round()  # exact, whatever the BLAS
+        whole[-1, -1] += len(rows) <= up_to
+        return whole.to(rows.dtype)
+
+    monkeypatch.setattr(torch, "mm", product)
+    monkeypatch.setattr(product_splits, "_same_norms", lambda *_: True)
+    assert find_split(768) == (0 if up_to >= 3 else 1)
+
+
+@pytest.mark.parametrize("m", [0, cuda_partials.MOST_ROWS + 1])
+def test_no_split_is_looked_for_outside_the_kernels_rows(m: int) -> None:
+    """None, where a look at the device would raise: there is none."""
+    rows, matrix, residual, weight = operands(m)
+    assert product_splits.split_of(rows, matrix, residual, weight, LLAMA) is None
+
+
+@pytest.fixture
+def looked_at(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Numbers of rows that were compared, on a device of which that is asked; each comes in two parts."""
+    found: list[int] = []
+    monkeypatch.setattr(product_splits, "_may_split", lambda *_: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(product_splits, "_find_split", lambda rows, *_: found.append(rows.shape[0]) or 2)
+    return found
+
+
+def split_of(m: int) -> int | None:
+    rows, matrix, residual, weight = operands(m)
+    return product_splits.split_of(moved(rows, 0), moved(matrix, 0), residual, weight, LLAMA)
+
+
+def test_each_product_is_compared_when_it_is_first_seen(looked_at: list[int]) -> None:
+    assert [split_of(m) for m in (3, 5, 3, 257, 5)] == [2, 2, 2, None, 2]
+    assert looked_at == [3, 5]
+
+
+def test_products_compared_ahead_are_the_only_ones(looked_at: list[int]) -> None:
+    """At the first sight of the matrix, here with more rows than the kernel serves."""
+    product_splits.compare_ahead([8, 1, 8, 300])
+    assert [split_of(m) for m in (257, 1, 3, 8, 257)] == [None, 2, None, 2, None]
+    assert looked_at == [1, 8]
+    product_splits.compare_ahead([1, 3])
+    assert [split_of(m) for m in (1, 3, 8)] == [2, 2, 2]
+    assert looked_at == [1, 8, 3]
+    product_splits.compare_ahead(())
+    assert [split_of(m) for m in (5, 8)] == [None, 2]
+    assert looked_at == [1, 8, 3]
+
+
+def test_rows_apart_are_no_known_product(looked_at: list[int]) -> None:
+    rows, matrix, residual, weight = operands(5)
+    rows, matrix, turned = moved(rows, 0), moved(matrix, 0), [moved(tensor.t(), 0).t() for tensor in (rows, matrix)]
+    wide = torch.cat([residual, residual], 1)
+    assert product_splits.split_of(rows, matrix, residual, weight, LLAMA) == 2
+    assert product_splits.split_of(rows, matrix, wide[:, :N], weight, LLAMA) is None
+    assert product_splits.split_of(turned[0], matrix, residual, weight, LLAMA) is None
+    assert product_splits.split_of(rows, turned[1], residual, weight, LLAMA) is None
+
+
+def test_operands_at_odd_addresses_are_no_known_product(looked_at: list[int]) -> None:
+    rows, matrix, residual, weight = operands(5)
+    for by_rows, by_matrix, parts in ((0, 0, 2), (1, 0, None), (0, 32, None), (64, 64, 2)):
+        assert product_splits.split_of(moved(rows, by_rows), moved(matrix, by_matrix), residual, weight, LLAMA) == parts
+    assert looked_at == [5]

@@ -1,0 +1,51 @@
+"""launcher.c on the CPU: a driver that computes (cpu_driver.c), and plans for it."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rmsnorm_patch.backends.cuda import backend as cuda_backend
+from rmsnorm_patch.backends.cuda import launcher
+from rmsnorm_patch.numerics.spec import NormSpec
+
+FUNCTION, CONTEXT = 0x7000, 1
+
+
+class Driver:
+    """What the driver at `path` has launched since this was made."""
+
+    def __init__(self, path: Path) -> None:
+        self.library = ctypes.CDLL(str(path))
+        self.library.eps_of.restype = ctypes.c_float
+        self.library.set_result(0)
+        self.before = self.library.launched()
+
+    @property
+    def launches(self) -> int:
+        return self.library.launched() - self.before
+
+    def eps(self) -> list[float]:
+        return [self.library.eps_of(self.before + i) for i in range(self.launches)]
+
+
+def table_of(op: Any, spec: NormSpec, n: int) -> Any:
+    """launcher.c's table of `op`, with a plan for fp32 rows of `n` columns."""
+    bound, _ = cuda_backend._bound(op, spec.variant)
+    functions, fp32 = bound.functions, torch.float32
+    handle = functions.new_kernel(FUNCTION, CONTEXT, n, 2**63 - 1, 1, 1, 32, 0, 4, 4, 0)
+    code = launcher.dlpack_code(fp32)
+    functions.add_plan(bound.table, handle, 0, fp32, fp32, fp32, n, 0, 4, 4, 1e-6, code, code)
+    return bound.table
+
+
+def held(watched: Iterable[object], collect_garbage: Callable[[], None]) -> tuple[int, list[int]]:
+    """How many objects there are, and how many references to each of `watched`."""
+    collect_garbage()
+    return len(gc.get_objects()), [sys.getrefcount(each) for each in watched]

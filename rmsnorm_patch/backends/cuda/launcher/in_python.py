@@ -1,0 +1,203 @@
+"""launcher.c without a C compiler: the driver's launch through ctypes, the checks of a plain call in Python.
+
+The launch alone takes 4.1 us instead of 2.2 us (H200 host); its structures are prepared once for each kernel.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .. import driver
+
+TOO_MANY_ROWS = 1000001
+_FUSED_ADD_IN_PLACE = 2
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_uint * 16))
+
+
+class _Config(ctypes.Structure):
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    )
+
+
+_CLUSTER, _PROGRAMMATIC = 4, 6
+_WORDS = struct.Struct("=21Qfxxxx")
+
+
+class _Kernel:
+    """One kernel with its launch structures; `lock` makes them safe to share between threads."""
+
+    def __init__(self, values: tuple[int, ...]) -> None:
+        (self.function, self.context, self.n, self.m_max, self.rows_per_cta, self.cluster, threads) = values[:7]
+        self.dependent, self.align, self.weight_align, self.next = values[7:]
+        self.handle = 0
+        self.lock = threading.Lock()
+        self.args = ctypes.create_string_buffer(_WORDS.size)
+        self.params = (ctypes.c_void_p * 1)(ctypes.addressof(self.args))
+        self.attributes = (_Attribute * 2)()
+        self.config = _Config(attributes=self.attributes)
+        self.config.grid[:] = (1, 1, 1)
+        self.config.block[:] = (threads, 1, 1)
+        if self.cluster > 1:
+            self._attribute(_CLUSTER, self.cluster, 1, 1)
+        if self.dependent:
+            self._attribute(_PROGRAMMATIC, 1)
+        self.grid_x = ctypes.cast(ctypes.addressof(self.config), ctypes.POINTER(ctypes.c_uint))
+        self.call = (ctypes.byref(self.config), ctypes.c_void_p(self.function), self.params, None)
+
+    def _attribute(self, identity: int, *value: int) -> None:
+        attribute = self.attributes[self.config.count]
+        attribute.id = identity
+        attribute.value[: len(value)] = value
+        self.config.count += 1
+
+    def groups(self, m: int, m2: int) -> int:
+        return -(-m // self.rows_per_cta) + -(-m2 // self.rows_per_cta)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    handle: int
+    out_dtype: torch.dtype
+    default_eps: float
+
+
+class PlainCall:
+    """The op for contiguous tensors of a known plan; everything else goes to `slow`."""
+
+    def __init__(self, launch: Callable[..., int], op: int, has_weight: bool, slow: Callable[..., Any]) -> None:
+        self.launch, self.has_weight, self.slow = launch, has_weight, slow
+        self.fused, self.in_place = op > 0, op == _FUSED_ADD_IN_PLACE
+        self.plans: dict[tuple[torch.dtype, torch.dtype | None, int, int], _Plan] = {}
+
+    def __call__(self, *operands: Any) -> Any:
+        # Whether what is written overlaps takes the slow path's closer look.
+        if self.in_place or len(operands) != 3 + self.fused:
+            return self.slow(*operands)
+        x, residual = operands[0], operands[1] if self.fused else operands[0]
+        weight, eps = operands[-2] if self.has_weight else None, operands[-1]
+        shape, device = x.shape, x.get_device()
+        if not shape or type(x) not in _PLAIN or type(residual) not in _PLAIN:
+            return self.slow(*operands)
+        plan = self.plans.get((x.dtype, None if weight is None else weight.dtype, shape[-1], device))
+        rows = x.numel() // (shape[-1] or 1)
+        if (
+            plan is None
+            or rows == 0
+            or not x.is_contiguous()
+            or not residual.is_contiguous()
+            or residual.shape != shape
+            or residual.dtype != x.dtype
+            or residual.get_device() != device
+        ):
+            return self.slow(*operands)
+        address = 0
+        if weight is not None:
+            if (
+                type(weight) not in _PLAIN
+                or weight.shape != shape[-1:]
+                or weight.get_device() != device
+                or not weight.is_contiguous()
+            ):
+                return self.slow(*operands)
+            address = weight.data_ptr()
+        kernel = _kernels[plan.handle - 1]
+        rows *= shape[-1] // kernel.n
+        while rows > kernel.m_max and kernel.next:
+            kernel = _kernels[kernel.next - 1]
+        if (x.data_ptr() | residual.data_ptr()) & (kernel.align - 1) or address & (kernel.weight_align - 1):
+            return self.slow(*operands)
+        normed = torch.empty_like(x, dtype=plan.out_dtype)
+        total = torch.empty_like(x) if self.fused else None
+        code = self.launch(
+            kernel.handle,
+            torch._C._cuda_getCurrentRawStream(device),
+            plan.default_eps if eps is None else float(eps),
+            x.data_ptr(),
+            residual.data_ptr() if self.fused else 0,
+            address,
+            normed.data_ptr(),
+            0 if total is None else total.data_ptr(),
+            rows,
+        )
+        if code:
+            return self.slow(*operands)
+        return normed if total is None else (normed, total)
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_kernels: list[_Kernel] = []
+
+
+def functions() -> tuple[Callable[..., Any], ...]:
+    """(new_kernel, launch, make_callable, add_plan), as launcher.c has them."""
+    library = driver.library()
+    launch_kernel, get_context = library.cuLaunchKernelEx, library.cuCtxGetCurrent
+    push, pop = library.cuCtxPushCurrent_v2, library.cuCtxPopCurrent_v2
+
+    def new_kernel(*values: int) -> int:
+        _kernels.append(_Kernel(values))
+        _kernels[-1].handle = len(_kernels)
+        return len(_kernels)
+
+    def launch(handle: int, stream: int, eps: float, *words: int) -> int:
+        kernel = _kernels[handle - 1]
+        if len(words) == 6:
+            words = (*words, kernel.n, kernel.n, kernel.n, kernel.n)
+        words = words + (0,) * (21 - len(words))
+        groups = kernel.groups(words[5], words[16])
+        if groups == 0:
+            return 0
+        if groups * kernel.cluster > 2**31 - 1:
+            return TOO_MANY_ROWS
+        current = ctypes.c_void_p()
+        get_context(ctypes.byref(current))
+        pushed = current.value != kernel.context
+        if pushed and (code := push(ctypes.c_void_p(kernel.context))):
+            return int(code)
+        with kernel.lock:
+            _WORDS.pack_into(kernel.args, 0, *words, eps)
+            kernel.config.stream = stream
+            kernel.grid_x[0] = groups * kernel.cluster
+            code = launch_kernel(*kernel.call)
+        if pushed:
+            pop(ctypes.byref(current))
+        return int(code)
+
+    def make_callable(op: int, has_weight: bool, slow: Callable[..., Any], *_: Any) -> tuple[PlainCall, ...]:
+        call = PlainCall(launch, op, has_weight, slow)
+        return call, call
+
+    def add_plan(
+        table: PlainCall,
+        handle: int,
+        two_level: int,
+        dtype: torch.dtype,
+        weight_dtype: torch.dtype | None,
+        out_dtype: torch.dtype,
+        n: int,
+        device: int,
+        itemsize: int,
+        weight_itemsize: int,
+        default_eps: float,
+        *codes: int,
+    ) -> int:
+        table.plans.setdefault((dtype, weight_dtype, n, device), _Plan(handle, out_dtype, default_eps))
+        return 1
+
+    return new_kernel, launch, make_callable, add_plan

@@ -1,0 +1,269 @@
+"""`kernels/registry.toml` and `kernels/tuned/<gpu>.json`, checked: a mistake names file, key and what is allowed."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import KernelBuildError
+from ...kernel_files import kernels_dir
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+OPS = ("rms_norm", "fused_add_rms_norm", "fused_add_rms_norm_", "rms_norm_pair")
+"""rms_norm_pair: two plain norms of one spec and N, each with its own rows and weight, in one launch (q and k)."""
+DTYPES = ("fp32", "bf16", "fp16")
+UNBOUNDED = 2**63 - 1
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Launch constants for a range of shapes; the fields are documented at the head of the registry."""
+
+    n: Range
+    m: Range
+    capability: Range
+    itemsize: tuple[int, ...]
+    row_bytes: Range
+    row_bytes_multiple_of: int
+    vec_bytes: int
+    threads_per_row: int | None
+    chunks_per_thread: int | None
+    rows_per_cta: int | None
+    cta_threads: int | None
+    rows_per_thread: int
+    cluster: int
+    min_ctas: int | None
+    registers: int | None
+    defines: tuple[tuple[str, int], ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One source file's entry and the rules that configure it."""
+
+    name: str
+    source: str
+    entry: str
+    ops: tuple[str, ...]
+    capability: Range
+    x_dtypes: tuple[str, ...]
+    tree: str
+    arch_suffix: str
+    reason: str
+    rules: tuple[Rule, ...]
+
+
+@dataclass(frozen=True)
+class Override:
+    """Constants measured on one GPU that replace a rule's."""
+
+    kernel: str
+    ops: tuple[str, ...]
+    n: Range
+    m: Range
+    itemsize: tuple[int, ...]
+    values: tuple[tuple[str, int], ...]
+    reason: str
+
+
+TUNABLE = (
+    "vec_bytes",
+    "threads_per_row",
+    "chunks_per_thread",
+    "rows_per_cta",
+    "cta_threads",
+    "rows_per_thread",
+    "cluster",
+    "min_ctas",
+    "registers",
+)
+
+
+class _Table:
+    """One table of a file: typed reads that leave nothing unread."""
+
+    def __init__(self, file: Path, where: str, values: object) -> None:
+        self.file, self.where = file, where
+        if not isinstance(values, dict):
+            raise self.error(where, values, "a table")
+        self.values: dict[str, Any] = dict(values)
+
+    def error(self, key: str, got: object, allowed: str) -> KernelBuildError:
+        return KernelBuildError(
+            site=f"{self.file}: {key}", got=repr(got), supported=allowed, next_step="correct this key or remove it"
+        )
+
+    def _key(self, key: str) -> str:
+        return f"{self.where}.{key}"
+
+    def text(self, key: str, default: str | None = None, allowed: Collection[str] | None = None) -> str:
+        value = self.values.pop(key, default)
+        if not isinstance(value, str) or (allowed is not None and value not in allowed):
+            raise self.error(self._key(key), value, "one of " + ", ".join(allowed) if allowed else "a string")
+        return value
+
+    def texts(self, key: str, allowed: tuple[str, ...], default: tuple[str, ...] | None = None) -> tuple[str, ...]:
+        value = self.values.pop(key, default)
+        if not isinstance(value, list | tuple) or not value or any(item not in allowed for item in value):
+            raise self.error(self._key(key), value, "a list out of " + ", ".join(allowed))
+        return tuple(value)
+
+    def integer(self, key: str, default: int | None, allowed: Collection[int] | None = None, low: int = 1) -> int:
+        value = self.values.pop(key, default)
+        wrong = type(value) is not int or value < low or (allowed is not None and value not in allowed)
+        if wrong:
+            raise self.error(self._key(key), value, f"one of {tuple(allowed)}" if allowed else f"an integer >= {low}")
+        return value  # type: ignore[return-value]
+
+    def span(self, key: str, default: Range | None, low: int = 1) -> Range:
+        value = self.values.pop(key, default)
+        if type(value) is int:
+            value = (value, UNBOUNDED)
+        allowed = f"[min] or [min, max], integers, {low} <= min <= max"
+        if not isinstance(value, list | tuple) or len(value) not in (1, 2) or any(type(v) is not int for v in value):
+            raise self.error(self._key(key), value, allowed)
+        first, last = value[0], value[1] if len(value) == 2 else UNBOUNDED
+        if not low <= first <= last:
+            raise self.error(self._key(key), value, allowed)
+        return first, last
+
+    def itemsizes(self) -> tuple[int, ...]:
+        value = self.values.pop("itemsize", [2, 4])
+        if not isinstance(value, list) or not value or any(v not in (2, 4) for v in value):
+            raise self.error(self._key("itemsize"), value, "a list out of 2, 4 (bytes of one element of x)")
+        return tuple(value)
+
+    def tables(self, key: str) -> list[_Table]:
+        value = self.values.pop(key, [])
+        if not isinstance(value, list):
+            raise self.error(self._key(key), value, "a list of tables")
+        return [_Table(self.file, f"{self.where}.{key}[{i}]", item) for i, item in enumerate(value)]
+
+    def done(self, known: str) -> None:
+        if self.values:
+            key = next(iter(self.values))
+            raise self.error(self._key(key), self.values[key], f"only the keys {known}")
+
+
+def _launch_values(table: _Table, key: str, default: int | None) -> int:
+    allowed = {"vec_bytes": (2, 4, 8, 16, 32), "cluster": (1, 2, 4, 8, 16), "threads_per_row": None}.get(key)
+    return table.integer(key, default, allowed)
+
+
+def _optional(table: _Table, key: str) -> int | None:
+    return _launch_values(table, key, None) if key in table.values else None
+
+
+def _rule(table: _Table) -> Rule:
+    explicit = "threads_per_row" in table.values
+    if explicit == ("chunks_per_thread" in table.values):
+        raise table.error(table.where, sorted(table.values), "exactly one of threads_per_row, chunks_per_thread")
+    defines = table.values.pop("defines", {})
+    if not isinstance(defines, dict) or any(
+        not re.fullmatch(r"[A-Z][A-Z0-9_]*", name) or type(value) is not int for name, value in defines.items()
+    ):
+        raise table.error(table._key("defines"), defines, "a table of UPPER_CASE = integer")
+    rule = Rule(
+        n=table.span("n", (1, UNBOUNDED)),
+        m=table.span("m", (1, UNBOUNDED)),
+        capability=table.span("capability", (0, UNBOUNDED), low=0),
+        itemsize=table.itemsizes(),
+        row_bytes=table.span("row_bytes", (1, UNBOUNDED)),
+        row_bytes_multiple_of=table.integer("row_bytes_multiple_of", 1, (1, 2, 4, 8, 16, 32)),
+        vec_bytes=_launch_values(table, "vec_bytes", 16),
+        threads_per_row=_launch_values(table, "threads_per_row", None) if explicit else None,
+        chunks_per_thread=None if explicit else _launch_values(table, "chunks_per_thread", None),
+        rows_per_cta=_optional(table, "rows_per_cta"),
+        cta_threads=_optional(table, "cta_threads"),
+        rows_per_thread=_launch_values(table, "rows_per_thread", 1),
+        cluster=_launch_values(table, "cluster", 1),
+        min_ctas=_optional(table, "min_ctas"),
+        registers=_optional(table, "registers"),
+        defines=tuple(sorted(defines.items())),
+        reason=table.text("reason", ""),
+    )
+    table.done("n, m, capability, itemsize, row_bytes, row_bytes_multiple_of, defines, reason, " + ", ".join(TUNABLE))
+    return rule
+
+
+def _kernel(table: _Table) -> Kernel:
+    kernel = Kernel(
+        name=table.text("name"),
+        source=table.text("source"),
+        entry=table.text("entry"),
+        ops=table.texts("ops", OPS),
+        capability=table.span("capability", None, low=0),
+        x_dtypes=table.texts("x_dtypes", DTYPES, DTYPES),
+        tree=table.text("tree"),
+        arch_suffix=table.text("arch_suffix", "", ("", "a", "f")),
+        reason=table.text("reason", ""),
+        rules=tuple(_rule(rule) for rule in table.tables("rule")),
+    )
+    table.done("name, source, entry, ops, capability, x_dtypes, tree, arch_suffix, reason, rule")
+    return kernel
+
+
+def read_registry(file: Path | None = None) -> tuple[Kernel, ...]:
+    """The kernels in file order; KernelBuildError naming file, key and what is allowed."""
+    file = file or kernels_dir() / "registry.toml"
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise KernelBuildError(str(file), str(error), "a readable TOML file", "reinstall rmsnorm_patch") from error
+    table = _Table(file, "registry", content)
+    table.integer("schema", None, (1,))
+    kernels = tuple(_kernel(kernel) for kernel in table.tables("kernel"))
+    table.done("schema, kernel")
+    return kernels
+
+
+def gpu_slug(device_name: str) -> str:
+    """File name of a GPU's tuning: "NVIDIA H200" -> "nvidia_h200"."""
+    return re.sub(r"[^a-z0-9]+", "_", device_name.lower()).strip("_")
+
+
+def read_tuned(device_name: str, folder: Path | None = None) -> tuple[Override, ...]:
+    """Overrides for one GPU; empty where none were measured. KernelBuildError naming file, key and what is allowed."""
+    file = (folder or kernels_dir() / "tuned") / f"{gpu_slug(device_name)}.json"
+    if not file.is_file():
+        return ()
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise KernelBuildError(
+            str(file), str(error), "a readable JSON file", "correct it, or remove it to use the registry's rules"
+        ) from error
+    table = _Table(file, "tuned", content)
+    table.integer("schema", None, (1,))
+    table.text("device")
+    overrides = tuple(_override(item) for item in table.tables("overrides"))
+    table.done("schema, device, overrides")
+    return overrides
+
+
+def _override(table: _Table) -> Override:
+    values = _Table(table.file, f"{table.where}.set", table.values.pop("set", None))
+    chosen = tuple((key, _launch_values(values, key, None)) for key in TUNABLE if key in values.values)
+    values.done(", ".join(TUNABLE))
+    override = Override(
+        kernel=table.text("kernel"),
+        ops=table.texts("ops", OPS, OPS),
+        n=table.span("n", None),
+        m=table.span("m", (1, UNBOUNDED)),
+        itemsize=table.itemsizes(),
+        values=chosen,
+        reason=table.text("reason", ""),
+    )
+    table.done("kernel, ops, n, m, itemsize, set, reason")
+    return override

@@ -1,0 +1,1 @@
+"""Ops whose host side must decide something, a folder each."""

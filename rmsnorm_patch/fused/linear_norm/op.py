@@ -1,0 +1,110 @@
+"""A product and the fused norm that reads it, as one op: what of the product the norm's kernel can do is left to it.
+
+    linear_fused_add_rms_norm_(rows, matrix, residual!, weight?, eps, ...) -> normed
+
+x = rows @ matrix.T, rounded to rows' dtype; residual <- x + residual; the result is the norm of that sum. rows: [M, K],
+matrix: [N, K], residual: [M, N], of one dtype; weight: [N] or None; the arguments after eps are `ops.spec_args`.
+
+The bits are those of `torch.mm` and `fused_add_rms_norm_`. Where `torch.mm` splits K, adds the parts in a kernel of its
+own and rounds, the op asks for the parts and leaves that to the norm (`cuda_partials`). `product_splits` finds out
+which parts these are; where it cannot, the norm gets the product. No result depends on which it was, unless other sums
+have been allowed (`product_splits.allow_reordering`).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+
+from ... import ops
+from ...errors import UnsupportedInput
+from ...numerics import operands as validate
+from ...numerics.spec import NormSpec
+from ...scan.plan import Backend
+from .splits import product_in_parts, split_of
+
+NAME = "linear_fused_add_rms_norm_"
+_IN_PLACE = ops.SCHEMAS["fused_add_rms_norm_"]
+SCHEMA = _IN_PLACE.replace("Tensor(a!) x", "Tensor rows, Tensor matrix").replace("-> ()", "-> Tensor")
+
+
+def _linear_fused_add_rms_norm_(  # type: ignore[no-untyped-def]
+    rows, matrix, residual, weight, eps, *spec
+):
+    variant, backend, fused, plain = _bound(weight is not None, *spec)
+    check(rows, matrix)
+    parts = None
+    if rows.is_cuda and backend in ("auto", "cuda"):
+        parts = split_of(rows, matrix, residual, weight, variant)
+    if not parts or parts == 1:
+        x = torch.mm(rows, matrix.t())
+        # A product's own kernel lets nothing start early: behind it a dependent launch costs 0.1 to 0.3 us. Behind the
+        # kernel that adds up parts it saves 1 us (H200).
+        (plain if parts else fused)(x, residual, weight, eps)
+        return x
+    from . import kernel as cuda_partials
+
+    normed = _for_result(rows, matrix)
+    validate.check_in_place(normed, residual, weight, variant, NAME)
+    add_up, eps = cuda_partials.bound(variant, parts, enable_pdl=False), _IMPLIED_EPS if eps is None else eps
+    add_up(product_in_parts(rows, matrix, parts), residual, weight, eps, normed)
+    if not residual.is_inference():  # autograd counts what an in-place op wrote
+        torch.autograd.graph.increment_version(residual)
+    return normed
+
+
+_DEFAULTS = ops.spec_args(NormSpec())
+_IMPLIED_EPS = NormSpec(eps=None).resolve_eps(torch.float32)
+
+
+@cache
+def _bound(has_weight: bool, *spec: object) -> tuple[NormSpec, Backend, ops.Bound, ops.Bound]:
+    """Of the arguments after eps, of which those at the end may be missing: numerics, backend, the fused op, and the
+    same launched plainly."""
+    arguments: tuple[Any, ...] = (*spec, *_DEFAULTS[len(spec) :])
+    before, offset, output, sum_of, width, group, backend, enable_pdl = arguments
+    variant = NormSpec(0.0, before, offset, has_weight, output, sum_of, width, group)
+    bind = ops.bind_fused_add_rms_norm_
+    return variant, backend, bind(variant, backend, enable_pdl), bind(variant, backend, enable_pdl=False)
+
+
+def check(rows: torch.Tensor, matrix: torch.Tensor) -> None:
+    """Raise UnsupportedInput for operands that make no product; the norm's own are checked where it is called."""
+    if (
+        rows.dim() != 2
+        or matrix.dim() != 2
+        or rows.shape[1] != matrix.shape[1]
+        or rows.dtype != matrix.dtype
+        or rows.device != matrix.device
+    ):
+        got = (f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}" for tensor in (rows, matrix))
+        raise UnsupportedInput(
+            NAME, " times ".join(got), "rows [M, K] and a matrix [N, K] of one dtype on one device", "correct the call"
+        )
+
+
+def _for_result(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """What takes the place of the product, which the norm reads and overwrites."""
+    return rows.new_empty(rows.shape[0], matrix.shape[0])
+
+
+def _fake(rows, matrix, residual, weight, eps, *spec):  # type: ignore[no-untyped-def]
+    check(rows, matrix)
+    normed = _for_result(rows, matrix)
+    validate.check_in_place(normed, residual, weight, _bound(weight is not None, *spec)[0], NAME)
+    return normed
+
+
+def _register() -> torch.library.Library:
+    library = torch.library.Library(ops.NAMESPACE, "FRAGMENT")
+    library.define(NAME + SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+    for key in ("CPU", "CUDA"):
+        library.impl(NAME, _linear_fused_add_rms_norm_, key)
+    torch.library.register_fake(f"{ops.NAMESPACE}::{NAME}", _fake, lib=library)
+    return library
+
+
+_LIBRARY = _register()
+"""Kept for the life of the process: a Library takes its ops with it."""

@@ -1,0 +1,246 @@
+"""How a library splits the inner dimension of a product of few rows, and the product in such parts.
+
+To fill the device a library cuts K of a product [M, K] x [N, K] into parts, each the work of tiles of its own, and adds
+up their fp32 results in a kernel of its own. How it does cannot be asked. It is found out by comparing, once for each
+shape and on made rows: the split whose parts add up to the bits of `torch.mm` is the library's.
+
+Only after `allow_reordering(True)` a product whose split cannot be had, or that is not split, comes in as many parts as
+fill the device. Its sums are then fp32 sums in another order: as exact, but not those bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from ... import ops
+from ...errors import RMSNormPatchError
+from ...numerics.spec import NormSpec
+
+MEASURED = (90,)
+"""Compute capabilities on which leaving the sum of a split product to the norm was measured to pay."""
+SPLITS = (2, 3, 4, 5, 6, 7, 8)
+TILE = 64
+"""Libraries cut K into steps of this many columns or a multiple; parts of another length are no split of theirs."""
+COMPARED = 1 << 18
+"""Elements of a product that are compared. Another split changed 2 to 9 in 10 000 of the sums with a residual (bf16,
+K = 2048 to 14336, H100), so that 50 or more would differ."""
+TALL = 2048
+"""Rows of a product that is not split: its tiles fill the device without."""
+ALIGNMENT = 256
+"""Bytes of which the addresses of rows and matrix are multiples, as an allocator gives them. The rows that are compared
+lie so; for others a library may choose another kernel, and with it another split."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product [m, k] x [n, k] on one device, as the library that computes it sees it."""
+
+    m: int
+    n: int
+    k: int
+    dtype: torch.dtype
+    device: int
+
+
+Key = tuple[Product, NormSpec, torch.dtype | None]
+_SPLITS: dict[Key, int] = {}
+_SEEN: set[tuple[Any, ...]] = set()
+_ahead: tuple[int, ...] | None = None
+_reordering = False
+on_found: list[Callable[[Product, int], None]] = []
+"""Who is told of each product that was looked at, with what `split_of` says of it."""
+_comparing: list[Product] = []
+
+
+def compare_ahead(rows: Iterable[int] | None) -> None:
+    """When a matrix is first seen, compare its products of each of these numbers of rows, and of no others after that.
+    With None, as it begins: each product when it is first seen."""
+    global _ahead
+    _ahead = None if rows is None else tuple(sorted(set(rows)))
+    _SEEN.clear()
+
+
+def allow_reordering(allowed: bool) -> None:
+    """Whether products may come in parts that do not add up to the bits of `torch.mm`, where that is faster."""
+    global _reordering
+    if allowed != _reordering:
+        _reordering = allowed
+        _SPLITS.clear()
+        _SEEN.clear()
+
+
+def is_comparing() -> bool:
+    """Whether the calls made now compare a product with its parts: they belong to no forward."""
+    return bool(_comparing)
+
+
+def product_in_parts(rows: torch.Tensor, matrix: torch.Tensor, parts: int) -> torch.Tensor:
+    """fp32 [parts, M, N]: the product over each of `parts` equal pieces of K. rows and matrix are not copied."""
+    (m, k), n = rows.shape, matrix.shape[0]
+    pieces = rows.view(m, parts, k // parts).transpose(0, 1)
+    return torch.bmm(pieces, matrix.view(n, parts, k // parts).permute(1, 2, 0), out_dtype=torch.float32)
+
+
+def split_of(
+    rows: torch.Tensor, matrix: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, spec: NormSpec
+) -> int | None:
+    """The parts in which the norm gets this product: 1 for the whole of one that the library does not split, 0 for the
+    whole of one whose parts cannot be had. None where that is not known and not asked: too many rows, rows apart or at
+    odd addresses, another GPU than those measured, or a stream capture, in which nothing can be compared."""
+    if _ahead is None and not _is_few(rows.shape[0]):
+        return None
+    if not all(tensor.is_contiguous() for tensor in (rows, matrix, residual)):
+        return None
+    if (rows.data_ptr() | matrix.data_ptr()) % ALIGNMENT:
+        return None
+    key = _key(rows, matrix, weight, spec)
+    parts = _SPLITS.get(key)
+    sight = matrix.shape, rows.dtype, rows.get_device(), *key[1:]
+    if parts is not None or sight in _SEEN:
+        return parts
+    if not _may_split(rows, matrix, spec) or torch.cuda.is_current_stream_capturing():
+        return None
+    if _ahead is not None:
+        _SEEN.add(sight)
+    for m in filter(_is_few, (rows.shape[0],) if _ahead is None else _ahead):
+        made = rows.new_empty(m, rows.shape[1])
+        if (of_made := _key(made, matrix, weight, spec)) not in _SPLITS:
+            _SPLITS[of_made] = _compare(made, matrix, weight, spec)
+    return _SPLITS.get(key)
+
+
+def _key(rows: torch.Tensor, matrix: torch.Tensor, weight: torch.Tensor | None, spec: NormSpec) -> Key:
+    (m, k), n = rows.shape, matrix.shape[0]
+    return Product(m, n, k, rows.dtype, rows.get_device()), spec, None if weight is None else weight.dtype
+
+
+def _is_few(m: int) -> bool:
+    from . import kernel as cuda_partials
+
+    return 0 < m <= cuda_partials.MOST_ROWS
+
+
+def _compare(rows: torch.Tensor, matrix: torch.Tensor, weight: torch.Tensor | None, spec: NormSpec) -> int:
+    product, *_ = _key(rows, matrix, weight, spec)
+    _comparing.append(product)
+    try:
+        parts = _find_split(rows, matrix, weight, spec)
+    finally:
+        _comparing.pop()
+    for tell in on_found:
+        tell(product, parts)
+    return parts
+
+
+@cache
+def _measured(device: int) -> bool:
+    major, minor = torch.cuda.get_device_capability(device)
+    return torch.version.hip is None and 10 * major + minor in MEASURED
+
+
+def _may_split(rows: torch.Tensor, matrix: torch.Tensor, spec: NormSpec) -> bool:
+    from ...backends.cuda import backend as cuda_backend
+    from . import kernel as cuda_partials
+
+    device = rows.get_device()
+    return (
+        _measured(device)
+        and cuda_backend.available(rows.device)[0]
+        and cuda_partials.serves(spec, rows.dtype, matrix.shape[0], device)
+    )
+
+
+def _find_split(rows: torch.Tensor, matrix: torch.Tensor, weight: torch.Tensor | None, spec: NormSpec) -> int:
+    """What `split_of` returns: the one split of K with which the parts add up to the bits of `torch.mm` and the norm to
+    the bits of the fused op. Where several do, the matrix is one that tells nothing of others of its shape."""
+    k = rows.shape[1]
+    try:
+        products = [(made, torch.mm(made, matrix.t())) for made in _draws(rows, matrix.shape[0])]
+        whole = _is_whole(products, matrix)
+        if not whole:
+            allowed = [parts for parts in SPLITS if k % (parts * TILE) == 0]
+            equal = [parts for parts in allowed if _same_products(products, matrix, parts)]
+            if len(equal) == 1 and _same_norms(products[:2], matrix, weight, spec, equal[0]):
+                return equal[0]
+        if _reordering and (parts := filling(rows, matrix)) > 1:
+            reordered = [(made, _sum_of_parts(made, matrix, parts)) for made, _ in products[:2]]
+            close = all(_is_close(ours[1], theirs[1]) for ours, theirs in zip(reordered, products, strict=False))
+            if close and _same_norms(reordered, matrix, weight, spec, parts):
+                return parts
+        return int(whole)
+    except (RMSNormPatchError, RuntimeError):  # out of memory among them: the product is served whole
+        return 0
+
+
+def _draws(rows: torch.Tensor, n: int) -> list[torch.Tensor]:
+    """Made rows like these, as many as give products of `COMPARED` elements."""
+    generator = torch.Generator(rows.device).manual_seed(0)
+    count = max(2, -(-COMPARED // (rows.shape[0] * n)))
+    return [
+        torch.randn(rows.shape, generator=generator, device=rows.device, dtype=torch.float32).to(rows.dtype)
+        for _ in range(count)
+    ]
+
+
+Made = tuple[torch.Tensor, torch.Tensor]
+"""Made rows and their product."""
+
+
+def _is_whole(products: list[Made], matrix: torch.Tensor) -> bool:
+    """Whether these products are not split: then their bits are those of a product of so many rows that none is, in
+    which K is run through in the same steps, whatever the tiles."""
+    made, product = (torch.cat(tensors) for tensors in zip(*products, strict=True))
+    tall = made.new_zeros(max(TALL, len(made)), made.shape[1])
+    tall[: len(made)] = made
+    return torch.equal(torch.mm(tall, matrix.t())[: len(made)], product)
+
+
+def _sum_of_parts(rows: torch.Tensor, matrix: torch.Tensor, parts: int) -> torch.Tensor:
+    total, *pieces = product_in_parts(rows, matrix, parts)
+    for piece in pieces:
+        total = total + piece
+    return total.to(rows.dtype)
+
+
+def _same_products(products: list[Made], matrix: torch.Tensor, parts: int) -> bool:
+    different = torch.zeros((), dtype=torch.int64, device=matrix.device)
+    for made, product in products:
+        different += (_sum_of_parts(made, matrix, parts) != product).sum()
+    return int(different) == 0
+
+
+def filling(rows: torch.Tensor, matrix: torch.Tensor) -> int:
+    """The parts of a product of up to 32 rows with which tiles of 64 columns fill the device; 1 where K is too short,
+    and where two parts would do: there the library splits by itself where it pays."""
+    (m, k), n = rows.shape, matrix.shape[0]
+    processors = torch.cuda.get_device_properties(matrix.device).multi_processor_count
+    fitting = (parts for parts in (8, 4) if parts * -(-n // TILE) <= processors and k % (parts * TILE) == 0)
+    return next(fitting, 1) if m <= 32 else 1
+
+
+def _is_close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Whether two roundings of one fp32 sum, in other orders, lie as near each other as they must."""
+    step = torch.finfo(theirs.dtype).eps
+    near = step * theirs.float().abs() + step / 16 * theirs.float().square().mean().sqrt()
+    return bool(((ours.float() - theirs.float()).abs() <= near).all())
+
+
+def _same_norms(
+    products: list[Made], matrix: torch.Tensor, weight: torch.Tensor | None, spec: NormSpec, parts: int
+) -> bool:
+    from . import kernel as cuda_partials
+
+    for made, product in products:
+        x, residual, eps = product.clone(), product.flip(0), 1e-6
+        total, normed = residual.clone(), torch.empty_like(product)
+        ops.bind_fused_add_rms_norm_(spec, "cuda")(x, total, weight, eps)
+        pieces = product_in_parts(made, matrix, parts)
+        cuda_partials.bound(spec, parts)(pieces, residual, weight, eps, normed)
+        if not (torch.equal(normed, x) and torch.equal(residual, total)):
+            return False
+    return True

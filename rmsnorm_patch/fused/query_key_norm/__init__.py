@@ -1,0 +1,1 @@
+"""The norms of queries and keys in one launch."""

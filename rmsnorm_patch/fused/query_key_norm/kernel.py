@@ -1,0 +1,101 @@
+"""Two plain norms in one launch: the q and k norms of an attention layer, for a caller that has both at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+
+from ...backends import launch_mode
+from ...backends.cuda import launcher
+from ...backends.cuda.backend import MAX_ALIGN, BoundOp, Rows, bind, configs_for, power_of_two, rows_of
+from ...errors import UnsupportedInput
+from ...numerics import operands as validate
+from ...numerics.spec import NormSpec
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+@cache
+def _bound(spec: NormSpec, dependent: bool) -> BoundPair:
+    return BoundPair(spec, dependent)
+
+
+def bind_rms_norm_pair(spec: NormSpec, enable_pdl: bool | None = None) -> Callable[..., Pair]:
+    """f(q, k, q_weight, k_weight, eps) -> (norm of q, norm of k), each bit for bit what `rms_norm` gives.
+
+    q: [..., N], k: [..., N] of one dtype on one CUDA device, any strides; weights: [N] of one dtype, or both None.
+    Operands that do not share N, dtypes or device, and rows longer than 2 KiB, are normed by a launch each.
+    enable_pdl: as `launch_mode.dependent` takes it.
+    """
+    return _bound(spec.variant, launch_mode.dependent(enable_pdl))
+
+
+class BoundPair(BoundOp):
+    """The pair of one numerics variant; kernels are kept as for any op."""
+
+    def __init__(self, spec: NormSpec, dependent: bool) -> None:
+        super().__init__("rms_norm_pair", spec, dependent)
+        self.functions = launcher.functions()
+        self.single = bind("rms_norm", spec, dependent)
+
+    def _register(self, *_: Any) -> None:
+        """The plain call of launcher.c does not know pairs."""
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, *rest: Any) -> Pair:  # type: ignore[override]
+        q_weight, k_weight, eps = rest
+        if not self.spec.has_weight:
+            q_weight = k_weight = None
+        for x, weight in ((q, q_weight), (k, k_weight)):
+            validate.check_rms_norm(x, weight, self.spec, self.op)
+        if not q.is_cuda:
+            raise UnsupportedInput(self.op, f"q on {q.device}", "CUDA tensors", "norm them with ops.bind_rms_norm")
+        alike = (
+            q.dtype == k.dtype
+            and q.shape[-1] == k.shape[-1]
+            and q.device == k.device
+            and (q_weight is None) == (k_weight is None)
+            and (q_weight is None or q_weight.dtype == k_weight.dtype)
+        )
+        served = alike and q.numel() and k.numel() and self.spec.group is None
+        if not served or not configs_for(self.op, q.dtype, q.shape[-1], q.get_device()):
+            return self.single(q, q_weight, eps), self.single(k, k_weight, eps)
+        return self._launch_pair(q, k, q_weight, k_weight, self.default_eps(q.dtype) if eps is None else float(eps))
+
+    def _launch_pair(self, q: torch.Tensor, k: torch.Tensor, q_weight: Any, k_weight: Any, eps: float) -> Pair:
+        n = q.shape[-1]
+        dtype = self.spec.output_dtype(q.dtype, None if q_weight is None else q_weight.dtype)
+        normed = tuple(torch.empty(x.shape, dtype=dtype, device=x.device) for x in (q, k))
+        sets = (rows_of(q), rows_of(k))
+        weights = [weight.contiguous() if weight is not None else None for weight in (q_weight, k_weight)]
+        two_level = any(rows.two_level for rows in sets)
+        size = q.element_size()
+        offsets = [n * size]
+        for rows in sets:
+            offsets += [rows.tensor.data_ptr(), rows.stride * size, rows.outer * size]
+        addresses = [0 if weight is None else weight.data_ptr() for weight in weights]
+        weight_align = power_of_two(*addresses) if q_weight is not None else MAX_ALIGN
+        chain = self._chain(q, q_weight, power_of_two(*offsets), weight_align, two_level)
+        m, m2 = q.numel() // n, k.numel() // n
+        handle = next((handle for last, handle in chain if m + m2 <= last), chain[-1][1])
+        (first, inner, outer), (second, inner2, outer2) = (
+            _levels(rows, count) for rows, count in zip(sets, (m, m2), strict=True)
+        )
+        code = self.functions.launch(
+            handle,
+            torch._C._cuda_getCurrentRawStream(q.get_device()),
+            eps,
+            *(sets[0].tensor.data_ptr(), 0, addresses[0], normed[0].data_ptr(), 0, m, first, 0, n, 0),
+            *(inner, outer, 0),
+            *(sets[1].tensor.data_ptr(), addresses[1], normed[1].data_ptr(), m2, second, n, inner2, outer2),
+        )
+        if code:
+            raise self._launch_error(code, q, chain)
+        return normed[0], normed[1]
+
+
+def _levels(rows: Rows, count: int) -> tuple[int, int, int]:
+    """(row stride, inner rows, outer stride) in the form that a two-level kernel takes for any rows."""
+    return (rows.stride, rows.inner, rows.outer) if rows.two_level else (rows.stride, count, 0)

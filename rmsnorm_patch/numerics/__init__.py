@@ -1,0 +1,1 @@
+"""What is computed, on what, and how far two results may be apart."""

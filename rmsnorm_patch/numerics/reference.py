@@ -1,0 +1,70 @@
+"""The norm in plain PyTorch, operation for operation as the libraries write it.
+
+`rms_norm` is the definition that kernels, probes and proofs are held against; `rms_norm_fp64` is the exact value.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .spec import NormSpec
+
+
+def _mean_square(x: torch.Tensor, spec: NormSpec) -> torch.Tensor:
+    if spec.group is not None:
+        grouped = x.unflatten(-1, (-1, spec.group))
+        return grouped.pow(2).mean(-1, keepdim=True).expand_as(grouped).flatten(-2)
+    return x[..., : spec.width].pow(2).mean(-1, keepdim=True)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, spec: NormSpec, eps: float | None = None) -> torch.Tensor:
+    """RMSNorm of `x` [..., N] with `weight` [N] or None; dtype as `spec.output_dtype`.
+
+    eps: overrides `spec.eps` (a module's own value at the moment of the call).
+    """
+    eps = spec.resolve_eps(x.dtype) if eps is None else eps
+    h = x.to(torch.float32)
+    h = h * torch.rsqrt(_mean_square(h, spec) + eps)
+    return scale(h, x.dtype, weight, spec)
+
+
+def scale(h: torch.Tensor, x_dtype: torch.dtype, weight: torch.Tensor | None, spec: NormSpec) -> torch.Tensor:
+    """Round `h` = x * rstd (fp32) and multiply by the weight, as `spec` says."""
+    out_dtype = spec.output_dtype(x_dtype, None if weight is None else weight.dtype)
+    h = h.to(spec.rounded_dtype(x_dtype, None if weight is None else weight.dtype))
+    if not spec.has_weight or weight is None:
+        return h.to(out_dtype)
+    if spec.weight_offset == "fp32":
+        weight = 1.0 + weight.to(torch.float32)
+    elif spec.weight_offset == "weight_dtype":
+        weight = 1.0 + weight
+    return (weight * h).to(out_dtype)
+
+
+def fused_add_rms_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    spec: NormSpec,
+    eps: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(norm(x + residual), x + residual); the sum is rounded to x.dtype, the norm reads it as `spec.sum` says."""
+    total = x + residual
+    if spec.sum == "rounded" or x.dtype == torch.float32:
+        return rms_norm(total, weight, spec, eps), total
+    eps = spec.resolve_eps(x.dtype) if eps is None else eps
+    h = x.to(torch.float32) + residual.to(torch.float32)
+    h = h * torch.rsqrt(_mean_square(h, spec) + eps)
+    return scale(h, x.dtype, weight, spec), total
+
+
+def rms_norm_fp64(
+    x: torch.Tensor, weight: torch.Tensor | None, spec: NormSpec, eps: float | None = None
+) -> torch.Tensor:
+    """The exact value in fp64, without any intermediate rounding; the yardstick for errors of differing specs."""
+    eps = spec.resolve_eps(x.dtype) if eps is None else eps
+    h = x.to(torch.float64)
+    h = h * torch.rsqrt(_mean_square(h, spec) + eps)
+    if not spec.has_weight or weight is None:
+        return h
+    return h * (weight.to(torch.float64) + (0.0 if spec.weight_offset == "none" else 1.0))

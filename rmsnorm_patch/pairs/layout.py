@@ -1,0 +1,272 @@
+"""Residual-add and norm pairs of a model: within a layer, from a layer to the next, and to the final norm.
+
+A pair is read from the source of the layer's forward (`dataflow`) and confirmed by a trace of it (`trace`); the order
+of the layers is read from the forward that runs them (`loops`). What cannot be read is left alone with a reason.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch.nn as nn
+
+from ..rewrite import instance_forward
+from ..rewrite.classes import original_class
+from ..rewrite.handover import Step
+from ..rewrite.places import Index, between, index_of
+from ..scan.plan import Action, NormSite, PairKind, PairSite
+from .dataflow import Add, Flow, NormCall, analyse, runs_first
+from .loops import layer_loops
+from .source import NoSource, Source, read_forward
+from .trace import Trace, holds, trace_layer
+
+
+@dataclass
+class Layer:
+    """One module whose forward was read. `norms`: attribute -> site, of its own norm children."""
+
+    path: str
+    module: nn.Module
+    cls: type
+    source: Source
+    flow: Flow
+    norms: dict[str, NormSite]
+    trace: Trace | None = None
+    reason: str = ""
+
+    @property
+    def norm_attributes(self) -> frozenset[str]:
+        return frozenset(self.norms)
+
+    def norm_path(self, attribute: str) -> str:
+        return self.norms[attribute].path
+
+    def live_pairs(self) -> list[tuple[Add, NormCall]]:
+        """The in-layer pairs that this instance runs (an `if` on its attributes may leave some out)."""
+        return [] if self.reason else [pair for pair in self.flow.in_layer if self._ran(*pair)]
+
+    def live_tail(self) -> Add | None:
+        tail = self.flow.tail
+        ran = not self.reason and self.trace is not None and tail is not None and holds(tail.node, self.trace.tail)
+        return tail if ran else None
+
+    def live_entry(self) -> NormCall | None:
+        if self.reason or self.trace is None:
+            return None
+        return next((call for call in self.flow.entries if call.attr == self.trace.entry), None)
+
+    def confirm(self) -> None:
+        """Ask the trace; where it and the source do not name the same pairs, `reason` says so."""
+        foreign = instance_forward.foreign(self.module)
+        if foreign is not None:
+            self.reason = f"its forward is not its class's: {foreign}"
+            return
+        try:
+            self.trace = trace_layer(self.module, self.cls, self.source, self.norm_attributes)
+        except NoSource as reason:
+            self.reason = str(reason)
+            return
+        for add, norm in self.flow.in_layer:
+            if add.unconditional and norm.unconditional and not self._ran(add, norm):
+                self.reason = f"a trace of its forward did not confirm the pair of line {add.node.lineno}"
+        known: list[tuple[ast.AST, str]] = [(add.node, norm.attr) for add, norm in self.flow.in_layer]
+        known += [(node, attr) for node, attr, _ in self.flow.refused]
+        for line, attr in self.trace.pairs:
+            if not any(attr == known_attr and holds(node, line) for node, known_attr in known):
+                self.reason = f"a trace of its forward found a pair at line {line} that its source does not show"
+
+    def _ran(self, add: Add, norm: NormCall) -> bool:
+        pairs = () if self.trace is None else self.trace.pairs
+        return any(norm.attr == attr and holds(add.node, line) for line, attr in pairs)
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """A layer's last add and the norm that reads its sum; `receiver`: the layer that calls the norm, or None."""
+
+    kind: PairKind
+    parent: nn.Module
+    layer: Layer
+    site: NormSite
+    norm: nn.Module
+    receiver: Layer | None
+    passive: bool
+
+    @property
+    def reason(self) -> str:
+        """What happens, for the plan."""
+        handed = "its sum is handed to the next norm"
+        if self.passive:
+            return handed
+        return f"{handed}, except in inference mode: code runs in between, and no version would show that it wrote"
+
+    def left(self, why: str) -> PairSite:
+        """What the plan says where this is not done."""
+        return PairSite(self.kind, self.layer.path, self.site.path, "leave", why)
+
+    def step(self, index: Index) -> Step:
+        """index: of the parent."""
+        layer, receiver = self.layer.module, None if self.receiver is None else self.receiver.module
+        places = between(self.parent, index, layer, self.norm, receiver)
+        return Step(layer, self.norm, receiver, self.passive, places)
+
+
+@dataclass
+class Layout:
+    """What was read from a model. `unread`: (layer path, norm path, why) for forwards without readable source.
+    `apart`: what a loop runs one after the other without a hand-over."""
+
+    layers: dict[str, Layer] = field(default_factory=dict)
+    steps: list[PlannedStep] = field(default_factory=list)
+    unread: list[tuple[str, str, str]] = field(default_factory=list)
+    apart: list[PairSite] = field(default_factory=list)
+
+    def chains(self, fused: set[tuple[str, str, str]]) -> Iterator[tuple[nn.Module, list[Step]]]:
+        """For each module that runs layers: its hand-overs among `fused` (kind, layer path, norm path)."""
+        parents = {id(step.parent): step.parent for step in self.steps}
+        for parent in parents.values():
+            index = index_of(parent)
+            steps = [
+                s.step(index) for s in self.steps if s.parent is parent and (s.kind, s.layer.path, s.site.path) in fused
+            ]
+            if steps:
+                yield parent, steps
+
+
+def find_pairs(model: nn.Module, norm_sites: Sequence[NormSite]) -> tuple[PairSite, ...]:
+    """Every pair of `model` whose norm is one of `norm_sites`, in the order of its layers."""
+    found = layout(model, norm_sites)
+    pairs = [PairSite("in_layer", path, norm, "leave", reason) for path, norm, reason in found.unread]
+    for layer in found.layers.values():
+        pairs.extend(_in_layer_sites(layer))
+        for step in found.steps:
+            if step.layer is layer:
+                action, reason = _decide(step.site, step.reason)
+                tail = layer.flow.tail
+                where = layer.source.where(tail.node) if tail is not None else ""
+                pairs.append(PairSite(step.kind, layer.path, step.site.path, action, reason, where))
+        pairs.extend(site for site in dict.fromkeys(found.apart) if site.layer == layer.path)
+    return tuple(pairs)
+
+
+def _in_layer_sites(layer: Layer) -> Iterator[PairSite]:
+    for add, norm in layer.flow.in_layer if layer.reason else layer.live_pairs():
+        site = layer.norms[norm.attr]
+        action, reason = _decide(site, "add and norm in one call")
+        if layer.reason:
+            action, reason = "leave", layer.reason
+        yield PairSite("in_layer", layer.path, site.path, action, reason, layer.source.where(add.node))
+    for node, attr, why in layer.flow.refused:
+        yield PairSite("in_layer", layer.path, layer.norm_path(attr), "leave", why, layer.source.where(node))
+    for attr, add in layer.flow.norm_add:
+        reason = "the norm comes before the add; the norm alone is fused"
+        yield PairSite("norm_add", layer.path, layer.norm_path(attr), "leave", reason, layer.source.where(add.node))
+
+
+def _decide(site: NormSite, reason: str) -> tuple[Action, str]:
+    if site.action != "fuse":
+        return "leave", f"its norm is left alone: {site.reason}"
+    return "fuse", reason
+
+
+def layout(model: nn.Module, norm_sites: Iterable[NormSite]) -> Layout:
+    """Read every layer and loop of `model`."""
+    sites = {}
+    for site in norm_sites:
+        sites[id(model.get_submodule(site.path))] = site
+    found = Layout()
+    by_id: dict[int, Layer] = {}
+    for path, module in model.named_modules():
+        norms = {name: sites[id(child)] for name, child in module._modules.items() if id(child) in sites}
+        if norms:
+            _read_layer(found, by_id, path, module, norms)
+    for _, parent in model.named_modules():
+        _read_loops(found, by_id, sites, parent)
+    _settle(found)
+    return found
+
+
+def _settle(found: Layout) -> None:
+    """One hand-over for each layer: a layer whose sum different norms may read (two loops over it) has none."""
+    by_layer: dict[str, list[PlannedStep]] = {}
+    for step in found.steps:
+        by_layer.setdefault(step.layer.path, []).append(step)
+    found.steps = []
+    for same in by_layer.values():
+        if all(step.norm is same[0].norm and step.parent is same[0].parent for step in same):
+            found.steps.append(replace(same[0], passive=all(step.passive for step in same)))
+        else:
+            several = "its sum may be read by different norms: more than one loop runs it"
+            found.apart += [step.left(several) for step in same]
+
+
+def _read_layer(
+    found: Layout, by_id: dict[int, Layer], path: str, module: nn.Module, norms: dict[str, NormSite]
+) -> None:
+    cls = original_class(type(module))
+    try:
+        source, flow, obstacle = _read_class(cls, getattr(cls, "forward", None), frozenset(norms))
+    except NoSource as reason:
+        found.unread += [(path, site.path, str(reason)) for site in norms.values()]
+        return
+    if flow.in_layer or flow.refused or flow.norm_add or flow.tail is not None or flow.entries:
+        layer = Layer(path, module, cls, source, flow, norms, reason=obstacle)
+        if not obstacle:
+            layer.confirm()
+        by_id[id(module)] = found.layers[path] = layer
+
+
+@functools.lru_cache(maxsize=1024)
+def _read_class(cls: type, forward: object, norms: frozenset[str]) -> tuple[Source, Flow, str]:
+    """Source and flow, and why the forward cannot be rewritten, or "". forward: the class's at this moment."""
+    from ..rewrite.layers import LayerKey, rewrite
+
+    source = read_forward(cls)
+    flow = analyse(source.tree, norms)
+    try:
+        adds, entries = (add.index for add, _ in flow.in_layer), (call.attr for call in flow.entries)
+        rewrite(source, LayerKey(tuple(norms), tuple(adds), True, tuple(entries), ""), cls)
+    except (NoSource, SyntaxError) as error:
+        return source, flow, f"its forward cannot be rewritten: {error}"
+    return source, flow, ""
+
+
+def _read_loops(found: Layout, by_id: dict[int, Layer], sites: dict[int, NormSite], parent: nn.Module) -> None:
+    for loop in layer_loops(parent, original_class(type(parent))):
+        modules = loop.modules
+        for at, module in enumerate(modules):
+            layer = by_id.get(id(module))
+            if layer is None:
+                continue
+            passive = layer.flow.tail_passive and layer.source.passes_results
+            receiver = by_id.get(id(modules[at + 1])) if at + 1 < len(modules) else None
+            entry = None if receiver is None else receiver.live_entry()
+            if receiver is not None and entry is not None:
+                norm = receiver.module._modules[entry.attr]
+                assert norm is not None
+                quiet = passive and loop.passive and runs_first(receiver.source.tree, entry)
+                quiet = quiet and receiver.source.passes_results
+                site = receiver.norms[entry.attr]
+                step = PlannedStep("cross_layer", parent, layer, site, norm, receiver, quiet)
+            elif at + 1 == len(modules) and loop.final is not None and id(loop.final) in sites:
+                quiet = passive and loop.final_passive
+                step = PlannedStep("final", parent, layer, sites[id(loop.final)], loop.final, None, quiet)
+            else:
+                continue
+            why = _no_tail(layer, modules)
+            if why:
+                found.apart.append(step.left(why))
+            else:
+                found.steps.append(step)
+
+
+def _no_tail(layer: Layer, modules: tuple[nn.Module, ...]) -> str:
+    """Why a layer that these modules run in turn hands nothing over, or ""."""
+    if layer.reason:
+        return layer.reason
+    if modules.count(layer.module) > 1:
+        return "the loop runs it more than once"
+    return "" if layer.live_tail() is not None else "what it returns is not the sum of its last add alone"

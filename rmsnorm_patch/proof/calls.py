@@ -1,0 +1,98 @@
+"""Layer 3: the fused calls that ran, against the plan and the original model's own norm calls."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import torch.nn as nn
+from torch.nn.modules import module as _module
+
+from ..scan.plan import PairSite, Plan
+from .report import FiredProof, SiteProof
+
+_PAIR_KINDS = ("in_layer", "cross_layer", "final")
+
+
+def judge(
+    model: nn.Module,
+    plan: Plan,
+    prefix: str,
+    sites: Sequence[SiteProof],
+    original_calls: Mapping[str, int],
+    forwards: int,
+    orders: tuple[Sequence[str], Sequence[str]],
+    strict: bool,
+) -> FiredProof:
+    """original_calls: calls of each planned norm in `forwards` forwards of the original model. orders: paths in the
+    order of their calls, of the original and of the patched model."""
+    ran = {site.path: site for site in sites}
+    planned = [prefix + site.path for site in plan.fused_norms()]
+    pairs: dict[str, list[PairSite]] = {}
+    for pair in plan.fused_pairs():
+        if pair.kind in _PAIR_KINDS:
+            pairs.setdefault(prefix + pair.norm, []).append(pair)
+    missing, fallbacks, first = [], [], ""
+    fused = paired = pairs_expected = 0
+    for path in planned:
+        expected = original_calls.get(path, 0)
+        calls = Counter(ran[path].calls) if path in ran else Counter()
+        own = calls["norm"] + calls["in_layer"] + calls["taken"]
+        fused += own
+        if own + calls["original"] != expected:
+            missing.append(f"{path}: {own + calls['original']} calls, {expected} expected")
+            first = first or path
+        if calls["original"]:
+            reasons = "; ".join(ran[path].reasons) or "no reason given"
+            fallbacks.append(f"{path}: {calls['original']} calls by the original arithmetic, {reasons}")
+        wanted = min(expected, forwards * len(pairs.get(path, ())))
+        got = calls["in_layer"] + calls["taken"]
+        pairs_expected += wanted
+        paired += min(got, wanted)
+        if got < wanted:
+            explained = calls["apart"] + calls["kept"] + calls["refused"] + calls["original"]
+            why = "; ".join(ran[path].reasons) if explained else _why_apart(model, prefix, pairs[path])
+            outside = f"of {wanted} residual-adds outside the norm's call"
+            if why:
+                listed = min(explained, wanted - got) or wanted - got
+                fallbacks.append(f"{path}: {listed} {outside}, {why}")
+                got += listed
+            if got < wanted:
+                missing.append(f"{path}: {wanted - got} {outside}")
+                first = first or path
+    for path in ran.keys() - set(planned):
+        missing.append(f"{path}: ran fused, and the plan leaves it alone")
+        first = first or path
+    if not missing and list(orders[0]) != list(orders[1]):
+        at = next((i for i, (a, b) in enumerate(zip(*orders, strict=False)) if a != b), min(map(len, orders)))
+        first = [*orders[0], ""][min(at, len(orders[0]))]
+        missing.append(f"norm call {at} is {first} in the original and another one in the patched model")
+    return FiredProof(
+        expected=sum(original_calls.get(path, 0) for path in planned),
+        fused=fused,
+        pairs_expected=pairs_expected,
+        pairs_fused=paired,
+        fallbacks=tuple(fallbacks),
+        missing=tuple(missing),
+        site=first,
+        strict=strict,
+    )
+
+
+def _why_apart(model: nn.Module, prefix: str, pairs: Sequence[PairSite]) -> str:
+    """What on the modules keeps the layer's code, and with it what it would have reported, from running; "" where
+    nothing does."""
+    if _module._global_forward_hooks or _module._global_forward_pre_hooks:
+        return "global module hooks are set"
+    for pair in pairs:
+        norm, layer = model.get_submodule(prefix + pair.norm), model.get_submodule(prefix + pair.layer)
+        named = [("norm", norm), ("layer", layer)]
+        owner = (prefix + pair.norm).rpartition(".")[0]
+        if pair.kind != "in_layer" and owner:
+            named.append(("next layer", model.get_submodule(owner)))
+        for role, module in named:
+            if "forward" in module.__dict__:
+                return f"the {role} has an instance-level forward"
+        if any(p.device.type == "meta" for p in norm.parameters()):
+            return "the norm's weight is offloaded"
+    return ""

@@ -1,0 +1,305 @@
+"""What a rewritten layer calls in place of `a + b` and of its first norm: the fused call where the guards hold, else
+the original arithmetic.
+
+`in_layer`, `tail` and `entry` are the hot path of an eager decode step. Between the operations of a whole model every
+Python function costs several times what a tight loop shows, so they first ask `native`, which makes all checks and
+the call in one C function; whatever it is not sure of, and the first call of each kind, goes through the guards here.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch.nn.modules import module as _module
+
+from .. import ops
+from ..pairs.source import RENAMING
+from . import guards, native, observe, traced
+from .classes import STATE, original_class
+from .handover import CARRIED, LINK, MAX_UNTAKEN, Carry, Link, put
+
+_is_tracing = torch.compiler.is_dynamo_compiling
+_is_grad_enabled = torch.is_grad_enabled
+_servable = guards.servable
+_getframe = sys._getframe
+_CALL_IMPL = nn.Module._call_impl.__code__
+_MODULE_FILE = _CALL_IMPL.co_filename
+_PASSING = ("transformers.modeling_layers", *RENAMING)
+"""Frames of torch's module call and of these modules lie between a layer and what called it: of `modeling_layers`
+(`GradientCheckpointingLayer`) around its `__call__` up to transformers 5.17 at least, around its `forward` in 5.23; of
+the decorators that rename arguments around its `forward` in 5.24."""
+_OUTPUT_RECORDER = "transformers.utils.output_capturing"
+"""Its forward hooks (`output_hidden_states=True`) stay on every layer once used; they keep outputs and edit nothing."""
+
+
+class NormKernel:
+    """What the pair helpers need to know of one patched norm class.
+
+    cls: that class. original: the norm's own forward. fused: the bound op, or None for the reference backend, which is
+    `a + b` and then `original`. on_cpu: whether CPU tensors go to `fused` too (a backend that was forced).
+    implied_eps: that of a norm which has no attribute for it, or None in it.
+    """
+
+    __slots__ = ("cls", "eps_attribute", "fused", "implied_eps", "on_cpu", "original", "weight_attribute")
+
+    def __init__(self, cls: type) -> None:
+        key: Any = cls._rmsnorm_patch_key  # type: ignore[attr-defined]
+        self.cls = cls
+        self.original: Callable[..., torch.Tensor] = original_class(cls).forward  # type: ignore[attr-defined]
+        self.fused = None if key.backend == "reference" else ops.bind_fused_add_rms_norm(key.spec, key.backend)
+        self.on_cpu = key.backend not in ("auto", "reference")
+        self.eps_attribute: str | None = key.eps_attribute
+        constant = key.spec.eps if key.eps_attribute is None else None
+        self.implied_eps = torch.finfo(torch.float32).eps if constant is None else constant  # see `NormSpec.eps`
+        self.weight_attribute: str | None = key.weight_attribute
+
+    def weight_of(self, norm: nn.Module) -> torch.Tensor | None:
+        if self.weight_attribute is None:
+            return None
+        weight = norm._parameters.get(self.weight_attribute)
+        return norm._buffers.get(self.weight_attribute) if weight is None else weight
+
+    def eps_of(self, norm: nn.Module) -> Any:
+        eps = None if self.eps_attribute is None else getattr(norm, self.eps_attribute)
+        return self.implied_eps if eps is None else eps
+
+    def serves(self, x: torch.Tensor) -> bool:
+        """False where the reference backend is what there is for this tensor: `a + b` and then `original`."""
+        return self.fused is not None and (x.is_cuda or self.on_cpu)
+
+    def run(
+        self, norm: nn.Module, a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor | None, eps: Any
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(norm(a + b), a + b), or None where a guard says no."""
+        if norm.training or type(eps) is not float or not _pair_servable(self, a, b, weight):
+            return None
+        if not self.serves(a):
+            total = a + b
+            return self.original(norm, total), total
+        assert self.fused is not None
+        normed, total = self.fused(a, b, weight, eps)
+        if self.fused.table is not None:
+            native.enroll(norm.__class__, self)
+        return normed, total
+
+    def backend(self, x: torch.Tensor, weight: torch.Tensor | None) -> str:
+        return self.fused.backend_for(x, weight) if self.fused is not None and self.serves(x) else "reference"
+
+
+_KERNELS: dict[type, NormKernel] = {}
+
+
+def register(cls: type) -> None:
+    """Make the kernel of a patched norm class; called once, when the class is made. (Made at a first call, it would
+    change a dictionary inside a traced region: every graph was compiled twice.)"""
+    if cls.__call__ is nn.Module.__call__:
+        _KERNELS[cls] = NormKernel(cls)
+
+
+def kernel_of(norm: nn.Module) -> NormKernel | None:
+    """The kernel of a patched norm; None for any other module."""
+    return _KERNELS.get(norm.__class__)
+
+
+def in_layer(norm: nn.Module, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(norm(a + b), a + b), in one call where the guards hold."""
+    if _is_tracing():
+        return traced.in_layer(norm, kernel_of(norm), a, b)
+    done = native.in_layer(norm, a, b)
+    if done is None:
+        return _in_layer(norm, a, b)
+    normed, total = done
+    if observe.active:
+        observe.report(observe.Event("in_layer", norm, (a, b), normed, total, "cuda"))
+    return normed, total
+
+
+def tail(layer: nn.Module, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a + b; where the layer has a Link and the guards hold, with the next norm's result riding on it."""
+    if _is_tracing():
+        return a + b
+    total: torch.Tensor | None = native.hand_over(layer, a, b)
+    if total is None:
+        return _tail(layer, a, b)
+    if observe.active:
+        carried: Carry = total.__dict__[CARRIED]
+        observe.report(observe.Event("cross_layer", carried.norm, (a, b), carried.normed, total, "cuda"))
+    return total
+
+
+def entry(norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """norm(hidden_states), without calling the module where the layer before has left it there."""
+    if not _is_tracing():
+        normed: torch.Tensor | None = native.take(norm, hidden_states)
+        if normed is not None:
+            if observe.active:
+                observe.report(observe.Event("taken", norm, (hidden_states,), normed, None, "cuda"))
+            return normed
+    return norm(hidden_states)  # type: ignore[no-any-return]
+
+
+def _in_layer(norm: nn.Module, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`in_layer` with every check in Python."""
+    kernel = _KERNELS.get(norm.__class__)
+    if kernel is not None and _unhooked(norm):
+        if not kernel.serves(a):
+            return _in_layer_reference(norm, kernel, a, b)
+        weight, eps = kernel.weight_of(norm), kernel.eps_of(norm)
+        done = kernel.run(norm, a, b, weight, eps)
+        if done is not None:
+            if observe.active:
+                backend = kernel.backend(a, weight)
+                observe.report(observe.Event("in_layer", norm, (a, b), *done, backend))
+            return done
+    total = a + b
+    normed = norm(total)
+    if observe.active:
+        reason = why_not(norm, kernel, a, b)
+        observe.report(observe.Event("in_layer", norm, (a, b), normed, total, "original", reason))
+    return normed, total
+
+
+def _in_layer_reference(
+    norm: nn.Module, kernel: NormKernel, a: torch.Tensor, b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    total = a + b
+    normed = kernel.original(norm, total)
+    if observe.active:
+        observe.report(observe.Event("in_layer", norm, (a, b), normed, total, "reference"))
+    return normed, total
+
+
+def _tail(layer: nn.Module, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`tail` with every check in Python."""
+    state = layer.__dict__.get(STATE)
+    link: Link | None = None if state is None else state.get(LINK)
+    norm = None if link is None else link.norm()
+    if link is None or norm is None:
+        return a + b
+    kernel, done, kept = _KERNELS.get(norm.__class__), None, ""
+    if kernel is None or _is_grad_enabled() or not _unhooked(norm):
+        kept = "a gradient may be wanted" if _is_grad_enabled() else why_not(norm, kernel, a, b)
+    elif link.untaken >= MAX_UNTAKEN and link.rests(getattr(a, "shape", None)):
+        kept = f"the last {link.untaken} hand-overs were not taken; it is tried again from time to time"
+    elif not _undisturbed(layer, link):
+        kept = "a module was hooked, wrapped, moved or put between the layer and the norm since apply"
+    elif not _called_by_loop(link):
+        kept = "the layer was not called by the loop that was read"
+    elif not link.passive and torch.is_inference_mode_enabled():
+        kept = "code between the layer and the norm may edit the sum, and inference mode counts no edits"
+    else:
+        weight, eps = kernel.weight_of(norm), kernel.eps_of(norm)
+        done = kernel.run(norm, a, b, weight, eps)
+    if kernel is None or done is None:
+        total = a + b
+        if observe.active:
+            reason = kept or why_not(norm, kernel, a, b)
+            observe.report(observe.Event("kept", norm, (a, b), total, total, "original", reason))
+        return total
+    normed, total = done
+    if observe.active:
+        backend = kernel.backend(a, weight)
+        observe.report(observe.Event("cross_layer", norm, (a, b), normed, total, backend))
+    put(normed, total, norm, weight, eps, kernel, link)
+    return total
+
+
+def _called_by_loop(link: Link) -> bool:
+    """Whether the layer that is running now was called, as a module, by the loop that was read.
+
+    The walk up the stack is done once for a link. Later calls look at two frames: the loop's, as far up as it was, and
+    the one that called the layer's forward (past the wrappers that stand around it in the class), which tells a
+    wrapper that calls `layer.forward` itself.
+    """
+    tail_frame = 2  # past this function and `_tail`
+    try:
+        if (
+            _getframe(tail_frame + link.depth).f_code is link.loop
+            and _getframe(tail_frame + link.caller).f_code is _CALL_IMPL
+        ):
+            return True
+    except ValueError:  # called from less deep than before
+        pass
+    depth = caller = 2  # past `tail` and the layer's own forward
+    frame = _getframe(tail_frame + depth)
+    passing = [getattr(sys.modules.get(module), "__file__", None) for module in _PASSING]
+    while frame.f_code is not link.loop:
+        in_passing = frame.f_code.co_filename in passing
+        if not (in_passing or frame.f_code.co_filename == _MODULE_FILE) or frame.f_back is None:
+            return False
+        caller += in_passing and caller == depth
+        frame, depth = frame.f_back, depth + 1
+    link.depth, link.caller = depth, caller
+    return True
+
+
+def _pair_servable(kernel: NormKernel, a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor | None) -> bool:
+    """Whether a kernel may add `a` and `b` and norm the sum."""
+    return (
+        _servable(a, weight)
+        and type(b) is torch.Tensor
+        and a.dtype is b.dtype
+        and a.shape == b.shape
+        and a.get_device() == b.get_device()
+        and b.layout is torch.strided
+        and (weight is not None or kernel.weight_attribute is None)
+        and not (b.requires_grad and _is_grad_enabled())
+    )
+
+
+def why_not(norm: nn.Module, kernel: NormKernel | None, a: torch.Tensor, b: torch.Tensor) -> str:
+    """Why an add and its norm are not one call here, in words."""
+    if kernel is None:
+        return f"the norm is a {type(norm).__name__} that is not patched"
+    if not _unhooked(norm):
+        return "the norm has hooks or a forward of its own: it is called as a module"
+    if type(a) is not type(b) or a.dtype is not b.dtype or a.shape != b.shape or a.device != b.device:
+        sides = (f"{type(x).__name__} {x.dtype} {tuple(x.shape)} on {x.device}" for x in (a, b))
+        return f"the operands differ: {', '.join(sides)}"
+    weight = kernel.weight_of(norm)
+    if weight is None and kernel.weight_attribute is not None:
+        return f"the norm's {kernel.weight_attribute} is not a parameter or buffer of its own"
+    if type(kernel.eps_of(norm)) is not float:
+        return f"eps is {kernel.eps_of(norm)!r}, no float"
+    return guards.reason(a, weight) or guards.reason(b, weight) or (guards.TRAINING if norm.training else "")
+
+
+def _unhooked(norm: nn.Module) -> bool:
+    """False where somebody watches or wraps the norm: it is then called as a module."""
+    return not (
+        norm._forward_hooks
+        or norm._forward_pre_hooks
+        or norm._backward_hooks
+        or norm._backward_pre_hooks
+        or _module._global_forward_hooks
+        or _module._global_forward_pre_hooks
+        or _module._global_backward_hooks
+        or _module._global_backward_pre_hooks
+        or ("forward" in norm.__dict__ and _replaced(norm))
+    )
+
+
+def _undisturbed(layer: nn.Module, link: Link) -> bool:
+    """True where no foreign code can see the sum between the add and the norm that reads it."""
+    for hook in layer._forward_hooks.values():
+        if getattr(hook, "__module__", "") != _OUTPUT_RECORDER:
+            return False
+    if _replaced(layer) or not link.places.unchanged():
+        return False
+    if link.receiver is None:
+        return True
+    receiver = link.receiver()
+    return receiver is not None and not receiver._forward_pre_hooks and not _replaced(receiver)
+
+
+def _replaced(module: nn.Module) -> bool:
+    """Whether another forward than its class's stands in the module's `__dict__`. (accelerate's hooks, taken off again,
+    leave the class's own there, and transformers 5.0 after `output_hidden_states=True`.)"""
+    forward = module.__dict__.get("forward")
+    own = isinstance(forward, MethodType) and forward.__self__ is module and forward.__func__ is type(module).forward
+    return forward is not None and not own

@@ -1,0 +1,74 @@
+"""warmup: compile what a model's norms will launch, before the first request or a CUDA graph's capture."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+
+from .. import ops
+from ..scan.plan import NormSite, Plan
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One op made ready: rows of `n` columns of `dtype`, with a weight of `weight_dtype` (None: weightless)."""
+
+    op: str
+    n: int
+    dtype: str
+    weight_dtype: str | None
+    backend: str
+    device: str
+
+
+def prepare(model: nn.Module, plan: Plan, dtype: torch.dtype | None) -> tuple[Prepared, ...]:
+    """Every op that `plan` will call on `model` where it is now, once; nothing for tensors on the CPU."""
+    done: dict[Prepared, None] = {}
+    dtype = _common_dtype(model) if dtype is None else dtype
+    paired = {pair.norm for pair in plan.fused_pairs()}
+    for site in plan.fused_norms():
+        names = ("rms_norm", "fused_add_rms_norm") if site.path in paired else ("rms_norm",)
+        for op in names:
+            made = _prepare_site(model.get_submodule(site.path), site, op, plan, dtype, done)
+            if made is not None:
+                done[made] = None
+    return tuple(done)
+
+
+def _prepare_site(
+    module: nn.Module, site: NormSite, op: str, plan: Plan, dtype: torch.dtype, done: dict[Prepared, None]
+) -> Prepared | None:
+    assert site.spec is not None
+    weight = None if site.weight_attribute is None else getattr(module, site.weight_attribute)
+    if weight is None or weight.is_meta:  # a weightless norm's width, and an offloaded one's device, show at the call
+        return None
+    n = weight.numel()
+    bind = ops.bind_rms_norm if op == "rms_norm" else ops.bind_fused_add_rms_norm
+    x = torch.empty(1, n, dtype=dtype, device=weight.device)
+    backend = bind(site.spec, plan.backend).backend_for(x, weight)
+    made = Prepared(op, n, _name(dtype), _name(weight.dtype), backend, str(weight.device))
+    if backend == "reference":
+        return None
+    if made not in done:
+        if backend == "cuda":
+            from ..backends.cuda import backend as chosen
+        else:
+            from ..backends.triton import backend as chosen  # type: ignore[no-redef]
+        chosen.warmup(op, site.spec, n, dtype, weight.dtype, weight.device)  # type: ignore[arg-type]
+    return made
+
+
+def _common_dtype(model: nn.Module) -> torch.dtype:
+    """That of most parameters: what the hidden states have."""
+    found = Counter[torch.dtype]()
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            found[parameter.dtype] += parameter.numel()
+    return found.most_common(1)[0][0] if found else torch.get_default_dtype()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

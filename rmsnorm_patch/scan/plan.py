@@ -1,0 +1,171 @@
+"""What will happen to a model, and why: the objects that the scan produces and the rewriter carries out."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..page import folded, numbered, numerics, page
+
+if TYPE_CHECKING:
+    from ..numerics.spec import NormSpec
+
+Backend = Literal["auto", "reference", "triton", "cuda"]
+BACKENDS: tuple[Backend, ...] = ("auto", "reference", "triton", "cuda")
+
+Action = Literal["fuse", "leave"]
+PairKind = Literal["in_layer", "cross_layer", "final", "norm_add"]
+"""in_layer: x = a + b; norm(x) within one layer's forward. cross_layer: the last add of a layer and the entry norm
+of the next. final: the last add of the last layer and the model's final norm. norm_add: norm(x) + residual
+(sandwich layouts), reported and not fused."""
+
+
+PAIR_MEANING: dict[PairKind, str] = {
+    "in_layer": "add -> norm in one layer",
+    "cross_layer": "last add -> next layer's norm",
+    "final": "last add -> final norm",
+    "norm_add": "norm -> add",
+}
+SHOWN_GROUPS, SHOWN_NOTES = 40, 10
+
+
+@dataclass(frozen=True)
+class NormSite:
+    """One module that looks like an RMSNorm.
+
+    path: module path from the model's root ("" for the root itself). A module shared at several paths has one site;
+        the others are in `shared_paths`.
+    spec: the numerics that its own forward matched bitwise, or None where nothing matched.
+    eps_attribute: name of the attribute that holds eps, read again at every call; None where the value is a constant in
+        the class's code, which `spec.eps` then holds.
+    weight_attribute: name of the 1-D parameter (or buffer) that scales the output; None for a weightless norm.
+    reason: why the action was chosen, in words a user can act on.
+    """
+
+    path: str
+    class_name: str
+    spec: NormSpec | None
+    action: Action
+    reason: str
+    hidden_size: int | None = None
+    weight_dtype: str | None = None
+    eps_attribute: str | None = None
+    shared_paths: tuple[str, ...] = ()
+    weight_attribute: str | None = None
+
+
+@dataclass(frozen=True)
+class PairSite:
+    """One residual-add and the norm that reads its sum.
+
+    layer: module path of the layer whose forward holds the add. norm: module path of the norm.
+    source: "file.py:line" of the add in the layer's own source.
+    """
+
+    kind: PairKind
+    layer: str
+    norm: str
+    action: Action
+    reason: str
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class SiteGroup:
+    """Sites that are treated alike for the same reason, those of the layers of a stack for example.
+
+    what: the norms' class, or what kind of pair. where: their paths, with a range of layers. why: numerics or reason.
+    """
+
+    action: Action
+    count: int
+    what: str
+    where: str
+    why: str
+
+    def line(self) -> str:
+        many = f"{self.count:4} x " if self.count > 1 else ""
+        return f"  {self.action:5} {many}{self.where}: {self.what}: {self.why}"
+
+
+def _grouped(sites: Iterable[tuple[Action, str, str, str]], fold: bool) -> tuple[SiteGroup, ...]:
+    """Of (action, what, path, why); fold: sites at paths that differ in numbers alone share a group."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for action, what, path, why in sites:
+        groups.setdefault((action, what, numbered(path)[0] if fold else path, why), []).append(path)
+    return tuple(
+        SiteGroup(action, len(paths), what, folded(paths), why)  # type: ignore[arg-type]
+        for (action, what, _, why), paths in groups.items()
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole of what `apply` would do to one model."""
+
+    model_class: str
+    backend: Backend
+    norms: tuple[NormSite, ...]
+    pairs: tuple[PairSite, ...]
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+    def fused_norms(self) -> Iterator[NormSite]:
+        return (site for site in self.norms if site.action == "fuse")
+
+    def fused_pairs(self, kind: PairKind | None = None) -> Iterator[PairSite]:
+        return (p for p in self.pairs if p.action == "fuse" and kind in (None, p.kind))
+
+    def counts(self) -> dict[str, int]:
+        """Sites per kind and action, e.g. {"norm/fuse": 65, "in_layer/fuse": 32}."""
+        found = Counter(f"norm/{site.action}" for site in self.norms)
+        found.update(f"{pair.kind}/{pair.action}" for pair in self.pairs)
+        return dict(sorted(found.items()))
+
+    def norm_groups(self, fold: bool = True) -> tuple[SiteGroup, ...]:
+        def why(site: NormSite) -> str:
+            return f"{numerics(site.spec)}, N={site.hidden_size}" if site.action == "fuse" else site.reason
+
+        return _grouped(((s.action, s.class_name, s.path, why(s)) for s in self.norms), fold)
+
+    def pair_groups(self, fold: bool = True) -> tuple[SiteGroup, ...]:
+        def why(pair: PairSite) -> str:
+            return pair.reason if pair.action == "leave" else pair.source.rsplit("/", 1)[-1]
+
+        return _grouped(((p.action, PAIR_MEANING[p.kind], p.norm, why(p)) for p in self.pairs), fold)
+
+    def __str__(self) -> str:
+        """A page: sites by kind with their counts, lines of at most 120 characters."""
+        return page(self._lines(fold=True, shown=SHOWN_GROUPS, notes=SHOWN_NOTES))
+
+    def explain(self) -> str:
+        """Every site, with what happens to it and why."""
+        return page(self._lines(fold=False, shown=None, notes=None))
+
+    def _lines(self, fold: bool, shown: int | None, notes: int | None) -> Iterator[str]:
+        fused = (sum(1 for _ in self.fused_norms()), sum(1 for _ in self.fused_pairs()))
+        yield f"{self.model_class}, backend {self.backend}: {fused[0]} of {len(self.norms)} norms fused, " + (
+            f"{fused[1]} of {len(self.pairs)} adds with their norm"
+        )
+        for option, patterns in (("include", self.include), ("exclude", self.exclude)):
+            if patterns:
+                yield f"{option}: {', '.join(patterns)}"
+        for name, groups in (("norms", self.norm_groups(fold)), ("adds", self.pair_groups(fold))):
+            if groups:
+                yield name
+            yield from (group.line() for group in groups[:shown])
+            if len(groups) > len(groups[:shown]):
+                yield f"  ... and {len(groups) - len(groups[:shown])} more kinds, see explain()"
+        yield from (f"note: {note}" for note in self.notes[:notes])
+        if len(self.notes) > len(self.notes[:notes]):
+            yield f"... and {len(self.notes) - len(self.notes[:notes])} more notes, see explain()"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "counts": self.counts()}
+
+    def to_json(self, indent: int | None = None) -> str:
+        return json.dumps(self.to_dict(), indent=indent)
