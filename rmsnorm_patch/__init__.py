@@ -14,6 +14,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .backends.names import BACKENDS, Backend
 from .errors import (
     KernelBuildError,
     NothingProved,
@@ -25,7 +26,7 @@ from .errors import (
     VerificationFailed,
 )
 from .locks import Lock
-from .scan.plan import BACKENDS, Backend, NormSite, PairSite, Plan
+from .scan.plan import NormSite, PairSite, Plan
 
 if TYPE_CHECKING:
     from .api import apply, patched, plan, revert, verify, warmup
@@ -65,9 +66,6 @@ _IMPORTED_LATER = {
 }
 
 _IMPORTING = Lock(waits=True)  # a child forked in the middle of an import would wait for it for ever
-
-# The import above left the module `plan` here under that name. Python does so once; the function takes the name later.
-globals().pop("plan")
 
 
 def __getattr__(name: str) -> Any:

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn as nn
 
+from .backends.names import BACKENDS, Backend
 from .errors import PatchConflict, UnsupportedInput, UnsupportedModel
 from .numerics.spec import SUPPORTED_DTYPES
-from .pairs.layout import find_pairs
-from .rewrite import LOCK, applied_report, apply_plan, install_factories, patched_paths, revert_model
-from .rewrite.classes import derives_from_patched
+from .pairs.layout import Layout, layout
+from .patch_state import derives_from_patched
+from .rewrite import LOCK, applied_report, apply_plan, patched_paths, revert_model
+from .rewrite.classes import install_factories
 from .rewrite.report import Report, Settings
 from .scan import scan_norms
-from .scan.plan import BACKENDS, Backend, NormSite, Plan
+from .scan.plan import NormSite, Plan
 
 if TYPE_CHECKING:
     from .rewrite.warmup import Prepared
@@ -41,7 +43,7 @@ def plan(
     settings = _settings(model, include, exclude, backend)
     with LOCK:
         done = _earlier(model, settings)
-        return _scan(model, settings) if done is None else done.plan
+        return _scan(model, settings)[0] if done is None else done.plan
 
 
 def apply(
@@ -65,10 +67,10 @@ def apply(
     with LOCK:
         report = _earlier(model, settings)
         if report is None:
-            wanted = _scan(model, settings)
+            wanted, found = _scan(model, settings)
             _check_something_to_do(wanted)
             revert_model(model)  # what an earlier apply with these settings left on modules that have moved since
-            report = apply_plan(model, wanted)
+            report = apply_plan(model, wanted, found)
     if verify is None:
         return report
     try:
@@ -135,16 +137,18 @@ def patched(
             revert(model)
 
 
-def _scan(model: nn.Module, settings: Settings) -> Plan:
+def _scan(model: nn.Module, settings: Settings) -> tuple[Plan, Layout]:
     norms = scan_norms(model, settings.include, settings.exclude)
-    return Plan(
+    found = layout(model, norms)
+    wanted = Plan(
         model_class=type(model).__name__,
         backend=settings.backend,
         norms=norms,
-        pairs=find_pairs(model, norms),
+        pairs=found.pairs(),
         include=settings.include,
         exclude=settings.exclude,
     )
+    return wanted, found
 
 
 def _earlier(model: nn.Module, settings: Settings) -> Report | None:

@@ -29,25 +29,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "records"
 
-LAUNCH_CODE = (
-    "semantics.py",
-    "reference.py",
-    "ops.py",
-    "linear_ops.py",
-    "product_splits.py",
-    "validate.py",
-    "dispatch.py",
-    "registry.py",
-    "jit.py",
-    "nvrtc.py",
-    "driver.py",
-    "cuda_backend.py",
-    "cuda_pair.py",
-    "cuda_partials.py",
-    "triton_backend.py",
-    "triton_loader.py",
-)
-"""Files of the package between a tensor and a kernel; with everything in `kernels/` they are what a record proves."""
+LAUNCH_CODE = ("numerics", "backends", "ops", "fused")
+"""Folders of the package between a tensor and a kernel; with everything in `kernels/` they are what a record proves."""
 
 SUITES = ["prefill", "prefill_norm", "decode", "hot", "qk", "long", "odd", "variants", "fp16", "fp32", "host"]
 HF = [
@@ -63,12 +46,9 @@ PEERS = ("torch", "triton", "transformers", "liger-kernel", "quack-kernels", "fl
 
 
 def covered_files() -> list[Path]:
-    suffixes = (".py", ".cu", ".cuh", ".toml", ".json")
-    kernels = [p for p in (ROOT / "kernels").rglob("*") if p.is_file() and p.suffix in suffixes]
-    package = ROOT / "rmsnorm_patch"
-    launch = [package / name for name in LAUNCH_CODE if (package / name).exists()]
-    launch += [p for p in package.glob("launch*") if p.is_file()]
-    return sorted(kernels + launch)
+    suffixes = (".py", ".cu", ".cuh", ".c", ".h", ".toml", ".json")
+    folders = (ROOT / "kernels", *(ROOT / "rmsnorm_patch" / name for name in LAUNCH_CODE))
+    return sorted(p for folder in folders for p in folder.rglob("*") if p.is_file() and p.suffix in suffixes)
 
 
 def contents_of(paths: list[Path]) -> dict[str, str]:
@@ -107,7 +87,7 @@ def versions() -> dict[str, str]:
 
 def plugin_files() -> dict[str, str]:
     """`contents_of` the vLLM plugin."""
-    return contents_of(sorted((ROOT / "rmsnorm_patch" / "vllm_plugin").glob("*.py")))
+    return contents_of(sorted((ROOT / "rmsnorm_patch" / "vllm_plugin").rglob("*.py")))
 
 
 def device() -> dict[str, object]:

@@ -26,9 +26,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from rmsnorm_patch.backends.cuda import jit, nvrtc  # noqa: E402
+from rmsnorm_patch.backends.cuda import jit, nvrtc, schedules  # noqa: E402
 from rmsnorm_patch.numerics.spec import LLAMA, NormSpec  # noqa: E402
-from rmsnorm_patch.ops import dispatch
+from rmsnorm_patch.ops import dispatch  # noqa: E402
 
 PAGE = ROOT / "docs" / "kernels.md"
 
@@ -127,7 +127,7 @@ def natural_alignment(n: int, itemsize: int) -> int:
 
 
 def build(
-    config: dispatch.Config,
+    config: schedules.Config,
     spec: NormSpec,
     fused: bool,
     n: int,
@@ -177,7 +177,7 @@ def _rows_text(low: int, high: int) -> str:
     return f"{low} and more" if high >= dispatch.UNBOUNDED else f"{low} to {high}"
 
 
-def table_row(config: dispatch.Config, n: int, x: torch.dtype, arch: int) -> list[str]:
+def table_row(config: schedules.Config, n: int, x: torch.dtype, arch: int) -> list[str]:
     code = machine_code(build(config, LLAMA, True, n, arch, x, x))
     gpu = GPUS[arch]
     defines = dict(config.defines)
@@ -228,7 +228,7 @@ def page() -> str:
         lines += ["", f"## sm_{arch} ({gpu.name}: {gpu.multiprocessors} SMs, {gpu.bandwidth / 1e12:g} TB/s)", ""]
         lines += ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
         for n, x in SHAPES:
-            for config in dispatch.schedules("fused_add_rms_norm", x, n, arch):
+            for config in schedules.schedules("fused_add_rms_norm", x, n, arch):
                 lines.append("| " + " | ".join(table_row(config, n, x, arch)) + " |")
     return "\n".join(lines) + "\n"
 

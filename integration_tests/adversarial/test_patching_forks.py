@@ -22,8 +22,8 @@ import pytest
 import rmsnorm_patch
 from rmsnorm_patch import locks as _fork
 from rmsnorm_patch.backends.triton import loader as triton_loader
+from rmsnorm_patch.patch_state import derives_from_patched
 from rmsnorm_patch.rewrite import LOCK, instance_forward, layers
-from rmsnorm_patch.rewrite.classes import derives_from_patched
 
 SECONDS = 20
 

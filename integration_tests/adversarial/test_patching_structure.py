@@ -9,7 +9,8 @@ import torch
 import torch.nn as nn
 
 import rmsnorm_patch
-from rmsnorm_patch.rewrite import classes, observe
+from rmsnorm_patch.patch_state import derives_from_patched, is_patched, original_class
+from rmsnorm_patch.rewrite import observe
 
 
 def _dropped(model):
@@ -35,7 +36,7 @@ def _shared(model):
 
 
 def _norm_replaced(model):
-    kind = classes.original_class(type(model.model.norm))
+    kind = original_class(type(model.model.norm))
     fresh = kind(64, eps=1e-3)
     model.model.layers[1].input_layernorm = fresh
 
@@ -112,18 +113,18 @@ def test_a_model_changed_after_patching_computes_what_the_changed_model_does(
     reverted = run(model, ids, inference=inference, use_cache=False)
     assert reverted.same_as(expected)
     assert reverted.kinds == {}
-    assert not any(classes.derives_from_patched(type(m)) for m in model.modules())
+    assert not any(derives_from_patched(type(m)) for m in model.modules())
 
 
 def test_a_new_norm_is_patched_by_applying_again(small_model, run, ids):
     model = small_model("llama")
     report = rmsnorm_patch.apply(model)
-    model.model.norm = classes.original_class(type(model.model.norm))(64, eps=1e-3)
+    model.model.norm = original_class(type(model.model.norm))(64, eps=1e-3)
     expected = run(model, ids)
     assert "model.norm" in report.norms
-    assert not classes.is_patched(type(model.model.norm))
+    assert not is_patched(type(model.model.norm))
     assert "model.norm" in rmsnorm_patch.apply(model).norms
-    assert classes.is_patched(type(model.model.norm))
+    assert is_patched(type(model.model.norm))
     assert run(model, ids).same_as(expected)
 
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from rmsnorm_patch.backends.cuda.registry import gpu_slug, read_registry, read_tuned
+from rmsnorm_patch.backends.cuda.schedules import schedules
 from rmsnorm_patch.errors import KernelBuildError, UnsupportedInput
 from rmsnorm_patch.numerics.spec import LLAMA, NormSpec
 from rmsnorm_patch.ops import dispatch
-from rmsnorm_patch.ops.dispatch import BUILT_CAPABILITIES, choose, schedules
+from rmsnorm_patch.ops.dispatch import BUILT_CAPABILITIES, choose
 
 BF16, FP32 = torch.bfloat16, torch.float32
 LENGTHS = (1, 7, 64, 111, 128, 256, 513, 769, 1024, 2048, 2880, 3584, 4096, 5120, 5125, 7168, 8192, 16384, 24449, 32768)

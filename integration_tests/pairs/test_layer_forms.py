@@ -18,8 +18,8 @@ from transformers.utils.deprecation import deprecate_kwarg
 
 import rmsnorm_patch
 from rmsnorm_patch.pairs.source import read_forward
+from rmsnorm_patch.patch_state import is_patched
 from rmsnorm_patch.rewrite import observe
-from rmsnorm_patch.rewrite.classes import is_patched
 
 WIDTH = 16
 

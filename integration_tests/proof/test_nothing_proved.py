@@ -11,8 +11,8 @@ import torch.nn as nn
 from proof_models import apply_as_kernel, as_kernel, build, honest, prompts
 
 from rmsnorm_patch import NothingProved, VerificationFailed, apply, verify
+from rmsnorm_patch.patch_state import is_patched
 from rmsnorm_patch.proof import Proof, compare_logits, record_logits
-from rmsnorm_patch.rewrite.classes import is_patched
 
 
 def patched(kind: str = "llama", dtype: torch.dtype = torch.bfloat16) -> nn.Module:

@@ -13,9 +13,9 @@ import torch.nn as nn
 from proof_models import build, prompts
 
 from rmsnorm_patch import apply, verify
+from rmsnorm_patch.patch_state import STATE, is_patched
 from rmsnorm_patch.proof.replica import SHARED_BUFFER, replica
 from rmsnorm_patch.rewrite import observe
-from rmsnorm_patch.rewrite.classes import STATE, is_patched
 
 
 def llama() -> nn.Module:

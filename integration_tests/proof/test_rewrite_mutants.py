@@ -11,9 +11,9 @@ import torch.nn as nn
 from proof_models import apply_as_kernel, as_kernel, build, honest, prompts
 
 from rmsnorm_patch import VerificationFailed, apply, verify
+from rmsnorm_patch.patch_state import STATE, is_patched, original_class
 from rmsnorm_patch.rewrite import layer_calls as pair_ops
 from rmsnorm_patch.rewrite import norms, observe
-from rmsnorm_patch.rewrite.classes import STATE, is_patched, original_class
 
 
 def helper_cell(layer: nn.Module, name: str) -> object:

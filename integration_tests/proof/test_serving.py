@@ -13,9 +13,9 @@ import torch.nn as nn
 from proof_models import apply_as_kernel, as_kernel, build, honest, prompts
 
 from rmsnorm_patch import VerificationFailed, apply, verify
+from rmsnorm_patch.patch_state import is_patched
 from rmsnorm_patch.proof.replica import replica
 from rmsnorm_patch.rewrite import observe
-from rmsnorm_patch.rewrite.classes import is_patched
 
 THREADS = 8
 

@@ -20,8 +20,8 @@ import torch.nn as nn
 from transformers import PreTrainedModel
 
 import rmsnorm_patch
+from rmsnorm_patch.patch_state import STATE
 from rmsnorm_patch.rewrite import handover, observe
-from rmsnorm_patch.rewrite.classes import STATE
 
 LAYERS = 4
 Model = PreTrainedModel

@@ -10,8 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 import rmsnorm_patch
+from rmsnorm_patch.patch_state import is_patched
 from rmsnorm_patch.rewrite import observe
-from rmsnorm_patch.rewrite.classes import is_patched
 
 LAYERS = 3
 MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}

@@ -8,9 +8,8 @@ import sys
 import pytest
 import torch
 
-from rmsnorm_patch.backends.cuda import launcher
+from rmsnorm_patch.backends.cuda import launcher, schedules
 from rmsnorm_patch.kernel_files import kernels_dir
-from rmsnorm_patch.ops import dispatch
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +67,7 @@ def test_products_are_set_while_an_engine_starts(vllm_engine, monkeypatch):
 
 def test_other_schedules_hold_while_graphs_are_captured(vllm_engine, tmp_path):
     def clusters() -> set[int]:
-        configs = dispatch.schedules("fused_add_rms_norm_", torch.bfloat16, 4096, 90, None)
+        configs = schedules.schedules("fused_add_rms_norm_", torch.bfloat16, 4096, 90, None)
         return {config.cluster for config in configs}
 
     registry = (kernels_dir() / "registry.toml").read_text()

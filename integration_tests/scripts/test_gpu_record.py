@@ -204,12 +204,13 @@ def test_the_digest_is_made_as_in_earlier_records(gpu_record):
 
 def test_the_digest_follows_kernels_and_launch_code(gpu_record, checkout):
     before = gpu_record.digest()
-    for path in ("kernels/cuda/rows.cuh", "kernels/registry.toml", "rmsnorm_patch/backends/cuda/launcher/launcher.c", "rmsnorm_patch/ops.py"):
+    launcher = "rmsnorm_patch/backends/cuda/launcher/launcher.c"
+    for path in ("kernels/cuda/rows.cuh", "kernels/registry.toml", launcher, "rmsnorm_patch/ops/__init__.py"):
         (checkout / path).write_text((checkout / path).read_text() + "\n")
         after = gpu_record.digest()
         assert after != before, path
         before = after
-    (checkout / "rmsnorm_patch" / "cli.py").write_text("")
+    (checkout / "rmsnorm_patch" / "cli" / "app.py").write_text("")
     assert gpu_record.digest() == before
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from ..api import check_backend
+from ..backends.names import Backend
 from ..errors import UnsupportedInput, UnsupportedModel
-from ..scan.plan import Backend
 from . import inputs
 from .folder import CONFIG, BrokenCheckpoint
 

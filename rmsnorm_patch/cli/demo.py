@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from .. import api
+from ..backends.names import Backend
 from ..errors import VerificationFailed
-from ..scan.plan import Backend
 from . import tables
 from .checkpoint import Loaded
 from .speed import CPU_NOTE, NOISE_NOTE, Comparison, Patch, chosen_threads, compare, generate

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..api import patched
-from ..scan.plan import Backend
+from ..backends.names import Backend
 from .inputs import parameters_of
 
 CPU_NOTE = (

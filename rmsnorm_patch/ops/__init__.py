@@ -24,11 +24,11 @@ from typing import Any, Literal
 import torch
 
 from ..backends import launch_mode
+from ..backends.names import BACKENDS, Backend
 from ..errors import KernelBuildError, UnsupportedInput
 from ..numerics import operands as validate
 from ..numerics import reference
 from ..numerics.spec import NormSpec
-from ..scan.plan import BACKENDS, Backend
 
 NAMESPACE = "rmsnorm_patch"
 _SPEC = (

@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import ast
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch.nn as nn
 
-from ..rewrite import instance_forward
-from ..rewrite.classes import original_class
-from ..rewrite.handover import Step
-from ..rewrite.places import Index, between, index_of
+from ..patch_state import foreign, original_class
 from ..scan.plan import Action, NormSite, PairKind, PairSite
 from .dataflow import Add, Flow, NormCall, analyse, runs_first
 from .loops import layer_loops
+from .recompile import HELPERS, LayerKey, rewrite
 from .source import NoSource, Source, read_forward
 from .trace import Trace, holds, trace_layer
+
+
+def _uncalled(*operands: object) -> None:
+    """Stands in a forward that is compiled only to see whether it can be."""
+
+
+_UNCALLED = dict.fromkeys(HELPERS, _uncalled)
 
 
 @dataclass
@@ -60,9 +65,9 @@ class Layer:
 
     def confirm(self) -> None:
         """Ask the trace; where it and the source do not name the same pairs, `reason` says so."""
-        foreign = instance_forward.foreign(self.module)
-        if foreign is not None:
-            self.reason = f"its forward is not its class's: {foreign}"
+        obstacle = foreign(self.module)
+        if obstacle is not None:
+            self.reason = f"its forward is not its class's: {obstacle}"
             return
         try:
             self.trace = trace_layer(self.module, self.cls, self.source, self.norm_attributes)
@@ -107,12 +112,6 @@ class PlannedStep:
         """What the plan says where this is not done."""
         return PairSite(self.kind, self.layer.path, self.site.path, "leave", why)
 
-    def step(self, index: Index) -> Step:
-        """index: of the parent."""
-        layer, receiver = self.layer.module, None if self.receiver is None else self.receiver.module
-        places = between(self.parent, index, layer, self.norm, receiver)
-        return Step(layer, self.norm, receiver, self.passive, places)
-
 
 @dataclass
 class Layout:
@@ -124,32 +123,19 @@ class Layout:
     unread: list[tuple[str, str, str]] = field(default_factory=list)
     apart: list[PairSite] = field(default_factory=list)
 
-    def chains(self, fused: set[tuple[str, str, str]]) -> Iterator[tuple[nn.Module, list[Step]]]:
-        """For each module that runs layers: its hand-overs among `fused` (kind, layer path, norm path)."""
-        parents = {id(step.parent): step.parent for step in self.steps}
-        for parent in parents.values():
-            index = index_of(parent)
-            steps = [
-                s.step(index) for s in self.steps if s.parent is parent and (s.kind, s.layer.path, s.site.path) in fused
-            ]
-            if steps:
-                yield parent, steps
-
-
-def find_pairs(model: nn.Module, norm_sites: Sequence[NormSite]) -> tuple[PairSite, ...]:
-    """Every pair of `model` whose norm is one of `norm_sites`, in the order of its layers."""
-    found = layout(model, norm_sites)
-    pairs = [PairSite("in_layer", path, norm, "leave", reason) for path, norm, reason in found.unread]
-    for layer in found.layers.values():
-        pairs.extend(_in_layer_sites(layer))
-        for step in found.steps:
-            if step.layer is layer:
-                action, reason = _decide(step.site, step.reason)
-                tail = layer.flow.tail
-                where = layer.source.where(tail.node) if tail is not None else ""
-                pairs.append(PairSite(step.kind, layer.path, step.site.path, action, reason, where))
-        pairs.extend(site for site in dict.fromkeys(found.apart) if site.layer == layer.path)
-    return tuple(pairs)
+    def pairs(self) -> tuple[PairSite, ...]:
+        """Every pair, in the order of the layers."""
+        found = [PairSite("in_layer", path, norm, "leave", reason) for path, norm, reason in self.unread]
+        for layer in self.layers.values():
+            found.extend(_in_layer_sites(layer))
+            for step in self.steps:
+                if step.layer is layer:
+                    action, reason = _decide(step.site, step.reason)
+                    tail = layer.flow.tail
+                    where = layer.source.where(tail.node) if tail is not None else ""
+                    found.append(PairSite(step.kind, layer.path, step.site.path, action, reason, where))
+            found.extend(site for site in dict.fromkeys(self.apart) if site.layer == layer.path)
+        return tuple(found)
 
 
 def _in_layer_sites(layer: Layer) -> Iterator[PairSite]:
@@ -222,13 +208,11 @@ def _read_layer(
 @functools.lru_cache(maxsize=1024)
 def _read_class(cls: type, forward: object, norms: frozenset[str]) -> tuple[Source, Flow, str]:
     """Source and flow, and why the forward cannot be rewritten, or "". forward: the class's at this moment."""
-    from ..rewrite.layers import LayerKey, rewrite
-
     source = read_forward(cls)
     flow = analyse(source.tree, norms)
     try:
         adds, entries = (add.index for add, _ in flow.in_layer), (call.attr for call in flow.entries)
-        rewrite(source, LayerKey(tuple(norms), tuple(adds), True, tuple(entries), ""), cls)
+        rewrite(source, LayerKey(tuple(norms), tuple(adds), True, tuple(entries), ""), cls, _UNCALLED)
     except (NoSource, SyntaxError) as error:
         return source, flow, f"its forward cannot be rewritten: {error}"
     return source, flow, ""

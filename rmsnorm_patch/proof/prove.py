@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import platform
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,8 +18,9 @@ from ..rewrite import applied_report, observe
 from ..scan.plan import NormSite, Plan
 from . import calls as fired
 from . import driven, flow, logits, memory, wide
+from .recorded import compare_logits, record_logits
 from .replica import replica
-from .report import FlowProof, GreedyProof, LogitProof, Proof
+from .report import FlowProof, GreedyProof, LogitProof, Proof, versions
 from .runs import FORWARD, GREEDY, Inputs, Run, can_generate, device_of, dtype_of, normalise
 from .sites import SiteWatcher
 
@@ -375,22 +374,9 @@ class _Work:
         return logits.judge_greedy(self.seen.original[-1], self.seen.patched[-1], found.own_max_abs, self.strict)
 
 
-def versions() -> dict[str, str]:
-    """Versions that decide what numbers come out."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("transformers", "triton", "rmsnorm_patch"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def _with_files(
     proof: Proof, model: nn.Module, inputs: Inputs, record: str | Path | None, compare: str | Path | None
 ) -> Proof:
-    from .recorded import compare_logits, record_logits
-
     notes = list(proof.notes)
     if record is not None:
         record_logits(model, inputs, record)

@@ -15,6 +15,7 @@ from ..errors import NothingProved, UnsupportedInput, UnsupportedModel, Verifica
 from ..numerics.tolerances import LOGIT_ERROR_RATIO
 from . import flow, logits, wide
 from .replica import replica
+from .report import versions
 from .runs import FORWARD, Inputs, Run, device_of, dtype_of, normalise
 
 FORMAT = "rmsnorm_patch logits 1"
@@ -67,8 +68,6 @@ def record_logits(model: nn.Module, inputs: Inputs, path: str | Path) -> None:
     nothing that another model could be held against (NaN or Inf, no position).
     """
     from safetensors.torch import save_file
-
-    from .prove import versions
 
     items = normalise(inputs, model)
     runs = [Run(f"{FORWARD} {number}", item) for number, item in enumerate(items)]

@@ -24,7 +24,7 @@ import torch.nn as nn
 
 from .. import rewrite
 from ..errors import PatchConflict, UnsupportedModel
-from ..rewrite.classes import is_patched
+from ..patch_state import is_patched
 
 SHARED_BUFFER = 16 << 20
 _DEPTH = 12

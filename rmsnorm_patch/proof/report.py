@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import platform
 import shlex
 import types
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from importlib import metadata
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
@@ -416,3 +418,14 @@ def _read(kind: Any, value: Any) -> Any:
     if origin is tuple:
         return tuple(_read(arguments[0], item) for item in value)
     return value
+
+
+def versions() -> dict[str, str]:
+    """Versions that decide what numbers come out."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in ("transformers", "triton", "rmsnorm_patch"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

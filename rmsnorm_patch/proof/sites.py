@@ -16,10 +16,12 @@ import torch
 import torch.nn as nn
 
 from .. import ops
+from ..backends.names import Backend
 from ..numerics import reference
 from ..numerics.tolerances import EXACT, EXACT_ERROR_RATIO, SITE, SiteTolerance
-from ..rewrite import classes, observe
-from ..scan.plan import Backend, NormSite
+from ..patch_state import original_class
+from ..rewrite import observe
+from ..scan.plan import NormSite
 from . import probes
 from .difference import Difference, bit_mismatches, compare, compare_sum, digest, finite, row_keys
 from .report import Measurement, SiteProof
@@ -330,7 +332,7 @@ def _ignore(event: observe.Event) -> None:
 
 
 def _original(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    original: Any = classes.original_class(type(norm))
+    original: Any = original_class(type(norm))
     return original.forward(norm, x)
 
 

@@ -1,8 +1,8 @@
 """Carry out a plan on a model, and undo it.
 
-What a patched model needs at run time lives in its modules' classes and in one `__dict__` entry (`classes.STATE`), so
-that copies and pickles are patched models of their own. `revert_model` reads only that: it undoes a deepcopy or an
-unpickled model, which never had a journal, just as well.
+What a patched model needs at run time lives in its modules' classes and in one `__dict__` entry
+(`patch_state.STATE`), so that copies and pickles are patched models of their own. `revert_model` reads only that: it
+undoes a deepcopy or an unpickled model, which never had a journal, just as well.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from importlib import import_module
 
 import torch.nn as nn
 
 from ..errors import RMSNormPatchError, UnsupportedModel
 from ..locks import Lock
+from ..pairs.layout import Layout, layout
+from ..patch_state import STATE, derives_from_patched, role_of, unpatched_class
 from ..scan.plan import Plan
 from . import instance_forward
-from .classes import STATE, derives_from_patched, role_of, unpatched_class
 from .journal import Journal
 from .report import Report
 
@@ -39,14 +39,8 @@ APPLIED = "applied"
 """Key in the state of the module that was given to `apply`; holds its Report."""
 
 
-def install_factories() -> None:
-    """Make every patched class buildable in this process; what unpickling a patched model calls."""
-    for name in ("norms", "layers"):
-        import_module(f"{__name__}.{name}")  # each registers its factory
-
-
-def apply_plan(model: nn.Module, plan: Plan) -> Report:
-    """Patch `model` as `plan` says, wholly or not at all."""
+def apply_plan(model: nn.Module, plan: Plan, found: Layout | None = None) -> Report:
+    """Patch `model` as `plan` says, wholly or not at all. found: what was read from it for the plan; None reads it."""
     from . import layers, norms
 
     journal = Journal()
@@ -54,7 +48,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> Report:
         try:
             for site in plan.fused_norms():
                 norms.install(model.get_submodule(site.path), site, plan.backend, journal)
-            layers.install(model, plan, journal)
+            layers.install(plan, layout(model, plan.norms) if found is None else found, journal)
             report = Report(plan, *patched_paths(model), _notes(model))
             journal.set_state(model, APPLIED, report)
         except BaseException as error:

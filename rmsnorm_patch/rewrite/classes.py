@@ -11,14 +11,15 @@ A class is built by a factory from (original class, key). The key is plain data,
 from __future__ import annotations
 
 import copyreg
-import functools
 from collections.abc import Callable, Hashable, Mapping
-from types import CellType, FunctionType
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch.nn as nn
 
+from .. import patch_state
 from ..locks import Lock
+from ..patch_state import is_patched
 
 
 class Body(NamedTuple):
@@ -32,13 +33,16 @@ Factory = Callable[[type, Any], Body]
 
 _FACTORIES: dict[str, Factory] = {}
 _CLASSES: dict[tuple[type, str, Hashable], type] = {}
-_FORWARDS: dict[Any, type] = {}
-"""The forward of every patched class -> the class under the patch."""
 _LOCK = Lock()
 
-STATE = "_rmsnorm_patch"
-"""The one `__dict__` entry that a patched module may carry (links to other modules, what was displaced); `revert`
-removes it."""
+_MADE_BY = {"norm": "norms", "layer": "layers"}
+"""Role -> the module of this folder that registers its factory."""
+
+
+def install_factories() -> None:
+    """Make every patched class buildable in this process; what unpickling a patched model calls."""
+    for name in _MADE_BY.values():
+        import_module(f"{__package__}.{name}")
 
 
 def register_factory(role: str, factory: Factory) -> None:
@@ -67,78 +71,9 @@ def patched_class(original: type, role: str, key: Hashable) -> type:
         made = type(original)(original.__name__, (original,), namespace)
         type.__setattr__(made, "__reduce_ex__", _reduce_ex_of(made))
         body.made(made)
-        _FORWARDS[made.forward] = original  # type: ignore[attr-defined]
+        patch_state.FORWARDS[made.forward] = original  # type: ignore[attr-defined]
         _CLASSES[(original, role, key)] = made
         return made
-
-
-def is_patched(cls: type) -> bool:
-    return "_rmsnorm_patch_original" in vars(cls)
-
-
-def original_class(cls: type) -> type:
-    """The class under the patch; `cls` itself where it is not patched."""
-    return vars(cls).get("_rmsnorm_patch_original", cls)
-
-
-def running_now(module: nn.Module, original: type, own: Callable[..., Any]) -> Callable[..., Any]:
-    """What a forward of a patched class of `original` runs in its place once `module` is no longer of that class.
-
-    A wrapper, or whoever took the bound method, may hold such a forward beyond `revert`, and beyond another `apply`:
-    that of the patched class which the module has now, else `own`, the original's.
-    """
-    cls = type(module)
-    if getattr(cls, "_rmsnorm_patch_original", None) is original:
-        own = getattr(cls, "_rmsnorm_patch_forward", own)
-    return own
-
-
-def unpatched_forward(function: Any) -> Any:
-    """The class's own forward where `function` is a patched class's; else `function`."""
-    original = _FORWARDS.get(function) if isinstance(function, FunctionType) else None
-    return function if original is None else original.forward  # type: ignore[attr-defined]
-
-
-def role_of(module: nn.Module) -> str | None:
-    return vars(type(module)).get("_rmsnorm_patch_role")
-
-
-def unpatched_class(cls: type) -> type:
-    """`original_class`, also for a class that somebody derived from a patched one (FSDP2 and parametrisations do so,
-    module by module): then the same class derived from the original."""
-    if is_patched(cls) or not derives_from_patched(cls):
-        return original_class(cls)
-    own = CellType()
-    namespace = {
-        name: _for_class(value, cls, own)
-        for name, value in vars(cls).items()
-        if name not in ("__dict__", "__weakref__")
-    }
-    made = type(cls)(cls.__name__, tuple(unpatched_class(base) for base in cls.__bases__), namespace)
-    own.cell_contents = made
-    return made
-
-
-def _for_class(value: Any, cls: type, own: CellType) -> Any:
-    """A class attribute of `cls` for the class that `own` will hold: in a method, `super()` reads it from that cell."""
-    if isinstance(value, (staticmethod, classmethod)):
-        return type(value)(_for_class(value.__func__, cls, own))
-    if isinstance(value, property):
-        get, put, drop = (_for_class(f, cls, own) for f in (value.fget, value.fset, value.fdel))
-        return property(get, put, drop, value.__doc__)
-    if not isinstance(value, FunctionType) or "__class__" not in value.__code__.co_freevars:
-        return value
-    cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
-    closure = tuple(own if name == "__class__" and cell.cell_contents is cls else cell for name, cell in cells)
-    made = FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, closure)
-    made.__kwdefaults__ = value.__kwdefaults__
-    functools.update_wrapper(made, value)
-    del made.__wrapped__  # type: ignore[attr-defined]
-    return made
-
-
-def derives_from_patched(cls: type) -> bool:
-    return any(is_patched(base) for base in cls.__mro__)
 
 
 def _reduce_ex_of(patched: type) -> Callable[[Any, Any], Any]:
@@ -155,9 +90,7 @@ def _reduce_ex_of(patched: type) -> Callable[[Any, Any], Any]:
 
 def _rebuild(original: type, role: str, key: Hashable) -> nn.Module:
     """Unpickling and deepcopy: an empty instance of the patched class."""
-    from . import install_factories  # the fresh process may not have imported the rewriter yet
-
-    install_factories()
+    install_factories()  # the fresh process may not have imported the rewriter yet
     cls = patched_class(original, role, key)
     made: nn.Module = cls.__new__(cls)  # type: ignore[call-overload]
     return made

@@ -22,8 +22,8 @@ import torch
 import torch.nn as nn
 
 from ..pairs.source import NoSource, read_forward
+from ..patch_state import STATE
 from . import observe
-from .classes import STATE
 from .places import Place, Places
 
 CARRIED = "_rmsnorm_patch_normed"

@@ -4,23 +4,21 @@ They hold methods bound when the module had another class, so a class swap alone
 calls `_old_forward`, the others put a `forward`. `adopt` follows a swap, `release` follows its undoing.
 
 A kernel that `kernelize` or Liger put there computes what the class's own forward computes; ours takes its place, and
-`revert` puts it back. Whatever else stands there computes something unknown, and is left alone (`foreign`).
+`revert` puts it back. Whatever else stands there computes something unknown, and is left alone (`patch_state.foreign`).
 """
 
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
 import torch.nn as nn
 
-from .classes import STATE, unpatched_forward
+from ..patch_state import SLOTS, STATE, class_forward, is_known_kernel, unpatched_forward
 from .journal import Journal
 
-SLOTS = ("forward", "_old_forward")
 DISPLACED = "displaced"
 """Key in a module's state: {slot: Displaced}."""
 
@@ -40,34 +38,20 @@ class Displaced:
         return Displaced, (None,)
 
 
-def foreign(module: nn.Module) -> str | None:
-    """Who else replaced this module's forward, in words; None where its class's own code or a known kernel runs."""
-    own = _class_forward(type(module))
-    for slot in SLOTS:
-        method = module.__dict__.get(slot)
-        if method is None or (slot == "forward" and "_hf_hook" in module.__dict__):
-            continue
-        function = unpatched_forward(getattr(method, "__func__", None))
-        bound_here = isinstance(method, MethodType) and method.__self__ is module
-        if not bound_here or not (function is own or _is_known_kernel(module, function)):
-            return f"an instance-level {slot} ({_name(function or method)}), and what it computes is unknown"
-    return None
-
-
 def adopt(module: nn.Module, before: type, journal: Journal) -> None:
     """`module` was of class `before`: let its class's forward run now, and remember what stood over it.
 
     An own `forward` is removed (a fused pair calls only norms that have none); under accelerate's hooks the method that
     they wrap is exchanged.
     """
-    own, ours = _class_forward(before), _class_forward(type(module))
+    own, ours = class_forward(before), class_forward(type(module))
     displaced: dict[str, Displaced] = {}
     for slot in SLOTS:
         method = module.__dict__.get(slot)
         if not isinstance(method, MethodType) or method.__self__ is not module:
             continue
         function = unpatched_forward(method.__func__)  # left there by who held ours beyond `revert`
-        if function is not own and not _is_known_kernel(module, function):
+        if function is not own and not is_known_kernel(module, function):
             continue
         displaced[slot] = Displaced(None if function is own else function)
         journal.record(functools.partial(module.__dict__.__setitem__, slot, method))
@@ -82,7 +66,7 @@ def adopt(module: nn.Module, before: type, journal: Journal) -> None:
 def release(module: nn.Module, patched: type, unpatched: type) -> None:
     """`module` is of class `patched`, with its state still in place, and will be of `unpatched`. Called twice, it does
     nothing more."""
-    ours, own = _class_forward(patched), _class_forward(unpatched)
+    ours, own = class_forward(patched), class_forward(unpatched)
     displaced: dict[str, Displaced] = module.__dict__.get(STATE, {}).get(DISPLACED, {})
     kept = displaced.get("_old_forward", displaced.get("forward"))
     back = own if kept is None or kept.function is None else kept.function
@@ -97,25 +81,3 @@ def release(module: nn.Module, patched: type, unpatched: type) -> None:
                 holder[name] = MethodType(back, module)
 
 
-def _class_forward(cls: type) -> Any:
-    return cls.forward  # type: ignore[attr-defined]
-
-
-def _is_known_kernel(module: nn.Module, function: Any) -> bool:
-    """Whether `function` stands for the class's own arithmetic: a layer that `kernels.kernelize` loaded, or Liger's
-    RMSNorm with the settings that Liger itself gives to a class."""
-    layers = getattr(sys.modules.get("kernels.layer.layer"), "_CACHED_LAYER", {})
-    if any(getattr(layer, "forward", None) is function for layer in list(layers.values())):
-        return True
-    liger = sys.modules.get("liger_kernel.transformers.rms_norm")
-    if liger is None or function is not liger.LigerRMSNorm.forward:
-        return False
-    # Gemma's (1 + w) with Gemma's rounding, or Llama's: any other combination was somebody's own choice.
-    settings = module.__dict__.get("offset"), module.__dict__.get("casting_mode")
-    gemma = "gemma" in type(module).__name__.lower()
-    return settings == ((1.0, "gemma") if gemma else (0.0, "llama"))
-
-
-def _name(function: Any) -> str:
-    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
-    return f"{module}.{name}" if module and name else type(function).__name__

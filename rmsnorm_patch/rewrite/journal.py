@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch.nn as nn
 
-from .classes import STATE
+from ..patch_state import STATE
 
 
 class Journal:

@@ -19,8 +19,8 @@ from torch.nn.modules import module as _module
 
 from .. import ops
 from ..pairs.source import RENAMING
+from ..patch_state import STATE, original_class
 from . import guards, native, observe, traced
-from .classes import STATE, original_class
 from .handover import CARRIED, LINK, MAX_UNTAKEN, Carry, Link, put
 
 _is_tracing = torch.compiler.is_dynamo_compiling

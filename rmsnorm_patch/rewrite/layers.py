@@ -1,74 +1,30 @@
-"""Decoder layers whose residual-adds are fused with the norms that read them: the forward, rewritten by AST.
-
-The original source is parsed, three kinds of statement are replaced, and the result is compiled as the original was:
-same file, same lines (a traceback shows the model's own source), same globals (the live dict; a copy of it breaks
-dynamo), same closure cells plus one cell for each helper, same defaults and decorators.
-
-    x = a + b                    _n, x = in_layer(self._modules["norm"], a, b)
-    residual = x           ->    residual = x
-    y = self.norm(x)             y = _n; del _n
-
-    x = a + b                    x = tail(self, a, b)
-    return x                     return x
-
-    y = self.norm(argument)      y = entry(self._modules["norm"], argument)
-
-In front of them stands a question: somebody may hold the bound forward beyond `revert`, which then runs what the
-layer's class has now.
-"""
+"""Layers of a model that hold fused pairs: each gets a class whose forward is rewritten, and is linked to the norm that
+reads its sum."""
 
 from __future__ import annotations
-import __future__
 
-import ast
-import copy
-import functools
-import types
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch.nn as nn
 
-from ..pairs.dataflow import Add, Flow, NormCall, analyse
-from ..pairs.source import NoSource, Source, read_forward
-from . import handover, instance_forward
-from . import layer_calls as pair_ops
-from .classes import Body, original_class, patched_class, register_factory, running_now
+from ..pairs.layout import Layout, PlannedStep
+from ..pairs.recompile import LayerKey, layer_key, rewrite
+from ..pairs.source import read_forward
+from ..patch_state import original_class
+from ..scan.plan import Plan
+from . import handover, instance_forward, layer_calls
+from .classes import Body, patched_class, register_factory
+from .handover import Step
 from .journal import Journal
+from .places import Index, between, index_of
 
 ROLE = "layer"
-_FUTURE_FLAGS = sum({getattr(__future__, name).compiler_flag for name in __future__.all_feature_names})
-_HELPERS: dict[str, Any] = {
-    "_rmsnorm_in_layer": pair_ops.in_layer,
-    "_rmsnorm_tail": pair_ops.tail,
-    "_rmsnorm_entry": pair_ops.entry,
-    "_rmsnorm_type": type,
-    "_rmsnorm_isinstance": isinstance,
+_HELPERS: dict[str, Callable[..., Any]] = {
+    "in_layer": layer_calls.in_layer,
+    "tail": layer_calls.tail,
+    "entry": layer_calls.entry,
 }
-
-
-class LayerKey(NamedTuple):
-    """What is rewritten in a layer class; plain data, so that a pickle can name it.
-
-    norms: the class's norm attributes. in_layer: ranks of the adds fused with their norm. tail: whether the last add
-    hands over. entries: norms that read the layer's argument, and so what the layer before handed over. digest: of the
-    source; a process with another version of the model's code keeps its own forward.
-    """
-
-    norms: tuple[str, ...]
-    in_layer: tuple[int, ...]
-    tail: bool
-    entries: tuple[str, ...]
-    digest: str
-
-
-def layer_key(
-    cls: type, norms: frozenset[str], in_layer: frozenset[int], tail: bool, entries: frozenset[str]
-) -> LayerKey:
-    """Raises NoSource."""
-    return LayerKey(
-        tuple(sorted(norms)), tuple(sorted(in_layer)), tail, tuple(sorted(entries)), read_forward(cls).digest
-    )
 
 
 def layer_factory(original: type, key: LayerKey) -> Body:
@@ -77,200 +33,17 @@ def layer_factory(original: type, key: LayerKey) -> Body:
     source = read_forward(original)
     if source.digest != key.digest:
         return Body({}, lambda cls: None)
-    return rewrite(source, key, original)
+    return Body(*rewrite(source, key, original, _HELPERS))
 
 
 register_factory(ROLE, layer_factory)
 
 
-def rewrite(source: Source, key: LayerKey, original: type) -> Body:
-    """The forward of `source`, which is that of `original`, with the pairs of `key` fused, under its own decorators.
-    Raises NoSource."""
-    tree = copy.deepcopy(source.tree)
-    flow = analyse(tree, frozenset(key.norms))
-    for number, (add, norm) in enumerate((a, n) for a, n in flow.in_layer if a.index in key.in_layer):
-        _fuse_in_layer(tree, add, norm, f"_rmsnorm_normed_{number}")
-    for call in flow.entries:
-        if call.attr in key.entries:
-            _read_entry(tree, call)
-    if key.tail and flow.tail is not None:
-        _fuse_tail(tree, flow)
-    _ask_class(tree)
-    patched = types.CellType()
+def install(plan: Plan, found: Layout, journal: Journal) -> None:
+    """Swap the classes of the layers that hold the plan's fused pairs, and link each to the norm that reads its sum.
 
-    def now(layer: nn.Module) -> Callable[..., Any]:
-        return running_now(layer, original, source.function)
-
-    made = _compile(tree, source.function, {"_rmsnorm_class": patched, "_rmsnorm_now": types.CellType(now)})
-    namespace = {"forward": _decorate(made, source), "_rmsnorm_patch_forward": made}
-    return Body(namespace, functools.partial(setattr, patched, "cell_contents"))
-
-
-def _ask_class(tree: ast.FunctionDef) -> None:
-    """First of all: a layer that is no longer of the class that this forward is made for runs the forward that it has
-    now. That one stands below the decorators too, which have run already."""
-    parameters = tree.args
-    given = [ast.Name(p.arg, ast.Load()) for p in (*parameters.posonlyargs, *parameters.args)]
-    named = [ast.keyword(p.arg, ast.Name(p.arg, ast.Load())) for p in parameters.kwonlyargs]
-    rest: list[ast.expr] = []
-    if parameters.vararg is not None:
-        rest.append(ast.Starred(ast.Name(parameters.vararg.arg, ast.Load()), ast.Load()))
-    if parameters.kwarg is not None:
-        named.append(ast.keyword(None, ast.Name(parameters.kwarg.arg, ast.Load())))
-    question = ast.parse(
-        "if _rmsnorm_type(layer) is not _rmsnorm_class and not _rmsnorm_isinstance(layer, _rmsnorm_class):\n"
-        "    return _rmsnorm_now(layer)"
-    ).body[0]
-    assert isinstance(question, ast.If)
-    for name in ast.walk(question):
-        if isinstance(name, ast.Name) and name.id == "layer":
-            name.id = given[0].id
-    (answer,) = question.body
-    assert isinstance(answer, ast.Return)
-    answer.value = ast.Call(answer.value, [*given, *rest], named)  # type: ignore[arg-type]
-    documented = ast.get_docstring(tree) is not None and len(tree.body) > 1
-    for node in ast.walk(question):
-        ast.copy_location(node, tree.body[documented])
-    tree.body.insert(documented, ast.fix_missing_locations(question))
-
-
-def _self(tree: ast.FunctionDef) -> ast.expr:
-    return ast.Name((*tree.args.posonlyargs, *tree.args.args)[0].arg, ast.Load())
-
-
-def _module(tree: ast.FunctionDef, norm: NormCall) -> ast.expr:
-    """`self._modules["norm"]`: `self.norm` without `nn.Module.__getattr__`."""
-    modules = ast.Attribute(_self(tree), "_modules", ast.Load())
-    return ast.Subscript(modules, ast.Constant(norm.attr), ast.Load())
-
-
-def _fuse_in_layer(tree: ast.FunctionDef, add: Add, norm: NormCall, name: str) -> None:
-    call = ast.Call(ast.Name("_rmsnorm_in_layer", ast.Load()), [_module(tree, norm), add.node.left, add.node.right], [])
-    target = add.statement.targets[0] if isinstance(add.statement, ast.Assign) else add.statement.target  # type: ignore[attr-defined]
-    both = ast.Tuple([ast.Name(name, ast.Store()), target], ast.Store())
-    _replace(add.block, add.statement, [ast.Assign([both], call)])
-    _Substitute(norm.node, ast.Name(name, ast.Load())).visit(norm.statement)
-    if not isinstance(norm.statement, ast.Return):
-        drop = ast.Delete([ast.Name(name, ast.Del())])
-        ast.fix_missing_locations(ast.copy_location(drop, norm.statement))
-        add.block.insert(add.block.index(norm.statement) + 1, drop)
-
-
-def _read_entry(tree: ast.FunctionDef, norm: NormCall) -> None:
-    call = ast.Call(ast.Name("_rmsnorm_entry", ast.Load()), [_module(tree, norm), *norm.node.args], [])
-    ast.fix_missing_locations(ast.copy_location(call, norm.node))
-    _Substitute(norm.node, call).visit(norm.statement)
-
-
-def _fuse_tail(tree: ast.FunctionDef, flow: Flow) -> None:
-    add = flow.tail
-    assert add is not None
-    call = ast.Call(ast.Name("_rmsnorm_tail", ast.Load()), [_self(tree), add.node.left, add.node.right], [])
-    ast.fix_missing_locations(ast.copy_location(call, add.node))
-    _Substitute(add.node, call).visit(add.statement)
-
-
-def _replace(block: list[ast.stmt], old: ast.stmt, new: list[ast.stmt]) -> None:
-    for statement in new:
-        ast.fix_missing_locations(ast.copy_location(statement, old))
-    at = block.index(old)
-    block[at : at + 1] = new
-
-
-class _Substitute(ast.NodeTransformer):
-    def __init__(self, old: ast.AST, new: ast.expr) -> None:
-        self.old = old
-        self.new = new
-
-    def visit(self, node: ast.AST) -> ast.AST:
-        if node is self.old:
-            return ast.copy_location(self.new, node)
-        return self.generic_visit(node)
-
-
-def _compile(
-    tree: ast.FunctionDef, function: types.FunctionType, helpers: dict[str, types.CellType]
-) -> types.FunctionType:
-    """`tree` as a function with the globals, closure and attributes of `function`, and cells for `helpers`."""
-    code = function.__code__
-    tree.decorator_list = []
-    tree.returns = None
-    for argument in ast.walk(tree.args):
-        if isinstance(argument, ast.arg):
-            argument.annotation = None
-    tree.args.defaults = [ast.copy_location(ast.Constant(None), d) for d in tree.args.defaults]
-    tree.args.kw_defaults = [
-        None if d is None else ast.copy_location(ast.Constant(None), d) for d in tree.args.kw_defaults
-    ]
-    cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
-    cells.update({name: types.CellType(helper) for name, helper in _HELPERS.items()}, **helpers)
-    # A class around it keeps private names mangled as they were; the function around that makes the names free.
-    owner = function.__qualname__.rpartition(".")[0].rpartition(".")[2]
-    scope = ast.parse(f"def _scope({', '.join(cells)}):\n class {owner if owner.isidentifier() else '_'}: pass").body[0]
-    assert isinstance(scope, ast.FunctionDef)
-    scope.body[0].body = [tree]  # type: ignore[attr-defined]
-    module = ast.fix_missing_locations(ast.Module([scope], []))
-    flags = code.co_flags & _FUTURE_FLAGS
-    compiled = compile(module, code.co_filename, "exec", flags=flags, dont_inherit=True)
-    made = _code_below(_code_below(_code_below(compiled)), code.co_name)
-    missing = [name for name in made.co_freevars if name not in cells]
-    if missing or made.co_varnames[: made.co_argcount] != code.co_varnames[: code.co_argcount]:
-        raise NoSource(f"{function.__qualname__}: its names could not be kept ({', '.join(missing)})")
-    if hasattr(made, "co_qualname"):
-        made = made.replace(co_qualname=code.co_qualname)  # type: ignore[call-arg,attr-defined]
-    result = types.FunctionType(
-        made, function.__globals__, function.__name__, function.__defaults__, tuple(cells[n] for n in made.co_freevars)
-    )
-    result.__kwdefaults__ = function.__kwdefaults__
-    result.__annotations__ = dict(function.__annotations__)
-    result.__doc__ = function.__doc__
-    result.__module__ = function.__module__
-    result.__qualname__ = function.__qualname__
-    result.__dict__.update({k: v for k, v in function.__dict__.items() if k != "__wrapped__"})
-    return result
-
-
-def _code_below(code: types.CodeType, name: str | None = None) -> types.CodeType:
-    """The code object of the function or class defined directly in `code`."""
-    return next(c for c in code.co_consts if isinstance(c, types.CodeType) and name in (None, c.co_name))
-
-
-def _decorate(function: types.FunctionType, source: Source) -> types.FunctionType:
-    """Copies of the original's decorators around `function`, found as the closure cell that holds what they wrap."""
-    inner: types.FunctionType = source.function
-    made = function
-    for wrapper in reversed(source.wrappers):
-        cells = list(wrapper.__closure__ or ())
-        at = [i for i, cell in enumerate(cells) if _content(cell) is inner]
-        if len(at) != 1:
-            raise NoSource(
-                f"{inner.__qualname__}: a decorator in {wrapper.__module__} cannot be put on another function"
-            )
-        cells[at[0]] = types.CellType(made)
-        outer = types.FunctionType(
-            wrapper.__code__, wrapper.__globals__, wrapper.__name__, wrapper.__defaults__, tuple(cells)
-        )
-        outer.__kwdefaults__ = wrapper.__kwdefaults__
-        outer.__dict__.update(wrapper.__dict__)
-        for name in ("__module__", "__qualname__", "__doc__", "__annotations__"):
-            setattr(outer, name, getattr(wrapper, name))
-        outer.__wrapped__ = made  # type: ignore[attr-defined]
-        inner, made = wrapper, outer
-    return made
-
-
-def _content(cell: types.CellType) -> object:
-    try:
-        return cell.cell_contents
-    except ValueError:  # an empty cell
-        return None
-
-
-def install(model: nn.Module, plan: Any, journal: Journal) -> None:
-    """Swap the classes of the layers that hold the plan's fused pairs, and link each to the norm that reads its sum."""
-    from ..pairs.layout import layout
-
-    found = layout(model, plan.norms)
+    found: what was read from the model when `plan` was made.
+    """
     fused: set[tuple[str, str, str]] = {(p.kind, p.layer, p.norm) for p in plan.pairs if p.action == "fuse"}
     handing_over = any(p.kind == "cross_layer" and p.action == "fuse" for p in plan.pairs)
     for layer in found.layers.values():
@@ -287,8 +60,27 @@ def install(model: nn.Module, plan: Any, journal: Journal) -> None:
             key = layer_key(original, layer.norm_attributes, in_layer, tail, frozenset(entries))
             journal.swap_class(layer.module, patched_class(original, ROLE, key))
             instance_forward.adopt(layer.module, original, journal)
-    for parent, steps in found.chains(fused):
+    for parent, steps in _chains(found, fused):
         chain = handover.Chain(steps, original_class(type(parent)))
         journal.set_state(parent, handover.CHAIN, chain)
         for step in chain.steps:
             journal.set_state(step.layer, handover.LINK, chain.link(step))
+
+
+def _chains(found: Layout, fused: set[tuple[str, str, str]]) -> Iterator[tuple[nn.Module, list[Step]]]:
+    """For each module that runs layers: its hand-overs among `fused` (kind, layer path, norm path)."""
+    parents = {id(step.parent): step.parent for step in found.steps}
+    for parent in parents.values():
+        index = index_of(parent)
+        steps = [
+            _step(s, index) for s in found.steps if s.parent is parent and (s.kind, s.layer.path, s.site.path) in fused
+        ]
+        if steps:
+            yield parent, steps
+
+
+def _step(planned: PlannedStep, index: Index) -> Step:
+    """index: of the parent."""
+    layer, receiver = planned.layer.module, None if planned.receiver is None else planned.receiver.module
+    places = between(planned.parent, index, layer, planned.norm, receiver)
+    return Step(layer, planned.norm, receiver, planned.passive, places)

@@ -15,12 +15,14 @@ import torch
 import torch.nn as nn
 
 from .. import ops
+from ..backends.names import Backend
 from ..errors import PatchConflict
 from ..numerics.spec import NormSpec
-from ..scan.plan import Backend, NormSite
+from ..patch_state import is_patched, running_now
+from ..scan.plan import NormSite
 from . import guards, instance_forward, native, observe
 from . import layer_calls as pair_ops
-from .classes import Body, is_patched, patched_class, register_factory, running_now
+from .classes import Body, patched_class, register_factory
 from .handover import take
 from .journal import Journal
 from .traced import keeps_op

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..backends.names import Backend
 from ..page import page, summarised
-from ..scan.plan import Backend, Plan
+from ..scan.plan import Plan
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..backends.names import Backend
 from ..page import folded, numbered, numerics, page
 
 if TYPE_CHECKING:
     from ..numerics.spec import NormSpec
 
-Backend = Literal["auto", "reference", "triton", "cuda"]
-BACKENDS: tuple[Backend, ...] = ("auto", "reference", "triton", "cuda")
 
 Action = Literal["fuse", "leave"]
 PairKind = Literal["in_layer", "cross_layer", "final", "norm_add"]

@@ -20,8 +20,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from ..rewrite import instance_forward
-from ..rewrite.classes import unpatched_class
+from ..patch_state import SLOTS, foreign, unpatched_class
 
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _BY_REFERENCE = (types.FunctionType, types.BuiltinFunctionType, type)
@@ -236,11 +235,11 @@ def class_forward(cls: type[nn.Module]) -> Callable[..., Any]:
 
 def _instance_forward_note(module: nn.Module) -> str:
     """Says what stands over the class's own forward; `Rejected` where nobody known put it there."""
-    obstacle = instance_forward.foreign(module)
+    obstacle = foreign(module)
     if obstacle is not None:
         raise Rejected(f"it has {obstacle}; delete it from the module to have the class's own forward considered")
     notes = ["under accelerate's hooks"] if "_hf_hook" in module.__dict__ else []
-    for slot in instance_forward.SLOTS:
+    for slot in SLOTS:
         function = getattr(module.__dict__.get(slot), "__func__", None)
         if function is not None and function is not type(module).forward:
             name = f"{function.__module__}.{function.__qualname__}"

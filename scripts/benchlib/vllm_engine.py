@@ -328,14 +328,13 @@ def scheduled(schedules: str) -> Iterator[None]:
     """Norms that this process binds within follow these schedules: another registry, or "plain" launches."""
     from rmsnorm_patch import ops
     from rmsnorm_patch.backends.cuda import backend as cuda_backend
-    from rmsnorm_patch.backends.cuda import launcher, registry
+    from rmsnorm_patch.backends.cuda import launcher, registry, schedules
     from rmsnorm_patch.fused.linear_norm import kernel as cuda_partials
-    from rmsnorm_patch.ops import dispatch
 
     if not schedules:
         yield
         return
-    functions, kernels = launcher.functions, dispatch._kernels
+    functions, kernels = launcher.functions, schedules.registered_kernels
 
     def forget() -> None:
         cuda_backend.configs_for.cache_clear()
@@ -354,11 +353,11 @@ def scheduled(schedules: str) -> Iterator[None]:
         launcher.functions = lambda: replace(usual, new_kernel=plain)  # type: ignore[assignment]
     else:
         other = registry.read_registry(Path(schedules))
-        dispatch._kernels = lambda: other  # type: ignore[assignment]
+        schedules.registered_kernels = lambda: other  # type: ignore[assignment]
     try:
         yield
     finally:
-        launcher.functions, dispatch._kernels = functions, kernels
+        launcher.functions, schedules.registered_kernels = functions, kernels
         forget()
 
 

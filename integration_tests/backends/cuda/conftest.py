@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from rmsnorm_patch.backends.cuda import cache, jit
+from rmsnorm_patch.backends.cuda.schedules import Config
 from rmsnorm_patch.kernel_files import kernels_dir
 from rmsnorm_patch.numerics.spec import LLAMA
-from rmsnorm_patch.ops.dispatch import Config
 
 KERNEL = """#include "abi.cuh"
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) scale_rows(const __grid_constant__ Args args) {

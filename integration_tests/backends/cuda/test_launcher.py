@@ -18,13 +18,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rmsnorm_patch.backends.cuda import backend as cuda_backend
-from rmsnorm_patch.backends.cuda import cache, driver, launcher
+from rmsnorm_patch.backends.cuda import cache, driver, launcher, schedules
 from rmsnorm_patch.backends.cuda.launcher import in_python as launcher_ctypes
 from rmsnorm_patch.cli import environment
 from rmsnorm_patch.errors import KernelBuildError, UnsupportedInput
 from rmsnorm_patch.fused.linear_norm import kernel as cuda_partials
 from rmsnorm_patch.numerics.spec import LLAMA
-from rmsnorm_patch.ops import dispatch
 
 N = 64
 BF16 = torch.bfloat16
@@ -508,7 +507,7 @@ def test_the_switch_reaches_the_kernels_of_every_op(functions, recorded, monkeyp
     monkeypatch.setattr(driver, "primary_context", lambda *_: CONTEXT)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (arch // 10, arch % 10))
     single = cuda_backend.BoundOp("fused_add_rms_norm_", LLAMA, dependent)
-    configs, x = dispatch.schedules("fused_add_rms_norm_", BF16, 4096, arch), torch.empty(2, 4096, dtype=BF16)
+    configs, x = schedules.schedules("fused_add_rms_norm_", BF16, 4096, arch), torch.empty(2, 4096, dtype=BF16)
     for op in (single, cuda_partials.BoundPartials(LLAMA, 2, dependent)):
         op.functions = functions
         for _, handle in op._build(configs, x, BF16, 16, 16, False):

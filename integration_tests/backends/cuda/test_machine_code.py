@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from rmsnorm_patch.backends.cuda import jit, nvrtc
+from rmsnorm_patch.backends.cuda import jit, nvrtc, schedules
 from rmsnorm_patch.fused.linear_norm import kernel as cuda_partials
 from rmsnorm_patch.numerics.spec import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, T5, NormSpec
-from rmsnorm_patch.ops import dispatch
 
 pytest.importorskip("triton")
 if nvrtc.find() is None:
@@ -49,12 +48,12 @@ VARIANTS = {
 
 @cache
 def code(op, n, arch, which, spec=LLAMA, x=BF16, weight=BF16, align=None):
-    config = dispatch.schedules(op, x, n, arch)[which]
+    config = schedules.schedules(op, x, n, arch)[which]
     return config, kernel_table.machine_code(kernel_table.build(config, spec, op == FUSED, n, arch, x, weight, align))
 
 
 def configurations(op, n, arch, x=BF16):
-    return range(len(dispatch.schedules(op, x, n, arch)))
+    return range(len(schedules.schedules(op, x, n, arch)))
 
 
 def check(config, machine, arch):
@@ -100,7 +99,7 @@ def test_variants_everywhere(name, arch):
 def every_schedule(arch):
     """(configuration, op, columns, dtype) of every rule of the registry, at the shortest row that it serves: also those
     that another rule is preferred to there."""
-    for kernel in dispatch._kernels():
+    for kernel in schedules.registered_kernels():
         for rule in kernel.rules:
             fits = all(low <= arch <= high for low, high in (kernel.capability, rule.capability))
             for x in (BF16, FP32) if fits else ():
@@ -111,11 +110,12 @@ def every_schedule(arch):
                 n = -(-shortest // step) * step
                 for op in kernel.ops:
                     if op != "fused_add_rms_norm_":  # the same code
-                        yield dispatch._configure(kernel, rule, (1, 1), (), op, n, x.itemsize), op, n, x
+                        yield schedules.configure(kernel, rule, (1, 1), (), op, n, x.itemsize), op, n, x
 
 
 def kernels_on(arch):
-    return {kernel.name for kernel in dispatch._kernels() if kernel.capability[0] <= arch <= kernel.capability[1]}
+    kernels = schedules.registered_kernels()
+    return {kernel.name for kernel in kernels if kernel.capability[0] <= arch <= kernel.capability[1]}
 
 
 def around_the_wait(build):
@@ -166,7 +166,7 @@ def test_the_assembler_leaves_every_kind_of_kernel_so(arch):
 def test_the_weight_is_asked_for_above_the_wait():
     """Once, by the CTAs of the first rows, where it lies so that whole units of 16 bytes can be asked for."""
     for align, asked in ((16, 1), (8, 0)):
-        config = dispatch.schedules(FUSED, BF16, 4096, 90)[0]
+        config = schedules.schedules(FUSED, BF16, 4096, 90)[0]
         build = kernel_table.build(config, LLAMA, True, 4096, 90, align=align)
         assert around_the_wait(build)[0].count("cp.async.bulk.prefetch.L2") == asked
 
@@ -192,7 +192,7 @@ def test_unaligned_addresses_take_narrower_accesses_in_the_same_schedule(align, 
     config, machine = code(FUSED, 4096, 90, 0, align=align)
     assert set(machine.loads) == set(machine.stores) == widths
     assert not machine.spills
-    assert config == dispatch.schedules(FUSED, BF16, 4096, 90)[0]
+    assert config == schedules.schedules(FUSED, BF16, 4096, 90)[0]
 
 
 def test_a_16_byte_address_on_blackwell_takes_two_128_bit_accesses():
@@ -212,7 +212,7 @@ PARTS = (2, 4, 8)
 
 
 def schedules_in_parts(n, parts, arch, x=BF16, clusters=True):
-    fused = dispatch.schedules("fused_add_rms_norm_", x, n, arch)[0]
+    fused = schedules.schedules("fused_add_rms_norm_", x, n, arch)[0]
     return cuda_partials.schedules(fused, n, parts, clusters)
 
 
@@ -266,7 +266,7 @@ def test_schedules_of_products_in_parts(n, clusters):
             assert config.cluster == 1 or (clusters and n % (config.cluster * config.threads * config.vec) == 0)
             assert (config.vec, config.rows_per_cta) == (8, 1)
             assert dict(config.defines)["PARTIALS"] == parts
-        trees = {config.tree for config in dispatch.schedules("fused_add_rms_norm_", BF16, n, 90)}
+        trees = {config.tree for config in schedules.schedules("fused_add_rms_norm_", BF16, n, 90)}
         assert {config.tree for config in configs} == trees == {"lanes-8"}
     assert any(config.cluster > 1 for config in configs) is (clusters and n != 2880)
 

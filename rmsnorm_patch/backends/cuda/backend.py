@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
+from ...backends.cuda.schedules import Config, Op, schedules, sm
 from ...errors import KernelBuildError, UnsupportedInput
 from ...numerics import operands as validate
 from ...numerics.spec import NormSpec
-from ...ops.dispatch import Config, Op, schedules, sm
 from .. import launch_mode
 from . import driver, jit, launcher, nvrtc
 

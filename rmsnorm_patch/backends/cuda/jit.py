@@ -9,9 +9,9 @@ from functools import lru_cache
 
 import torch
 
+from ...backends.cuda.schedules import Config
 from ...kernel_files import kernels_dir
 from ...numerics.spec import NormSpec
-from ...ops.dispatch import Config
 from . import cache, nvrtc
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

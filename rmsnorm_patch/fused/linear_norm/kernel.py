@@ -15,8 +15,8 @@ import torch
 from ...backends import launch_mode
 from ...backends.cuda import launcher
 from ...backends.cuda.backend import BoundOp, configs_for, power_of_two
+from ...backends.cuda.schedules import Config, Op
 from ...numerics.spec import NormSpec
-from ...ops.dispatch import Config, Op
 
 OP: Op = "fused_add_rms_norm_"
 """The op whose place the kernel takes."""

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from ... import ops
+from ...backends.names import Backend
 from ...errors import UnsupportedInput
 from ...numerics import operands as validate
 from ...numerics.spec import NormSpec
-from ...scan.plan import Backend
 from .splits import product_in_parts, split_of
 
 NAME = "linear_fused_add_rms_norm_"

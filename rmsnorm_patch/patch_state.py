@@ -1,0 +1,127 @@
+"""What tells a patched module from any other, for those who must not change it: its class, its state, its forwards."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from types import CellType, FunctionType, MethodType
+from typing import Any
+
+import torch.nn as nn
+
+FORWARDS: dict[Any, type] = {}
+"""The forward of every patched class -> the class under the patch."""
+
+STATE = "_rmsnorm_patch"
+"""The one `__dict__` entry that a patched module may carry (links to other modules, what was displaced); `revert`
+removes it."""
+SLOTS = ("forward", "_old_forward")
+"""Entries of a module's `__dict__` under which libraries keep its forward; accelerate's hooks use the second."""
+
+
+def is_patched(cls: type) -> bool:
+    return "_rmsnorm_patch_original" in vars(cls)
+
+
+def original_class(cls: type) -> type:
+    """The class under the patch; `cls` itself where it is not patched."""
+    return vars(cls).get("_rmsnorm_patch_original", cls)
+
+
+def running_now(module: nn.Module, original: type, own: Callable[..., Any]) -> Callable[..., Any]:
+    """What a forward of a patched class of `original` runs in its place once `module` is no longer of that class.
+
+    A wrapper, or whoever took the bound method, may hold such a forward beyond `revert`, and beyond another `apply`:
+    that of the patched class which the module has now, else `own`, the original's.
+    """
+    cls = type(module)
+    if getattr(cls, "_rmsnorm_patch_original", None) is original:
+        own = getattr(cls, "_rmsnorm_patch_forward", own)
+    return own
+
+
+def unpatched_forward(function: Any) -> Any:
+    """The class's own forward where `function` is a patched class's; else `function`."""
+    original = FORWARDS.get(function) if isinstance(function, FunctionType) else None
+    return function if original is None else original.forward  # type: ignore[attr-defined]
+
+
+def role_of(module: nn.Module) -> str | None:
+    return vars(type(module)).get("_rmsnorm_patch_role")
+
+
+def unpatched_class(cls: type) -> type:
+    """`original_class`, also for a class that somebody derived from a patched one (FSDP2 and parametrisations do so,
+    module by module): then the same class derived from the original."""
+    if is_patched(cls) or not derives_from_patched(cls):
+        return original_class(cls)
+    own = CellType()
+    namespace = {
+        name: _for_class(value, cls, own)
+        for name, value in vars(cls).items()
+        if name not in ("__dict__", "__weakref__")
+    }
+    made = type(cls)(cls.__name__, tuple(unpatched_class(base) for base in cls.__bases__), namespace)
+    own.cell_contents = made
+    return made
+
+
+def _for_class(value: Any, cls: type, own: CellType) -> Any:
+    """A class attribute of `cls` for the class that `own` will hold: in a method, `super()` reads it from that cell."""
+    if isinstance(value, (staticmethod, classmethod)):
+        return type(value)(_for_class(value.__func__, cls, own))
+    if isinstance(value, property):
+        get, put, drop = (_for_class(f, cls, own) for f in (value.fget, value.fset, value.fdel))
+        return property(get, put, drop, value.__doc__)
+    if not isinstance(value, FunctionType) or "__class__" not in value.__code__.co_freevars:
+        return value
+    cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
+    closure = tuple(own if name == "__class__" and cell.cell_contents is cls else cell for name, cell in cells)
+    made = FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, closure)
+    made.__kwdefaults__ = value.__kwdefaults__
+    functools.update_wrapper(made, value)
+    del made.__wrapped__  # type: ignore[attr-defined]
+    return made
+
+
+def derives_from_patched(cls: type) -> bool:
+    return any(is_patched(base) for base in cls.__mro__)
+
+
+def foreign(module: nn.Module) -> str | None:
+    """Who else replaced this module's forward, in words; None where its class's own code or a known kernel runs."""
+    own = class_forward(type(module))
+    for slot in SLOTS:
+        method = module.__dict__.get(slot)
+        if method is None or (slot == "forward" and "_hf_hook" in module.__dict__):
+            continue
+        function = unpatched_forward(getattr(method, "__func__", None))
+        bound_here = isinstance(method, MethodType) and method.__self__ is module
+        if not bound_here or not (function is own or is_known_kernel(module, function)):
+            return f"an instance-level {slot} ({_name(function or method)}), and what it computes is unknown"
+    return None
+
+
+def class_forward(cls: type) -> Any:
+    return cls.forward  # type: ignore[attr-defined]
+
+
+def is_known_kernel(module: nn.Module, function: Any) -> bool:
+    """Whether `function` stands for the class's own arithmetic: a layer that `kernels.kernelize` loaded, or Liger's
+    RMSNorm with the settings that Liger itself gives to a class."""
+    layers = getattr(sys.modules.get("kernels.layer.layer"), "_CACHED_LAYER", {})
+    if any(getattr(layer, "forward", None) is function for layer in list(layers.values())):
+        return True
+    liger = sys.modules.get("liger_kernel.transformers.rms_norm")
+    if liger is None or function is not liger.LigerRMSNorm.forward:
+        return False
+    # Gemma's (1 + w) with Gemma's rounding, or Llama's: any other combination was somebody's own choice.
+    settings = module.__dict__.get("offset"), module.__dict__.get("casting_mode")
+    gemma = "gemma" in type(module).__name__.lower()
+    return settings == ((1.0, "gemma") if gemma else (0.0, "llama"))
+
+
+def _name(function: Any) -> str:
+    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
+    return f"{module}.{name}" if module and name else type(function).__name__
