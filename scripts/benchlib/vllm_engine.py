@@ -326,7 +326,7 @@ def recapture(worker: Any) -> bool:
 @contextmanager
 def scheduled(schedules: str) -> Iterator[None]:
     """Norms that this process binds within follow these schedules: another registry, or "plain" launches."""
-    from rmsnorm_patch import cuda_backend, cuda_partials, dispatch, launcher, ops, registry
+    from rmsnorm_patch import cuda_backend, cuda_partials, dispatch, launcher, linear_ops, ops, registry
 
     if not schedules:
         yield
@@ -339,6 +339,7 @@ def scheduled(schedules: str) -> Iterator[None]:
         cuda_partials._bound.cache_clear()
         ops._bound_of.cache_clear()
         ops._BOUND.clear()
+        linear_ops._bound.cache_clear()
 
     forget()
     if schedules == "plain":
