@@ -328,13 +328,15 @@ def scheduled(schedules: str) -> Iterator[None]:
     """Norms that this process binds within follow these schedules: another registry, or "plain" launches."""
     from rmsnorm_patch import ops
     from rmsnorm_patch.backends.cuda import backend as cuda_backend
-    from rmsnorm_patch.backends.cuda import launcher, registry, schedules
+    from rmsnorm_patch.backends.cuda import launcher, registry
+    from rmsnorm_patch.backends.cuda import schedules as selection
     from rmsnorm_patch.fused.linear_norm import kernel as cuda_partials
+    from rmsnorm_patch.fused.linear_norm import op as linear_ops
 
     if not schedules:
         yield
         return
-    functions, kernels = launcher.functions, schedules.registered_kernels
+    functions, kernels = launcher.functions, selection.registered_kernels
 
     def forget() -> None:
         cuda_backend.configs_for.cache_clear()
@@ -342,6 +344,7 @@ def scheduled(schedules: str) -> Iterator[None]:
         cuda_partials._bound.cache_clear()
         ops._bound_of.cache_clear()
         ops._BOUND.clear()
+        linear_ops._bound.cache_clear()
 
     forget()
     if schedules == "plain":
@@ -353,11 +356,11 @@ def scheduled(schedules: str) -> Iterator[None]:
         launcher.functions = lambda: replace(usual, new_kernel=plain)  # type: ignore[assignment]
     else:
         other = registry.read_registry(Path(schedules))
-        schedules.registered_kernels = lambda: other  # type: ignore[assignment]
+        selection.registered_kernels = lambda: other  # type: ignore[assignment]
     try:
         yield
     finally:
-        launcher.functions, schedules.registered_kernels = functions, kernels
+        launcher.functions, selection.registered_kernels = functions, kernels
         forget()
 
 
