@@ -168,8 +168,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "unknown activation": (lambda f: change(f / "config.json", hidden_act="nosuch"), ("config.json", "nosuch")),
     "fewer layers": (
         lambda f: change(f / "config.json", num_hidden_layers=2),
-        ("weights of layers or experts that config.json does not have", "model.layers.2"),
+        ("that config.json does not name", "model.layers.2"),
     ),
+    "no layers": (lambda f: change(f / "config.json", num_hidden_layers=0), ("does not name", "model.layers.0")),
+    "cut generation_config": (lambda f: (f / "generation_config.json").write_text('{"a'), ("generation_config.json",)),
     "more layers": (lambda f: change(f / "config.json", num_hidden_layers=6), ("missing", "model.layers.4")),
     "smaller vocabulary": (lambda f: change(f / "config.json", vocab_size=64), ("64 embeddings", "vocab_size")),
     "larger vocabulary": (lambda f: change(f / "config.json", vocab_size=300), ("of other shapes", "config.json")),
@@ -255,10 +257,39 @@ def test_weights_beside_the_model_are_said_and_left(command, qwen: Path) -> None
     assert "lm_head.weight" in ended.stderr
 
 
-@pytest.mark.parametrize("named", [None, ["NoSuchModel"], []])
+@pytest.mark.parametrize("named", [None, ["NoSuchModel"], [], ["Qwen3Config"], ["Qwen2Tokenizer"], [5]])
 def test_a_class_that_is_not_known_here(command, qwen: Path, named: list[str] | None) -> None:
     change(qwen / "config.json", architectures=named)
     assert command("plan", qwen, "--json").document["model_class"] == "Qwen3ForCausalLM"
+
+
+def test_weights_inside_a_layer_that_are_not_named(command, qwen: Path) -> None:
+    """A bias that the configuration leaves out would be missing from every answer."""
+    weights = load_file(qwen / "model.safetensors")
+    weights["model.layers.0.self_attn.q_proj.bias"] = torch.ones(32)
+    save_file(weights, qwen / "model.safetensors", metadata={"format": "pt"})
+    refused(command("plan", qwen, "--json"), DAMAGED, "BrokenCheckpoint", "q_proj.bias")
+
+
+def test_weights_of_a_part_that_the_model_has_not(command, qwen: Path) -> None:
+    """Layers that predict several tokens ahead, which transformers does not build: said, not refused."""
+    weights = load_file(qwen / "model.safetensors")
+    weights["mtp.layers.0.norm.weight"] = torch.ones(32)
+    save_file(weights, qwen / "model.safetensors", metadata={"format": "pt"})
+    ended = command("plan", qwen, "--json")
+    assert ended.status == 0
+    assert "mtp.layers.0.norm.weight" in ended.document["warnings"][0]
+
+
+def test_shards_in_a_folder_below(command, shards: Path) -> None:
+    """An index may name files in folders; one outside is missing."""
+    (shards / "below").mkdir()
+    first = first_shard(shards)
+    first.rename(shards / "below" / first.name)
+    placed = json.loads((shards / INDEX).read_text())["weight_map"]
+    for place, status in (("below", 0), ("../model/below", DAMAGED)):
+        change(shards / INDEX, weight_map={w: f"{place}/{f}" if f == first.name else f for w, f in placed.items()})
+        assert command("plan", shards, "--json").status == status
 
 
 def test_a_tokenizer_beyond_the_vocabulary(command, qwen: Path, tiny_llama: Path) -> None:

@@ -156,6 +156,7 @@ def test_text_alone_where_no_image_can_be_made(command, tmp_path: Path) -> None:
     ended = command("bench", tmp_path, "--rounds", 1, "--max-new-tokens", 2, "--json")
     assert (ended.status, ended.document["prompt_tokens"]) == (0, 64)
     assert "run on text alone" in ended.stderr
+    assert ["run on text alone" in text for text in ended.document["warnings"]] == [True]
 
 
 def test_bench_and_demo_of_an_encoder(command, tmp_path: Path) -> None:

@@ -83,10 +83,11 @@ def test_wrong_usage_is_a_document_too(command, words: list[str]) -> None:
         (ZeroDivisionError("planted"), "Traceback"),
         (OSError(errno.ENOSPC, "No space left on device", "/some/file"), "/some/file"),
         (MemoryError("planted"), "memory"),
+        (SystemExit(0), "Traceback"),
     ],
 )
 def test_status_1_is_kept_for_proofs(
-    command, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, shown: str
+    command, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, shown: str
 ) -> None:
     """Whatever goes wrong otherwise, a program that reads the document is told so."""
 

@@ -196,8 +196,8 @@ def _class_of(config: dict[str, Any], read: Any, trusted: bool) -> Any:
         return getattr(transformers, named[0])
     for name in config.get("architectures") or ():
         found = getattr(transformers, str(name), None)
-        if isinstance(found, type) and hasattr(found, "from_pretrained"):
-            return found
+        if isinstance(found, type) and (issubclass(found, transformers.PreTrainedModel) or hasattr(found, "_backends")):
+            return found  # with _backends: it stands for a class whose library is missing, and says which
     known = (getattr(transformers, name, None) for name in AUTO_CLASSES)
     return next((kind for kind in known if kind and type(read) in kind._model_mapping), transformers.AutoModel)
 
@@ -282,22 +282,18 @@ def _check_complete(folder: Path, model: Any, info: dict[str, Any]) -> None:
             shown = ", ".join(sorted(map(str, names))[:3])
             got = f"{len(names)} weights {what}, e.g. {shown}"
             raise BrokenCheckpoint(str(folder), got, "every weight that config.json implies", step)
-    known = {_numberless(name) for name in model.state_dict()}
-    if more := sorted(n for n in map(str, info.get("unexpected_keys") or ()) if _is_like(_numberless(n), known)):
-        got = f"{len(more)} weights of layers or experts that config.json does not have, e.g. {more[0]}"
-        raise BrokenCheckpoint(
-            str(folder), got, "as many layers as the weights have",
-            "use the config.json that was saved with these weights",
-        )  # fmt: skip
+    containers = {f".{path}" for path, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)}
+    unused = sorted(map(str, info.get("unexpected_keys") or ()))
+    if more := [name for name in unused if any(path.endswith(_container(name)) for path in containers)]:
+        got = f"{len(more)} weights in layers or experts that config.json does not name, e.g. {more[0]}"
+        step = "use the config.json that was saved with these weights"
+        raise BrokenCheckpoint(str(folder), got, "a configuration that names every weight", step)
 
 
-def _numberless(name: str) -> str:
-    return re.sub(r"(?<=\.)\d+(?=\.)", "#", name)
-
-
-def _is_like(name: str, known: set[str]) -> bool:
-    """Whether a weight of the same place in another layer is known; the file may leave the model's prefix out."""
-    return "#" in name and any(f".{other}".endswith(f".{name}") or f".{name}".endswith(f".{other}") for other in known)
+def _container(name: str) -> str:
+    """".layers" for "layers.3.norm.weight": the file may leave out the model's prefix. Nothing ends in " "."""
+    found = re.match(r"(?:model\.)?(.+?)\.\d+\.", name)
+    return f".{found[1]}" if found else " "
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -11,7 +11,8 @@ from typing import Any
 
 from ..errors import UnsupportedInput, UnsupportedModel
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _WANTED = f"a folder with {CONFIG} and {WEIGHTS}, or shards with {INDEX}"
 _AGAIN = "copy or download the files again"
 _LFS = b"version https://git-lfs"
@@ -42,6 +43,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         names = {path.name for path in folder.iterdir()}
         _check_kind(folder, names)
         config = _json_object(folder / CONFIG)
+        if GENERATION in names:  # one that cannot be read would be passed over in silence
+            _json_object(folder / GENERATION)
         check_weights(folder, names)
     except OSError as error:
         got = f"a folder that cannot be read ({error.strerror or error})"
@@ -84,7 +87,7 @@ def check_weights(folder: Path, names: set[str]) -> None:
     if WEIGHTS in names:
         header(folder / WEIGHTS)
     elif INDEX in names:
-        _check_shards(folder, names)
+        _check_shards(folder)
     else:
         files = sorted(name for name in names if name.endswith(".safetensors"))
         shown = ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
@@ -95,14 +98,14 @@ def check_weights(folder: Path, names: set[str]) -> None:
         )
 
 
-def _check_shards(folder: Path, names: set[str]) -> None:
+def _check_shards(folder: Path) -> None:
     index = folder / INDEX
     placed = _json_object(index).get("weight_map")
     if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
         got = "no weight_map" if placed is None else "a weight_map that is no object of file names"
         raise BrokenCheckpoint(str(index), got, 'a "weight_map" from weights to files', "copy the file again")
     files = sorted(set(placed.values()))
-    if missing := [name for name in files if name not in names]:
+    if missing := [name for name in files if ".." in Path(name).parts or not (folder / name).is_file()]:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         got = f"{len(missing)} of {len(files)} shards missing: {shown}"
         raise BrokenCheckpoint(str(folder), got, f"every file that {INDEX} names", "download the missing shards")

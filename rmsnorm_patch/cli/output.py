@@ -62,12 +62,15 @@ class Output:
         self.stdout = sys.stdout
         self.console = _Console(file=sys.stderr) if as_json else _Console()
         self.progress_console = _Console(stderr=True)
+        self.warnings: list[str] = []
 
     def document(self, value: dict[str, Any]) -> None:
         if self.as_json:
-            print_document(value, self.stdout)
+            print_document({**value, "warnings": self.warnings} if self.warnings else value, self.stdout)
 
     def warn(self, text: str) -> None:
+        """On stderr and in the document."""
+        self.warnings.append(text)
         self.progress_console.print(f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
     @contextlib.contextmanager
@@ -116,7 +119,7 @@ def finish(run: Callable[[], object], as_json: bool) -> int:
             status = 0
         except typer.Exit as ended:
             status = ended.exit_code
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # code of a checkpoint may want to end the process
             status = _told(error, as_json, stdout)
         if stdout is not None:
             stdout.flush()
@@ -137,7 +140,7 @@ def _drop(stdout: Any) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
 
 
-def _told(error: Exception, as_json: bool, stdout: Any) -> int:
+def _told(error: BaseException, as_json: bool, stdout: Any) -> int:
     if isinstance(error, (BrokenPipeError, typer.Abort)):
         raise error
     status, described = described_error(error)
@@ -155,7 +158,7 @@ def _told(error: Exception, as_json: bool, stdout: Any) -> int:
     return status
 
 
-def described_error(error: Exception) -> tuple[int, dict[str, str]]:
+def described_error(error: BaseException) -> tuple[int, dict[str, str]]:
     """(exit status, what the document says) of an exception."""
     kind = type(error).__name__
     if isinstance(error, RMSNormPatchError):
