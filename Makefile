@@ -1,6 +1,7 @@
 # Needs make and Python 3.10+; everything else is installed into $(VENV) from pyproject.toml.
 #   make demo    build the environment, patch two trained models, prove them, compare text and speed
-#   make test    lint, type check and run every test, those of the vLLM plugin in an environment of their own
+#   make test    check and run every test, those of the vLLM plugin in an environment of their own
+#   make format  Python, C and CUDA sources as they are kept;  make check  whether they are, lint and types (seconds)
 # PYTHON, VENV, TORCH and PIP_ARGS can be set on the command line, e.g. `make test PYTHON=python3.12 VENV=/tmp/v`.
 
 PYTHON ?= python3
@@ -18,12 +19,12 @@ INSTALLED := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-vllm lint record env train clean
+.PHONY: demo test test-vllm format check record env train clean
 
 demo: $(INSTALLED)
 	$(BIN)/python scripts/demo.py
 
-test: lint record
+test: check record
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 	$(MAKE) test-vllm
 
@@ -32,10 +33,18 @@ test: lint record
 # forward, and what stands between a layer and its caller decides whether a normed tensor is handed over.
 test-vllm: $(VLLM_VENV)/.installed
 	$(VLLM_VENV)/bin/python -m pytest integration_tests/vllm_plugin -p no:cacheprovider
-	$(VLLM_VENV)/bin/python -m pytest integration_tests/pairs --ignore integration_tests/pairs/test_support_matrix.py \
-		-p no:cacheprovider
+	$(VLLM_VENV)/bin/python -m pytest integration_tests/rewrite integration_tests/pairs \
+		--ignore integration_tests/pairs/test_support_matrix.py -p no:cacheprovider
 
-lint: $(INSTALLED)
+C_SOURCES := $(wildcard kernels/cuda/*.cu kernels/cuda/*.cuh rmsnorm_patch/backends/cuda/launcher/*.[ch])
+
+format: $(INSTALLED)
+	$(BIN)/python -m ruff format .
+	$(BIN)/clang-format -i $(C_SOURCES)
+
+check: $(INSTALLED)
+	$(BIN)/python -m ruff format --check --quiet .
+	$(BIN)/clang-format --dry-run --Werror $(C_SOURCES)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
 

@@ -106,8 +106,8 @@ def collect_garbage() -> Callable[[], None]:
 
 @pytest.fixture(scope="session")
 def vllm_processes() -> ModuleType:
-    """vllm/processes.py: engines and servers as child processes."""
-    spec = importlib.util.spec_from_file_location("vllm_processes", DATA.parent / "vllm" / "processes.py")
+    """vllm_plugin/processes.py: engines and servers as child processes."""
+    spec = importlib.util.spec_from_file_location("vllm_processes", DATA.parent / "vllm_plugin" / "processes.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

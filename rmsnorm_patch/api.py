@@ -28,9 +28,7 @@ if TYPE_CHECKING:
 install_factories()  # now: a child forked while another thread imports a module waits for it for ever
 
 
-def plan(
-    model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = (), backend: Backend = "auto"
-) -> Plan:
+def plan(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = (), backend: Backend = "auto") -> Plan:
     """What `apply` would do to `model`, and why; nothing is changed.
 
     include, exclude: `fnmatch` patterns on module paths of norms, e.g. ["model.layers.*"]; no include means all.
@@ -230,7 +228,9 @@ def check_backend(backend: Backend, device: torch.device) -> None:
     why, step = ("", "") if backend in ("auto", "reference") else _cannot_run(backend, device)
     if why:
         raise UnsupportedInput(
-            f"backend={backend!r}", f"a model on {device}: {why}", "devices on which it runs",
+            f"backend={backend!r}",
+            f"a model on {device}: {why}",
+            "devices on which it runs",
             f"{step}, or pass backend='auto'",
         )
 

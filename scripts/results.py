@@ -280,9 +280,7 @@ def tests_of_all(records: Records) -> str:
     run = lambda record: (record["digest"], str(record["tests"]))  # noqa: E731
     sanitized = {run(record) for record in records.values() if record.get("sanitizer")}
     shown = {
-        name: record
-        for name, record in records.items()
-        if record.get("sanitizer") or run(record) not in sanitized
+        name: record for name, record in records.items() if record.get("sanitizer") or run(record) not in sanitized
     }
     runs = "\n".join(f"{_source(name, record)}. {tests_text(record)}" for name, record in shown.items())
     return f"{runs}\n{FAILED_ONCE}"

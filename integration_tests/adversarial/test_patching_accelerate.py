@@ -161,9 +161,7 @@ class Edit(ModelHook):
 @pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("order", ["hooks first", "hooks after"])
-def test_a_hook_that_edits_a_layers_output_is_seen_by_the_next_norm(
-    small_model, run, ids, order, in_place, inference
-):
+def test_a_hook_that_edits_a_layers_output_is_seen_by_the_next_norm(small_model, run, ids, order, in_place, inference):
     plain, model = small_model("llama"), small_model("llama")
     add_hook_to_module(plain.model.layers[0], Edit(in_place))
     expected = run(plain, ids, inference=inference)

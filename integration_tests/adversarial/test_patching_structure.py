@@ -86,8 +86,20 @@ def _half_in_another_dtype(model):
 
 
 CHANGES = [
-    _dropped, _last_dropped, _reordered, _rotated, _shared, _norm_replaced, _final_norm_replaced, _norm_is_layer_norm,
-    _weight_replaced, _weight_edited, _eps_changed, _norms_swapped, _norm_parametrized, _half_in_another_dtype,
+    _dropped,
+    _last_dropped,
+    _reordered,
+    _rotated,
+    _shared,
+    _norm_replaced,
+    _final_norm_replaced,
+    _norm_is_layer_norm,
+    _weight_replaced,
+    _weight_edited,
+    _eps_changed,
+    _norms_swapped,
+    _norm_parametrized,
+    _half_in_another_dtype,
 ]
 
 

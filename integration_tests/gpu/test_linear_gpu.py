@@ -88,9 +88,7 @@ def test_every_kind_of_norm(spec: NormSpec, dtype: torch.dtype) -> None:
     for m in (1, 16, 40):
         rows, matrix, residual, weight = operands(m, 2048, 8192, dtype)
         weight = weight if spec.has_weight else None
-        assert same(
-            one_call(rows, matrix, residual, weight, spec), two_calls(rows, matrix, residual, weight, spec)
-        )
+        assert same(one_call(rows, matrix, residual, weight, spec), two_calls(rows, matrix, residual, weight, spec))
 
 
 @measured

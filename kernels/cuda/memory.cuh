@@ -1,7 +1,7 @@
 // Global-memory accesses of one chunk (VEC neighbouring elements), the dependent-launch instructions, row addresses.
 //
-// Loads are `asm volatile`, so that the compiler keeps them where they stand: below `griddepcontrol.wait`, and in an order that
-// was measured. `.nc` loads may come from before the wait, which is wrong for x, residual and weight alike.
+// Loads are `asm volatile`, so that the compiler keeps them where they stand: below `griddepcontrol.wait`, and in an
+// order that was measured. `.nc` loads may come from before the wait, which is wrong for x, residual and weight alike.
 
 #pragma once
 
@@ -48,11 +48,12 @@ __device__ __forceinline__ void load_piece(u32* w, const char* p) {
 template <int BYTES>
 __device__ __forceinline__ void store_piece(char* p, const u32* w) {
     if constexpr (BYTES == 32) {
-        asm volatile("st.global.v8.b32 [%0], {%1,%2,%3,%4,%5,%6,%7,%8};" ::"l"(p), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]),
-                     "r"(w[4]), "r"(w[5]), "r"(w[6]), "r"(w[7])
+        asm volatile("st.global.v8.b32 [%0], {%1,%2,%3,%4,%5,%6,%7,%8};" ::"l"(p), "r"(w[0]), "r"(w[1]), "r"(w[2]),
+                     "r"(w[3]), "r"(w[4]), "r"(w[5]), "r"(w[6]), "r"(w[7])
                      : "memory");
     } else if constexpr (BYTES == 16) {
-        asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]) : "memory");
+        asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3])
+                     : "memory");
     } else if constexpr (BYTES == 8) {
         asm volatile("st.global.v2.b32 [%0], {%1,%2};" ::"l"(p), "r"(w[0]), "r"(w[1]) : "memory");
     } else if constexpr (BYTES == 4) {

@@ -1,7 +1,8 @@
 // Bit-level fp16/bf16 arithmetic without headers, and the rounding steps of one NormSpec.
 //
-// 16-bit values stay packed in pairs. The packed add and multiply give the bits of "convert to fp32, operate, round back",
-// which is what PyTorch computes: fp32 has more than 2p+2 bits for both 16-bit formats, so its extra rounding is innocuous.
+// 16-bit values stay packed in pairs. The packed add and multiply give the bits of "convert to fp32, operate, round
+// back", which is what PyTorch computes: fp32 has more than 2p+2 bits for both 16-bit formats, so its extra rounding is
+// innocuous.
 
 #pragma once
 

@@ -1,9 +1,9 @@
 // Sums of squares over a row, in an order that is fixed by N and VEC ("lanes") or by the schedule ("threads").
 //
-// "lanes" (TREE_THREADS == 0): chunks are taken 32 at a time; each group of 32 is summed by a butterfly, the group sums by
-// a few interleaved running sums and a butterfly over those. Which thread held a chunk does not enter, so schedules for few and
-// for many rows that differ in THREADS_PER_ROW give the same bits.
-// "threads" (TREE_THREADS == 1): each thread first adds up its own chunks. Cheaper for long rows; one schedule per N.
+// "lanes" (TREE_THREADS == 0): chunks are taken 32 at a time; each group of 32 is summed by a butterfly, the group sums
+// by a few interleaved running sums and a butterfly over those. Which thread held a chunk does not enter, so schedules
+// for few and for many rows that differ in THREADS_PER_ROW give the same bits. "threads" (TREE_THREADS == 1): each
+// thread first adds up its own chunks. Cheaper for long rows; one schedule per N.
 
 #pragma once
 
@@ -16,15 +16,17 @@ constexpr int LANES = TPR < 32 ? TPR : 32;  // lanes of one warp that share a ro
 constexpr int WARPS = ceil_div(TPR, 32);    // warps that share a row
 constexpr int SLOTS = ROWS_PER_CTA / ROWS_PER_THREAD;
 constexpr int CHUNKS = ceil_div(N, VEC);
-constexpr int CHUNKS_PER_THREAD = ceil_div(CHUNKS, TPR * CLUSTER);
+constexpr int CHUNKS_PER_THREAD = ceil_div(CHUNKS, TPR* CLUSTER);
 constexpr int SUMS_PER_THREAD = TREE_THREADS ? 1 : CHUNKS_PER_THREAD;
 // Sums that meet at the end: one per 32 chunks (lanes tree) or one per warp (threads tree).
 constexpr int SUMS = TREE_THREADS ? WARPS * CLUSTER : ceil_div(CHUNKS, 32);
 // Interleaved running sums over them. 128 sums in eight cost more registers than a CTA of 512 threads and 8 chunks has.
 constexpr int RUNNING = SUMS <= 32 ? 4 : TREE_THREADS ? 32 : SUMS <= 64 ? 8 : 4;
 
-static_assert(TPR % 32 == 0 || (TPR < 32 && (TPR & (TPR - 1)) == 0), "a row takes a power of two of lanes or whole warps");
-static_assert(TREE_THREADS || TPR >= 32 || CHUNKS <= TPR, "the lanes tree takes 32 chunks at a time: rows of more need a warp");
+static_assert(TPR % 32 == 0 || (TPR < 32 && (TPR & (TPR - 1)) == 0),
+              "a row takes a power of two of lanes or whole warps");
+static_assert(TREE_THREADS || TPR >= 32 || CHUNKS <= TPR,
+              "the lanes tree takes 32 chunks at a time: rows of more need a warp");
 static_assert(ROWS_PER_CTA % ROWS_PER_THREAD == 0, "each thread serves the same number of rows");
 static_assert(CLUSTER == 1 || TPR > 32, "a cluster shares rows that need several warps");
 static_assert(SLOTS == 1 || TPR <= 32 || SLOTS < 16, "a row group of several warps needs one of 15 named barriers");
@@ -36,7 +38,9 @@ __device__ __forceinline__ float butterfly(float sum) {
     return sum;
 }
 
-__host__ __device__ constexpr int power_of_two_at_least(int n) { return n <= 1 ? 1 : 2 * power_of_two_at_least((n + 1) / 2); }
+__host__ __device__ constexpr int power_of_two_at_least(int n) {
+    return n <= 1 ? 1 : 2 * power_of_two_at_least((n + 1) / 2);
+}
 
 // COUNT butterflies at once. A lane ends with the sum of index lane / (32 / padded COUNT), each added in the order of
 // `butterfly`, with COUNT + log2(32 / COUNT) shuffles in place of 5 * COUNT.
@@ -88,8 +92,9 @@ __device__ __forceinline__ float add_up(Get4 get4) {
     return (running[0] + running[1]) + (running[2] + running[3]);
 }
 
-// COUNT sums of shared memory, the same in all lanes. A lane adds up every RUNNING-th: one four-byte read for each in place of
-// every lane reading all of them, which keeps the shared memory of a CTA of many warps busy for longer than the reduction takes.
+// COUNT sums of shared memory, the same in all lanes. A lane adds up every RUNNING-th: one four-byte read for each in
+// place of every lane reading all of them, which keeps the shared memory of a CTA of many warps busy for longer than
+// the reduction takes.
 template <int COUNT>
 __device__ __forceinline__ float add_up_in_warp(const float* sums, int lane) {
     const int k = lane % RUNNING;
@@ -103,8 +108,8 @@ __device__ __forceinline__ float add_up_in_warp(const float* sums, int lane) {
 }
 
 #if CLUSTER > 1
-// CTAs of a cluster write their sums into one another's shared memory; a barrier in each counts the bytes that arrived. That
-// takes one trip through the cluster where stores and a cluster barrier take three.
+// CTAs of a cluster write their sums into one another's shared memory; a barrier in each counts the bytes that arrived.
+// That takes one trip through the cluster where stores and a cluster barrier take three.
 __shared__ u64 sums_arrived;
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
@@ -125,7 +130,8 @@ __device__ __forceinline__ void open_cluster() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");  // the fence has published all there is
 }
 
-// No CTA writes into one that has not opened. Sums may arrive before they are expected: the barrier waits for that as well.
+// No CTA writes into one that has not opened. Sums may arrive before they are expected: the barrier waits for that as
+// well.
 __device__ __forceinline__ void wait_for_open_cluster() {
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
     if (threadIdx.x == 0)
@@ -170,9 +176,8 @@ __device__ __forceinline__ void sum_rows(const float (&partial)[ROWS * SUMS_PER_
             float group[(SUMS_PER_THREAD + 3) / 4 * 4];
 #pragma unroll
             for (int j = 0; j < SUMS_PER_THREAD; ++j) group[j] = butterfly<LANES>(partial[u * SUMS_PER_THREAD + j]);
-            sums[u] = add_up<SUMS_PER_THREAD>([&](int i) {
-                return make_float4(group[i], group[i + 1], group[i + 2], group[i + 3]);
-            });
+            sums[u] = add_up<SUMS_PER_THREAD>(
+                [&](int i) { return make_float4(group[i], group[i + 1], group[i + 2], group[i + 3]); });
         }
     } else {
         constexpr int COUNT = ROWS * SUMS_PER_THREAD;

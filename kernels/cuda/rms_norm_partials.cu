@@ -1,12 +1,15 @@
-// fused_add_rms_norm of a matrix product that comes in parts: x = sum of PARTIALS fp32 matrices [m, N], as a product whose inner
-// dimension was split leaves them. The kernel that would add them up, round and write x, and the read of x, are gone.
+// fused_add_rms_norm of a matrix product that comes in parts: x = sum of PARTIALS fp32 matrices [m, N], as a product
+// whose inner dimension was split leaves them. The kernel that would add them up, round and write x, and the read of x,
+// are gone.
 //
-// args.x: fp32 [PARTIALS, m, N], args.x_row_stride from row to row and args.x_outer_stride from part to part. The parts are added
-// in their order and the sum is rounded to X_T before the residual is added, as the product's own rounding would be.
+// args.x: fp32 [PARTIALS, m, N], args.x_row_stride from row to row and args.x_outer_stride from part to part. The parts
+// are added in their order and the sum is rounded to X_T before the residual is added, as the product's own rounding
+// would be.
 
 #include "rows.cuh"
 
-static_assert(FUSED_ADD && X_T != DT_F32 && !STRIDE2 && ROWS_PER_CTA == 1 && N % VEC == 0 && VEC == 8, "few rows of 16-byte chunks");
+static_assert(FUSED_ADD && X_T != DT_F32 && !STRIDE2 && ROWS_PER_CTA == 1 && N % VEC == 0 && VEC == 8,
+              "few rows of 16-byte chunks");
 
 __device__ __forceinline__ void add_parts(const u32 (&parts)[PARTIALS][VEC], u32 (&x)[X_WORDS]) {
 #pragma unroll
@@ -62,7 +65,8 @@ extern "C" __global__ void __launch_bounds__(THREADS_PER_ROW, 1) rms_norm_partia
         u32 x[X_WORDS], total[X_WORDS];
         add_parts(parts, x);
         add_chunk(x, residual, held[j], total);
-        if (exists(j)) store_chunk<X_T, ALIGN>(rows.total + (row * rows.total_row_stride + column) * X_SIZE, total, VEC);
+        if (exists(j))
+            store_chunk<X_T, ALIGN>(rows.total + (row * rows.total_row_stride + column) * X_SIZE, total, VEC);
         const float sum = sum_of_squares(held[j], (int)column);
         if constexpr (TREE_THREADS) {
             partial[0] = j == 0 ? sum : __fadd_rn(partial[0], sum);

@@ -3,6 +3,7 @@
 
 #include "rows.cuh"
 
-extern "C" __global__ void __launch_bounds__(THREADS_PER_ROW * SLOTS, RESIDENT_CTAS) rms_norm_rows(const __grid_constant__ Args args) {
+extern "C" __global__ void __launch_bounds__(THREADS_PER_ROW* SLOTS, RESIDENT_CTAS)
+    rms_norm_rows(const __grid_constant__ Args args) {
     norm_rows(first_rows(args), (i64)(blockIdx.x / CLUSTER) * ROWS_PER_CTA, args.eps);
 }

@@ -1,12 +1,12 @@
-// Rows too long for the registers of one multiprocessor, where there are no clusters (before sm_90): two passes over the row.
-// The second reads x and residual again, mostly from L2, because in place the first must not overwrite them.
+// Rows too long for the registers of one multiprocessor, where there are no clusters (before sm_90): two passes over
+// the row. The second reads x and residual again, mostly from L2, because in place the first must not overwrite them.
 
 #include "rows.cuh"
 
 static_assert(ROWS_PER_CTA == 1 && CLUSTER == 1 && TREE_THREADS, "one row per CTA, each thread adds up its own chunks");
 
-__device__ __forceinline__ void load_sum(const char* x_row, const char* residual_row, int chunk, u32 (&held)[HELD_WORDS],
-                                         u32 (&total)[X_WORDS]) {
+__device__ __forceinline__ void load_sum(const char* x_row, const char* residual_row, int chunk,
+                                         u32 (&held)[HELD_WORDS], u32 (&total)[X_WORDS]) {
     const i64 offset = (i64)chunk * (VEC * size_of(X_T));
     u32 x[X_WORDS], residual[X_WORDS];
     load_chunk<X_T, ALIGN>(x, x_row + offset, valid_elements(chunk));
@@ -19,12 +19,15 @@ __device__ __forceinline__ void load_sum(const char* x_row, const char* residual
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS_PER_ROW, MIN_CTAS) rms_norm_stream(const __grid_constant__ Args args) {
+extern "C" __global__ void __launch_bounds__(THREADS_PER_ROW, MIN_CTAS)
+    rms_norm_stream(const __grid_constant__ Args args) {
     const Rows rows = first_rows(args);
     const i64 row = blockIdx.x;
-    const char* x_row = rows.x + row_offset(row, rows.inner_rows, rows.x_outer_stride, rows.x_row_stride) * size_of(X_T);
+    const char* x_row =
+        rows.x + row_offset(row, rows.inner_rows, rows.x_outer_stride, rows.x_row_stride) * size_of(X_T);
     const char* residual_row =
-        rows.residual + row_offset(row, rows.inner_rows, rows.residual_outer_stride, rows.residual_row_stride) * size_of(X_T);
+        rows.residual +
+        row_offset(row, rows.inner_rows, rows.residual_outer_stride, rows.residual_row_stride) * size_of(X_T);
     char* total_row = rows.total + row * rows.total_row_stride * size_of(X_T);
     char* normed_row = rows.normed + row * rows.normed_row_stride * size_of(OUT_T);
     const char* weight = rows.weight + (WEIGHT_ROWS > 1 ? row % WEIGHT_ROWS * (i64)(N * size_of(W_T)) : 0);

@@ -1,8 +1,8 @@
 // One pass over rows that stay in registers: load x (and residual), add, reduce, normalise, store.
 //
-// A thread holds CHUNKS_PER_THREAD chunks of each of its ROWS_PER_THREAD rows, 16-bit values packed. WEIGHT_AT says where the
-// weight is read, below the dependency wait as everything else: 0 ahead of x, 1 behind it, 2 after the reduction (fewest
-// registers), 3 from just before the reduction on, a part ahead of its use.
+// A thread holds CHUNKS_PER_THREAD chunks of each of its ROWS_PER_THREAD rows, 16-bit values packed. WEIGHT_AT says
+// where the weight is read, below the dependency wait as everything else: 0 ahead of x, 1 behind it, 2 after the
+// reduction (fewest registers), 3 from just before the reduction on, a part ahead of its use.
 
 #pragma once
 
@@ -23,21 +23,24 @@ constexpr int WEIGHT_MORE = HAS_WEIGHT ? CHUNKS_PER_THREAD * (CHUNK_WORDS<W_T> -
 constexpr int OUT_MORE = CHUNK_WORDS<OUT_T> - X_WORDS;
 constexpr int WORDS_OF_CTA = THREADS_ALLOCATED * CHUNKS_PER_THREAD * X_WORDS;
 constexpr int WEIGHT_WHEN =
-    (WORDS_OF_CTA > 8192 && HELD_MORE + WEIGHT_MORE > 0) || (WORDS_OF_CTA >= 8192 && OFFSET == 2) || WEIGHT_ROWS > 1 ? 2 : WEIGHT_AT;
+    (WORDS_OF_CTA > 8192 && HELD_MORE + WEIGHT_MORE > 0) || (WORDS_OF_CTA >= 8192 && OFFSET == 2) || WEIGHT_ROWS > 1
+        ? 2
+        : WEIGHT_AT;
 __host__ __device__ constexpr int at_least_0(int n) { return n > 0 ? n : 0; }
 constexpr int MORE_REGISTERS =
-    at_least_0(HELD_MORE) + (WEIGHT_WHEN >= 2 ? 0 : at_least_0(WEIGHT_MORE)) + at_least_0(OUT_MORE) + (STRIDE2 ? 6 : 0) +
-    (smaller(ALIGN, W_ALIGN) >= smaller(16, VEC * size_of(X_T)) ? 0  // narrow pieces are put together
-     : smaller(ALIGN, W_ALIGN) < 4                              ? 16 * ROWS_PER_THREAD * CHUNKS_PER_THREAD
-                                                                : 16);
+    at_least_0(HELD_MORE) + (WEIGHT_WHEN >= 2 ? 0 : at_least_0(WEIGHT_MORE)) + at_least_0(OUT_MORE) +
+    (STRIDE2 ? 6 : 0) +
+    (smaller(ALIGN, W_ALIGN) >= smaller(16, VEC* size_of(X_T)) ? 0  // narrow pieces are put together
+     : smaller(ALIGN, W_ALIGN) < 4                             ? 16 * ROWS_PER_THREAD * CHUNKS_PER_THREAD
+                                                               : 16);
 constexpr int REGISTER_FILE = 65536;
 constexpr int CTAS_WITH_MORE =
     REGISTER_FILE / (THREADS_ALLOCATED * smaller(255, REGISTER_FILE / (MIN_CTAS * THREADS_ALLOCATED) + MORE_REGISTERS));
 constexpr int RESIDENT_CTAS = MORE_REGISTERS > 0 ? (CTAS_WITH_MORE > 1 ? CTAS_WITH_MORE : 1) : MIN_CTAS;
 
 // x + residual of one chunk: `held` is what the norm reads, the return value what is stored as the sum.
-__device__ __forceinline__ void add_chunk(const u32 (&x)[X_WORDS], const u32 (&residual)[X_WORDS], u32 (&held)[HELD_WORDS],
-                                          u32 (&total)[X_WORDS]) {
+__device__ __forceinline__ void add_chunk(const u32 (&x)[X_WORDS], const u32 (&residual)[X_WORDS],
+                                          u32 (&held)[HELD_WORDS], u32 (&total)[X_WORDS]) {
 #pragma unroll
     for (int p = 0; p < PAIRS; ++p) {
         if constexpr (X_T == DT_F32) {
@@ -98,8 +101,8 @@ __device__ __forceinline__ void normalise_chunk(const u32 (&held)[HELD_WORDS], f
     }
 }
 
-// fp32 results of a 16-byte chunk of 16-bit values take two stores. Two neighbouring threads write one chunk, then the other, so
-// that each store fills whole sectors of 32 bytes. All threads of the warp take part.
+// fp32 results of a 16-byte chunk of 16-bit values take two stores. Two neighbouring threads write one chunk, then the
+// other, so that each store fills whole sectors of 32 bytes. All threads of the warp take part.
 constexpr bool WIDE_OUTPUT =
     VEC * size_of(OUT_T) == 32 && OUT_ALIGN >= 16 && MAX_ACCESS == 16 && N % VEC == 0 && TPR % 32 == 0;
 
@@ -129,16 +132,19 @@ struct Rows {
 };
 
 __device__ __forceinline__ Rows first_rows(const Args& args) {
-    return {(const char*)args.x, (const char*)args.residual, (const char*)args.weight, (char*)args.normed,
-            (char*)args.total,   args.m,                     args.x_row_stride,        args.residual_row_stride,
-            args.normed_row_stride, args.total_row_stride,   args.inner_rows,          args.x_outer_stride,
+    return {(const char*)args.x,       (const char*)args.residual,
+            (const char*)args.weight,  (char*)args.normed,
+            (char*)args.total,         args.m,
+            args.x_row_stride,         args.residual_row_stride,
+            args.normed_row_stride,    args.total_row_stride,
+            args.inner_rows,           args.x_outer_stride,
             args.residual_outer_stride};
 }
 
 __device__ __forceinline__ int valid_elements(int chunk) { return N % VEC == 0 ? VEC : smaller(VEC, N - chunk * VEC); }
 
-// Asks for this CTA's part of its rows to come from memory to L2 while the previous kernel still runs. It reads nothing: L2 is
-// where both kernels' accesses meet, so a line that the previous kernel writes later is written there.
+// Asks for this CTA's part of its rows to come from memory to L2 while the previous kernel still runs. It reads
+// nothing: L2 is where both kernels' accesses meet, so a line that the previous kernel writes later is written there.
 __device__ __forceinline__ void prefetch_rows(const Rows& rows, i64 first, int slot, int thread, int first_byte) {
 #if __CUDA_ARCH__ >= 900
     constexpr int SIZE = size_of(X_T), PART = TPR * CHUNKS_PER_THREAD * VEC * SIZE;
@@ -148,20 +154,22 @@ __device__ __forceinline__ void prefetch_rows(const Rows& rows, i64 first, int s
     for (int u = 0; u < ROWS_PER_THREAD; ++u) {
         const i64 row = first + slot + u * SLOTS;
         if (!is_row(row, rows.m) || bytes <= 0) return;
-        const char* x = rows.x + row_offset(row, rows.inner_rows, rows.x_outer_stride, rows.x_row_stride) * SIZE + first_byte;
+        const char* x =
+            rows.x + row_offset(row, rows.inner_rows, rows.x_outer_stride, rows.x_row_stride) * SIZE + first_byte;
         asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(x), "r"(bytes));
         if constexpr (FUSED_ADD) {
             const char* residual =
                 rows.residual +
-                row_offset(row, rows.inner_rows, rows.residual_outer_stride, rows.residual_row_stride) * SIZE + first_byte;
+                row_offset(row, rows.inner_rows, rows.residual_outer_stride, rows.residual_row_stride) * SIZE +
+                first_byte;
             asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(residual), "r"(bytes));
         }
     }
 #endif
 }
 
-// The same for the weight, of which this CTA reads what begins with logical chunk `first_chunk`. Whoever has the first rows
-// asks for it: once in L2 it is there for all.
+// The same for the weight, of which this CTA reads what begins with logical chunk `first_chunk`. Whoever has the first
+// rows asks for it: once in L2 it is there for all.
 __device__ __forceinline__ void prefetch_weight(const char* weight, i64 first_row, int first_chunk) {
 #if __CUDA_ARCH__ >= 900
     constexpr int CHUNK = VEC * size_of(W_T), ALL = N * WEIGHT_ROWS * size_of(W_T);
@@ -187,14 +195,13 @@ __device__ __forceinline__ void norm_rows(const Rows& rows, i64 first, float eps
     const int first_chunk = first_of_cta + thread;
     if constexpr (LAUNCH_AT == 0) launch_next_kernel();
 
-    // Chunk j of this thread exists: known at compile time for all but the last, in a cluster where its CTAs have equal parts.
+    // Chunk j of this thread exists: known at compile time for all but the last, in a cluster where its CTAs have equal
+    // parts.
     auto in_every_cta = [](int j) { return CLUSTER == 1 ? (j + 1) * TPR <= CHUNKS : CHUNKS == TPR * K * CLUSTER; };
-    auto exists = [&](int j) {
-        return in_every_cta(j) ? true : first_chunk + j * TPR < CHUNKS;
-    };
+    auto exists = [&](int j) { return in_every_cta(j) ? true : first_chunk + j * TPR < CHUNKS; };
 
-    // From the reduction on a few chunks' weights at a time, so that those of a long row do not all need registers at once; with
-    // WEIGHT_WHEN == 3 a group is on its way while the one before is used.
+    // From the reduction on a few chunks' weights at a time, so that those of a long row do not all need registers at
+    // once; with WEIGHT_WHEN == 3 a group is on its way while the one before is used.
     constexpr int GROUP_WORDS = WEIGHT_WHEN == 3 && K < 16 ? 8 : 16;
     constexpr int GROUP_OF_WEIGHTS = WEIGHT_WHEN < 2 ? K : smaller(K, ceil_div(GROUP_WORDS, CHUNK_WORDS<W_T>));
     constexpr int WEIGHTS_HELD = WEIGHT_WHEN == 3 ? smaller(K, 2 * GROUP_OF_WEIGHTS) : GROUP_OF_WEIGHTS;
@@ -207,7 +214,8 @@ __device__ __forceinline__ void norm_rows(const Rows& rows, i64 first, float eps
         for (int j = from; j < smaller(from + GROUP_OF_WEIGHTS, K); ++j) {
             int chunk = first_chunk + j * TPR;
             if (HAS_WEIGHT && exists(j))
-                load_chunk<W_T, W_ALIGN>(weights[j % WEIGHTS_HELD].word, weight + (i64)chunk * (VEC * W_SIZE), valid_elements(chunk));
+                load_chunk<W_T, W_ALIGN>(weights[j % WEIGHTS_HELD].word, weight + (i64)chunk * (VEC * W_SIZE),
+                                         valid_elements(chunk));
         }
     };
     if constexpr (PREFETCH) prefetch_rows(rows, first, slot, thread, first_of_cta * VEC * X_SIZE);
@@ -228,7 +236,8 @@ __device__ __forceinline__ void norm_rows(const Rows& rows, i64 first, float eps
             const int chunk = first_chunk + i % K * TPR;
             const i64 offset = (i64)chunk * (VEC * X_SIZE);
             if (is_row(row, rows.m) && exists(i % K)) {
-                const char* x_row = rows.x + row_offset(row, rows.inner_rows, rows.x_outer_stride, rows.x_row_stride) * X_SIZE;
+                const char* x_row =
+                    rows.x + row_offset(row, rows.inner_rows, rows.x_outer_stride, rows.x_row_stride) * X_SIZE;
                 load_chunk<X_T, ALIGN>(x[i - stage], x_row + offset, valid_elements(chunk));
                 if constexpr (FUSED_ADD) {
                     const char* residual_row =

@@ -212,9 +212,7 @@ def _from_pretrained(
     return loaded
 
 
-def _explained(
-    kind: Any, folder: Path, config: dict[str, Any], options: dict[str, Any], error: Exception
-) -> Exception:
+def _explained(kind: Any, folder: Path, config: dict[str, Any], options: dict[str, Any], error: Exception) -> Exception:
     """The typed error for what `from_pretrained` raised; lack of memory stays as it is."""
     from safetensors import SafetensorError
 
@@ -291,7 +289,7 @@ def _check_complete(folder: Path, model: Any, info: dict[str, Any]) -> None:
 
 
 def _container(name: str) -> str:
-    """".layers" for "layers.3.norm.weight": the file may leave out the model's prefix. Nothing ends in " "."""
+    """ ".layers" for "layers.3.norm.weight": the file may leave out the model's prefix. Nothing ends in " "."""
     found = re.match(r"(?:model\.)?(.+?)\.\d+\.", name)
     return f".{found[1]}" if found else " "
 

@@ -134,5 +134,3 @@ def _reason(config: Config, arch: int) -> str:
     older = max((built for built in BUILT_CAPABILITIES if built < arch), default=BUILT_CAPABILITIES[0])
     built = ", ".join(f"sm_{built}" for built in BUILT_CAPABILITIES)
     return f"{reason}; sm_{arch} is not among the proved {built}: rules of sm_{older}, compiled for this device"
-
-

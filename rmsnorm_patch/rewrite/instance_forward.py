@@ -79,5 +79,3 @@ def release(module: nn.Module, patched: type, unpatched: type) -> None:
             bound = holder.get(name)
             if isinstance(bound, MethodType) and bound.__self__ is module and bound.__func__ is ours:
                 holder[name] = MethodType(back, module)
-
-

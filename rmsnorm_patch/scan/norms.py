@@ -52,12 +52,16 @@ class Match:
 def variant_name(spec: NormSpec) -> str:
     """A short name for a spec's numerics, e.g. "llama", "gemma", "weightless"; the differing fields otherwise."""
     base = replace(spec, eps=LLAMA.eps, sum=LLAMA.sum, width=None, group=None)
-    parts = [_NAMES[base]] if base in _NAMES else [
-        f"round={spec.round_before_weight}",
-        f"offset={spec.weight_offset}",
-        f"output={spec.output}",
-        *([] if spec.has_weight else ["weightless"]),
-    ]
+    parts = (
+        [_NAMES[base]]
+        if base in _NAMES
+        else [
+            f"round={spec.round_before_weight}",
+            f"offset={spec.weight_offset}",
+            f"output={spec.output}",
+            *([] if spec.has_weight else ["weightless"]),
+        ]
+    )
     parts += [f"width={spec.width}"] * (spec.width is not None) + [f"group={spec.group}"] * (spec.group is not None)
     return " ".join(parts)
 
@@ -112,9 +116,7 @@ def _probe(subject: Subject, module: nn.Module) -> Found | str:
             return f"its forward fails on a probe ({short(error)})"
 
 
-def scan_norms(
-    model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()
-) -> tuple[NormSite, ...]:
+def scan_norms(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> tuple[NormSite, ...]:
     """One site for every module of `model` that looks like a norm, in the order of `named_modules`.
 
     include, exclude: `fnmatch` patterns on module paths ("*" also spans dots); sites outside them are listed as
@@ -234,4 +236,3 @@ def _selected(site: NormSite, include: Sequence[str], exclude: Sequence[str]) ->
         if _matches(site, pattern):
             return replace(site, action="leave", reason=f"excluded by {pattern!r}; {site.reason}")
     return site
-

@@ -157,11 +157,7 @@ def _check_signature(cls: type[nn.Module]) -> None:
         parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
     except (TypeError, ValueError):
         raise Rejected("its forward has no signature that Python can read") from None
-    required = [
-        p.name
-        for p in parameters
-        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    ]
+    required = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if not required:
         raise Rejected("its forward does not name the one tensor that it takes")
     if len(required) > 1:

@@ -1,13 +1,14 @@
 /* Launches the kernels of kernels/cuda with little host work, and is the hot path of every eager call.
  *
- * Compiled once per user with the system's C compiler (launcher.py), without any header beyond the C library: only functions of
- * Python's stable ABI and of the CUDA driver are used, declared here, so that neither Python's nor CUDA's headers are
- * needed and one binary serves every Python from 3.10 on. Loaded by ctypes; `rp_functions` returns its Python functions.
+ * Compiled once per user with the system's C compiler (launcher.py), without any header beyond the C library: only
+ * functions of Python's stable ABI and of the CUDA driver are used, declared here, so that neither Python's nor CUDA's
+ * headers are needed and one binary serves every Python from 3.10 on. Loaded by ctypes; `rp_functions` returns its
+ * Python functions.
  *
  * new_kernel(...) -> address of a Kernel; launch(kernel, ...) starts one; make_callable(op, has_weight, slow, torch...)
- * returns the op itself: it takes tensors, checks what must be checked in every call, allocates the results and launches
- * the plan that add_plan registered for (dtype, weight dtype, N, device). Whatever it is not sure of goes to `slow`.
- * launcher_pair.h has what a patched model's layers call.
+ * returns the op itself: it takes tensors, checks what must be checked in every call, allocates the results and
+ * launches the plan that add_plan registered for (dtype, weight dtype, N, device). Whatever it is not sure of goes to
+ * `slow`. launcher_pair.h has what a patched model's layers call.
  */
 #include "launcher_start.h"
 #include "launcher_tensor.h"
@@ -22,7 +23,7 @@ typedef struct {
     i64 itemsize, weight_itemsize;
     double default_eps;
     Kernel *kernel, *two_level; /* two_level: for x [.., inner, N] whose leading dimensions cannot be merged */
-    PyObject *size, *strides; /* of the last allocation, which had `dims` dimensions of `sizes` */
+    PyObject *size, *strides;   /* of the last allocation, which had `dims` dimensions of `sizes` */
     int dims;
     i64 sizes[MAX_DIMS];
 } Plan;
@@ -102,7 +103,8 @@ static PyObject *fast(Table *table, PyObject *const *a, int *sure) {
     if (!plan || rows == 0 || !x.data || context != plan->kernel->context)
         return 0;
 
-    const i64 columns = plan->kernel->n; /* of a group, where the norm is grouped: a row is then several rows to the kernel */
+    const i64 columns =
+        plan->kernel->n; /* of a group, where the norm is grouped: a row is then several rows to the kernel */
     Rows x_rows = {columns, 0, 0}, residual_rows = {columns, 0, 0};
     int packed = is_contiguous(&x);
     if (!packed && (columns != n || !strided_rows(&x, &x_rows)))
@@ -144,8 +146,7 @@ static PyObject *fast(Table *table, PyObject *const *a, int *sure) {
             return 0;
         args.inner_rows = x_rows.inner ? x_rows.inner : residual_rows.inner;
         args.x_outer_stride = x_rows.inner ? x_rows.outer : x_rows.stride * args.inner_rows;
-        args.residual_outer_stride =
-            residual_rows.inner ? residual_rows.outer : residual_rows.stride * args.inner_rows;
+        args.residual_outer_stride = residual_rows.inner ? residual_rows.outer : residual_rows.stride * args.inner_rows;
     }
     rows *= n / columns;
     while (rows > kernel->m_max && kernel->next)
@@ -157,7 +158,7 @@ static PyObject *fast(Table *table, PyObject *const *a, int *sure) {
         uint64_t weight_bytes = (uint64_t)(n * plan->weight_itemsize);
         if (overlap(args.x, bytes, args.residual, bytes) ||
             (weight_object != NONE && (overlap(args.x, bytes, args.weight, weight_bytes) ||
-                                overlap(args.residual, bytes, args.weight, weight_bytes))))
+                                       overlap(args.residual, bytes, args.weight, weight_bytes))))
             return 0;
     } else if (in_place) {
         return 0; /* whether strided tensors overlap takes a closer look */
@@ -238,8 +239,8 @@ static PyObject *call(PyObject *self, PyObject *const *a, Py_ssize_t count) {
 
 static PyMethodDef call_definition = {"call", (PyCFunction)(void *)call, METH_FASTCALL, 0};
 
-/* make_callable(op, has_weight, slow, Tensor, Parameter, empty_strided_cuda, bump, exchange API capsule, DLPack's device
- * type) -> (table, call), or None where the API is of a version that this file does not know. */
+/* make_callable(op, has_weight, slow, Tensor, Parameter, empty_strided_cuda, bump, exchange API capsule, DLPack's
+ * device type) -> (table, call), or None where the API is of a version that this file does not know. */
 static PyObject *make_callable(PyObject *self, PyObject *const *a, Py_ssize_t count) {
     if (count != 9) {
         PyErr_SetString(PyExc_TypeError, "make_callable takes 9 arguments");
@@ -258,7 +259,8 @@ static PyObject *make_callable(PyObject *self, PyObject *const *a, Py_ssize_t co
     table->has_weight = PyObject_IsTrue(a[1]);
     table->exchange = exchange;
     table->device_type = (int)PyLong_AsLongLong(a[8]);
-    PyObject **slots[] = {&table->slow, &table->tensor_type, &table->parameter_type, &table->empty_strided, &table->bump};
+    PyObject **slots[] = {&table->slow, &table->tensor_type, &table->parameter_type, &table->empty_strided,
+                          &table->bump};
     for (int i = 0; i < 5; i++) {
         Py_IncRef(a[2 + i]);
         *slots[i] = a[2 + i];

@@ -1,7 +1,8 @@
-/* The eager decode path of a patched model (rewrite/pair_ops.py): a residual-add with its norm, the hand-over of a normed
- * tensor from a layer's last add to the next norm, its reading, and a norm alone (rewrite/norms.py). Each is one call that makes every check itself: between
- * the operations of a whole model a Python function costs several times what a tight loop shows, a dictionary look-up
- * from C does not. None means "not sure": nothing has happened, and the Python code of pair_ops.py decides.
+/* The eager decode path of a patched model (rewrite/pair_ops.py): a residual-add with its norm, the hand-over of a
+ * normed tensor from a layer's last add to the next norm, its reading, and a norm alone (rewrite/norms.py). Each is one
+ * call that makes every check itself: between the operations of a whole model a Python function costs several times
+ * what a tight loop shows, a dictionary look-up from C does not. None means "not sure": nothing has happened, and the
+ * Python code of pair_ops.py decides.
  *
  * Included by launcher.c after `fast`. */
 #pragma once
@@ -23,9 +24,10 @@ static struct {
     PyObject *classes;   /* dict: patched norm class -> capsule of its Norm with the fused op */
     PyObject *alone;     /* the same with the plain norm */
     PyObject *unwatched; /* tuple of functions that give False or 0 while nothing around must see the ops */
-    PyObject *function_modes, *function_mode_watches; /* how many there are; whether one is more than a default device */
-    PyObject *transform; /* gives None outside function transforms */
-    PyObject *forward_ad; /* dict of torch.autograd.forward_ad; `_current_level` is negative outside of it */
+    PyObject *function_modes,
+        *function_mode_watches; /* how many there are; whether one is more than a default device */
+    PyObject *transform;        /* gives None outside function transforms */
+    PyObject *forward_ad;       /* dict of torch.autograd.forward_ad; `_current_level` is negative outside of it */
     PyObject *global_hooks[GLOBAL_HOOKS];
     PyObject *is_grad_enabled, *is_inference_mode_enabled, *getframe, *call_impl;
     PyObject *carry_type, *tuple_new;
@@ -97,7 +99,8 @@ static PyObject *own(PyObject *object) {
     return object;
 }
 
-/* New references to the weight (None: weightless) and eps that the norm has now; 0 where they are not where they were. */
+/* New references to the weight (None: weightless) and eps that the norm has now; 0 where they are not where they were.
+ */
 static PyObject *weight_of(const Norm *norm, PyObject *state) {
     if (!norm->weight_name)
         return own(NONE);
@@ -234,13 +237,15 @@ static int runs_above(PyObject *link, PyObject *up, PyObject *code) {
     return same;
 }
 
-/* No foreign code can see the sum between the add and the norm that reads it (pair_ops._undisturbed, _called_by_loop). */
+/* No foreign code can see the sum between the add and the norm that reads it (pair_ops._undisturbed, _called_by_loop).
+ */
 static int undisturbed(PyObject *layer_state, PyObject *link, int inference) {
     if (!is_empty(layer_state, s_hooks[0]) || PyDict_GetItem(layer_state, s_forward))
         return 0;
     PyObject *places = PyObject_GetAttr(link, s_places), *receiver_of = PyObject_GetAttr(link, s_receiver);
     PyObject *loop = PyObject_GetAttr(link, s_loop);
-    int calm = places && receiver_of && loop && (!inference || is_attribute(link, s_passive, (PyObject *)&_Py_TrueStruct));
+    int calm =
+        places && receiver_of && loop && (!inference || is_attribute(link, s_passive, (PyObject *)&_Py_TrueStruct));
     calm = calm && runs_above(link, s_depth, loop) && runs_above(link, s_caller, around.call_impl) && unchanged(places);
     if (calm && receiver_of != NONE) {
         PyObject *receiver = PyObject_CallNoArgs(receiver_of);
@@ -287,7 +292,8 @@ static int carry(const Norm *norm, PyObject *module, PyObject *link, i64 untaken
     PyObject *carried = written ? PyObject_CallFunctionObjArgs(around.tuple_new, around.carry_type, fields, 0) : 0;
     Py_DecRef(fields);
     PyObject *count = PyLong_FromLongLong(untaken + 1);
-    int done = carried && PyObject_SetAttr(link, s_untaken, count) == 0 && PyObject_SetAttr(total, s_carried, carried) == 0;
+    int done =
+        carried && PyObject_SetAttr(link, s_untaken, count) == 0 && PyObject_SetAttr(total, s_carried, carried) == 0;
     Py_DecRef(count);
     if (carried)
         Py_DecRef(carried);
@@ -299,7 +305,8 @@ static PyObject *hand_over(PyObject *self, PyObject *const *a, Py_ssize_t count)
     Served served = {0, 0, 0};
     PyObject *layer_state = count == 3 && around.classes ? PyObject_GenericGetDict(a[0], 0) : 0, *total = 0;
     PyObject *ours = layer_state ? PyDict_GetItem(layer_state, s_state) : 0;
-    PyObject *link = ours ? own(PyDict_GetItem(ours, s_next)) : 0, *module_of = 0, *module = 0, *state = 0, *untaken = 0;
+    PyObject *link = ours ? own(PyDict_GetItem(ours, s_next)) : 0, *module_of = 0, *module = 0, *state = 0,
+             *untaken = 0;
     int sure = 0;
     if (!link)
         goto end;
@@ -392,35 +399,58 @@ static PyObject *new_norm(PyObject *self, PyObject *const *a, Py_ssize_t count) 
     return PyCapsule_New(norm, "rmsnorm_patch.norm", 0);
 }
 
-/* set_surroundings(classes, alone, unwatched, function_modes, function_mode_watches, transform, forward_ad, is_grad_enabled,
- * is_inference_mode_enabled, getframe, code of Module._call_impl, Carry, tuple.__new__, max_untaken, global hooks
- * (4-tuple)): once a process. */
+/* set_surroundings(classes, alone, unwatched, function_modes, function_mode_watches, transform, forward_ad,
+ * is_grad_enabled, is_inference_mode_enabled, getframe, code of Module._call_impl, Carry, tuple.__new__, max_untaken,
+ * global hooks (4-tuple)): once a process. */
 static PyObject *set_surroundings(PyObject *self, PyObject *const *a, Py_ssize_t count) {
     if (count != 15 || PyTuple_Size(a[14]) != GLOBAL_HOOKS) {
         PyErr_SetString(PyExc_TypeError, "set_surroundings takes 15 arguments");
         return 0;
     }
-    static const char *const names[] = {"_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"};
+    static const char *const names[] = {"_forward_hooks", "_forward_pre_hooks", "_backward_hooks",
+                                        "_backward_pre_hooks"};
     for (int i = 0; i < 4; i++)
         s_hooks[i] = PyUnicode_InternFromString(names[i]);
     struct {
         PyObject **place;
         const char *text;
-    } strings[] = {{&s_forward, "forward"}, {&s_training, "training"}, {&s_parameters, "_parameters"},
-                   {&s_buffers, "_buffers"}, {&s_modules, "_modules"}, {&s_state, "_rmsnorm_patch"}, {&s_next, "next"},
-                   {&s_carried, "_rmsnorm_patch_normed"}, {&s_level, "_current_level"}, {&s_norm, "norm"},
-                   {&s_untaken, "untaken"}, {&s_places, "places"}, {&s_all_places, "_places"},
-                   {&s_receiver, "receiver"}, {&s_passive, "passive"}, {&s_depth, "depth"}, {&s_caller, "caller"},
-                   {&s_loop, "loop"}, {&s_f_code, "f_code"}, {&s_version, "_version"},
+    } strings[] = {{&s_forward, "forward"},
+                   {&s_training, "training"},
+                   {&s_parameters, "_parameters"},
+                   {&s_buffers, "_buffers"},
+                   {&s_modules, "_modules"},
+                   {&s_state, "_rmsnorm_patch"},
+                   {&s_next, "next"},
+                   {&s_carried, "_rmsnorm_patch_normed"},
+                   {&s_level, "_current_level"},
+                   {&s_norm, "norm"},
+                   {&s_untaken, "untaken"},
+                   {&s_places, "places"},
+                   {&s_all_places, "_places"},
+                   {&s_receiver, "receiver"},
+                   {&s_passive, "passive"},
+                   {&s_depth, "depth"},
+                   {&s_caller, "caller"},
+                   {&s_loop, "loop"},
+                   {&s_f_code, "f_code"},
+                   {&s_version, "_version"},
                    {&s_is_inference, "is_inference"}};
     for (unsigned i = 0; i < sizeof strings / sizeof *strings; i++)
         *strings[i].place = PyUnicode_InternFromString(strings[i].text);
     zero = PyLong_FromLongLong(0);
     for (int i = 0; i < GLOBAL_HOOKS; i++)
         around.global_hooks[i] = own(PyTuple_GetItem(a[14], i));
-    PyObject **places[] = {&around.unwatched, &around.function_modes, &around.function_mode_watches, &around.transform,
-                           &around.forward_ad, &around.is_grad_enabled, &around.is_inference_mode_enabled,
-                           &around.getframe, &around.call_impl, &around.carry_type, &around.tuple_new};
+    PyObject **places[] = {&around.unwatched,
+                           &around.function_modes,
+                           &around.function_mode_watches,
+                           &around.transform,
+                           &around.forward_ad,
+                           &around.is_grad_enabled,
+                           &around.is_inference_mode_enabled,
+                           &around.getframe,
+                           &around.call_impl,
+                           &around.carry_type,
+                           &around.tuple_new};
     for (int i = 0; i < 11; i++)
         *places[i] = own(a[2 + i]);
     around.max_untaken = PyLong_AsLongLong(a[13]);

@@ -91,8 +91,8 @@ static PyObject *new_kernel(PyObject *self, PyObject *const *a, Py_ssize_t count
 }
 
 /* launch(kernel, stream, eps, x, residual, weight, normed, total, m[, x_row_stride, residual_row_stride,
- *        normed_row_stride, total_row_stride[, inner_rows, x_outer_stride, residual_outer_stride[, x2, weight2, normed2,
- *        m2, x2_row_stride, normed2_row_stride, inner_rows2, x2_outer_stride]]]) -> CUresult */
+ *        normed_row_stride, total_row_stride[, inner_rows, x_outer_stride, residual_outer_stride[, x2, weight2,
+ * normed2, m2, x2_row_stride, normed2_row_stride, inner_rows2, x2_outer_stride]]]) -> CUresult */
 static PyObject *launch(PyObject *self, PyObject *const *a, Py_ssize_t count) {
     Args args;
     memset(&args, 0, sizeof args);
