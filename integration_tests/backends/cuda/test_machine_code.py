@@ -143,7 +143,7 @@ def test_no_schedule_reads_anything_before_the_previous_kernel_has_ended(arch):
         assert below
         seen.add(config.kernel)
     assert seen == kernels_on(arch)
-    for n in IN_PARTS:
+    for n in IN_PARTS if arch == 90 else ():  # the kernel for parts has the tree of sm_90's fused op
         for config in schedules_in_parts(n, 4, arch):
             above, below = loads_around_the_wait(kernel_table.build(config, LLAMA, True, n, arch))
             assert not above, (config, n, above)
