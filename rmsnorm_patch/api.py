@@ -19,7 +19,7 @@ from .patch_state import derives_from_patched
 from .rewrite import LOCK, applied_report, apply_plan, patched_paths, revert_model
 from .rewrite.classes import install_factories
 from .rewrite.report import Report, Settings
-from .scan import scan_norms
+from .scan.norms import scan_norms
 from .scan.plan import NormSite, Plan
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_model
 
 import rmsnorm_patch
-from rmsnorm_patch.rewrite import classes
+from rmsnorm_patch.patch_state import STATE, derives_from_patched
 
 FUSED = {"norm": 1, "in_layer": 2, "cross_layer": 2, "taken": 2}
 
@@ -58,7 +58,7 @@ def test_each_copy_is_reverted_for_itself(small_model, run, ids):
     for ours, original in zip(made.modules(), model.modules(), strict=True):
         assert type(ours) is type(original)
         assert list(ours.__dict__) == list(original.__dict__)
-        assert classes.STATE not in ours.__dict__
+        assert STATE not in ours.__dict__
 
 
 def test_a_copied_layer_alone_runs_and_reverts(small_model):
@@ -72,7 +72,7 @@ def test_a_copied_layer_alone_runs_and_reverts(small_model):
         assert torch.equal(layer(x, position_embeddings=position), expected)
         rmsnorm_patch.revert(layer)
         assert torch.equal(layer(x, position_embeddings=position), expected)
-    assert not any(classes.derives_from_patched(type(m)) for m in layer.modules())
+    assert not any(derives_from_patched(type(m)) for m in layer.modules())
 
 
 def test_a_shallow_copy_shares_parameters_as_before(small_model):

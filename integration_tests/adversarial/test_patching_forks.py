@@ -20,7 +20,7 @@ from types import MethodType
 import pytest
 
 import rmsnorm_patch
-from rmsnorm_patch import locks as _fork
+from rmsnorm_patch import locks
 from rmsnorm_patch.backends.triton import loader as triton_loader
 from rmsnorm_patch.patch_state import derives_from_patched
 from rmsnorm_patch.rewrite import LOCK, instance_forward, layers
@@ -240,8 +240,8 @@ def test_a_fork_waits_for_a_kernel_module_that_is_being_loaded(monkeypatch):
 
 
 def test_a_fork_does_not_wait_for_ever(monkeypatch):
-    stop, lock = Stop(), _fork.Lock(waits=True)
-    monkeypatch.setattr(_fork, "SECONDS", 0.1)
+    stop, lock = Stop(), locks.Lock(waits=True)
+    monkeypatch.setattr(locks, "SECONDS", 0.1)
 
     def hold() -> None:
         with lock:

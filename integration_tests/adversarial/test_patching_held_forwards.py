@@ -18,8 +18,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from transformers import PreTrainedModel
 
 import rmsnorm_patch
-from rmsnorm_patch.rewrite import handover
-from rmsnorm_patch.rewrite import layer_calls as pair_ops
+from rmsnorm_patch.rewrite import handover, layer_calls
 
 
 def pass_on(forward, *args, **named):
@@ -154,13 +153,13 @@ def test_a_sum_from_an_earlier_patch_is_not_taken(small_model):
     norm, x = small_model("llama").model.norm, torch.randn(1, 3, 64)
     rmsnorm_patch.apply(norm, backend="reference")
     left = torch.zeros_like(x)
-    kernel = pair_ops.kernel_of(norm)
+    kernel = layer_calls.kernel_of(norm)
     with torch.no_grad():
         handover.put(left, x, norm, norm.weight, norm.variance_epsilon, kernel, handover.Link())
         rmsnorm_patch.revert(norm)
         rmsnorm_patch.apply(norm, backend="auto")
         assert torch.equal(norm(x), kernel.original(norm, x))
-        handover.put(left, x, norm, norm.weight, norm.variance_epsilon, pair_ops.kernel_of(norm), handover.Link())
+        handover.put(left, x, norm, norm.weight, norm.variance_epsilon, layer_calls.kernel_of(norm), handover.Link())
         assert norm(x) is left
 
 

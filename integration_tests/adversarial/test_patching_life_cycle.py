@@ -14,7 +14,7 @@ import torch.nn as nn
 
 import rmsnorm_patch
 from rmsnorm_patch import PatchConflict, UnsupportedInput, UnsupportedModel
-from rmsnorm_patch.patch_state import original_class
+from rmsnorm_patch.patch_state import STATE, original_class
 from rmsnorm_patch.rewrite import classes, handover, layers, norms
 from rmsnorm_patch.rewrite.journal import Journal
 
@@ -98,7 +98,7 @@ def test_a_model_around_a_patched_one_is_patched_as_a_whole(small_model, run, id
     report = rmsnorm_patch.apply(model)
     assert len(report.norms) == NORMS
     assert report.norms[0].startswith("model.")
-    assert classes.STATE not in model.model.__dict__ or "applied" not in model.model.__dict__[classes.STATE]
+    assert STATE not in model.model.__dict__ or "applied" not in model.model.__dict__[STATE]
     assert run(model, ids).same_as(before)
 
 
@@ -358,7 +358,7 @@ def test_import_is_light_and_thread_safe():
 
 
 def test_factories_installed_twice_and_from_threads_build_one_class(small_model):
-    from rmsnorm_patch.rewrite import install_factories
+    from rmsnorm_patch.rewrite.classes import install_factories
 
     original = type(small_model("llama").model.norm)
     key = norms.Key(rmsnorm_patch.NormSpec(eps=0.0, width=3), "weight", "variance_epsilon", "reference")

@@ -7,7 +7,7 @@ import torch
 from peft import LNTuningConfig, LoraConfig, get_peft_model
 
 import rmsnorm_patch
-from rmsnorm_patch.rewrite import classes
+from rmsnorm_patch.patch_state import STATE, derives_from_patched
 
 FUSED = {"norm": 1, "in_layer": 2, "cross_layer": 2, "taken": 2}
 
@@ -25,7 +25,7 @@ def _add(model, name, seed):
 
 
 def _is_clean(model):
-    return not any(classes.derives_from_patched(type(m)) or classes.STATE in m.__dict__ for m in model.modules())
+    return not any(derives_from_patched(type(m)) or STATE in m.__dict__ for m in model.modules())
 
 
 @pytest.mark.parametrize("order", ["lora first", "lora after"])

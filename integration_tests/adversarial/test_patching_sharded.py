@@ -17,7 +17,8 @@ import sys, traceback, torch
 import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 import rmsnorm_patch
-from rmsnorm_patch.rewrite import classes
+from rmsnorm_patch.patch_state import STATE, derives_from_patched
+
 
 dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
 from torch.distributed.device_mesh import init_device_mesh
@@ -108,8 +109,8 @@ def check(way):
     assert torch.equal(logits(after, way), expected), "second call"
     for model in (before, after):
         rmsnorm_patch.revert(model)
-        assert not any(classes.derives_from_patched(type(m)) for m in model.modules())
-        assert not any(classes.STATE in m.__dict__ for m in model.modules())
+        assert not any(derives_from_patched(type(m)) for m in model.modules())
+        assert not any(STATE in m.__dict__ for m in model.modules())
         assert torch.equal(logits(model, way), expected), "reverted"
     if way in ("fsdp2", "fsdp1", "ddp"):
         def gradients(model):

@@ -438,7 +438,7 @@ def test_ptx_for_a_newer_device_runs_here(monkeypatch, tmp_path):
 def test_disk_cache_serves_a_new_process(tmp_path):
     script = """
 import json, sys, time, torch
-from rmsnorm_patch import cuda_backend, nvrtc
+from rmsnorm_patch.backends.cuda import backend as cuda_backend, nvrtc
 from rmsnorm_patch.numerics.spec import LLAMA
 x = torch.randn(8, 2048, device="cuda", dtype=torch.bfloat16)
 weight = torch.nn.Parameter(torch.ones(2048, device="cuda", dtype=torch.bfloat16))
@@ -450,7 +450,7 @@ torch.cuda.synchronize()
 print(json.dumps([time.perf_counter() - start, nvrtc._library.cache_info().currsize]))
 """
     environment = {**os.environ, cache.DIRECTORY_VARIABLE: str(tmp_path / "cache")}
-    root = Path(cuda_backend.__file__).parents[1]
+    root = Path(cuda_backend.__file__).parents[3]
     runs = []
     for _ in range(4):
         done = subprocess.run(

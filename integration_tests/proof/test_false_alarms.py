@@ -18,7 +18,7 @@ from rmsnorm_patch.proof.runs import Run
 from rmsnorm_patch.proof.sites import SiteWatcher
 from rmsnorm_patch.proof.wide import wide_outputs
 from rmsnorm_patch.rewrite import observe
-from rmsnorm_patch.scan import scan_norms
+from rmsnorm_patch.scan.norms import scan_norms
 
 
 def noisy(x, weight, spec, eps):  # type: ignore[no-untyped-def]

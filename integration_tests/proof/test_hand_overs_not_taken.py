@@ -12,8 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen3VLConfig, Qwen3V
 
 from rmsnorm_patch import UnsupportedModel, VerificationFailed, apply, verify
 from rmsnorm_patch.proof import Proof
-from rmsnorm_patch.rewrite import layer_calls as pair_ops
-from rmsnorm_patch.rewrite import norms
+from rmsnorm_patch.rewrite import layer_calls, norms
 
 TEXT = {
     "hidden_size": 32,
@@ -123,7 +122,7 @@ def test_an_edit_in_the_loop_itself(edit: Callable, reason: str, monkeypatch: py
     """What reached the norm is told from the data, also where nothing on the modules shows it."""
     model = build("llama", torch.bfloat16)
     apply(model)
-    right = pair_ops.entry
+    right = layer_calls.entry
     first = model.model.layers[1].input_layernorm
 
     def entry(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -152,7 +151,7 @@ def test_a_norm_that_refuses_the_very_sum_is_red(monkeypatch: pytest.MonkeyPatch
 def test_a_layer_that_hands_nothing_over_without_a_reason_is_red(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama", torch.bfloat16)
     apply(model)
-    monkeypatch.setattr(pair_ops.NormKernel, "run", lambda self, norm, a, b, weight, eps: None)
+    monkeypatch.setattr(layer_calls.NormKernel, "run", lambda self, norm, a, b, weight, eps: None)
     with pytest.raises(VerificationFailed) as caught:
         verify(model, prompts())
     assert caught.value.proof.flow.passed

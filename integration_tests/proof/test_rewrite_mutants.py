@@ -12,8 +12,7 @@ from proof_models import apply_as_kernel, as_kernel, build, honest, prompts
 
 from rmsnorm_patch import VerificationFailed, apply, verify
 from rmsnorm_patch.patch_state import STATE, is_patched, original_class
-from rmsnorm_patch.rewrite import layer_calls as pair_ops
-from rmsnorm_patch.rewrite import norms, observe
+from rmsnorm_patch.rewrite import layer_calls, norms, observe
 
 
 def helper_cell(layer: nn.Module, name: str) -> object:
@@ -49,23 +48,23 @@ def only_at(norm: nn.Module, wrong: Callable) -> Callable:
     """`wrong` at one norm, the real helper at all others. A proof calls a replica's, which has the same weight."""
 
     def in_layer(called: nn.Module, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return (wrong if called.weight is norm.weight else pair_ops.in_layer)(called, a, b)
+        return (wrong if called.weight is norm.weight else layer_calls.in_layer)(called, a, b)
 
     return in_layer
 
 
 def sum_not_written(norm, a, b):  # type: ignore[no-untyped-def]
-    _, normed = pair_ops.in_layer(norm, a, b)
+    _, normed = layer_calls.in_layer(norm, a, b)
     return b, normed
 
 
 def sum_written_late(norm, a, b):  # type: ignore[no-untyped-def]
-    total, normed = pair_ops.in_layer(norm, a, b)
+    total, normed = layer_calls.in_layer(norm, a, b)
     return total + 0 * normed.float().mean() + 2 * torch.finfo(a.dtype).eps * total, normed
 
 
 def normed_replaced(norm, a, b):  # type: ignore[no-untyped-def]
-    total, _ = pair_ops.in_layer(norm, a, b)
+    total, _ = layer_calls.in_layer(norm, a, b)
     return total, total
 
 
@@ -75,11 +74,11 @@ def skipped_silently(norm, a, b):  # type: ignore[no-untyped-def]
 
 def unobserved(norm, a, b):  # type: ignore[no-untyped-def]
     with observe.observing(lambda event: None):
-        return pair_ops.in_layer(norm, a, b)
+        return layer_calls.in_layer(norm, a, b)
 
 
 def operands_crossed(norm, a, b):  # type: ignore[no-untyped-def]
-    return tuple(reversed(pair_ops.in_layer(norm, a, b)))
+    return tuple(reversed(layer_calls.in_layer(norm, a, b)))
 
 
 IN_LAYER = {
@@ -110,7 +109,7 @@ def test_norms_swapped(everywhere: bool, rewrite_with: Callable) -> None:
         layer.post_attention_layernorm.__dict__["other"] = layer.input_layernorm
 
     def in_layer(norm, a, b):  # type: ignore[no-untyped-def]
-        return pair_ops.in_layer(norm.__dict__.get("other", norm), a, b)
+        return layer_calls.in_layer(norm.__dict__.get("other", norm), a, b)
 
     rewrite_with(model, "in_layer", in_layer)
     proof = red(model).proof
@@ -144,12 +143,12 @@ def test_wrong_eps_in_one_hand_over(kernel: Callable, monkeypatch: pytest.Monkey
         model.get_input_embeddings().weight.mul_(200)
     apply_as_kernel(model)
     bad = model.model.layers[1].post_attention_layernorm
-    right = pair_ops.NormKernel.eps_of
+    right = layer_calls.NormKernel.eps_of
 
-    def eps_of(kernel: pair_ops.NormKernel, norm: nn.Module) -> float:
+    def eps_of(kernel: layer_calls.NormKernel, norm: nn.Module) -> float:
         return 1e-5 if norm.weight is bad.weight else right(kernel, norm)
 
-    monkeypatch.setattr(pair_ops.NormKernel, "eps_of", eps_of)
+    monkeypatch.setattr(layer_calls.NormKernel, "eps_of", eps_of)
     caught = red(model)
     assert caught.site == "model.layers.1.post_attention_layernorm"
     (site,) = [site for site in caught.proof.sites if not site.passed]
@@ -185,7 +184,7 @@ def test_tail_returns_another_sum(rewrite_with: Callable) -> None:
     last = model.model.layers[-1]
 
     def tail(layer, a, b):  # type: ignore[no-untyped-def]
-        total = pair_ops.tail(layer, a, b)
+        total = layer_calls.tail(layer, a, b)
         return a if layer.input_layernorm.weight is last.input_layernorm.weight else total
 
     rewrite_with(model, "tail", tail)
@@ -224,7 +223,7 @@ def test_every_call_fell_back(monkeypatch: pytest.MonkeyPatch, kernel: Callable)
     model = build("llama", torch.bfloat16)
     apply_as_kernel(model)
     monkeypatch.setattr("rmsnorm_patch.rewrite.guards.servable", lambda x, weight: False)
-    monkeypatch.setattr(pair_ops, "_servable", lambda x, weight: False)
+    monkeypatch.setattr(layer_calls, "_servable", lambda x, weight: False)
     caught = red(model)
     assert caught.proof.fired.fused == 0
     assert all(site.passed for site in caught.proof.sites)

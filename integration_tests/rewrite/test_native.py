@@ -19,8 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 import rmsnorm_patch
-from rmsnorm_patch.rewrite import handover, native, observe
-from rmsnorm_patch.rewrite import layer_calls as pair_ops
+from rmsnorm_patch.rewrite import handover, layer_calls, native, observe
 
 TOKENS = torch.arange(1, 8)[None]
 LAYERS = 3
@@ -37,7 +36,7 @@ def patch(model: PreTrainedModel, path: Path, monkeypatch: pytest.MonkeyPatch) -
     """Apply, and let launcher.c serve the model's pairs."""
     rmsnorm_patch.apply(model)
     norm = model.model.norm
-    kernel = pair_ops.kernel_of(norm)
+    kernel = layer_calls.kernel_of(norm)
     assert kernel is not None
     table = table_of("fused_add_rms_norm", type(norm)._rmsnorm_patch_key.spec, model.config.hidden_size)
     monkeypatch.setattr(kernel.fused, "table", table)
@@ -79,8 +78,8 @@ def test_no_python_check_runs(patched, monkeypatch) -> None:
         def never(*operands):
             raise AssertionError("the C functions were to decide")
 
-        monkeypatch.setattr(pair_ops, "_in_layer", never)
-        monkeypatch.setattr(pair_ops, "_tail", never)
+        monkeypatch.setattr(layer_calls, "_in_layer", never)
+        monkeypatch.setattr(layer_calls, "_tail", never)
         model(TOKENS)
 
 
@@ -181,7 +180,7 @@ def test_nothing_is_launched_where_the_original_must_run(model, launchers, monke
         if around == "vmap":
             x = torch.ones(2, 1, model.config.hidden_size)
             norm = model.model.layers[0].post_attention_layernorm
-            torch.vmap(lambda row: pair_ops.in_layer(norm, row, row)[0])(x)
+            torch.vmap(lambda row: layer_calls.in_layer(norm, row, row)[0])(x)
         else:
             model(TOKENS)
     if handle is not None:
@@ -203,7 +202,7 @@ def test_an_observer_sees_what_the_c_functions_ran(patched) -> None:
     for event in events:
         if event.total is not None:
             assert torch.equal(event.total, event.operands[0] + event.operands[1])
-            assert close(event.normed, pair_ops.kernel_of(event.norm).original(event.norm, event.total))
+            assert close(event.normed, layer_calls.kernel_of(event.norm).original(event.norm, event.total))
 
 
 class Scaled(nn.Module):
@@ -352,7 +351,7 @@ def carried(patched):
         norm = model.model.layers[1].input_layernorm
         link = model.model.layers[0].__dict__["_rmsnorm_patch"][handover.LINK]
         x = kept[1].clone()
-        kernel = pair_ops.kernel_of(norm)
+        kernel = layer_calls.kernel_of(norm)
         normed = kernel.original(norm, x)
         handover.put(normed, x, norm, norm.weight, norm.variance_epsilon, kernel, link)
         yield norm, x, normed
@@ -450,7 +449,7 @@ def test_nothing_leaks(patched, collect_garbage) -> None:
     model, _ = patched
     norm = model.model.layers[1].input_layernorm
     link = model.model.layers[0].__dict__["_rmsnorm_patch"][handover.LINK]
-    watched = (norm, norm.weight, norm.__dict__, link, native._classes[type(norm)], pair_ops.kernel_of(norm))
+    watched = (norm, norm.weight, norm.__dict__, link, native._classes[type(norm)], layer_calls.kernel_of(norm))
     with torch.no_grad():
         for _ in range(3):
             model(TOKENS)

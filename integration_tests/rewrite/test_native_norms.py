@@ -19,8 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 import rmsnorm_patch
-from rmsnorm_patch.rewrite import handover, native, observe
-from rmsnorm_patch.rewrite import layer_calls as pair_ops
+from rmsnorm_patch.rewrite import handover, layer_calls, native, observe
 
 TOKENS = torch.arange(1, 8)[None]
 LAYERS = 2
@@ -32,7 +31,7 @@ def serve(model: PreTrainedModel, path: Path) -> Driver:
     """Apply, and let launcher.c serve every norm of the model that is called as a module."""
     rmsnorm_patch.apply(model)
     for module in model.modules():
-        kernel = pair_ops.kernel_of(module)
+        kernel = layer_calls.kernel_of(module)
         if kernel is not None:
             n = kernel.weight_of(module).numel()
             native.enroll_alone(type(module), kernel, table_of("rms_norm", type(module)._rmsnorm_patch_key.spec, n))
@@ -77,7 +76,7 @@ def test_a_model_computes_what_it_did(small_model, launchers, model_type: str, m
     assert {event.backend for event in alone} == {"cuda"}
     assert close(before, after)
     for event in alone:
-        assert close(event.normed, pair_ops.kernel_of(event.norm).original(event.norm, event.operands[0]))
+        assert close(event.normed, layer_calls.kernel_of(event.norm).original(event.norm, event.operands[0]))
 
 
 def test_no_python_check_runs(served, monkeypatch) -> None:
@@ -98,7 +97,7 @@ def test_a_refused_launch_runs_the_original(served, norm) -> None:
     x = rows(norm, 2, 3)
     found.library.set_result(1)
     with torch.no_grad():
-        assert torch.equal(norm(x), pair_ops.kernel_of(norm).original(norm, x))
+        assert torch.equal(norm(x), layer_calls.kernel_of(norm).original(norm, x))
     assert found.launches == 0
 
 
@@ -108,9 +107,9 @@ def test_eps_and_weight_are_the_modules_at_the_call(served, norm) -> None:
     with torch.no_grad():
         norm.variance_epsilon = 0.5
         norm.weight = nn.Parameter(torch.full_like(norm.weight, 3.0))
-        assert close(norm(x), pair_ops.kernel_of(norm).original(norm, x))
+        assert close(norm(x), layer_calls.kernel_of(norm).original(norm, x))
         norm.weight.data = torch.full_like(norm.weight, -2.0)
-        assert close(norm(x), pair_ops.kernel_of(norm).original(norm, x))
+        assert close(norm(x), layer_calls.kernel_of(norm).original(norm, x))
     assert found.eps() == [0.5, 0.5]
 
 
@@ -167,7 +166,7 @@ def test_nothing_is_launched_where_something_watches(served, norm, around: str) 
     _, found = served
     x = rows(norm, 2, 3)
     with torch.no_grad(), AROUND[around]():
-        assert torch.equal(norm(x), pair_ops.kernel_of(norm).original(norm, x))
+        assert torch.equal(norm(x), layer_calls.kernel_of(norm).original(norm, x))
     assert found.launches == 0
 
 
@@ -175,7 +174,7 @@ def test_vmap_and_training_run_the_original(served, norm) -> None:
     _, found = served
     x = rows(norm, 2, 3)
     with torch.no_grad():
-        expected = pair_ops.kernel_of(norm).original(norm, x)
+        expected = layer_calls.kernel_of(norm).original(norm, x)
         assert close(torch.vmap(norm)(x), expected)
         norm.train()
         assert torch.equal(norm(x), expected)
@@ -212,7 +211,7 @@ def test_what_no_kernel_serves_runs_the_original(served, norm, change: Callable)
     _, found = served
     with torch.no_grad():
         x = change(norm, rows(norm, 2, 3))
-        assert torch.equal(norm(x), pair_ops.kernel_of(norm).original(norm, x))
+        assert torch.equal(norm(x), layer_calls.kernel_of(norm).original(norm, x))
     assert found.launches == 0
 
 
@@ -222,7 +221,7 @@ def test_what_rides_on_the_input_is_taken(served) -> None:
     norm = model.model.layers[1].input_layernorm
     x = rows(norm, 1, 3)
     with torch.no_grad():
-        normed, kernel = torch.zeros_like(x), pair_ops.kernel_of(norm)
+        normed, kernel = torch.zeros_like(x), layer_calls.kernel_of(norm)
         handover.put(normed, x, norm, norm.weight, norm.variance_epsilon, kernel, handover.Link())
         assert norm(x) is normed
         assert found.launches == 0
@@ -244,7 +243,7 @@ def test_a_compiled_model_does_not_come_here(served, monkeypatch) -> None:
     compiled = torch.compile(norm, backend="eager", fullgraph=True)
     x = rows(norm, 2, 3)
     with torch.no_grad():
-        assert close(compiled(x), pair_ops.kernel_of(norm).original(norm, x))
+        assert close(compiled(x), layer_calls.kernel_of(norm).original(norm, x))
     assert found.launches == 0
 
 
@@ -255,7 +254,7 @@ def test_odd_operands_are_declined(served, operands) -> None:
 
 def test_nothing_leaks(served, norm, collect_garbage) -> None:
     x = rows(norm, 2, 3)
-    watched = (norm, norm.weight, norm.__dict__, x, x.__dict__, native._alone[type(norm)], pair_ops.kernel_of(norm))
+    watched = (norm, norm.weight, norm.__dict__, x, x.__dict__, native._alone[type(norm)], layer_calls.kernel_of(norm))
     with torch.no_grad():
         for around in (nullcontext, Watching):  # served and declined
             with around():

@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from rmsnorm_patch.numerics.spec import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, T5, NormSpec
-from rmsnorm_patch.scan import infer_spec, variant_name
+from rmsnorm_patch.scan.norms import infer_spec, variant_name
 
 WIDTH = 48
 

@@ -23,10 +23,10 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from rmsnorm_patch.errors import UnsupportedModel
 from rmsnorm_patch.numerics.spec import FP32_WEIGHT_MULTIPLY, LLAMA
-from rmsnorm_patch.rewrite import install_factories
-from rmsnorm_patch.rewrite.classes import patched_class
+from rmsnorm_patch.rewrite.classes import install_factories, patched_class
 from rmsnorm_patch.rewrite.norms import ROLE, key_of
-from rmsnorm_patch.scan import infer_spec, norms, scan_norms
+from rmsnorm_patch.scan import norms
+from rmsnorm_patch.scan.norms import infer_spec, scan_norms
 
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 64, **HEADS}

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from rmsnorm_patch.numerics import reference
 from rmsnorm_patch.numerics.spec import OUTPUT_DTYPES, ROUNDINGS, SUPPORTED_DTYPES, WEIGHT_OFFSETS, NormSpec
-from rmsnorm_patch.scan import infer_spec
+from rmsnorm_patch.scan.norms import infer_spec
 from rmsnorm_patch.scan.probe import probe_cases, same_bits
 
 

@@ -11,7 +11,7 @@ import torch.nn as nn
 import transformers
 import transformers.models
 
-from rmsnorm_patch.scan import infer_spec, variant_name
+from rmsnorm_patch.scan.norms import infer_spec, variant_name
 from rmsnorm_patch.scan.subject import Rejected, reachable_codes
 
 pytestmark = pytest.mark.slow

@@ -82,7 +82,7 @@ def choose(
 ) -> Choice:
     """The kernel for `m` rows of `n` columns on `device`, or on a device of this compute capability (None: no GPU).
 
-    cuda_unavailable: why CUDA kernels cannot be built here ("" if they can); asked of `cuda_backend` for a `device`.
+    cuda_unavailable: why CUDA kernels cannot be built here ("" if they can); asked of the CUDA backend for a `device`.
     A forced `backend` that cannot serve the call raises KernelBuildError; "auto" is what RMSNORM_PATCH_BACKEND says, or
     falls back and says why.
     """

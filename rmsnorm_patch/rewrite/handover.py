@@ -116,7 +116,7 @@ class Link:
     places: where the modules that this code runs stood; nothing is handed over once one of them was moved or wrapped.
     passive: that code and the layers' do nothing between the add and the norm but pass the tensor on. Without it, an
         inference tensor, which has no version counter, is never handed over.
-    depth, caller: how many frames up from `pair_ops.tail` that code and torch's module call ran last time.
+    depth, caller: how many frames up from `layer_calls.tail` that code and torch's module call ran last time.
     untaken: hand-overs in a row that no norm took. skipped, shape: while it rests, how many calls it has left out, and
         the shape of the sum that was not taken.
     """

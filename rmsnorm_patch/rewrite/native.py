@@ -43,7 +43,7 @@ _alone: dict[type, Any] = {}
 
 
 def enroll(cls: type, kernel: Any) -> None:
-    """Let the C functions serve the pairs of `cls`, whose `pair_ops.NormKernel` is `kernel`, from now on."""
+    """Let the C functions serve the pairs of `cls`, whose `layer_calls.NormKernel` is `kernel`, from now on."""
     _enroll(_classes, cls, kernel, kernel.fused.table)
 
 

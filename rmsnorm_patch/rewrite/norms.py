@@ -20,8 +20,7 @@ from ..errors import PatchConflict
 from ..numerics.spec import NormSpec
 from ..patch_state import is_patched, running_now
 from ..scan.plan import NormSite
-from . import guards, instance_forward, native, observe
-from . import layer_calls as pair_ops
+from . import guards, instance_forward, layer_calls, native, observe
 from .classes import Body, patched_class, register_factory
 from .handover import take
 from .journal import Journal
@@ -66,7 +65,7 @@ def body(original: type[nn.Module], key: Key) -> Body:
 
     def made(cls: type) -> None:
         belongs_to(cls)
-        pair_ops.register(cls)
+        layer_calls.register(cls)
 
     return Body(namespace, made)
 
@@ -131,7 +130,7 @@ def _forward_of(original: type[nn.Module], key: Key) -> tuple[FunctionType, Call
         ):
             normed = run(hidden_states, weight, eps)
             if run.table is not None:
-                kernel = pair_ops.kernel_of(self)
+                kernel = layer_calls.kernel_of(self)
                 if kernel is not None:
                     native.enroll_alone(self.__class__, kernel, run.table)
             if observe.active:

@@ -1,4 +1,4 @@
-"""A change of vLLM's lowered graph: a product and the fused norm that reads it become one op (`linear_ops`).
+"""A change of vLLM's lowered graph: a product and the fused norm that reads it become one op (`linear_norm`).
 
 Only this graph shows which product a norm reads. In a layer these are the output projection of attention and the down
 projection, as long as nothing lies between: with tensor parallel an all-reduce does, and the graph stays as it is.

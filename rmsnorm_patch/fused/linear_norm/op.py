@@ -6,7 +6,7 @@ x = rows @ matrix.T, rounded to rows' dtype; residual <- x + residual; the resul
 matrix: [N, K], residual: [M, N], of one dtype; weight: [N] or None; the arguments after eps are `ops.spec_args`.
 
 The bits are those of `torch.mm` and `fused_add_rms_norm_`. Where `torch.mm` splits K, adds the parts in a kernel of its
-own and rounds, the op asks for the parts and leaves that to the norm (`cuda_partials`). `product_splits` finds out
+own and rounds, the op asks for the parts and leaves that to the norm (`kernel`). `splits` finds out
 which parts these are; where it cannot, the norm gets the product. No result depends on which it was, unless other sums
 have been allowed (`product_splits.allow_reordering`).
 """

@@ -1,8 +1,8 @@
-/* The eager decode path of a patched model (rewrite/pair_ops.py): a residual-add with its norm, the hand-over of a
+/* The eager decode path of a patched model (rewrite/layer_calls.py): a residual-add with its norm, the hand-over of a
  * normed tensor from a layer's last add to the next norm, its reading, and a norm alone (rewrite/norms.py). Each is one
  * call that makes every check itself: between the operations of a whole model a Python function costs several times
  * what a tight loop shows, a dictionary look-up from C does not. None means "not sure": nothing has happened, and the
- * Python code of pair_ops.py decides.
+ * Python code of layer_calls.py decides.
  *
  * Included by launcher.c after `fast`. */
 #pragma once
@@ -11,7 +11,7 @@
 /* How to read the weight and eps of one patched norm class, and the op that serves it. */
 typedef struct {
     Table *table;
-    PyObject *kernel;      /* pair_ops.NormKernel, for the hand-over's reader */
+    PyObject *kernel;      /* layer_calls.NormKernel, for the hand-over's reader */
     PyObject *weight_name; /* 0: a weightless norm */
     PyObject *eps_name;    /* 0: always `eps` */
     PyObject *eps;
@@ -237,7 +237,7 @@ static int runs_above(PyObject *link, PyObject *up, PyObject *code) {
     return same;
 }
 
-/* No foreign code can see the sum between the add and the norm that reads it (pair_ops._undisturbed, _called_by_loop).
+/* No foreign code can see the sum between the add and the norm that reads it (layer_calls._undisturbed, _called_by_loop).
  */
 static int undisturbed(PyObject *layer_state, PyObject *link, int inference) {
     if (!is_empty(layer_state, s_hooks[0]) || PyDict_GetItem(layer_state, s_forward))
