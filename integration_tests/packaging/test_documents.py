@@ -13,7 +13,7 @@ from rmsnorm_patch.cli.app import app
 from rmsnorm_patch.cli.environment import VARIABLES
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "records").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "records").glob("*.md")])
 README = (ROOT / "README.md").read_text()
 FOLDERS = ("docs", "integration_tests", "kernels", "records", "rmsnorm_patch", "scripts")
 
@@ -64,3 +64,10 @@ def test_the_functions_in_the_readme_are_public() -> None:
     called = set(re.findall(r"rmsnorm_patch\.(\w+)\(", README))
     assert called == {"plan", "apply", "verify", "revert", "patched", "warmup"}
     assert called <= set(rmsnorm_patch.__all__)
+
+
+def test_the_index_of_decisions_has_a_line_for_each() -> None:
+    index = (ROOT / "docs" / "decisions" / "README.md").read_text()
+    for page in sorted((ROOT / "docs" / "decisions").glob("[a-z]*.md")):
+        for head in re.findall(r"^## (.+)$", page.read_text(), flags=re.MULTILINE):
+            assert re.search(rf"^- \[{re.escape(head)}\]\({page.name}#", index, flags=re.MULTILINE), (page.name, head)
