@@ -62,7 +62,7 @@ __all__ = [
 _IMPORTED_LATER = {
     **dict.fromkeys(("apply", "patched", "plan", "revert", "verify", "warmup"), ".api"),
     "Report": ".rewrite.report",
-    "NormSpec": ".semantics",
+    "NormSpec": ".numerics.spec",
 }
 
 _IMPORTING = Lock(waits=True)  # a child forked in the middle of an import would wait for it for ever
