@@ -16,6 +16,7 @@ from pathlib import Path
 
 from benchlib import aims, plots
 from benchlib.aims import PUBLISHED
+from benchlib.pages import wrapped
 from benchlib.rows import (
     FUSED,
     OURS,
@@ -384,7 +385,7 @@ def page(records: Records, drawn: list[str]) -> str:
         *(f"## {title}\n\n{build(record)}" for title, build in SECTIONS.items()),
         *(f"## {title}\n\n{build(records)}" for title, build in OF_ALL.items()),
     ]
-    return "\n".join(parts)
+    return wrapped("\n".join(parts))
 
 
 def main() -> None:
