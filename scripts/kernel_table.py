@@ -26,9 +26,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from rmsnorm_patch.backends.cuda import jit, nvrtc, schedules  # noqa: E402
+from rmsnorm_patch.backends.cuda import jit, nvrtc, registry, schedules  # noqa: E402
 from rmsnorm_patch.numerics.spec import LLAMA, NormSpec  # noqa: E402
-from rmsnorm_patch.ops import dispatch  # noqa: E402
 
 PAGE = ROOT / "docs" / "kernels.md"
 
@@ -51,8 +50,6 @@ GPUS = {
     103: Gpu("B300", 148, 8.0e12, 2048),
     120: Gpu("RTX PRO 6000", 188, 1.79e12, 1536),
 }
-LATENCY = 0.8e-6  # seconds from a load to its data under load; unloaded it is about 0.6
-REACHABLE = 0.845  # of the datasheet: 4.05 of 4.8 TB/s is what a copy with this traffic reaches on an H200
 
 
 @dataclass(frozen=True)
@@ -174,7 +171,7 @@ SHAPES = ((128, torch.bfloat16), (1024, torch.bfloat16), (4096, torch.bfloat16),
 
 
 def _rows_text(low: int, high: int) -> str:
-    return f"{low} and more" if high >= dispatch.UNBOUNDED else f"{low} to {high}"
+    return f"{low} and more" if high >= registry.UNBOUNDED else f"{low} to {high}"
 
 
 def table_row(config: schedules.Config, n: int, x: torch.dtype, arch: int) -> list[str]:
@@ -185,7 +182,6 @@ def table_row(config: schedules.Config, n: int, x: torch.dtype, arch: int) -> li
     ctas = max(1, min(65536 // (allocated * code.registers), gpu.threads // config.threads))
     chunks = -(-n // (config.vec * config.threads_per_row * config.cluster)) * config.rows_per_thread
     in_flight = ctas * config.threads * min(chunks, defines["STAGE"]) * config.vec * x.itemsize * 2
-    needed = gpu.bandwidth * REACHABLE / gpu.multiprocessors * LATENCY / 2  # half the traffic are loads
     return [
         {torch.bfloat16: "bf16", torch.float32: "fp32"}[x],
         str(n),
@@ -199,12 +195,11 @@ def table_row(config: schedules.Config, n: int, x: torch.dtype, arch: int) -> li
         "/".join(f"{width}" for width in sorted(code.loads, reverse=True)),
         str(code.loads_before_wait) if code.waits else "-",
         f"{in_flight / 1024:.0f}",
-        f"{min(1.0, in_flight / needed) * REACHABLE:.2f}",
     ]
 
 
 HEAD = ["dtype", "N", "rows", "kernel", "threads per row x rows side by side", "CTAs per SM", "registers", "spills",
-        "load bits", "loads above the wait", "KiB in flight per SM", "fraction of bandwidth"]  # fmt: skip
+        "load bits", "loads above the wait", "KiB in flight per SM"]  # fmt: skip
 
 
 def page() -> str:
@@ -214,14 +209,13 @@ def page() -> str:
         "Made by `python scripts/kernel_table.py` from `kernels/` with "
         f"NVRTC {'.'.join(map(str, nvrtc.version()))}; no GPU is needed. Sources: `{digest()}`.",
         "",
-        "Fused residual-add + RMSNorm, weight in x's dtype, rounding as in Llama. *Loads above the wait*: loads "
-        "that the machine code issues before it waits for the previous kernel (griddepcontrol, sm_90 and later); there "
-        "must be none, prefetches to L2 are not counted. "
-        "*In flight*: bytes of x and residual that one multiprocessor has asked for at a time. *Fraction of "
-        f"bandwidth*: predicted from them by Little's law, {LATENCY * 1e6:.1f} us of latency, of the datasheet's "
-        f"bandwidth; {REACHABLE} is the most that a plain copy reaches. Few rows do not fill the chip: there the "
-        "figure says what a full multiprocessor would do. "
-        "Only sm_90 was measured (`records/README.md`, `docs/decisions.md`).",
+        "Fused residual-add + RMSNorm, weight in x's dtype, rounding as in Llama.",
+        "",
+        "- *Loads above the wait*: loads that the machine code issues before it waits for the previous kernel",
+        "  (griddepcontrol, sm_90 and later). There must be none. Prefetches to L2 are not counted.",
+        "- *In flight*: bytes of x and residual that one multiprocessor has asked for at a time.",
+        "",
+        "Only sm_90 was measured (`records/README.md`, `docs/decisions/kernels.md`).",
     ]
     for arch in (80, 89, 90, 100, 103, 120):
         gpu = GPUS[arch]

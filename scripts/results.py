@@ -16,6 +16,7 @@ from pathlib import Path
 
 from benchlib import aims, plots
 from benchlib.aims import PUBLISHED
+from benchlib.pages import wrapped
 from benchlib.rows import (
     FUSED,
     OURS,
@@ -270,7 +271,7 @@ FAILED_ONCE = """Of five full runs of the GPU tests of the code before, one had 
 differed was not printed. The test casts its weight right in front of a norm, and a weight was read before the
 dependency wait then: behind a kernel without a trigger of its own a stale one was seen since (128 of 48 992 calls on an
 H100), behind a cast none (0 of 38 144). So this is the likely cause, and not a proved one. The weight is read behind
-the wait now ([decisions](decisions.md#the-weight-is-read-behind-the-dependency-wait)).
+the wait now ([decisions](decisions/launch.md#the-weight-is-read-behind-the-dependency-wait)).
 """
 """What no record of a passing run would say."""
 
@@ -382,7 +383,7 @@ def page(records: Records, drawn: list[str]) -> str:
         *(f"## {title}\n\n{build(record)}" for title, build in SECTIONS.items()),
         *(f"## {title}\n\n{build(records)}" for title, build in OF_ALL.items()),
     ]
-    return "\n".join(parts)
+    return wrapped("\n".join(parts))
 
 
 def main() -> None:

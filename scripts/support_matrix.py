@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
+from benchlib.pages import wrapped  # noqa: E402
 from small_configs import MODEL_TYPES, VOCABULARY, small_config  # noqa: E402
 
 import rmsnorm_patch  # noqa: E402
@@ -179,7 +180,7 @@ def page(rows: list[Row]) -> str:
     none = [row.model_type for row in rows if not row.unbuilt and not row.has_norms]
     lines += ["", "## Without an RMSNorm", "", ", ".join(none), "", "## Not built from a small configuration", ""]
     lines += [f"- {row.model_type}: {row.unbuilt}" for row in rows if row.unbuilt]
-    return "\n".join(lines) + "\n"
+    return wrapped("\n".join(lines) + "\n")
 
 
 def survey_all(model_types: Iterable[str] = MODEL_TYPES) -> list[Row]:

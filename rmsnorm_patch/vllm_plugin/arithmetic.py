@@ -16,10 +16,10 @@ VERSION = 3
 
 COMPILER_HEAD = 256
 """In compiled graphs the norm over heads of up to this length is left to the compiler, which fuses it with the split of
-qkv before it and the rotary embedding behind it (measured: docs/decisions.md)."""
+qkv before it and the rotary embedding behind it (measured: docs/decisions/vllm.md)."""
 
 IN_PLACE = True
-"""Whether the fused op of route "ir" writes into tensors that vLLM gave up (measured: docs/decisions.md)."""
+"""Whether the fused op of route "ir" writes into tensors that vLLM gave up (measured: docs/decisions/vllm.md)."""
 
 
 @cache

@@ -1,0 +1,127 @@
+"""Pages read as prose should: short lines, short sentences, one title, a way from README to each of them."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "records").glob("*.md")])
+COLUMNS, CELL, README_LINES, WORDS = 120, 120, 100, 25
+TAUGHT = tuple(ROOT / name for name in ("README.md", "CONTRIBUTING.md")) + tuple(
+    ROOT / "docs" / f"{name}.md"
+    for name in ("reference", "proof", "huggingface", "vllm", "how_it_works", "adding_an_op", "decisions/README")
+)
+"""Pages that a newcomer reads: none of their sentences is longer than WORDS."""
+GENERATED = {ROOT / "docs" / name for name in ("results.md", "support_matrix.md", "kernels.md")}
+"""Their sentences are a script's, and are not counted."""
+
+
+def named(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def outside_code(text: str) -> Iterator[tuple[int, str]]:
+    """(number, line) of all but fenced blocks."""
+    fenced = False
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.startswith("```"):
+            fenced = not fenced
+        elif not fenced:
+            yield number, line
+
+
+def long_lines(text: str) -> list[int]:
+    return [n for n, line in outside_code(text) if len(line) > COLUMNS and not line.lstrip().startswith("|")]
+
+
+def long_cells(text: str) -> list[str]:
+    rows = (line.strip().strip("|").split("|") for _, line in outside_code(text) if line.lstrip().startswith("|"))
+    return [cell.strip() for row in rows for cell in row if len(cell.strip()) > CELL]
+
+
+def sentences(text: str) -> list[str]:
+    """Of paragraphs and list items; what stands in a table, a heading or a block of code is none."""
+    blocks: list[str] = [""]
+    for _, line in outside_code(text):
+        if re.match(r"\s*(\||#|!\[|$)", line):
+            blocks.append("")
+        elif re.match(r"\s*([-*]|\d+\.) ", line):
+            blocks.append(re.sub(r"^\s*([-*]|\d+\.) ", "", line))
+        else:
+            blocks[-1] += " " + line.strip()
+    found = []
+    for block in blocks:
+        plain = re.sub(r"`[^`]*`", "`code`", block)
+        plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", plain).replace("**", "")
+        found += [part.strip() for part in re.split(r"(?<=[.!?])\)? +(?=[A-Z`*(-])", plain)]
+    return [sentence for sentence in found if sentence]
+
+
+def long_sentences(text: str) -> list[str]:
+    return [sentence for sentence in sentences(text) if len(sentence.split()) > WORDS]
+
+
+def reached(start: Path) -> set[Path]:
+    """Pages to which links lead, from page to page."""
+    seen, waiting = {start}, [start]
+    while waiting:
+        page = waiting.pop()
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            linked = (page.parent / target).resolve()
+            if linked.suffix == ".md" and linked.exists() and linked not in seen:
+                seen.add(linked)
+                waiting.append(linked)
+    return seen
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_lines_fit_the_screen(page: Path) -> None:
+    assert long_lines(page.read_text()) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_a_page_has_one_title_and_begins_with_it(page: Path) -> None:
+    text = page.read_text()
+    assert text.startswith("# ")
+    assert [n for n, line in outside_code(text) if line.startswith("# ")] == [1]
+
+
+def test_readme_is_short() -> None:
+    text = README.read_text()
+    assert len(text.splitlines()) <= README_LINES
+    assert long_cells(text) == []
+
+
+def test_every_page_is_reached_from_readme() -> None:
+    assert sorted(map(named, set(PAGES) - reached(README))) == []
+
+
+@pytest.mark.parametrize("page", TAUGHT, ids=named)
+def test_sentences_are_short(page: Path) -> None:
+    assert long_sentences(page.read_text()) == []
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in GENERATED], ids=named)
+def test_sentences_are_short_on_average(page: Path) -> None:
+    assert statistics.mean(len(sentence.split()) for sentence in sentences(page.read_text())) <= WORDS
+
+
+def test_the_measures_see_what_they_should() -> None:
+    """A page that breaks each rule, for a measure that sees nothing finds nothing."""
+    word = "Word "
+    assert long_lines(f"short\n\n{'x' * 121}\n\n| {'x' * 200} |\n```\n{'x' * 121}\n```") == [3]
+    assert long_cells(f"| {'x' * 121} | y |\n|---|---|\n") == ["x" * 121]
+    paragraph = f"One. {word * 13}\n{word * 13}end."
+    text = f"# Title of five more words\n\n{paragraph}\n\n- {word * 25}\n- {word * 26}\n| {word * 30} |"
+    assert [len(sentence.split()) for sentence in long_sentences(text)] == [27, 26]
+    assert sentences("See `a. B`, [a link. There](x.md) or so. Next: More.") == [
+        "See `code`, a link.",
+        "There or so.",
+        "Next: More.",
+    ]
