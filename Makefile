@@ -1,6 +1,7 @@
 # Needs make and Python 3.10+; everything else is installed into $(VENV) from pyproject.toml.
 #   make demo    build the environment, patch two trained models, prove them, compare text and speed
 #   make test    check and run every test, those of the vLLM plugin in an environment of their own
+#   make test-long   what does not fit into that: endurance, all families
 #   make format  Python, C and CUDA sources as they are kept;  make check  whether they are, lint and types (seconds)
 # PYTHON, VENV, TORCH and PIP_ARGS can be set on the command line, e.g. `make test PYTHON=python3.12 VENV=/tmp/v`.
 
@@ -13,20 +14,26 @@ TORCH ?= torch==2.13.0
 EXTRAS ?= test
 PIP_ARGS ?=
 PYTEST_ARGS ?= -n 2 --dist worksteal
+LONG_PASSED := records/test_long.txt
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-vllm format check record env train clean
+.PHONY: demo test test-long test-vllm format check record env train clean
 
 demo: $(INSTALLED)
 	$(BIN)/python scripts/demo.py
 
 test: check record
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not long" $(PYTEST_ARGS)
 	$(MAKE) test-vllm
+	@echo "make test-long last passed: $$(cat $(LONG_PASSED) 2>/dev/null || echo never)"
+
+test-long: $(INSTALLED)
+	$(BIN)/python -m pytest -m long $(PYTEST_ARGS)
+	@echo "$$(date -u +%F), commit $$(git rev-parse --short HEAD)" > $(LONG_PASSED)
 
 # One engine at a time: each takes both cores of a small machine. vLLM pins its own torch and transformers, so that the
 # pairs are tested with an older transformers too: there gradient checkpointing wraps a layer's call, in newer ones its
