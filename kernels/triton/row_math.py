@@ -12,8 +12,7 @@ UNROLL: tl.constexpr = tl.constexpr(4)
 
 PREFETCH_FROM: tl.constexpr = tl.constexpr(1024)
 """Rows of a launch from which `prefetch` runs. It pays where rows come from memory (4096 of them) and costs where few
-lie in the L2 already (256 x 16384 by the CUDA kernel: 10.1 us with it, 8.5 without). It computes nothing, so a row's
-bits do not depend on it."""
+lie in the L2 already. It computes nothing, so a row's bits do not depend on it."""
 
 
 @triton.jit

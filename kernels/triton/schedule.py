@@ -3,49 +3,17 @@
 That is what makes a row's result independent of its batch, and it lets N be a compile-time constant. Chunks instead of
 one power-of-two block: N = 6144 is three chunks of 2048, not 8192 lanes of which 2048 idle.
 
-Measured on an H200, bf16, M = 4096, cold, us. `before`: one or two vectors a thread, up to 1024 threads, launched after
-the kernel in front of it. CUDA: our kernel in the same run. chain: 1, 64 and 256 rows, each launch reading what the
-last one wrote.
+What was measured, and what lost, is in docs/decisions/triton.md.
 
-    plain        N  CUDA  before   now  threads          fused        N  CUDA  before   now  threads
-              1024   5.04   5.61   5.17  4 x 64                    1024   9.42  10.00   9.59  128
-              2048   9.07  10.21   9.29  128                       2048  17.37  18.29  17.73  256
-              4096  17.05  18.51  17.50  256                       4096  34.19  34.98  34.20  512
-              8192  33.71  35.06  33.67  512                       5120  41.99  43.14  42.47  256
-             10240  42.07  43.23  42.44  512                       8192  66.46  67.26  65.92  1024
-             16384  66.65  67.46  66.98  1024                     16384 130.12 133.72 130.32  512
-             20480  82.39 102.34  82.01  1024                     24576 194.66 198.19 195.93  512
-             32768 132.17 135.66 129.92  512                      32768 257.71 260.16 257.49  1024
-             65536  38.60  43.68  37.98  1024  (M = 512)          65536  69.05  82.18  70.74  1024  (M = 512)
-            131072  74.69  97.06  90.92  1024  (M = 512)         131072 133.90 172.49 151.25  1024  (M = 512)
+Rows are kept as 16-bit values (`widened_again` in row_math.py), so that 4 to 8 vectors a thread leave room for two or
+three programs on a multiprocessor. The threads are those whose chunks fit the length.
 
-    chain        N  CUDA              before            now
-    fused     2048  0.92 1.06 1.49    1.39 1.52 1.89    0.97 1.11 1.48
-              4096  1.14 1.38 2.03    1.58 1.74 2.38    1.13 1.28 1.90
-              8192  1.16 2.03 3.39    2.00 2.30 3.45    1.48 1.78 3.24
-             16384  1.33 2.46 5.95    2.84 3.32 6.25    2.41 2.74 5.98
-    plain     2048  0.87 1.01 1.37    1.48 1.57 1.80    0.89 1.03 1.40
-              8192  1.11 1.54 2.70    1.86 2.05 2.85    1.42 1.63 2.61 to 3.25 (two runs)
-             16384  1.24 2.17 3.88    2.22 2.66 4.11    1.98 2.29 4.19
-
-What bought it: rows kept as 16-bit values (`widened_again` in row_math.py), so that 4 to 8 vectors a thread leave room
-for two or three programs on a multiprocessor (20480: 102 -> 83); the dependent launch (up to 1 us); the prefetch (1% to
-2% from N = 7168 on). The threads are those whose chunks fit the length: 5120 in 512 threads is 24.0 (plain), in 256 it
-is 21.4.
-
-When the next kernel may start: after the loads, but after the reduction for the light programs of the fused kernel. The
-next one's programs, waiting, crowd on some multiprocessors there (256 x 4096: 2.6 after the loads, 1.9 after the
-reduction). A late start makes what stands above the wait costly, so those have no prefetch (one row of 4096 with both:
-1.30, else 1.13).
+The next kernel may start after the loads, but after the reduction for the light programs of the fused kernel: the next
+one's programs, waiting, crowd on some multiprocessors there. A late start makes what stands above the wait costly, so
+those have no prefetch.
 
 The weight is read behind the wait. Asked for above it, by the first program alone, it costs nothing against a read
-there (H100, chain, fused 32 x 2048: 1.06 us, read above 1.07, without the prefetch 1.12; plain 32 x 4096: 1.23, 1.22,
-1.27). Longer fused rows lose by the prefetch (1 x 16384: 2.46, without 2.37), so they have none.
-
-Lost: evict-first loads (2% to 5%), a register bound by force (spills, or nothing), a prefetch for each line of 128
-bytes (20% at 3072), the whole weight ahead of long rows (registers: 109 at 20480), programs of several rows at 2048 (a
-row alone 1.02 to 1.2), 1024 threads for the fused 6144 (52.1, with 512 50.3), 512 threads for the plain 16384 (66.3,
-but 4.3 to 4.9 for 256 rows).
+there. Longer fused rows lose by the prefetch, so they have none.
 """
 
 from typing import NamedTuple

@@ -27,7 +27,7 @@ NOISE_NOTE = (
 )
 
 PREFILLS = 5
-"""Forwards of the prompt in a round, whose median counts: one takes milliseconds, and a busy machine doubles it."""
+"""Forwards of the prompt in a round, whose median counts: one is short, and a busy machine doubles it."""
 
 EQUAL = 0.02
 """Rounds that overlap say "equal" where they all lie this close together, else they say nothing."""

@@ -1,6 +1,6 @@
 """What the ops accept, checked in one place; each error names the tensor, what came and what is supported.
 
-The full checks take a few microseconds. Backends run them when they meet a new (dtype, N, ...) for the first time and
+The full checks are slow beside a launch. Backends run them when they meet a new (dtype, N, ...) for the first time and
 repeat per call only what such a key does not cover: equal shapes and devices, and aliasing of what is written.
 """
 

@@ -4,7 +4,7 @@
     y    = round_out( round_mid(x * rstd) * (offset + weight) )
 
 Libraries differ in where they round and in how the weight enters; a fused kernel that ignores the difference
-differs from the model in 19-35% of its bf16 outputs.
+differs from the model in many of its bf16 outputs.
 """
 
 from __future__ import annotations

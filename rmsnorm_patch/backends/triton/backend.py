@@ -2,8 +2,7 @@
 
 `bind(op, spec)` returns a callable with the signature of `ops.bind_*`. Per (dtype, N, weight dtype) it keeps the
 schedule, the compile-time constants and the compiled kernel; per call it checks shapes, looks at strides and launches.
-Calling the compiled kernel directly, in place of `kernel[grid](...)` with its two dozen arguments to hash, took the
-host cost of a fused call from 44 us to 15 (H200, triton 3.6).
+It calls the compiled kernel directly: `kernel[grid](...)` hashes two dozen arguments, most of a call's host cost.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """How a library splits the inner dimension of a product of few rows, and the product in such parts.
 
 To fill the device a library cuts K of a product [M, K] x [N, K] into parts, each the work of tiles of its own, and adds
-up their fp32 results in a kernel of its own. How it does cannot be asked. It is found out by comparing, once for each
-shape and on made rows: the split whose parts add up to the bits of `torch.mm` is the library's.
+up their fp32 results in a kernel of its own. It does not say how. Splits are compared, once for each shape and on made
+rows: the split whose parts add up to the bits of `torch.mm` is the library's.
 
 Only after `allow_reordering(True)` a product whose split cannot be had, or that is not split, comes in as many parts as
 fill the device. Its sums are then fp32 sums in another order: as exact, but not those bits.
@@ -27,8 +27,7 @@ SPLITS = (2, 3, 4, 5, 6, 7, 8)
 TILE = 64
 """Libraries cut K into steps of this many columns or a multiple; parts of another length are no split of theirs."""
 COMPARED = 1 << 18
-"""Elements of a product that are compared. Another split changed 2 to 9 in 10 000 of the sums with a residual (bf16,
-K = 2048 to 14336, H100), so that 50 or more would differ."""
+"""Elements of a product that are compared: so many that dozens of another split's would differ."""
 TALL = 2048
 """Rows of a product that is not split: its tiles fill the device without."""
 ALIGNMENT = 256
