@@ -438,7 +438,8 @@ def test_ptx_for_a_newer_device_runs_here(monkeypatch, tmp_path):
 def test_disk_cache_serves_a_new_process(tmp_path):
     script = """
 import json, sys, time, torch
-from rmsnorm_patch import cuda_backend, nvrtc
+from rmsnorm_patch.backends.cuda import backend as cuda_backend
+from rmsnorm_patch.backends.cuda import nvrtc
 from rmsnorm_patch.numerics.spec import LLAMA
 x = torch.randn(8, 2048, device="cuda", dtype=torch.bfloat16)
 weight = torch.nn.Parameter(torch.ones(2048, device="cuda", dtype=torch.bfloat16))

@@ -18,7 +18,7 @@ import collections, json, sys
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 import rmsnorm_patch
-from rmsnorm_patch import observe, reference
+from rmsnorm_patch.rewrite import observe
 
 fields = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
               num_key_value_heads=1, head_dim=16, pad_token_id=0)

@@ -35,7 +35,8 @@ def test_missing_triton_is_a_reason_and_not_a_crash() -> None:
     script = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch\n"
-        "from rmsnorm_patch import ops, triton_backend\n"
+        "from rmsnorm_patch import ops\n"
+        "from rmsnorm_patch.backends.triton import backend as triton_backend\n"
         "from rmsnorm_patch.numerics.spec import LLAMA\n"
         "print(triton_backend.available('cpu'))\n"
         "print(ops.bind_rms_norm(LLAMA)(torch.ones(2, 4), None, 0.0).sum().item())\n"
