@@ -174,13 +174,13 @@ def noted_launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     caches = cuda_backend._bound, cuda_pair._bound, cuda_partials._bound
     for known in caches:
         known.cache_clear()
-    ops._BOUND.clear()
+    ops.bound._BOUND.clear()
     yield noted
     monkeypatch.undo()
     launcher.functions.cache_clear()
     for known in caches:
         known.cache_clear()
-    ops._BOUND.clear()
+    ops.bound._BOUND.clear()
 
 
 def results_of(backend: str, **asked) -> list[torch.Tensor]:
@@ -218,7 +218,7 @@ def test_plain_launches_by_cuda(noted_launches: list[bool], monkeypatch: pytest.
     noted_launches.clear()
     for known in (cuda_backend._bound, cuda_pair._bound, cuda_partials._bound):
         known.cache_clear()
-    ops._BOUND.clear()
+    ops.bound._BOUND.clear()
     assert all(map(torch.equal, results_of("cuda"), expected))
     assert noted_launches
     assert not any(noted_launches)
@@ -239,7 +239,7 @@ def test_plain_launches_by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.delenv(launch_mode.VARIABLE, raising=False)
     triton_backend._bind.cache_clear()  # what earlier tests launched does not count
-    ops._BOUND.clear()
+    ops.bound._BOUND.clear()
     expected = results_of("triton")
     assert launched() == {True}
     assert all(map(torch.equal, results_of("triton", enable_pdl=False), expected))

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..backends.cuda import nvrtc
 from ..fused.linear_norm import splits as product_splits
+from ..numerics.contract import FUNCTIONAL
 from ..ops.dispatch import triton_installed
 from . import arithmetic, linear_pass, settings
 from .decision import SPECS, Decision, decide, decision_for, facts_of
@@ -64,7 +65,7 @@ def _default_priority(original: Callable[..., Any]) -> Callable[..., Any]:
         priority = original(cls, vllm_config)
         decision = decide(facts_of(vllm_config, tuple(priority.rms_norm)))
         if decision.route == "ir":
-            for name in ("rms_norm", "fused_add_rms_norm"):
+            for name in FUNCTIONAL:
                 setattr(priority, name, [decision.provider, *getattr(priority, name)])
         return priority
 

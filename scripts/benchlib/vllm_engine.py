@@ -342,8 +342,8 @@ def scheduled(schedules: str) -> Iterator[None]:
         cuda_backend.configs_for.cache_clear()
         cuda_backend._bound.cache_clear()
         cuda_partials._bound.cache_clear()
-        ops._bound_of.cache_clear()
-        ops._BOUND.clear()
+        ops.library._bound_of.cache_clear()
+        ops.bound._BOUND.clear()
         linear_ops._bound.cache_clear()
 
     forget()

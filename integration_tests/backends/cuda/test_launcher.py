@@ -23,6 +23,7 @@ from rmsnorm_patch.backends.cuda.launcher import in_python as launcher_ctypes
 from rmsnorm_patch.cli import environment
 from rmsnorm_patch.errors import KernelBuildError, UnsupportedInput
 from rmsnorm_patch.fused.linear_norm import kernel as cuda_partials
+from rmsnorm_patch.numerics.contract import PLAIN_OPS
 from rmsnorm_patch.numerics.spec import LLAMA
 
 N = 64
@@ -106,8 +107,6 @@ def kernel(functions: launcher.Functions, **changes: int) -> int:
 class Op:
     """One op's callable over `functions`, with a plan for bf16 rows of N; `slow` collects what it was not sure of."""
 
-    CODES = ("rms_norm", "fused_add_rms_norm", "fused_add_rms_norm_")
-
     def __init__(self, functions: launcher.Functions, op: str, has_weight: bool = True, **plan: int) -> None:
         self.slow_calls: list[tuple] = []
         self.bumped: list[tuple] = []
@@ -117,7 +116,7 @@ class Op:
             return "slow"
 
         self.table, self.call = functions.make_callable(
-            self.CODES.index(op),
+            PLAIN_OPS[op].code,
             has_weight,
             slow,
             torch.Tensor,

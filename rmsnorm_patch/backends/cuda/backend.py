@@ -17,6 +17,7 @@ import torch
 from ...backends.cuda.schedules import Config, Op, schedules, sm
 from ...errors import KernelBuildError, UnsupportedInput
 from ...numerics import operands as validate
+from ...numerics.contract import FUSED_ADD, PLAIN_OPS
 from ...numerics.spec import NormSpec
 from .. import launch_mode
 from . import driver, jit, launcher, nvrtc
@@ -24,7 +25,6 @@ from . import driver, jit, launcher, nvrtc
 MAX_ALIGN = 32
 DLPACK_CUDA = 2
 """CUDA in DLPack's numbering of devices."""
-_OP_CODES = {"rms_norm": 0, "fused_add_rms_norm": 1, "fused_add_rms_norm_": 2}
 
 
 @lru_cache(maxsize=64)
@@ -90,7 +90,7 @@ def _bound(op: Op, spec: NormSpec, dependent: bool) -> tuple[BoundOp, Callable[.
     if empty_strided is not None and exchange is not None:
         bound.functions = launcher.functions()
         made = bound.functions.make_callable(
-            _OP_CODES[op],
+            PLAIN_OPS[op].code,
             spec.has_weight,
             bound,
             torch.Tensor,
@@ -102,7 +102,7 @@ def _bound(op: Op, spec: NormSpec, dependent: bool) -> tuple[BoundOp, Callable[.
         )
     if made is None:
         bound.functions = launcher.python_functions("torch before 2.10 lacks what launcher.c asks it for")
-        made = bound.functions.make_callable(_OP_CODES[op], spec.has_weight, bound)
+        made = bound.functions.make_callable(PLAIN_OPS[op].code, spec.has_weight, bound)
     bound.table, call = made
     return bound, call
 
@@ -167,8 +167,9 @@ class BoundOp:
         self.op = op
         self.spec = spec
         self.dependent = dependent
-        self.fused = op.startswith("fused_add")
-        self.in_place = op == "fused_add_rms_norm_"
+        self.fused = PLAIN_OPS[op].fused_add
+        self.in_place = PLAIN_OPS[op].in_place
+        self._check_operands = PLAIN_OPS[op].check
         self.functions: launcher.Functions
         self.table: object = None
         self._kernels: dict[tuple[Any, ...], list[tuple[int, int]]] = {}
@@ -180,7 +181,7 @@ class BoundOp:
         residual = rest[0] if self.fused else None
         weight, eps = rest[-2:]
         weight = weight if self.spec.has_weight else None
-        self._check(x, residual, weight)
+        self._check(x, *((residual,) if self.fused else ()), weight)
         eps = self.default_eps(x.dtype) if eps is None else float(eps)
         if self.in_place and x.numel() and not (self._writable(x) and self._writable(residual)):
             return self._through_copies(x, residual, weight, eps)
@@ -196,20 +197,15 @@ class BoundOp:
         """What a call with eps=None adds."""
         return replace(self.spec, eps=None).resolve_eps(x)
 
-    def _check(self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None) -> None:
-        if self.in_place:
-            validate.check_in_place(x, residual, weight, self.spec, self.op)  # type: ignore[arg-type]
-        elif self.fused:
-            validate.check_fused_add(x, residual, weight, self.spec, self.op)  # type: ignore[arg-type]
-        else:
-            validate.check_rms_norm(x, weight, self.spec, self.op)
+    def _check(self, x: torch.Tensor, *others: torch.Tensor | None) -> None:
+        self._check_operands(x, *others, self.spec, self.op)
         if not x.is_cuda:
             raise UnsupportedInput(
                 self.op, f"x on {x.device}", "CUDA tensors for backend='cuda'", "use backend='auto' or 'reference'"
             )
 
     def _through_copies(self, x: torch.Tensor, residual: Any, weight: torch.Tensor | None, eps: float) -> None:
-        normed, total = bind("fused_add_rms_norm", self.spec, self.dependent)(x, residual, weight, eps)
+        normed, total = bind(FUSED_ADD.name, self.spec, self.dependent)(x, residual, weight, eps)
         residual.copy_(total)
         x.copy_(normed)
 

@@ -16,9 +16,10 @@ from ...backends import launch_mode
 from ...backends.cuda import launcher
 from ...backends.cuda.backend import BoundOp, configs_for, power_of_two
 from ...backends.cuda.schedules import Config, Op
+from ...numerics.contract import FUSED_ADD_IN_PLACE
 from ...numerics.spec import NormSpec
 
-OP: Op = "fused_add_rms_norm_"
+OP: Op = FUSED_ADD_IN_PLACE.name
 """The op whose place the kernel takes."""
 MOST_ROWS = 256
 """A CTA, or a cluster, for each row: more rows are better off with a reduction that fills the device."""

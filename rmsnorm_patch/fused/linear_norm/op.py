@@ -22,12 +22,12 @@ from ... import ops
 from ...backends.names import Backend
 from ...errors import UnsupportedInput
 from ...numerics import operands as validate
+from ...numerics.contract import FUSED_ADD_IN_PLACE, IMPLIED_EPS
 from ...numerics.spec import NormSpec
 from .splits import product_in_parts, split_of
 
 NAME = "linear_fused_add_rms_norm_"
-_IN_PLACE = ops.SCHEMAS["fused_add_rms_norm_"]
-SCHEMA = _IN_PLACE.replace("Tensor(a!) x", "Tensor rows, Tensor matrix").replace("-> ()", "-> Tensor")
+SCHEMA = FUSED_ADD_IN_PLACE.schema.replace("Tensor(a!) x", "Tensor rows, Tensor matrix").replace("-> ()", "-> Tensor")
 
 
 def _linear_fused_add_rms_norm_(  # type: ignore[no-untyped-def]
@@ -48,7 +48,7 @@ def _linear_fused_add_rms_norm_(  # type: ignore[no-untyped-def]
 
     normed = _for_result(rows, matrix)
     validate.check_in_place(normed, residual, weight, variant, NAME)
-    add_up, eps = cuda_partials.bound(variant, parts, enable_pdl=False), _IMPLIED_EPS if eps is None else eps
+    add_up, eps = cuda_partials.bound(variant, parts, enable_pdl=False), IMPLIED_EPS if eps is None else eps
     add_up(product_in_parts(rows, matrix, parts), residual, weight, eps, normed)
     if not residual.is_inference():  # autograd counts what an in-place op wrote
         torch.autograd.graph.increment_version(residual)
@@ -56,7 +56,6 @@ def _linear_fused_add_rms_norm_(  # type: ignore[no-untyped-def]
 
 
 _DEFAULTS = ops.spec_args(NormSpec())
-_IMPLIED_EPS = NormSpec(eps=None).resolve_eps(torch.float32)
 
 
 @cache

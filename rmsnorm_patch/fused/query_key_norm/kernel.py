@@ -13,6 +13,7 @@ from ...backends.cuda import launcher
 from ...backends.cuda.backend import MAX_ALIGN, BoundOp, Rows, bind, configs_for, power_of_two, rows_of
 from ...errors import UnsupportedInput
 from ...numerics import operands as validate
+from ...numerics.contract import RMS_NORM
 from ...numerics.spec import NormSpec
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -37,9 +38,10 @@ class BoundPair(BoundOp):
     """The pair of one numerics variant; kernels are kept as for any op."""
 
     def __init__(self, spec: NormSpec, dependent: bool) -> None:
-        super().__init__("rms_norm_pair", spec, dependent)
+        super().__init__(RMS_NORM.name, spec, dependent)
+        self.op = "rms_norm_pair"
         self.functions = launcher.functions()
-        self.single = bind("rms_norm", spec, dependent)
+        self.single = bind(RMS_NORM.name, spec, dependent)
 
     def _register(self, *_: Any) -> None:
         """The plain call of launcher.c does not know pairs."""
