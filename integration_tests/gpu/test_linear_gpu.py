@@ -110,7 +110,7 @@ def test_kernels_of_one_call(kind: str, monkeypatch: pytest.MonkeyPatch) -> None
     """One kernel fewer than the two calls launch, whichever launcher starts it."""
     monkeypatch.setenv(launcher.VARIABLE, kind)
     launcher.functions.cache_clear()
-    cuda_partials._bound.cache_clear()
+    ops.forget()
     try:
         assert launcher.functions().kind == kind
         tensors = operands(8, 4096, 14336)
@@ -123,7 +123,7 @@ def test_kernels_of_one_call(kind: str, monkeypatch: pytest.MonkeyPatch) -> None
         assert counts[1] == counts[0] - 1
     finally:
         launcher.functions.cache_clear()
-        cuda_partials._bound.cache_clear()
+        ops.forget()
 
 
 @measured

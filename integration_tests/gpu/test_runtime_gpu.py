@@ -48,10 +48,10 @@ def launcher_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     """Both launchers, each with ops bound anew."""
     monkeypatch.setenv(launcher.VARIABLE, request.param)
     launcher.functions.cache_clear()
-    cuda_backend._bound.cache_clear()
+    ops.forget()
     yield request.param
     launcher.functions.cache_clear()
-    cuda_backend._bound.cache_clear()
+    ops.forget()
 
 
 def rand(*shape: int, dtype: torch.dtype = BF16, seed: int = 0, device: str = "cuda") -> torch.Tensor:

@@ -16,6 +16,7 @@ backward: under grad the patched modules use the original arithmetic, and so doe
 
 from __future__ import annotations
 
+from ..backends.bindings import forget
 from .bound import (
     COMPILE_VARIABLE,
     Bound,
@@ -40,5 +41,6 @@ __all__ = [
     "bind_rms_norm",
     "compile_form",
     "decompositions",
+    "forget",
     "spec_args",
 ]

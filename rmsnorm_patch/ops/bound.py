@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from ..backends import launch_mode
+from ..backends.bindings import forgotten_with
 from ..backends.names import BACKENDS, Backend
 from ..errors import KernelBuildError, UnsupportedInput
 from ..numerics import operands
@@ -20,6 +21,7 @@ COMPILE_VARIABLE = "RMSNORM_PATCH_COMPILE"
 
 _is_compiling = torch.compiler.is_compiling
 _BOUND: dict[tuple[str, NormSpec, str, bool], Bound] = {}
+forgotten_with(_BOUND.clear)
 
 
 def compile_form(device_type: str) -> CompileForm:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
 
+from ..backends.bindings import kept
 from ..numerics.contract import FUNCTIONAL, PLAIN_OPS, PlainOp
 from ..numerics.spec import NormSpec
 from .bound import Bound, bind
@@ -15,7 +15,7 @@ from .bound import Bound, bind
 NAMESPACE = "rmsnorm_patch"
 
 
-@cache
+@kept
 def _bound_of(
     op: str,
     has_weight: bool,

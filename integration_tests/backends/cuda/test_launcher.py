@@ -17,12 +17,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rmsnorm_patch import ops
 from rmsnorm_patch.backends.cuda import backend as cuda_backend
 from rmsnorm_patch.backends.cuda import cache, driver, launcher, schedules
 from rmsnorm_patch.backends.cuda.launcher import in_python as launcher_ctypes
 from rmsnorm_patch.cli import environment
 from rmsnorm_patch.errors import KernelBuildError, UnsupportedInput
 from rmsnorm_patch.fused.linear_norm import kernel as cuda_partials
+from rmsnorm_patch.fused.query_key_norm import kernel as cuda_pair
 from rmsnorm_patch.numerics.contract import PLAIN_OPS
 from rmsnorm_patch.numerics.spec import LLAMA
 
@@ -518,18 +520,18 @@ def test_the_switch_reaches_the_kernels_of_every_op(functions, recorded, monkeyp
 def test_env_says_who_starts_kernels(recorded, monkeypatch):
     guards = torch._C._dynamo.guards
     monkeypatch.setattr(guards, "_empty_strided_cuda", guards._empty_strided_cpu, raising=False)
-    cuda_backend._bound.cache_clear()
+    ops.forget()
     assert environment.starting() == "started by launcher.c"
     with monkeypatch.context() as older:
         older.delattr(torch.Tensor, "__dlpack_c_exchange_api__")
-        cuda_backend._bound.cache_clear()
+        ops.forget()
         why = "started from Python, a few microseconds more a call: torch before 2.10"
         assert environment.starting().startswith(why)
     monkeypatch.setenv(launcher.VARIABLE, "python")
     launcher.functions.cache_clear()
-    cuda_backend._bound.cache_clear()
+    ops.forget()
     assert environment.starting().endswith(f"{launcher.VARIABLE}=python")
-    cuda_backend._bound.cache_clear()
+    ops.forget()
 
 
 def test_env_says_why_nobody_can_start_kernels(recorded, tmp_path, monkeypatch):
@@ -539,8 +541,24 @@ def test_env_says_why_nobody_can_start_kernels(recorded, tmp_path, monkeypatch):
     folder.mkdir(mode=0o700)
     folder.chmod(0o777)
     monkeypatch.setenv(cache.DIRECTORY_VARIABLE, str(folder))
-    for forget in (cache.forget, launcher.functions.cache_clear, cuda_backend._bound.cache_clear):
+    for forget in (cache.forget, launcher.functions.cache_clear, ops.forget):
         forget()
     assert str(folder) in environment.starting()
-    for forget in (cache.forget, launcher.functions.cache_clear, cuda_backend._bound.cache_clear):
+    for forget in (cache.forget, launcher.functions.cache_clear, ops.forget):
         forget()
+
+
+def test_every_op_with_kernels_is_bound_anew_once_all_is_forgotten(recorded, monkeypatch):
+    guards = torch._C._dynamo.guards
+    monkeypatch.setattr(guards, "_empty_strided_cuda", guards._empty_strided_cpu, raising=False)
+    ops.forget()
+    held = [
+        *(lambda op=op: cuda_backend.bind(op, LLAMA) for op in PLAIN_OPS),
+        lambda: cuda_partials.bound(LLAMA, 2),
+        lambda: cuda_pair.bind_rms_norm_pair(LLAMA),
+    ]
+    before = [bind() for bind in held]
+    assert all(bind() is first for bind, first in zip(held, before, strict=True))
+    ops.forget()
+    assert all(bind() is not first for bind, first in zip(held, before, strict=True))
+    ops.forget()

@@ -20,6 +20,7 @@ from ...numerics import operands as validate
 from ...numerics.contract import FUSED_ADD, PLAIN_OPS
 from ...numerics.spec import NormSpec
 from .. import launch_mode
+from ..bindings import kept
 from . import driver, jit, launcher, nvrtc
 
 MAX_ALIGN = 32
@@ -81,7 +82,7 @@ def warmup(
     bound.prepare(x, weight)
 
 
-@cache
+@kept
 def _bound(op: Op, spec: NormSpec, dependent: bool) -> tuple[BoundOp, Callable[..., Any]]:
     bound = BoundOp(op, spec, dependent)
     empty_strided = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)  # Inductor's: skips the dispatcher
@@ -392,7 +393,7 @@ def _capability(index: int) -> int:
     return sm(torch.cuda.get_device_capability(index))
 
 
-@lru_cache(maxsize=1024)
+@kept
 def configs_for(op: Op, x_dtype: torch.dtype, n: int, index: int) -> tuple[Config, ...]:
     """The schedules of `op` for rows of `n` columns on device `index`; empty where no kernel serves them."""
     return schedules(op, x_dtype, n, _capability(index), torch.cuda.get_device_name(index))

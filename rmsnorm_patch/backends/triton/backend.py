@@ -9,7 +9,6 @@ host cost of a fused call from 44 us to 15 (H200, triton 3.6).
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ from ...numerics import operands as validate
 from ...numerics.contract import FUSED_ADD, IMPLIED_EPS, PLAIN_OPS, RMS_NORM
 from ...numerics.spec import NormSpec
 from .. import launch_mode
+from ..bindings import kept
 from . import loader as triton_loader
 
 MINIMUM_CAPABILITY = (8, 0)
@@ -49,7 +49,7 @@ def bind(op: str, spec: NormSpec, enable_pdl: bool | None = None) -> Callable[..
     return _bind(op, spec.variant, launch_mode.dependent(enable_pdl))
 
 
-@cache
+@kept
 def _bind(op: str, spec: NormSpec, dependent: bool) -> Callable[..., Any]:
     row = PLAIN_OPS[op]
     fused = FusedAddRMSNormInPlace if row.in_place else FusedAddRMSNorm

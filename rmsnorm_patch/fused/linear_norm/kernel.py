@@ -8,11 +8,11 @@ tree is that of the fused op in place, so its bits are those of "add the parts, 
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
 
 import torch
 
 from ...backends import launch_mode
+from ...backends.bindings import kept
 from ...backends.cuda import launcher
 from ...backends.cuda.backend import BoundOp, configs_for, power_of_two
 from ...backends.cuda.schedules import Config, Op
@@ -36,7 +36,7 @@ def bound(spec: NormSpec, parts: int, enable_pdl: bool | None = None) -> BoundPa
     return _bound(spec.variant, parts, launch_mode.dependent(enable_pdl))
 
 
-@cache
+@kept
 def _bound(spec: NormSpec, parts: int, dependent: bool) -> BoundPartials:
     return BoundPartials(spec, parts, dependent)
 

@@ -13,12 +13,12 @@ have been allowed (`product_splits.allow_reordering`).
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 
 from ... import ops
+from ...backends.bindings import kept
 from ...backends.names import Backend
 from ...errors import UnsupportedInput
 from ...numerics import operands as validate
@@ -58,7 +58,7 @@ def _linear_fused_add_rms_norm_(  # type: ignore[no-untyped-def]
 _DEFAULTS = ops.spec_args(NormSpec())
 
 
-@cache
+@kept
 def _bound(has_weight: bool, *spec: object) -> tuple[NormSpec, Backend, ops.Bound, ops.Bound]:
     """Of the arguments after eps, of which those at the end may be missing: numerics, backend, the fused op, and the
     same launched plainly."""

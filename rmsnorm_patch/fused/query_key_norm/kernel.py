@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
 
 from ...backends import launch_mode
+from ...backends.bindings import kept
 from ...backends.cuda import launcher
 from ...backends.cuda.backend import MAX_ALIGN, BoundOp, Rows, bind, configs_for, power_of_two, rows_of
 from ...errors import UnsupportedInput
@@ -19,7 +19,7 @@ from ...numerics.spec import NormSpec
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-@cache
+@kept
 def _bound(spec: NormSpec, dependent: bool) -> BoundPair:
     return BoundPair(spec, dependent)
 
