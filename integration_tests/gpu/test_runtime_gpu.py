@@ -17,7 +17,7 @@ import torch.nn as nn
 
 from rmsnorm_patch import ops
 from rmsnorm_patch.backends.cuda import backend as cuda_backend
-from rmsnorm_patch.backends.cuda import cache, launcher
+from rmsnorm_patch.backends.cuda import cache, jit, launcher
 from rmsnorm_patch.errors import KernelBuildError, UnsupportedInput
 from rmsnorm_patch.fused.query_key_norm import kernel as cuda_pair
 from rmsnorm_patch.numerics import reference
@@ -386,7 +386,7 @@ def test_capture_with_a_cold_cache(tmp_path, monkeypatch):
 
 def test_warmup_leaves_nothing_to_compile(monkeypatch):
     cuda_backend.warmup("fused_add_rms_norm", LLAMA, 1544, BF16, BF16)
-    monkeypatch.setattr(cuda_backend.jit, "machine_code", lambda build: pytest.fail("compiled after warmup"))
+    monkeypatch.setattr(jit, "machine_code", lambda build: pytest.fail("compiled after warmup"))
     check_fused(rand(8, 1544), rand(8, 1544, seed=1), parameter(1544))
     check_fused(rand(3000, 1544), rand(3000, 1544, seed=1), parameter(1544))
 

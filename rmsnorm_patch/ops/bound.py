@@ -15,6 +15,7 @@ from ..errors import KernelBuildError, UnsupportedInput
 from ..numerics import operands
 from ..numerics.contract import FUSED_ADD, FUSED_ADD_IN_PLACE, IMPLIED_EPS, PLAIN_OPS, RMS_NORM
 from ..numerics.spec import NormSpec
+from . import dispatch
 
 CompileForm = Literal["op", "decomposed"]
 COMPILE_VARIABLE = "RMSNORM_PATCH_COMPILE"
@@ -112,7 +113,7 @@ class Bound:
         """The CUDA backend's own callable once a call has been routed there: it knows what it serves, and says
         KernelBuildError to the rest, so that the usual call pays for no look-up here."""
         self.table: object | None = None
-        """`cuda_backend.table`, from the same moment on."""
+        """What `dispatch.bind_on` gives with it, from the same moment on."""
 
     def __call__(self, *args: Any) -> Any:
         if _is_compiling():
@@ -159,22 +160,18 @@ class Bound:
     def _new_route(self, x: torch.Tensor, weight: torch.Tensor | None) -> tuple[str, Callable[..., Any]]:
         operands.check_rms_norm(x, weight, self.spec, self.op)
         name = self.backend if self.backend != "auto" else _choose(self.op, self.spec, x, weight)
-        if name == "triton":
-            from ..backends.triton import backend as triton_backend
-
-            return name, triton_backend.bind(self.op, self.spec, self.dependent)
+        if name == "reference":
+            return name, self._reference
+        if name == "cuda" and not x.is_cuda:
+            raise UnsupportedInput(
+                self.op, f"x on {x.device}", "CUDA tensors for backend='cuda'", "use backend='auto' or 'reference'"
+            )
+        call, table = dispatch.bind_on(name, self.op, self.spec, self.dependent)
         if name == "cuda":
-            if not x.is_cuda:
-                raise UnsupportedInput(
-                    self.op, f"x on {x.device}", "CUDA tensors for backend='cuda'", "use backend='auto' or 'reference'"
-                )
-            from ..backends.cuda import backend as cuda_backend
-
-            call = cuda_backend.bind(self.op, self.spec, self.dependent)
             self._device_call = self._device_call or call
-            self.table = cuda_backend.table(self.op, self.spec, self.dependent)
+            self.table = table
             return name, self._device_call
-        return name, self._reference
+        return name, call
 
     def __repr__(self) -> str:
         plain = "" if self.dependent else ", enable_pdl=False"
@@ -186,8 +183,6 @@ def _needs_grad(args: tuple[Any, ...]) -> bool:
 
 
 def _choose(op: str, spec: NormSpec, x: torch.Tensor, weight: torch.Tensor | None) -> str:
-    from . import dispatch
-
     weight_dtype = None if weight is None else weight.dtype
     m = x.numel() // x.shape[-1]
     return dispatch.choose(op, spec, x.dtype, weight_dtype, m, x.shape[-1], device=x.device).backend

@@ -10,6 +10,7 @@ import torch.nn as nn
 
 from .. import ops
 from ..numerics.contract import FUNCTIONAL, RMS_NORM
+from ..ops import dispatch
 from ..scan.plan import NormSite, Plan
 
 
@@ -53,11 +54,7 @@ def _prepare_site(
     if backend == "reference":
         return None
     if made not in done:
-        if backend == "cuda":
-            from ..backends.cuda import backend as chosen
-        else:
-            from ..backends.triton import backend as chosen  # type: ignore[no-redef]
-        chosen.warmup(op, site.spec, n, dtype, weight.dtype, weight.device)  # type: ignore[arg-type]
+        dispatch.warmup(backend, op, site.spec, n, dtype, weight.dtype, weight.device)
     return made
 
 

@@ -24,6 +24,11 @@ from . import loader as triton_loader
 MINIMUM_CAPABILITY = (8, 0)
 
 
+def missing() -> str:
+    """Why triton cannot be imported; "" if it can."""
+    return triton_loader.triton_missing()
+
+
 def available(device: torch.device | str) -> tuple[bool, str]:
     """Whether the Triton kernels run on `device`, and why not."""
     device = torch.device(device)

@@ -20,6 +20,7 @@ import torch
 from ... import ops
 from ...errors import RMSNormPatchError, UnsupportedInput
 from ...numerics.spec import NormSpec
+from ...ops import dispatch
 
 MEASURED = (90,)
 """Compute capabilities on which leaving the sum of a split product to the norm was measured to pay."""
@@ -204,13 +205,12 @@ def _measured(device: int) -> bool:
 
 
 def _may_split(rows: torch.Tensor, matrix: torch.Tensor, spec: NormSpec) -> bool:
-    from ...backends.cuda import backend as cuda_backend
     from . import kernel as cuda_partials
 
     device = rows.get_device()
     return (
         _measured(device)
-        and cuda_backend.available(rows.device)[0]
+        and dispatch.available("cuda", rows.device)[0]
         and cuda_partials.serves(spec, rows.dtype, matrix.shape[0], device)
     )
 
