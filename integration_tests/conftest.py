@@ -78,13 +78,12 @@ def random_checkpoint() -> Callable[..., Path]:
 
 @pytest.fixture
 def products_unknown() -> Iterator[None]:
-    """What the process knows and allows of split products, before a test and after it: nothing."""
+    """What the process knows of split products, before a test and after it: nothing."""
     from rmsnorm_patch.fused.linear_norm import splits as product_splits
 
     def forget() -> None:
-        product_splits._SPLITS.clear()
-        product_splits.compare_ahead(None)
-        product_splits.allow_reordering(False)
+        for finder in product_splits.finders():
+            finder.forget()
 
     forget()
     yield

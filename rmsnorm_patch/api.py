@@ -14,6 +14,7 @@ import torch.nn as nn
 from .backends.names import BACKENDS, Backend
 from .errors import PatchConflict, UnsupportedInput, UnsupportedModel
 from .numerics.spec import SUPPORTED_DTYPES
+from .ops import dispatch
 from .pairs.layout import Layout, layout
 from .patch_state import derives_from_patched
 from .rewrite import LOCK, applied_report, apply_plan, patched_paths, revert_model
@@ -225,7 +226,7 @@ def _check_backend_runs(model: nn.Module, backend: Backend) -> None:
 
 def check_backend(backend: Backend, device: torch.device) -> None:
     """Raise UnsupportedInput where `backend` is forced and cannot run on `device`."""
-    why, step = ("", "") if backend in ("auto", "reference") else _cannot_run(backend, device)
+    why, step = dispatch.cannot_run(backend, device)
     if why:
         raise UnsupportedInput(
             f"backend={backend!r}",
@@ -242,27 +243,6 @@ def _dtype(given: Any) -> torch.dtype:
         names = ", ".join(map(str, SUPPORTED_DTYPES))
         raise UnsupportedInput("dtype", repr(given), names, "pass one of these, or none for that of the model")
     return found  # type: ignore[no-any-return]
-
-
-def _cannot_run(backend: Backend, device: torch.device) -> tuple[str, str]:
-    """(why `backend` does not run on `device`, what to do about it), ("", "") where it runs."""
-    from .backends.cuda import backend as cuda_backend
-    from .backends.triton import backend as triton_backend
-    from .backends.triton import loader as triton_loader
-
-    if backend == "cuda":
-        runs, why = cuda_backend.available(device if device.type == "cuda" else None)
-        if runs and device.type != "cuda":
-            return "CUDA kernels run on CUDA devices", "move the model to one with model.to('cuda')"
-        return ("", "") if runs else (why, "run it where torch, an NVIDIA GPU and NVRTC are")
-    runs, why = triton_backend.available(device)
-    if runs:
-        return "", ""
-    if triton_loader.triton_missing():
-        return why, "install triton (pip install triton)"
-    if device.type == "cpu":
-        return why, "set TRITON_INTERPRET=1 before the process starts, or move the model to a GPU"
-    return why, "move the model to a device with kernels"
 
 
 def _check_module(model: Any) -> None:

@@ -37,13 +37,12 @@ def _milliseconds(work) -> float:
 
 def _one_kernel() -> float:
     """One schedule from source (or disk) to a loaded function; the first of the process, so the compiler loads too."""
-    from rmsnorm_patch.backends.cuda import backend as cuda_backend
-    from rmsnorm_patch.backends.cuda import driver, jit
+    from rmsnorm_patch.backends.cuda import driver, jit, kernel_set, schedules
     from rmsnorm_patch.numerics.spec import LLAMA
 
     dtype, index = torch.bfloat16, torch.cuda.current_device()
-    config = cuda_backend.configs_for("fused_add_rms_norm", dtype, KERNEL_N, index)[0]
-    arch = cuda_backend.sm(torch.cuda.get_device_capability(index))
+    config = kernel_set.configs_for("fused_add_rms_norm", dtype, KERNEL_N, index)[0]
+    arch = schedules.sm(torch.cuda.get_device_capability(index))
     align = config.vec * dtype.itemsize
     build = jit.Build(config, LLAMA, True, KERNEL_N, 1, dtype, dtype, align, align, False, arch)
 

@@ -14,6 +14,7 @@ from rmsnorm_patch.errors import UnsupportedInput
 from rmsnorm_patch.fused.linear_norm import kernel as cuda_partials
 from rmsnorm_patch.fused.linear_norm import op as linear_ops
 from rmsnorm_patch.fused.linear_norm import splits as product_splits
+from rmsnorm_patch.fused.linear_norm.splits import HIDDEN, UNKNOWN, WHOLE, Split, SplitFinder, in_parts
 from rmsnorm_patch.numerics.spec import LLAMA, NormSpec
 
 pytestmark = pytest.mark.usefixtures("products_unknown")
@@ -213,9 +214,9 @@ def library(split: int) -> Any:
     return product_in_parts
 
 
-def find_split(k: int) -> int:
+def find_split(k: int, reordering: bool = False) -> Split:
     rows, matrix, _, weight = operands(3)
-    return product_splits._find_split(rows.repeat(1, k)[:, :k], matrix.repeat(1, k)[:, :k], weight, LLAMA)
+    return product_splits._find_split(rows.repeat(1, k)[:, :k], matrix.repeat(1, k)[:, :k], weight, LLAMA, reordering)
 
 
 @pytest.fixture
@@ -234,7 +235,7 @@ def test_splits_considered_leave_parts_of_whole_tiles(
 ) -> None:
     seen: list[int] = []
     monkeypatch.setattr(product_splits, "_same_products", lambda products, matrix, parts: seen.append(parts))
-    assert find_split(k) == 0
+    assert find_split(k) == HIDDEN
     assert seen == expected
     assert all(parts <= cuda_partials.MOST_PARTS for parts in product_splits.SPLITS)
 
@@ -245,16 +246,16 @@ def test_a_split_is_taken_if_product_and_norm_have_the_bits(monkeypatch: pytest.
         monkeypatch.setattr(product_splits, "_same_norms", lambda *_, same=same_norm: same)
         for split in (2, 3, 4, 6):
             monkeypatch.setattr(product_splits, "product_in_parts", library(split))
-            assert find_split(768) == (split if same_norm else 0)
+            assert find_split(768) == (in_parts(split) if same_norm else HIDDEN)
         monkeypatch.setattr(product_splits, "product_in_parts", library(5))
-        assert find_split(768) == 0
+        assert find_split(768) == HIDDEN
 
 
 @pytest.mark.usefixtures("split")
 def test_where_every_split_has_the_bits_none_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(product_splits, "_same_norms", lambda *_: True)
     monkeypatch.setattr(product_splits, "product_in_parts", library(0))
-    assert find_split(768) == 0
+    assert find_split(768) == HIDDEN
 
 
 @pytest.mark.usefixtures("split")
@@ -263,7 +264,7 @@ def test_what_cannot_be_compared_is_served_whole() -> None:
     rows, matrix, _, weight = operands(3, torch.bfloat16)
     with pytest.raises(NotImplementedError):
         product_splits.product_in_parts(rows, matrix, 2)
-    assert product_splits._find_split(rows.repeat(1, 8), matrix.repeat(1, 8), weight, FP32_SUM) == 0
+    assert product_splits._find_split(rows.repeat(1, 8), matrix.repeat(1, 8), weight, FP32_SUM, False) == HIDDEN
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -277,9 +278,8 @@ def test_other_sums_only_where_they_are_allowed(whole: bool, monkeypatch: pytest
     for split, agrees, allowed in itertools.product((4, 3), (True, False), (True, False)):
         monkeypatch.setattr(product_splits, "product_in_parts", library(split))
         same_norms[0] = agrees
-        product_splits.allow_reordering(allowed)
         taken = split == 4 and agrees and allowed
-        assert find_split(768) == (4 if taken else int(whole))
+        assert find_split(768, reordering=allowed) == (in_parts(4) if taken else WHOLE if whole else HIDDEN)
 
 
 @pytest.mark.usefixtures("split")
@@ -287,17 +287,7 @@ def test_a_split_with_the_bits_comes_before_any_other(monkeypatch: pytest.Monkey
     monkeypatch.setattr(product_splits, "_same_norms", lambda *_: True)
     monkeypatch.setattr(product_splits, "filling", lambda *_: 4)
     monkeypatch.setattr(product_splits, "product_in_parts", library(3))
-    product_splits.allow_reordering(True)
-    assert find_split(768) == 3
-
-
-def test_allowing_other_sums_forgets_what_was_found(looked_at: list[int]) -> None:
-    assert split_of(3) == 2
-    for allowed, again in ((True, 1), (True, 0), (False, 1)):
-        before = len(looked_at)
-        product_splits.allow_reordering(allowed)
-        assert split_of(3) == 2
-        assert len(looked_at) - before == again
+    assert find_split(768, reordering=True) == in_parts(3)
 
 
 @pytest.mark.parametrize(
@@ -332,14 +322,14 @@ def test_a_product_with_the_bits_of_many_rows_is_not_split(up_to: int, monkeypat
 
     monkeypatch.setattr(torch, "mm", product)
     monkeypatch.setattr(product_splits, "_same_norms", lambda *_: True)
-    assert find_split(768) == (0 if up_to >= 3 else 1)
+    assert find_split(768) == (HIDDEN if up_to >= 3 else WHOLE)
 
 
 @pytest.mark.parametrize("m", [0, cuda_partials.MOST_ROWS + 1])
 def test_no_split_is_looked_for_outside_the_kernels_rows(m: int) -> None:
     """None, where a look at the device would raise: there is none."""
     rows, matrix, residual, weight = operands(m)
-    assert product_splits.split_of(rows, matrix, residual, weight, LLAMA) is None
+    assert SplitFinder().split_of(rows, matrix, residual, weight, LLAMA) == UNKNOWN
 
 
 @pytest.fixture
@@ -348,45 +338,89 @@ def looked_at(monkeypatch: pytest.MonkeyPatch) -> Any:
     found: list[int] = []
     monkeypatch.setattr(product_splits, "_may_split", lambda *_: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(product_splits, "_find_split", lambda rows, *_: found.append(rows.shape[0]) or 2)
+    monkeypatch.setattr(product_splits, "_find_split", lambda rows, *_: found.append(rows.shape[0]) or in_parts(2))
     return found
 
 
-def split_of(m: int) -> int | None:
+def parts_of(finder: SplitFinder, m: int) -> int | None:
+    """None: not known."""
     rows, matrix, residual, weight = operands(m)
-    return product_splits.split_of(moved(rows, 0), moved(matrix, 0), residual, weight, LLAMA)
+    split = finder.split_of(moved(rows, 0), moved(matrix, 0), residual, weight, LLAMA)
+    return None if split == UNKNOWN else split.parts
 
 
 def test_each_product_is_compared_when_it_is_first_seen(looked_at: list[int]) -> None:
-    assert [split_of(m) for m in (3, 5, 3, 257, 5)] == [2, 2, 2, None, 2]
+    finder = SplitFinder()
+    assert [parts_of(finder, m) for m in (3, 5, 3, 257, 5)] == [2, 2, 2, None, 2]
     assert looked_at == [3, 5]
 
 
 def test_products_compared_ahead_are_the_only_ones(looked_at: list[int]) -> None:
     """At the first sight of the matrix, here with more rows than the kernel serves."""
-    product_splits.compare_ahead([8, 1, 8, 300])
-    assert [split_of(m) for m in (257, 1, 3, 8, 257)] == [None, 2, None, 2, None]
+    finder = SplitFinder(ahead=[8, 1, 8, 300])
+    assert [parts_of(finder, m) for m in (257, 1, 3, 8, 257)] == [None, 2, None, 2, None]
     assert looked_at == [1, 8]
-    product_splits.compare_ahead([1, 3])
-    assert [split_of(m) for m in (1, 3, 8)] == [2, 2, 2]
-    assert looked_at == [1, 8, 3]
-    product_splits.compare_ahead(())
-    assert [split_of(m) for m in (5, 8)] == [None, 2]
-    assert looked_at == [1, 8, 3]
+    none = SplitFinder(ahead=())
+    assert [parts_of(none, m) for m in (5, 8)] == [None, None]
+    assert looked_at == [1, 8]
+
+
+def test_finders_side_by_side_do_not_share_settings_or_knowledge(looked_at: list[int]) -> None:
+    """As two engines of one process have them, in turns."""
+    ahead, apart = SplitFinder(ahead=[1, 3]), SplitFinder()
+    assert [(parts_of(ahead, m), parts_of(apart, m)) for m in (1, 5, 3)] == [(2, 2), (None, 2), (2, 2)]
+    assert looked_at == [1, 3, 1, 5, 3]
+    apart.forget()
+    assert [parts_of(ahead, 3), parts_of(apart, 3)] == [2, 2]
+    assert looked_at == [1, 3, 1, 5, 3, 3]
+
+
+def test_reordering_is_a_finders_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(product_splits, "_may_split", lambda *_: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(product_splits, "_find_split", lambda *given: asked.append(given[-1]) or WHOLE)
+    finders = SplitFinder(reordering=True), SplitFinder()
+    for finder in (*finders, *finders):
+        assert parts_of(finder, 3) == 1
+    assert asked == [True, False]
+
+
+def test_settings_travel_with_the_op() -> None:
+    """What `settings_of` writes is read again, in any process; each has one finder, and the op asks that one."""
+    for ahead, reordering, text in (
+        (None, False, ""),
+        (None, True, "reorder"),
+        ((), False, "ahead"),
+        ([8, 1, 8, 300, 0], True, "ahead 1 8 reorder"),
+    ):
+        assert product_splits.settings_of(ahead, reordering) == text
+        finder = product_splits.finder_of(text)
+        assert (finder.ahead, finder.reordering) == (SplitFinder(ahead).ahead, reordering)
+        assert product_splits.finder_of(text) is finder
+        assert linear_ops._bound(True, *ops.spec_args(LLAMA), text)[-1] is finder
+        given = operands(5)
+        normed, _ = one_after_the_other(given, 1e-6, LLAMA)
+        assert torch.equal(OP(*given, 1e-6, splits=text), normed)
+    for wrong in ("ahead 8 1", "ahead one", "reorder ahead", "behind 1", "ahead 1  8"):
+        with pytest.raises(UnsupportedInput, match="splits: got"):
+            product_splits.finder_of(wrong)
 
 
 def test_rows_apart_are_no_known_product(looked_at: list[int]) -> None:
     rows, matrix, residual, weight = operands(5)
     rows, matrix, turned = moved(rows, 0), moved(matrix, 0), [moved(tensor.t(), 0).t() for tensor in (rows, matrix)]
     wide = torch.cat([residual, residual], 1)
-    assert product_splits.split_of(rows, matrix, residual, weight, LLAMA) == 2
-    assert product_splits.split_of(rows, matrix, wide[:, :N], weight, LLAMA) is None
-    assert product_splits.split_of(turned[0], matrix, residual, weight, LLAMA) is None
-    assert product_splits.split_of(rows, turned[1], residual, weight, LLAMA) is None
+    finder = SplitFinder()
+    assert finder.split_of(rows, matrix, residual, weight, LLAMA) == in_parts(2)
+    assert finder.split_of(rows, matrix, wide[:, :N], weight, LLAMA) == UNKNOWN
+    assert finder.split_of(turned[0], matrix, residual, weight, LLAMA) == UNKNOWN
+    assert finder.split_of(rows, turned[1], residual, weight, LLAMA) == UNKNOWN
 
 
 def test_operands_at_odd_addresses_are_no_known_product(looked_at: list[int]) -> None:
     rows, matrix, residual, weight = operands(5)
-    for by_rows, by_matrix, parts in ((0, 0, 2), (1, 0, None), (0, 32, None), (64, 64, 2)):
-        assert product_splits.split_of(moved(rows, by_rows), moved(matrix, by_matrix), residual, weight, LLAMA) == parts
+    finder, two = SplitFinder(), in_parts(2)
+    for by_rows, by_matrix, split in ((0, 0, two), (1, 0, UNKNOWN), (0, 32, UNKNOWN), (64, 64, two)):
+        assert finder.split_of(moved(rows, by_rows), moved(matrix, by_matrix), residual, weight, LLAMA) == split
     assert looked_at == [5]

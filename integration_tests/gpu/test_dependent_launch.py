@@ -14,7 +14,6 @@ import torch.nn as nn
 
 from rmsnorm_patch import ops
 from rmsnorm_patch.backends import launch_mode
-from rmsnorm_patch.backends.cuda import backend as cuda_backend
 from rmsnorm_patch.backends.cuda import launcher
 from rmsnorm_patch.backends.triton import backend as triton_backend
 from rmsnorm_patch.fused.linear_norm import kernel as cuda_partials
@@ -171,16 +170,11 @@ def noted_launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
         return usual.new_kernel(*values)
 
     monkeypatch.setattr(launcher, "functions", lambda: replace(usual, new_kernel=new_kernel))
-    caches = cuda_backend._bound, cuda_pair._bound, cuda_partials._bound
-    for known in caches:
-        known.cache_clear()
-    ops._BOUND.clear()
+    ops.forget()
     yield noted
     monkeypatch.undo()
     launcher.functions.cache_clear()
-    for known in caches:
-        known.cache_clear()
-    ops._BOUND.clear()
+    ops.forget()
 
 
 def results_of(backend: str, **asked) -> list[torch.Tensor]:
@@ -216,9 +210,7 @@ def test_plain_launches_by_cuda(noted_launches: list[bool], monkeypatch: pytest.
     assert all(map(torch.equal, plain, expected))
     monkeypatch.setenv(launch_mode.VARIABLE, "off")
     noted_launches.clear()
-    for known in (cuda_backend._bound, cuda_pair._bound, cuda_partials._bound):
-        known.cache_clear()
-    ops._BOUND.clear()
+    ops.forget()
     assert all(map(torch.equal, results_of("cuda"), expected))
     assert noted_launches
     assert not any(noted_launches)
@@ -238,8 +230,7 @@ def test_plain_launches_by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         return {layout.constants["DEPENDENT"] for layout in layouts}
 
     monkeypatch.delenv(launch_mode.VARIABLE, raising=False)
-    triton_backend._bind.cache_clear()  # what earlier tests launched does not count
-    ops._BOUND.clear()
+    ops.forget()  # what earlier tests launched does not count
     expected = results_of("triton")
     assert launched() == {True}
     assert all(map(torch.equal, results_of("triton", enable_pdl=False), expected))

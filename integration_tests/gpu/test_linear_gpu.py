@@ -13,6 +13,7 @@ from rmsnorm_patch.errors import UnsupportedInput
 from rmsnorm_patch.fused.linear_norm import kernel as cuda_partials
 from rmsnorm_patch.fused.linear_norm import op as linear_ops
 from rmsnorm_patch.fused.linear_norm import splits as product_splits
+from rmsnorm_patch.fused.linear_norm.splits import HIDDEN, UNKNOWN, WHOLE
 from rmsnorm_patch.numerics.spec import GEMMA, LLAMA, NormSpec
 
 pytestmark = [
@@ -61,6 +62,15 @@ def same(left, right) -> bool:
     return all(torch.equal(mine, other) for mine, other in zip(left, right, strict=True))
 
 
+def known() -> dict[product_splits.Key, product_splits.Split]:
+    """What was found by calls that name no settings."""
+    return product_splits.finder_of("").known
+
+
+def most_parts(finder: product_splits.SplitFinder) -> int:
+    return max(split.parts for split in finder.known.values())
+
+
 def kernels_of(call) -> list[str]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
@@ -97,7 +107,7 @@ def test_few_rows_of_a_long_product_come_in_parts() -> None:
     exists."""
     for m in (1, 8, 16):
         one_call(*operands(m, 4096, 14336), FP32_SUM)
-    found = {product: parts for (product, _, _), parts in product_splits._SPLITS.items()}
+    found = {product: split.parts for (product, _, _), split in known().items()}
     assert len(found) == 3
     assert all(parts > 1 for parts in found.values()), found
 
@@ -108,7 +118,7 @@ def test_kernels_of_one_call(kind: str, monkeypatch: pytest.MonkeyPatch) -> None
     """One kernel fewer than the two calls launch, whichever launcher starts it."""
     monkeypatch.setenv(launcher.VARIABLE, kind)
     launcher.functions.cache_clear()
-    cuda_partials._bound.cache_clear()
+    ops.forget()
     try:
         assert launcher.functions().kind == kind
         tensors = operands(8, 4096, 14336)
@@ -121,7 +131,7 @@ def test_kernels_of_one_call(kind: str, monkeypatch: pytest.MonkeyPatch) -> None
         assert counts[1] == counts[0] - 1
     finally:
         launcher.functions.cache_clear()
-        cuda_partials._bound.cache_clear()
+        ops.forget()
 
 
 @measured
@@ -129,18 +139,18 @@ def test_kernels_of_one_call(kind: str, monkeypatch: pytest.MonkeyPatch) -> None
 def test_whether_the_library_adds_up_parts_is_known(n: int, k: int) -> None:
     for m in (1, 8, 32, 64, 128, 256):
         tensors = operands(m, n, k)
-        parts = product_splits.split_of(*tensors, FP32_SUM)
+        split = product_splits.finder_of("").split_of(*tensors, FP32_SUM)
         names = kernels_of(lambda tensors=tensors: torch.mm(tensors[0], tensors[1].t()))
-        assert (parts == 1) == (not any("splitKreduce" in name for name in names)), (m, parts, names)
+        assert (split == WHOLE) == (not any("splitKreduce" in name for name in names)), (m, split, names)
 
 
 @measured
-@pytest.mark.parametrize(("parts", "dependent"), [(None, True), (0, True), (1, False)])
+@pytest.mark.parametrize(("split", "dependent"), [(UNKNOWN, True), (HIDDEN, True), (WHOLE, False)])
 def test_how_the_norm_of_a_whole_product_is_launched(
-    parts: int | None, dependent: bool, monkeypatch: pytest.MonkeyPatch
+    split: product_splits.Split, dependent: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Dependently unless the product's own kernel stands in front of it."""
-    variant, backend, *norms = linear_ops._bound(True, *ops.spec_args(FP32_SUM))
+    variant, backend, *norms, finder = linear_ops._bound(True, *ops.spec_args(FP32_SUM))
     launched: list[bool] = []
 
     def noting(norm):
@@ -150,8 +160,8 @@ def test_how_the_norm_of_a_whole_product_is_launched(
 
         return call
 
-    monkeypatch.setattr(linear_ops, "_bound", lambda *_: (variant, backend, *map(noting, norms)))
-    monkeypatch.setattr(linear_ops, "split_of", lambda *_: parts)
+    monkeypatch.setattr(linear_ops, "_bound", lambda *_: (variant, backend, *map(noting, norms), finder))
+    monkeypatch.setattr(finder, "split_of", lambda *_: split)
     tensors = operands(8, 2048, 2048)
     assert same(one_call(*tensors, FP32_SUM), two_calls(*tensors, FP32_SUM))
     assert launched == [dependent]
@@ -160,13 +170,14 @@ def test_how_the_norm_of_a_whole_product_is_launched(
 @measured
 def test_other_sums_are_as_exact() -> None:
     """Where they are allowed: against fp64, beside what the two calls give."""
-    product_splits.allow_reordering(True)
+    finder = product_splits.finder_of("reorder")
     for n, k in ((2048, 2048), (2048, 8192), (1024, 4096)):
         for m in (1, 8, 32, 64):
             rows, matrix, residual, weight = operands(m, n, k)
-            sums = one_call(rows, matrix, residual, weight, FP32_SUM)[1]
-            assert m > 32 or max(product_splits._SPLITS.values()) > 1
-            product_splits._SPLITS.clear()
+            sums = residual.clone()
+            OP(rows, matrix, sums, weight, EPS, *ops.spec_args(FP32_SUM), "reorder")
+            assert m > 32 or most_parts(finder) > 1
+            finder.forget()
             exact = (rows.double() @ matrix.double().t()).add_(residual)
             stock = two_calls(rows, matrix, residual, weight, FP32_SUM)[1]
             ours, theirs = ((total.double() - exact).abs() for total in (sums, stock))
@@ -178,12 +189,12 @@ def test_other_sums_are_as_exact() -> None:
 def test_a_split_with_other_bits_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = operands(8, 4096, 14336)
     one_call(*tensors, FP32_SUM)
-    (right,) = product_splits._SPLITS.values()
+    right = most_parts(product_splits.finder_of(""))
     assert right > 1
-    product_splits._SPLITS.clear()
+    product_splits.finder_of("").forget()
     monkeypatch.setattr(product_splits, "SPLITS", tuple(parts for parts in product_splits.SPLITS if parts != right))
     assert same(one_call(*tensors, FP32_SUM), two_calls(*tensors, FP32_SUM))
-    assert set(product_splits._SPLITS.values()) == {0}
+    assert set(known().values()) == {HIDDEN}
 
 
 @measured
@@ -196,14 +207,14 @@ def test_a_norm_with_other_bits_is_not_taken(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(cuda_partials.BoundPartials, "__call__", wrong)
     tensors = operands(8, 4096, 14336)
     assert same(one_call(*tensors, FP32_SUM), two_calls(*tensors, FP32_SUM))
-    assert set(product_splits._SPLITS.values()) == {0}
+    assert set(known().values()) == {HIDDEN}
 
 
 @measured
 def test_a_matrix_that_tells_nothing_is_not_split() -> None:
     rows, matrix, residual, weight = operands(8, 4096, 14336)
     one_call(rows, torch.zeros_like(matrix), residual, weight, FP32_SUM)
-    assert set(product_splits._SPLITS.values()) == {1}
+    assert set(known().values()) == {WHOLE}
 
 
 @measured
@@ -216,14 +227,14 @@ def test_what_is_not_asked() -> None:
     wide = rand(8, 2 * 8192, seed=1)
     strided = wide[:, :8192], matrix, residual[:8], weight
     assert same(one_call(*strided, FP32_SUM), two_calls(*strided, FP32_SUM))
-    assert product_splits._SPLITS == {}
+    assert known() == {}
 
 
 @measured
 def test_rows_apart_take_the_two_calls_although_the_product_is_known() -> None:
     rows, matrix, residual, weight = operands(8, 4096, 14336)
     one_call(rows, matrix, residual, weight, FP32_SUM)
-    assert max(product_splits._SPLITS.values()) > 1
+    assert most_parts(product_splits.finder_of("")) > 1
     wide_rows, wide = rand(8, 2 * 14336, seed=5)[:, :14336], rand(8, 2 * 4096, seed=6)
     for given in ((wide_rows, residual), (rows, wide[:, 4096:]), (wide_rows, wide[:, 4096:])):
         x, total = torch.mm(given[0], matrix.t()), given[1].clone()
@@ -246,7 +257,7 @@ def test_operands_at_odd_addresses_take_the_two_calls(by: int) -> None:
     rows, matrix, residual, weight = operands(8, 4096, 14336)
     one_call(rows, matrix, residual, weight, FP32_SUM)
     for given in ((moved(rows), matrix), (rows, moved(matrix)), (moved(rows), moved(matrix))):
-        assert product_splits.split_of(*given, residual, weight, FP32_SUM) is None
+        assert product_splits.finder_of("").split_of(*given, residual, weight, FP32_SUM) == UNKNOWN
         assert same(one_call(*given, residual, weight, FP32_SUM), two_calls(*given, residual, weight, FP32_SUM))
 
 
@@ -263,32 +274,33 @@ def test_autograd_counts_what_was_written_in_parts() -> None:
 @measured
 def test_compared_ahead_and_never_again() -> None:
     """At the first sight of a matrix, whatever its rows; what was not asked for is taken whole."""
-    product_splits.compare_ahead([1, 8, 8, 512])
-    assert same(one_call(*operands(300, 4096, 14336), FP32_SUM), two_calls(*operands(300, 4096, 14336), FP32_SUM))
-    assert sorted(product.m for product, _, _ in product_splits._SPLITS) == [1, 8]
-    found = dict(product_splits._SPLITS)
-    assert all(parts > 1 for parts in found.values())
-    for m in (1, 2, 8, 16):
-        assert same(one_call(*operands(m, 4096, 14336), FP32_SUM), two_calls(*operands(m, 4096, 14336), FP32_SUM))
-    assert found == product_splits._SPLITS
-    one_call(*operands(2, 2048, 8192), FP32_SUM)
-    assert sorted(product.m for product, _, _ in product_splits._SPLITS if product.n == 2048) == [1, 8]
+    settings = product_splits.settings_of([1, 8, 8, 512])
+    finder = product_splits.finder_of(settings)
+    for m in (300, 1, 2, 8, 16):
+        rows, matrix, total, weight = operands(m, 4096, 14336)
+        normed = OP(rows, matrix, total, weight, EPS, *ops.spec_args(FP32_SUM), settings)
+        assert same((normed, total), two_calls(*operands(m, 4096, 14336), FP32_SUM))
+        assert sorted(product.m for product, _, _ in finder.known) == [1, 8]
+    assert all(split.kind == "parts" for split in finder.known.values())
+    OP(*operands(2, 2048, 8192), EPS, *ops.spec_args(FP32_SUM), settings)
+    assert sorted(product.m for product, _, _ in finder.known if product.n == 2048) == [1, 8]
+    assert known() == {}
 
 
 @measured
-@pytest.mark.parametrize("known", [True, False])
-def test_in_a_graph_with_new_data(known: bool) -> None:
+@pytest.mark.parametrize("compared", [True, False])
+def test_in_a_graph_with_new_data(compared: bool) -> None:
     """A capture with a product that was never compared takes it whole."""
     rows, matrix, residual, weight = operands(4, 4096, 14336)
     ops.bind_fused_add_rms_norm_(FP32_SUM)(residual.clone(), residual.clone(), weight, EPS)
     torch.mm(rows, matrix.t())
-    if known:
+    if compared:
         one_call(rows, matrix, residual, weight, FP32_SUM)
     held = rows.clone(), residual.clone()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         normed = OP(held[0], matrix, held[1], weight, EPS, *ops.spec_args(FP32_SUM))
-    assert bool(product_splits._SPLITS) == known
+    assert bool(known()) == compared
     for seed in range(3):
         new = rand(4, 14336, seed=10 + seed), rand(4, 4096, seed=20 + seed)
         for static, value in zip(held, new, strict=True):

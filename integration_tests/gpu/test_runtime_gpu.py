@@ -17,7 +17,7 @@ import torch.nn as nn
 
 from rmsnorm_patch import ops
 from rmsnorm_patch.backends.cuda import backend as cuda_backend
-from rmsnorm_patch.backends.cuda import cache, launcher
+from rmsnorm_patch.backends.cuda import cache, jit, launcher
 from rmsnorm_patch.errors import KernelBuildError, UnsupportedInput
 from rmsnorm_patch.fused.query_key_norm import kernel as cuda_pair
 from rmsnorm_patch.numerics import reference
@@ -48,10 +48,10 @@ def launcher_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     """Both launchers, each with ops bound anew."""
     monkeypatch.setenv(launcher.VARIABLE, request.param)
     launcher.functions.cache_clear()
-    cuda_backend._bound.cache_clear()
+    ops.forget()
     yield request.param
     launcher.functions.cache_clear()
-    cuda_backend._bound.cache_clear()
+    ops.forget()
 
 
 def rand(*shape: int, dtype: torch.dtype = BF16, seed: int = 0, device: str = "cuda") -> torch.Tensor:
@@ -386,7 +386,7 @@ def test_capture_with_a_cold_cache(tmp_path, monkeypatch):
 
 def test_warmup_leaves_nothing_to_compile(monkeypatch):
     cuda_backend.warmup("fused_add_rms_norm", LLAMA, 1544, BF16, BF16)
-    monkeypatch.setattr(cuda_backend.jit, "machine_code", lambda build: pytest.fail("compiled after warmup"))
+    monkeypatch.setattr(jit, "machine_code", lambda build: pytest.fail("compiled after warmup"))
     check_fused(rand(8, 1544), rand(8, 1544, seed=1), parameter(1544))
     check_fused(rand(3000, 1544), rand(3000, 1544, seed=1), parameter(1544))
 
@@ -438,7 +438,8 @@ def test_ptx_for_a_newer_device_runs_here(monkeypatch, tmp_path):
 def test_disk_cache_serves_a_new_process(tmp_path):
     script = """
 import json, sys, time, torch
-from rmsnorm_patch.backends.cuda import backend as cuda_backend, nvrtc
+from rmsnorm_patch.backends.cuda import backend as cuda_backend
+from rmsnorm_patch.backends.cuda import nvrtc
 from rmsnorm_patch.numerics.spec import LLAMA
 x = torch.randn(8, 2048, device="cuda", dtype=torch.bfloat16)
 weight = torch.nn.Parameter(torch.ones(2048, device="cuda", dtype=torch.bfloat16))

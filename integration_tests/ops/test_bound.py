@@ -12,9 +12,13 @@ from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 from rmsnorm_patch import ops
 from rmsnorm_patch.backends import launch_mode
+from rmsnorm_patch.backends.triton import backend as triton_backend
 from rmsnorm_patch.errors import KernelBuildError, UnsupportedInput
+from rmsnorm_patch.fused.linear_norm import op as linear_op
 from rmsnorm_patch.numerics import reference
+from rmsnorm_patch.numerics.contract import PLAIN_OPS
 from rmsnorm_patch.numerics.spec import GEMMA, LLAMA
+from rmsnorm_patch.ops import library
 
 
 class Layer(torch.nn.Module):
@@ -53,6 +57,25 @@ def test_binding_from_many_threads_gives_one_callable() -> None:
     for thread in threads:
         thread.join()
     assert len(set(map(id, found))) == 1
+
+
+@pytest.mark.parametrize("op", PLAIN_OPS)
+def test_what_was_bound_is_forgotten_and_bound_anew(op: str) -> None:
+    """Also below: an op of torch's, a backend, and an op that lies in a folder."""
+    spec = replace(LLAMA, width=23)
+    held = (
+        lambda: ops.bind(op, spec),
+        lambda: library._bound_for(op, torch.ones(1), ops.spec_args(spec)),
+        lambda: triton_backend.bind(op, spec),
+        lambda: linear_op._bound(True, *ops.spec_args(spec))[2],
+    )
+    before = [bound() for bound in held]
+    assert all(bound() is first for bound, first in zip(held, before, strict=True))
+    ops.forget()
+    assert all(bound() is not first for bound, first in zip(held, before, strict=True))
+    x = torch.randn(3, 64)
+    operands = (x, x.clone())[: PLAIN_OPS[op].operands]
+    before[0](*operands, torch.randn(64), 1e-6)  # what is held serves as before
 
 
 def test_plain_launches_are_another_callable(monkeypatch: pytest.MonkeyPatch) -> None:

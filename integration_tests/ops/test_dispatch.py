@@ -12,6 +12,7 @@ from rmsnorm_patch.backends.cuda.registry import gpu_slug, read_registry, read_t
 from rmsnorm_patch.backends.cuda.schedules import schedules
 from rmsnorm_patch.errors import KernelBuildError, UnsupportedInput
 from rmsnorm_patch.kernel_files import kernels_dir
+from rmsnorm_patch.numerics.contract import PLAIN_OPS
 from rmsnorm_patch.numerics.spec import LLAMA, NormSpec
 from rmsnorm_patch.ops import dispatch
 from rmsnorm_patch.ops.dispatch import BUILT_CAPABILITIES, choose
@@ -19,7 +20,7 @@ from rmsnorm_patch.ops.dispatch import BUILT_CAPABILITIES, choose
 BF16, FP32 = torch.bfloat16, torch.float32
 LENGTHS = (1, 7, 64, 111, 128, 256, 513, 769, 1024, 2048, 2880, 3584, 4096, 5120, 5125, 7168, 8192, 16384, 24449, 32768)
 LONG = (65536, 131072, 262144)
-OPS = ("rms_norm", "fused_add_rms_norm", "fused_add_rms_norm_")
+OPS = tuple(PLAIN_OPS)
 REGISTRY = """
 schema = 1
 [[kernel]]

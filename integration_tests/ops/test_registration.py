@@ -13,9 +13,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from rmsnorm_patch import ops
 from rmsnorm_patch.numerics import reference
+from rmsnorm_patch.numerics.contract import FUNCTIONAL, PLAIN_OPS
 from rmsnorm_patch.numerics.spec import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, T5, NormSpec
 
-NAMES = ["rms_norm", "fused_add_rms_norm", "fused_add_rms_norm_"]
+NAMES = list(PLAIN_OPS)
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SPECS = {
     "llama": LLAMA,
@@ -35,8 +36,8 @@ def op_of(name: str) -> Any:
 
 
 def arguments(name: str, spec: NormSpec, x: torch.Tensor, weight: torch.Tensor | None) -> tuple[Any, ...]:
-    operands = (x,) if name == "rms_norm" else (x, torch.randn(x.shape).to(x.dtype))
-    return (*operands, weight, 1e-6, *ops.spec_args(spec))
+    others = (torch.randn(x.shape).to(x.dtype) for _ in range(PLAIN_OPS[name].operands - 1))
+    return (x, *others, weight, 1e-6, *ops.spec_args(spec))
 
 
 def as_tuple(results: Any) -> tuple[torch.Tensor, ...]:
@@ -49,14 +50,14 @@ def test_opcheck(name: str, spec: NormSpec) -> None:
     for dtype in DTYPES:
         for weight_dtype in {dtype, torch.float32}:
             weight = torch.randn(64, dtype=weight_dtype) if spec.has_weight else None
-            if name == "fused_add_rms_norm_" and spec.output_dtype(dtype, weight_dtype) != dtype:
+            if PLAIN_OPS[name].in_place and spec.output_dtype(dtype, weight_dtype) != dtype:
                 continue
             for x in (torch.randn(3, 2, 64).to(dtype), torch.randn(0, 64).to(dtype)):
                 results = torch.library.opcheck(op_of(name), arguments(name, spec, x, weight))
                 assert set(results.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("name", NAMES[:2])
+@pytest.mark.parametrize("name", FUNCTIONAL)
 def test_fake_results_have_the_strides_of_the_real_ones(name: str) -> None:
     """Contiguous, whatever the inputs': a compiled graph that guessed otherwise would read the wrong elements."""
     for make in (
@@ -120,7 +121,7 @@ def test_eps_none_is_what_torch_uses() -> None:
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-@pytest.mark.parametrize("name", NAMES[:2])
+@pytest.mark.parametrize("name", FUNCTIONAL)
 def test_decomposition_is_the_reference_and_leaves_no_op(name: str, spec: NormSpec) -> None:
     x, weight = torch.randn(4, 3, 64).transpose(0, 1).bfloat16(), torch.randn(64).bfloat16()
     args = arguments(name, spec, x, weight if spec.has_weight else None)

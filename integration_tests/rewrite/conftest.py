@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rmsnorm_patch import ops
 from rmsnorm_patch.backends.cuda import backend as cuda_backend
 from rmsnorm_patch.backends.cuda import cache, driver, launcher
 from rmsnorm_patch.rewrite import native
@@ -35,8 +36,8 @@ def launchers(driver_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
         monkeypatch.setattr(native, name, native._declined)
     for name in ("_classes", "_alone"):
         monkeypatch.setattr(native, name, {})
-    for forget in (cache.forget, launcher.functions.cache_clear, cuda_backend._bound.cache_clear):
+    for forget in (cache.forget, launcher.functions.cache_clear, ops.forget):
         forget()
     yield driver_path
-    for forget in (cache.forget, launcher.functions.cache_clear, cuda_backend._bound.cache_clear):
+    for forget in (cache.forget, launcher.functions.cache_clear, ops.forget):
         forget()

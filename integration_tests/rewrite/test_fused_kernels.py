@@ -18,7 +18,6 @@ import collections, json, sys
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 import rmsnorm_patch
-from rmsnorm_patch.numerics import reference
 from rmsnorm_patch.rewrite import observe
 
 fields = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,

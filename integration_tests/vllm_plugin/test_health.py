@@ -9,6 +9,7 @@ import torch
 
 from rmsnorm_patch import ops
 from rmsnorm_patch.errors import KernelBuildError
+from rmsnorm_patch.numerics.contract import PLAIN_OPS
 from rmsnorm_patch.vllm_plugin import health
 from rmsnorm_patch.vllm_plugin.decision import SPECS
 
@@ -20,7 +21,7 @@ def _trial(op: str, n: int = 96) -> str:
     return health._trial(torch.bfloat16, n, torch.bfloat16, SPEC, op, CPU)
 
 
-@pytest.mark.parametrize("op", ["rms_norm", "fused_add_rms_norm"])
+@pytest.mark.parametrize("op", PLAIN_OPS)
 @pytest.mark.parametrize("provider", sorted(SPECS))
 def test_what_computes_the_reference_passes(op: str, provider: str) -> None:
     assert health._trial(torch.bfloat16, 96, torch.bfloat16, SPECS[provider], op, CPU) == ""
@@ -28,22 +29,23 @@ def test_what_computes_the_reference_passes(op: str, provider: str) -> None:
 
 
 def test_a_toolchain_that_cannot_build_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(spec: object) -> object:
+    def broken(op: str, spec: object) -> object:
         raise KernelBuildError("rms_norm_rows.cu", "no NVRTC", "NVRTC 12.8 or newer", "install nvidia-cuda-nvrtc")
 
-    monkeypatch.setattr(ops, "bind_rms_norm", broken)
+    monkeypatch.setattr(ops, "bind", broken)
     assert "does not run here (rms_norm_rows.cu: got no NVRTC" in _trial("rms_norm")
 
 
-def test_a_kernel_with_wrong_results_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("op", PLAIN_OPS)
+def test_a_kernel_with_wrong_results_is_a_reason(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """eps 1e-5 for 1e-6 moves a row of the trial by less than bf16 shows; a wrong rstd does not."""
-    real = ops.bind_rms_norm
+    real = ops.bind
 
-    def wrong(spec: object) -> object:
-        return lambda x, weight, eps: real(SPEC)(x, weight, eps + 0.1)
+    def wrong(op: str, spec: object) -> object:
+        return lambda *given: real(op, SPEC)(*given[:-1], given[-1] + 0.1)
 
-    monkeypatch.setattr(ops, "bind_rms_norm", wrong)
-    assert "disagrees with the reference" in _trial("rms_norm")
+    monkeypatch.setattr(ops, "bind", wrong)
+    assert "disagrees with the reference" in _trial(op)
 
 
 def test_declined_calls_are_warned_about_once(caplog: pytest.LogCaptureFixture) -> None:

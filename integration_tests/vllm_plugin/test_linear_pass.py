@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import operator
 from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +15,10 @@ from torch import fx
 from torch._inductor import config as inductor
 
 from rmsnorm_patch import ops
+from rmsnorm_patch.fused.linear_norm import op as linear_ops
+from rmsnorm_patch.fused.linear_norm import splits as product_splits
 from rmsnorm_patch.vllm_plugin import health, linear_pass
-from rmsnorm_patch.vllm_plugin.decision import SPECS
+from rmsnorm_patch.vllm_plugin.decision import SPECS, Decision
 
 aten = torch.ops.aten
 NORM = torch.ops.rmsnorm_patch.fused_add_rms_norm_.default
@@ -368,8 +372,9 @@ def test_not_joined(build: Callable[[Layer], Layer]) -> None:
 class Lowering:
     """vLLM's pass, as far as our hooks see it: the norms are in the graph once it was called."""
 
-    def __init__(self, linear: bool = True) -> None:
+    def __init__(self, linear: bool = True, splits: str = "") -> None:
         self.rmsnorm_patch_linear = linear
+        self.rmsnorm_patch_splits = splits
         self.found: list[str] = []
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -399,7 +404,7 @@ def test_the_pass_does_not_join_where_that_is_off() -> None:
 
 def test_a_pass_that_was_made_before_the_hooks_joins_nothing() -> None:
     made, lowering = layer(with_clone=True), Lowering()
-    del lowering.rmsnorm_patch_linear
+    del lowering.rmsnorm_patch_linear, lowering.rmsnorm_patch_splits
     call(lowering, made.graph)
     assert not made.joined()
     assert linear_pass.wrap_uuid(Lowering.uuid)(lowering).startswith("lowering")
@@ -443,5 +448,29 @@ def test_a_failure_leaves_a_right_graph_and_one_warning(caplog: pytest.LogCaptur
 def test_the_pass_has_another_cache_key_where_it_joins() -> None:
     uuid = linear_pass.wrap_uuid(Lowering.uuid)
     on, off = uuid(Lowering(linear=True)), uuid(Lowering(linear=False))
-    assert on != off
-    assert all(key.startswith("lowering") for key in (on, off))
+    others = [uuid(Lowering(splits=splits)) for splits in ("ahead 1 8", "ahead 1 8 reorder")]
+    assert len({on, off, *others}) == 4
+    assert all(key.startswith("lowering") for key in (on, off, *others))
+
+
+def test_each_engines_settings_reach_its_ops() -> None:
+    """Two engines of one process: their graphs name their own settings, whichever of the arguments before are there."""
+    for splits in ("ahead 1 8", "reorder", ""):
+        made = layer(with_clone=True)
+        call(Lowering(splits=splits), made.graph)
+        (joined,) = made.joined()
+        named = joined.args[13:]
+        assert named == ((splits,) if splits else ())
+        assert linear_ops._bound(True, *joined.args[5:])[-1] is product_splits.finder_of(splits)
+
+
+def test_what_an_engine_looks_at_ahead() -> None:
+    linear = Decision("ir", "rmsnorm_patch", "", linear=True)
+    for sizes, decision, settings in (
+        ([8, 1, 512], linear, "ahead 1 8"),
+        (None, linear, "ahead"),
+        ([8, 1], replace(linear, reorder=True), "ahead 1 8 reorder"),
+        ([8, 1], replace(linear, linear=False), ""),
+    ):
+        config = SimpleNamespace(compilation_config=SimpleNamespace(cudagraph_capture_sizes=sizes))
+        assert linear_pass.splits_of(config, decision) == settings

@@ -17,11 +17,10 @@ import torch
 
 from .. import ops, vllm_plugin
 from ..backends import launch_mode
-from ..backends.cuda import backend as cuda_backend
 from ..backends.cuda import cache, launcher
-from ..backends.triton import backend as triton_backend
 from ..errors import RMSNormPatchError, UnsupportedInput
 from ..kernel_files import kernels_dir
+from ..numerics.contract import FUSED_ADD, RMS_NORM
 from ..numerics.spec import LLAMA
 from ..ops import dispatch
 from ..vllm_plugin import settings
@@ -144,7 +143,7 @@ def _version(package: str) -> str | None:
 def starting() -> str:
     """Who starts CUDA kernels here, the same for all ops, or why nobody can."""
     try:
-        why = cuda_backend.started_from_python("rms_norm", LLAMA)
+        why = dispatch.started_from_python(RMS_NORM.name, LLAMA)
     except RMSNormPatchError as error:
         return str(error)
     return f"started from Python, a few microseconds more a call: {why}" if why else "started by launcher.c"
@@ -153,15 +152,12 @@ def starting() -> str:
 def _device(device: torch.device) -> DeviceState:
     is_gpu = device.type == "cuda"
     backends = [BackendState("reference", True, "the model's own arithmetic")]
-    for name, module in (("triton", triton_backend), ("cuda", cuda_backend)):
-        if name == "cuda" and not is_gpu:
-            backends.append(BackendState("cuda", False, "not a CUDA device"))
-            continue
-        runs, reason = module.available(device)
+    for name in ("triton", "cuda"):
+        runs, reason = dispatch.available(name, device)
         backends.append(BackendState(name, runs, starting() if name == "cuda" and runs else reason))
     try:
         choice = dispatch.choose(
-            "fused_add_rms_norm", LLAMA, torch.bfloat16, torch.bfloat16, 1, PROBED_HIDDEN_SIZE, device=device
+            FUSED_ADD.name, LLAMA, torch.bfloat16, torch.bfloat16, 1, PROBED_HIDDEN_SIZE, device=device
         )
         auto, reason = str(choice.backend), choice.reason
     except RMSNormPatchError as error:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -82,7 +83,7 @@ def choose(
 ) -> Choice:
     """The kernel for `m` rows of `n` columns on `device`, or on a device of this compute capability (None: no GPU).
 
-    cuda_unavailable: why CUDA kernels cannot be built here ("" if they can); asked of the CUDA backend for a `device`.
+    cuda_unavailable: why CUDA kernels cannot be built here ("" if they can); asked of the backend for a `device`.
     A forced `backend` that cannot serve the call raises KernelBuildError; "auto" is what RMSNORM_PATCH_BACKEND says, or
     falls back and says why.
     """
@@ -117,12 +118,73 @@ def choose(
     return Choice("cuda", config.kernel, config, _reason(config, sm(capability or 0)))
 
 
+def _module(backend: str) -> Any:
+    """The backend's module: imported when it is first needed, since Triton may be missing and takes a second."""
+    if backend == "cuda":
+        from ..backends.cuda import backend as cuda_backend
+
+        return cuda_backend
+    from ..backends.triton import backend as triton_backend
+
+    return triton_backend
+
+
+def available(backend: str, device: torch.device) -> tuple[bool, str]:
+    """Whether "cuda" or "triton" runs on `device`, and why not, or in which way."""
+    if backend == "cuda" and device.type != "cuda":
+        return False, "not a CUDA device"
+    return _module(backend).available(device)  # type: ignore[no-any-return]
+
+
+def cannot_run(backend: str, device: torch.device) -> tuple[str, str]:
+    """(why a forced `backend` does not run on `device`, what to do about it); ("", "") where it runs."""
+    if backend in ("auto", "reference"):
+        return "", ""
+    module = _module(backend)
+    if backend == "cuda":
+        runs, why = module.available(device if device.type == "cuda" else None)
+        if runs and device.type != "cuda":
+            return "CUDA kernels run on CUDA devices", "move the model to one with model.to('cuda')"
+        return ("", "") if runs else (why, "run it where torch, an NVIDIA GPU and NVRTC are")
+    runs, why = module.available(device)
+    if runs:
+        return "", ""
+    if module.missing():
+        return why, "install triton (pip install triton)"
+    if device.type == "cpu":
+        return why, "set TRITON_INTERPRET=1 before the process starts, or move the model to a GPU"
+    return why, "move the model to a device with kernels"
+
+
+def bind_on(backend: str, op: Op, spec: NormSpec, dependent: bool) -> tuple[Callable[..., Any], object | None]:
+    """The backend's callable for a plain op, and launcher.c's table of it where launcher.c serves it."""
+    module = _module(backend)
+    table = module.table(op, spec, dependent) if backend == "cuda" else None
+    return module.bind(op, spec, dependent), table
+
+
+def warmup(
+    backend: str,
+    op: Op,
+    spec: NormSpec,
+    n: int,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype | None,
+    device: torch.device,
+) -> None:
+    """Compile what `op` needs on `backend` for contiguous rows of `n` columns."""
+    _module(backend).warmup(op, spec, n, dtype, weight_dtype, device)
+
+
+def started_from_python(op: Op, spec: NormSpec) -> str:
+    """Why it is not launcher.c that starts the op's CUDA kernels; "" if it is."""
+    return _module("cuda").started_from_python(op, spec)  # type: ignore[no-any-return]
+
+
 @lru_cache(maxsize=64)
 def _describe(device: torch.device) -> tuple[int | None, str, str]:
     """(sm, name, why CUDA kernels cannot be built for it or "")."""
-    from ..backends.cuda import backend as cuda_backend
-
-    _, refused = cuda_backend.available(device)
+    _, refused = available("cuda", device)
     arch = sm(torch.cuda.get_device_capability(device)) if torch.version.hip is None else None
     return arch, torch.cuda.get_device_name(device), refused
 

@@ -9,6 +9,8 @@ import torch
 import torch.nn as nn
 
 from .. import ops
+from ..numerics.contract import FUNCTIONAL, RMS_NORM
+from ..ops import dispatch
 from ..scan.plan import NormSite, Plan
 
 
@@ -30,7 +32,7 @@ def prepare(model: nn.Module, plan: Plan, dtype: torch.dtype | None) -> tuple[Pr
     dtype = _common_dtype(model) if dtype is None else dtype
     paired = {pair.norm for pair in plan.fused_pairs()}
     for site in plan.fused_norms():
-        names = ("rms_norm", "fused_add_rms_norm") if site.path in paired else ("rms_norm",)
+        names = FUNCTIONAL if site.path in paired else (RMS_NORM.name,)
         for op in names:
             made = _prepare_site(model.get_submodule(site.path), site, op, plan, dtype, done)
             if made is not None:
@@ -46,18 +48,13 @@ def _prepare_site(
     if weight is None or weight.is_meta:  # a weightless norm's width, and an offloaded one's device, show at the call
         return None
     n = weight.numel()
-    bind = ops.bind_rms_norm if op == "rms_norm" else ops.bind_fused_add_rms_norm
     x = torch.empty(1, n, dtype=dtype, device=weight.device)
-    backend = bind(site.spec, plan.backend).backend_for(x, weight)
+    backend = ops.bind(op, site.spec, plan.backend).backend_for(x, weight)
     made = Prepared(op, n, _name(dtype), _name(weight.dtype), backend, str(weight.device))
     if backend == "reference":
         return None
     if made not in done:
-        if backend == "cuda":
-            from ..backends.cuda import backend as chosen
-        else:
-            from ..backends.triton import backend as chosen  # type: ignore[no-redef]
-        chosen.warmup(op, site.spec, n, dtype, weight.dtype, weight.device)  # type: ignore[arg-type]
+        dispatch.warmup(backend, op, site.spec, n, dtype, weight.dtype, weight.device)
     return made
 
 

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from .. import ops
+from ..numerics.contract import FUSED_ADD, FUSED_ADD_IN_PLACE, RMS_NORM
 from ..numerics.spec import NormSpec
 from .decision import SPECS
 
-VERSION = 3
+VERSION = 4
 """Raise it when the graphs that the routes produce change: it is part of vLLM's compile-cache key."""
 
 COMPILER_HEAD = 256
@@ -34,16 +35,9 @@ def _spec_args(provider: str, variance_size: int | None) -> tuple[Any, ...]:
     return spec.round_before_weight, "none", spec.output, spec.sum, variance_size, None, "auto"
 
 
-BIND = {
-    "rms_norm": ops.bind_rms_norm,
-    "fused_add_rms_norm": ops.bind_fused_add_rms_norm,
-    "fused_add_rms_norm_": ops.bind_fused_add_rms_norm_,
-}
-
-
 @cache
 def _eager(op: str, provider: str, has_weight: bool, variance_size: int | None) -> ops.Bound:
-    return BIND[op](spec_of(provider, has_weight, variance_size))
+    return ops.bind(op, spec_of(provider, has_weight, variance_size))
 
 
 def is_eager(x: torch.Tensor) -> bool:
@@ -56,7 +50,7 @@ def rms_norm(
 ) -> torch.Tensor:
     """x: [..., N]; weight: [N] or None; the result is contiguous."""
     if is_eager(x):
-        return _eager("rms_norm", _on(provider, x), weight is not None, variance_size)(x, weight, eps)
+        return _eager(RMS_NORM.name, _on(provider, x), weight is not None, variance_size)(x, weight, eps)
     spec = _spec_args(provider, variance_size)
     return torch.ops.rmsnorm_patch.rms_norm.default(x, weight, eps, *spec)
 
@@ -71,7 +65,7 @@ def fused_add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(norm(x + residual), x + residual); x, residual: [..., N]; both results are contiguous and new."""
     if is_eager(x):
-        bound = _eager("fused_add_rms_norm", _on(provider, x), weight is not None, variance_size)
+        bound = _eager(FUSED_ADD.name, _on(provider, x), weight is not None, variance_size)
         return bound(x, residual, weight, eps)
     spec = _spec_args(provider, variance_size)
     return torch.ops.rmsnorm_patch.fused_add_rms_norm.default(x, residual, weight, eps, *spec)
@@ -90,7 +84,7 @@ def fused_add_rms_norm_in_place(
     if not IN_PLACE or (is_eager(x) and x.device.type == "cpu"):
         return fused_add_rms_norm(provider, x, residual, weight, eps, variance_size)
     if is_eager(x):
-        _eager("fused_add_rms_norm_", provider, weight is not None, variance_size)(x, residual, weight, eps)
+        _eager(FUSED_ADD_IN_PLACE.name, provider, weight is not None, variance_size)(x, residual, weight, eps)
         return x, residual
     spec = _spec_args(provider, variance_size)
     torch.ops.rmsnorm_patch.fused_add_rms_norm_.default(x, residual, weight, eps, *spec)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..fused.linear_norm import splits as product_splits
+from ..numerics.contract import FUNCTIONAL
 from ..numerics.spec import NormSpec
 from . import settings
 from .wrapping import original_of
@@ -175,7 +176,7 @@ def has_ir() -> bool:
         from vllm import ir
     except ImportError:
         return False
-    return all(hasattr(getattr(ir.ops, name, None), "register_impl") for name in ("rms_norm", "fused_add_rms_norm"))
+    return all(hasattr(getattr(ir.ops, name, None), "register_impl") for name in FUNCTIONAL)
 
 
 def has_oot() -> bool:

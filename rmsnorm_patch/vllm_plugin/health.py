@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import ops
 from ..errors import RMSNormPatchError
-from ..numerics import reference
+from ..numerics.contract import PLAIN_OPS
 from ..numerics.spec import SUPPORTED_DTYPES, NormSpec
 
 logger = logging.getLogger("vllm.rmsnorm_patch")
@@ -78,21 +78,18 @@ def _trial(
         return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
     weight = None if weight_dtype is None else normal(n)
-    bind, plain = {
-        "rms_norm": (ops.bind_rms_norm, reference.rms_norm),
-        "fused_add_rms_norm": (ops.bind_fused_add_rms_norm, reference.fused_add_rms_norm),
-    }[op]
+    row = PLAIN_OPS[op]
     for rows in ROWS:
-        tensors = [normal(rows, n) for _ in range(1 if op == "rms_norm" else 2)]
+        tensors = tuple(normal(rows, n) for _ in range(row.operands))
+        again = tuple(tensor.clone() for tensor in tensors)
         try:
-            got = bind(spec)(*tensors, weight, 1e-6)
+            got = row.results(ops.bind(op, spec)(*tensors, weight, 1e-6), tensors)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
         except (RMSNormPatchError, RuntimeError, OSError) as error:
             return f"its kernel does not run here ({error})"
-        want = plain(*tensors, weight, spec, 1e-6)  # type: ignore[operator]
-        pairs = [(got, want)] if op == "rms_norm" else list(zip(got, want, strict=True))
-        for left, right in pairs:
+        want = row.results(row.reference(*again, weight, spec, 1e-6), again)
+        for left, right in zip(got, want, strict=True):
             if not torch.allclose(left.float(), right.float(), rtol=4 * torch.finfo(dtype).eps, atol=1e-6):
                 return "its kernel disagrees with the reference on this device"
     return ""

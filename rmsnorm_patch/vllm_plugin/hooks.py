@@ -13,6 +13,7 @@ from typing import Any
 
 from ..backends.cuda import nvrtc
 from ..fused.linear_norm import splits as product_splits
+from ..numerics.contract import FUNCTIONAL
 from ..ops.dispatch import triton_installed
 from . import arithmetic, linear_pass, settings
 from .decision import SPECS, Decision, decide, decision_for, facts_of
@@ -64,7 +65,7 @@ def _default_priority(original: Callable[..., Any]) -> Callable[..., Any]:
         priority = original(cls, vllm_config)
         decision = decide(facts_of(vllm_config, tuple(priority.rms_norm)))
         if decision.route == "ir":
-            for name in ("rms_norm", "fused_add_rms_norm"):
+            for name in FUNCTIONAL:
                 setattr(priority, name, [decision.provider, *getattr(priority, name)])
         return priority
 
@@ -81,9 +82,6 @@ def _set_default(original: Callable[..., Any]) -> Callable[..., Any]:
         from vllm.config import get_current_vllm_config_or_none
 
         vllm_config = get_current_vllm_config_or_none()
-        if vllm_config is not None and (decision := decision_for(vllm_config)).linear:
-            product_splits.compare_ahead(vllm_config.compilation_config.cudagraph_capture_sizes or ())
-            product_splits.allow_reordering(decision.reorder)
         log(vllm_config, self)
 
     return set_default
@@ -95,15 +93,16 @@ def _compute_hash(original: Callable[..., Any]) -> Callable[..., Any]:
         decision = decision_for(self)
         if decision.route == "none":
             return key
-        return hashlib.sha256(f"{key} {fingerprint(decision)}".encode()).hexdigest()[: len(key)]
+        ours = fingerprint(decision, linear_pass.splits_of(self, decision))
+        return hashlib.sha256(f"{key} {ours}".encode()).hexdigest()[: len(key)]
 
     return compute_hash
 
 
-def fingerprint(decision: Decision) -> str:
+def fingerprint(decision: Decision, splits: str) -> str:
     """What a compiled graph depends on and vLLM cannot see. The toolchain decides which norms are served at all."""
     toolchain = nvrtc.find() is not None, triton_installed()
-    what = f"{decision.route} {decision.provider} {decision.linear}"
+    what = f"{decision.route} {decision.provider} {decision.linear} {splits}"
     return f"rmsnorm_patch {arithmetic.VERSION} {what} {arithmetic.forms()} {toolchain}"
 
 

@@ -14,7 +14,7 @@ from torch import fx
 
 from ..fused.linear_norm import op as linear_ops
 from ..fused.linear_norm import splits as product_splits
-from .decision import decision_for
+from .decision import Decision, decision_for
 from .health import logger, warn_once
 
 aten = torch.ops.aten
@@ -31,8 +31,9 @@ def _transposes(node: Any) -> bool:
     return node.target is aten.t.default
 
 
-def join(graph: fx.Graph) -> int:
-    """Join every fused norm of a lowered graph with its product; returns how many were."""
+def join(graph: fx.Graph, splits: str = "") -> int:
+    """Join every fused norm of a lowered graph with its product; returns how many were. splits: as `splits_of` gives
+    it for the engine."""
     norm_op = torch.ops.rmsnorm_patch.fused_add_rms_norm_.default
     op = getattr(torch.ops.rmsnorm_patch, linear_ops.NAME).default
     count = 0
@@ -43,6 +44,8 @@ def join(graph: fx.Graph) -> int:
         if product is None:
             continue
         rows, transposed = product.args
+        if splits:
+            rest += [*linear_ops.DEFAULTS[len(rest) - 1 : -1], splits]
         with graph.inserting_before(norm):
             joined = graph.call_function(op, (rows, transposed.args[0], residual, weight, *rest))
         joined.meta.update(x.meta)
@@ -93,21 +96,31 @@ def _writes(target: Any) -> bool:
 _TOLD: set[tuple[int, int]] = set()
 
 
-def tell(product: product_splits.Product, parts: int) -> None:
+def tell(product: product_splits.Product, split: product_splits.Split) -> None:
     """One line for each matrix whose products come in parts."""
     matrix = product.n, product.k
-    if parts > 1 and matrix not in _TOLD:
+    if split.kind == "parts" and matrix not in _TOLD:
         _TOLD.add(matrix)
         text = "rmsnorm_patch: behind a product with a %d x %d matrix the norm adds up %d parts (first at %d rows)"
-        logger.info(text, *matrix, parts, product.m)
+        logger.info(text, *matrix, split.parts, product.m)
+
+
+def splits_of(vllm_config: Any, decision: Decision) -> str:
+    """Under which settings an engine's ops look at products: ahead, at the rows of its captured graphs."""
+    if not decision.linear:
+        return ""
+    sizes = vllm_config.compilation_config.cudagraph_capture_sizes or ()
+    return product_splits.settings_of(sizes, decision.reorder)
 
 
 def wrap_init(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Of vLLM's lowering pass: it learns whether its engine joins products and norms."""
+    """Of vLLM's lowering pass: it learns whether and how its engine joins products and norms."""
 
     def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         original(self, vllm_config, *args, **kwargs)
-        self.rmsnorm_patch_linear = decision_for(vllm_config).linear
+        decision = decision_for(vllm_config)
+        self.rmsnorm_patch_linear = decision.linear
+        self.rmsnorm_patch_splits = splits_of(vllm_config, decision)
 
     return init
 
@@ -117,7 +130,7 @@ def wrap_call(original: Callable[..., Any]) -> Callable[..., Any]:
         original(self, graph)
         if _joins(self) and not _tunes_products():
             try:
-                join(graph)
+                join(graph, _splits(self))
             except Exception as error:  # each step leaves a right graph
                 warn_once(f"not every product is joined with its norm: {type(error).__name__}: {error}")
 
@@ -135,7 +148,7 @@ def wrap_uuid(original: Callable[..., Any]) -> Callable[..., Any]:
     """The pass is part of the key of Inductor's own cache, which engines of different settings may share."""
 
     def uuid(self: Any) -> str:
-        return f"{original(self)}|rmsnorm_patch linear {_joins(self)}"
+        return f"{original(self)}|rmsnorm_patch linear {_joins(self)} {_splits(self)}"
 
     return uuid
 
@@ -143,3 +156,7 @@ def wrap_uuid(original: Callable[..., Any]) -> Callable[..., Any]:
 def _joins(lowering: Any) -> bool:
     """What `wrap_init` has told a pass; one that was made before leaves products alone."""
     return getattr(lowering, "rmsnorm_patch_linear", False)
+
+
+def _splits(lowering: Any) -> str:
+    return getattr(lowering, "rmsnorm_patch_splits", "")

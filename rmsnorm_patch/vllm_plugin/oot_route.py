@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..numerics.contract import FUNCTIONAL
 from . import arithmetic, health, hooks
 from .decision import decision_for
 
@@ -49,7 +50,7 @@ def _make_class(rms_norm: type) -> type:
             x = torch.empty(0, self.weight.shape[0], dtype=self.weight.dtype, device=self.weight.device)
             spec = arithmetic.spec_of(decision.provider, self.has_weight, self.variance_size_override)
             weight = self.weight if self.has_weight else None
-            if any(health.declined(x, weight, spec, op) for op in ("rms_norm", "fused_add_rms_norm")):
+            if any(health.declined(x, weight, spec, op) for op in FUNCTIONAL):
                 return ""
             return decision.provider
 

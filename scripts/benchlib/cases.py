@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from rmsnorm_patch.numerics.contract import PLAIN_OPS
 from rmsnorm_patch.numerics.spec import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, NormSpec
 
 from . import roofline, timing
 from .providers import Provider
-from .rows import FUSED, PAIR
+from .rows import FUSED, PAIR, PLAIN
 
 EPS = 1e-6
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # nothing is timed on a CPU; the checks are tested there
@@ -82,11 +83,9 @@ def operands(case: Case, sets: int, seed: int = 0) -> list[Tensors]:
     """(x,), (x, residual), or for the pair (q, k): views of a packed projection, as attention has them."""
     generator = torch.Generator(DEVICE).manual_seed(seed)
     new = lambda columns: torch.randn(case.m, columns, device=DEVICE, generator=generator).to(case.dtype)  # noqa: E731
-    if case.op == FUSED:
-        return [(new(case.n), new(case.n)) for _ in range(sets)]
     if case.op == PAIR:
         return [_query_and_key(new((HEADS[0] + 2 * HEADS[1]) * case.n), case.n) for _ in range(sets)]
-    return [(new(case.n),) for _ in range(sets)]
+    return [tuple(new(case.n) for _ in range(PLAIN_OPS[case.op].operands)) for _ in range(sets)]
 
 
 def _query_and_key(packed: torch.Tensor, n: int) -> Tensors:
@@ -217,4 +216,4 @@ def _pair_traffic(inputs: Tensors, config: tuple[int, int], _: bool) -> Tensors:
     return outputs
 
 
-_TRAFFIC: dict[str, Callable[..., Tensors]] = {FUSED: _fused_traffic, "rms_norm": _norm_traffic, PAIR: _pair_traffic}
+_TRAFFIC: dict[str, Callable[..., Tensors]] = {FUSED: _fused_traffic, PLAIN: _norm_traffic, PAIR: _pair_traffic}

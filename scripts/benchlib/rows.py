@@ -6,7 +6,9 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-FUSED, PLAIN, PAIR = "fused_add_rms_norm", "rms_norm", "rms_norm_pair"
+from rmsnorm_patch.numerics.contract import FUSED_ADD, RMS_NORM
+
+FUSED, PLAIN, PAIR = FUSED_ADD.name, RMS_NORM.name, "rms_norm_pair"
 OURS = ("ours", "ours_inplace")
 
 Row = dict[str, Any]

@@ -327,26 +327,15 @@ def recapture(worker: Any) -> bool:
 def scheduled(schedules: str) -> Iterator[None]:
     """Norms that this process binds within follow these schedules: another registry, or "plain" launches."""
     from rmsnorm_patch import ops
-    from rmsnorm_patch.backends.cuda import backend as cuda_backend
     from rmsnorm_patch.backends.cuda import launcher, registry
     from rmsnorm_patch.backends.cuda import schedules as selection
-    from rmsnorm_patch.fused.linear_norm import kernel as cuda_partials
-    from rmsnorm_patch.fused.linear_norm import op as linear_ops
 
     if not schedules:
         yield
         return
     functions, kernels = launcher.functions, selection.registered_kernels
 
-    def forget() -> None:
-        cuda_backend.configs_for.cache_clear()
-        cuda_backend._bound.cache_clear()
-        cuda_partials._bound.cache_clear()
-        ops._bound_of.cache_clear()
-        ops._BOUND.clear()
-        linear_ops._bound.cache_clear()
-
-    forget()
+    ops.forget()
     if schedules == "plain":
         usual = functions()
 
@@ -361,7 +350,7 @@ def scheduled(schedules: str) -> Iterator[None]:
         yield
     finally:
         launcher.functions, selection.registered_kernels = functions, kernels
-        forget()
+        ops.forget()
 
 
 def share_weights() -> None:

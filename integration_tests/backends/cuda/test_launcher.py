@@ -10,6 +10,7 @@ import ctypes
 import gc
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rmsnorm_patch import ops
 from rmsnorm_patch.backends.cuda import backend as cuda_backend
-from rmsnorm_patch.backends.cuda import cache, driver, launcher, schedules
+from rmsnorm_patch.backends.cuda import cache, driver, kernel_set, launcher, schedules
 from rmsnorm_patch.backends.cuda.launcher import in_python as launcher_ctypes
 from rmsnorm_patch.cli import environment
 from rmsnorm_patch.errors import KernelBuildError, UnsupportedInput
 from rmsnorm_patch.fused.linear_norm import kernel as cuda_partials
+from rmsnorm_patch.fused.query_key_norm import kernel as cuda_pair
+from rmsnorm_patch.numerics.contract import PLAIN_OPS
 from rmsnorm_patch.numerics.spec import LLAMA
 
 N = 64
@@ -106,8 +110,6 @@ def kernel(functions: launcher.Functions, **changes: int) -> int:
 class Op:
     """One op's callable over `functions`, with a plan for bf16 rows of N; `slow` collects what it was not sure of."""
 
-    CODES = ("rms_norm", "fused_add_rms_norm", "fused_add_rms_norm_")
-
     def __init__(self, functions: launcher.Functions, op: str, has_weight: bool = True, **plan: int) -> None:
         self.slow_calls: list[tuple] = []
         self.bumped: list[tuple] = []
@@ -117,7 +119,7 @@ class Op:
             return "slow"
 
         self.table, self.call = functions.make_callable(
-            self.CODES.index(op),
+            PLAIN_OPS[op].code,
             has_weight,
             slow,
             torch.Tensor,
@@ -502,15 +504,14 @@ def test_launcher_variable(recorded, monkeypatch):
 @pytest.mark.parametrize("dependent", [True, False])
 @pytest.mark.parametrize("arch", [89, 90])
 def test_the_switch_reaches_the_kernels_of_every_op(functions, recorded, monkeypatch, arch, dependent):
-    monkeypatch.setattr(cuda_backend, "_function", lambda *_: FUNCTION)
-    monkeypatch.setattr(cuda_backend, "_capability", lambda *_: arch)
+    monkeypatch.setattr(kernel_set, "_function", lambda *_: FUNCTION)
+    monkeypatch.setattr(kernel_set, "_capability", lambda *_: arch)
     monkeypatch.setattr(driver, "primary_context", lambda *_: CONTEXT)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (arch // 10, arch % 10))
-    single = cuda_backend.BoundOp("fused_add_rms_norm_", LLAMA, dependent)
+    single = cuda_backend.BoundOp("fused_add_rms_norm_", LLAMA, dependent, functions)
     configs, x = schedules.schedules("fused_add_rms_norm_", BF16, 4096, arch), torch.empty(2, 4096, dtype=BF16)
-    for op in (single, cuda_partials.BoundPartials(LLAMA, 2, dependent)):
-        op.functions = functions
-        for _, handle in op._build(configs, x, BF16, 16, 16, False):
+    for op in (single, cuda_partials.BoundPartials(LLAMA, 2, dependent, functions)):
+        for _, handle in op.kernels._build(configs, x, BF16, 16, 16, False).kernels:
             functions.launch(handle, STREAM, 1e-6, 1, 2, 3, 4, 5, 8)
             last = recorded.last
             assert (PROGRAMMATIC in [last[f"id{i}"] for i in range(last["count"])]) == (dependent and arch >= 90)
@@ -519,18 +520,18 @@ def test_the_switch_reaches_the_kernels_of_every_op(functions, recorded, monkeyp
 def test_env_says_who_starts_kernels(recorded, monkeypatch):
     guards = torch._C._dynamo.guards
     monkeypatch.setattr(guards, "_empty_strided_cuda", guards._empty_strided_cpu, raising=False)
-    cuda_backend._bound.cache_clear()
+    ops.forget()
     assert environment.starting() == "started by launcher.c"
     with monkeypatch.context() as older:
         older.delattr(torch.Tensor, "__dlpack_c_exchange_api__")
-        cuda_backend._bound.cache_clear()
+        ops.forget()
         why = "started from Python, a few microseconds more a call: torch before 2.10"
         assert environment.starting().startswith(why)
     monkeypatch.setenv(launcher.VARIABLE, "python")
     launcher.functions.cache_clear()
-    cuda_backend._bound.cache_clear()
+    ops.forget()
     assert environment.starting().endswith(f"{launcher.VARIABLE}=python")
-    cuda_backend._bound.cache_clear()
+    ops.forget()
 
 
 def test_env_says_why_nobody_can_start_kernels(recorded, tmp_path, monkeypatch):
@@ -540,8 +541,98 @@ def test_env_says_why_nobody_can_start_kernels(recorded, tmp_path, monkeypatch):
     folder.mkdir(mode=0o700)
     folder.chmod(0o777)
     monkeypatch.setenv(cache.DIRECTORY_VARIABLE, str(folder))
-    for forget in (cache.forget, launcher.functions.cache_clear, cuda_backend._bound.cache_clear):
+    for forget in (cache.forget, launcher.functions.cache_clear, ops.forget):
         forget()
     assert str(folder) in environment.starting()
-    for forget in (cache.forget, launcher.functions.cache_clear, cuda_backend._bound.cache_clear):
+    for forget in (cache.forget, launcher.functions.cache_clear, ops.forget):
         forget()
+
+
+def test_every_op_with_kernels_is_bound_anew_once_all_is_forgotten(recorded, monkeypatch):
+    guards = torch._C._dynamo.guards
+    monkeypatch.setattr(guards, "_empty_strided_cuda", guards._empty_strided_cpu, raising=False)
+    ops.forget()
+    held = [
+        *(lambda op=op: cuda_backend.bind(op, LLAMA) for op in PLAIN_OPS),
+        lambda: cuda_partials.bound(LLAMA, 2),
+        lambda: cuda_pair.bind_rms_norm_pair(LLAMA),
+    ]
+    before = [bind() for bind in held]
+    assert all(bind() is first for bind, first in zip(held, before, strict=True))
+    ops.forget()
+    assert all(bind() is not first for bind, first in zip(held, before, strict=True))
+    ops.forget()
+
+
+@pytest.fixture
+def device_of_sm_90(recorded, monkeypatch):
+    """Every kernel set builds for an sm_90 whose kernels the recording driver starts."""
+    monkeypatch.setattr(kernel_set, "_function", lambda *_: FUNCTION)
+    monkeypatch.setattr(kernel_set, "_capability", lambda *_: 90)
+    monkeypatch.setattr(kernel_set, "configs_for", lambda op, dtype, n, _: schedules.schedules(op, dtype, n, 90))
+    monkeypatch.setattr(cuda_pair, "configs_for", kernel_set.configs_for)
+    monkeypatch.setattr(driver, "primary_context", lambda *_: CONTEXT)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    return recorded
+
+
+@pytest.mark.parametrize("op", PLAIN_OPS)
+def test_a_set_starts_the_kernel_of_a_plain_op_and_says_once_that_its_calls_are_plain(device_of_sm_90, functions, op):
+    row, plain = PLAIN_OPS[op], []
+    bound = cuda_backend.BoundOp(op, LLAMA, True, replace(functions, add_plan=lambda *values: plain.append(values)))
+    x, residual, weight, normed, total = (
+        torch.randn(shape).bfloat16() for shape in ((3, N), (3, N), N, (3, N), (3, N))
+    )
+    places = (x, residual) if row.in_place else (normed, total if row.fused_add else None)
+    for _ in range(2):
+        bound._launch(x, residual if row.fused_add else None, weight, 1e-6, *places)
+        last = device_of_sm_90.last
+        assert (last["x"], last["weight"], last["m"]) == (x.data_ptr(), weight.data_ptr(), 3)
+        assert last["residual"] == (residual.data_ptr() if row.fused_add else 0)
+        assert (last["normed"], last["total"]) == tuple(0 if each is None else each.data_ptr() for each in places)
+        assert [last[f"{name}_row_stride"] for name in ("x", "normed")] == [N, N]
+    assert len(plain) == 1
+    assert plain[0][0] is bound.table
+
+
+def test_a_set_starts_the_kernel_for_parts(device_of_sm_90, functions):
+    bound = cuda_partials.BoundPartials(LLAMA, 2, True, functions)
+    parts, residual, weight, normed = (torch.randn(shape) for shape in ((2, 3, 4096), (3, 4096), 4096, (3, 4096)))
+    residual, weight, normed = residual.bfloat16(), weight.bfloat16(), normed.bfloat16()
+    for _ in range(2):
+        bound(parts, residual, weight, 1e-6, normed)
+        last = device_of_sm_90.last
+        assert [last[name] for name in ("x", "residual", "weight", "normed", "total")] == [
+            each.data_ptr() for each in (parts, residual, weight, normed, residual)
+        ]
+        assert [last[name] for name in ("m", "x_row_stride", "inner_rows", "x_outer_stride")] == [3, 4096, 3, 3 * 4096]
+    assert len(bound.kernels._chains) == 1
+
+
+def test_a_set_starts_the_kernel_for_queries_and_keys(device_of_sm_90, functions):
+    bound = cuda_pair.BoundPair(LLAMA, True, functions)
+    packed = torch.randn(3, 6, 128).bfloat16()
+    q, k = packed[:, :4], packed[:, 4:5]
+    q_weight, k_weight = torch.randn(128).bfloat16(), torch.randn(128).bfloat16()
+    normed = bound._launch_pair(q, k, q_weight, k_weight, 1e-6)
+    last = device_of_sm_90.last
+    assert [last[name] for name in ("x", "weight", "normed", "m", "x_row_stride", "inner_rows", "x_outer_stride")] == [
+        *(each.data_ptr() for each in (q, q_weight, normed[0])),
+        12,
+        128,
+        4,
+        6 * 128,
+    ]
+    assert [last[name] for name in ("x2", "weight2", "normed2", "m2", "normed2_row_stride")] == [
+        *(each.data_ptr() for each in (k, k_weight, normed[1])),
+        3,
+        128,
+    ]
+
+
+def test_a_launch_that_fails_names_op_shape_and_error(device_of_sm_90, functions):
+    bound = cuda_partials.BoundPartials(LLAMA, 2, True, functions)
+    operands = torch.randn(2, 3, 4096), torch.randn(3, 4096).bfloat16(), None, 1e-6, torch.randn(3, 4096).bfloat16()
+    device_of_sm_90.library.set_result(719)
+    with pytest.raises(KernelBuildError, match=r"fused_add_rms_norm_: launch on cpu, x \(3, 4096\) torch.bfloat16"):
+        bound(*operands)

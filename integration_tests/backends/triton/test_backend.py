@@ -13,6 +13,7 @@ from rmsnorm_patch import ops
 from rmsnorm_patch.backends.triton import backend as triton_backend
 from rmsnorm_patch.backends.triton import loader as triton_loader
 from rmsnorm_patch.errors import UnsupportedInput
+from rmsnorm_patch.numerics.contract import PLAIN_OPS
 from rmsnorm_patch.numerics.spec import LLAMA
 
 
@@ -35,7 +36,8 @@ def test_missing_triton_is_a_reason_and_not_a_crash() -> None:
     script = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch\n"
-        "from rmsnorm_patch import ops\nfrom rmsnorm_patch.backends.triton import backend as triton_backend\n"
+        "from rmsnorm_patch import ops\n"
+        "from rmsnorm_patch.backends.triton import backend as triton_backend\n"
         "from rmsnorm_patch.numerics.spec import LLAMA\n"
         "print(triton_backend.available('cpu'))\n"
         "print(ops.bind_rms_norm(LLAMA)(torch.ones(2, 4), None, 0.0).sum().item())\n"
@@ -70,7 +72,7 @@ def test_importing_the_package_leaves_triton_alone() -> None:
 def test_warmup_compiles_by_running(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     key = (torch.bfloat16, (328,), torch.bfloat16)  # a length of this test alone
-    for op in ("rms_norm", "fused_add_rms_norm", "fused_add_rms_norm_"):
+    for op in PLAIN_OPS:
         layouts = triton_backend.bind(op, LLAMA)._layouts  # type: ignore[attr-defined]
         assert key not in layouts
         triton_backend.warmup(op, LLAMA, 328, torch.bfloat16, torch.bfloat16, device="cpu")

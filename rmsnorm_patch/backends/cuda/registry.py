@@ -12,13 +12,14 @@ from typing import Any
 
 from ...errors import KernelBuildError
 from ...kernel_files import kernels_dir
+from ...numerics.contract import PLAIN_OPS
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-OPS = ("rms_norm", "fused_add_rms_norm", "fused_add_rms_norm_", "rms_norm_pair")
+OPS = (*PLAIN_OPS, "rms_norm_pair")
 """rms_norm_pair: two plain norms of one spec and N, each with its own rows and weight, in one launch (q and k)."""
 DTYPES = ("fp32", "bf16", "fp16")
 UNBOUNDED = 2**63 - 1

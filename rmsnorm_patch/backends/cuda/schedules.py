@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 import torch
 
 from ...errors import KernelBuildError
 from .registry import UNBOUNDED, Kernel, Override, Range, Rule, read_registry, read_tuned
 
-Op = Literal["rms_norm", "fused_add_rms_norm", "fused_add_rms_norm_", "rms_norm_pair"]
+Op = str
+"""One of `registry.OPS`."""
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 

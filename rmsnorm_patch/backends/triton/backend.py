@@ -8,19 +8,24 @@ It calls the compiled kernel directly: `kernel[grid](...)` hashes two dozen argu
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 
 from ...errors import UnsupportedInput
 from ...numerics import operands as validate
+from ...numerics.contract import FUSED_ADD, IMPLIED_EPS, PLAIN_OPS, RMS_NORM
 from ...numerics.spec import NormSpec
 from .. import launch_mode
+from ..bindings import kept
 from . import loader as triton_loader
 
 MINIMUM_CAPABILITY = (8, 0)
-_IMPLIED_EPS = NormSpec(eps=None).resolve_eps(torch.float32)
+
+
+def missing() -> str:
+    """Why triton cannot be imported; "" if it can."""
+    return triton_loader.triton_missing()
 
 
 def available(device: torch.device | str) -> tuple[bool, str]:
@@ -43,19 +48,16 @@ def available(device: torch.device | str) -> tuple[bool, str]:
 
 
 def bind(op: str, spec: NormSpec, enable_pdl: bool | None = None) -> Callable[..., Any]:
-    """The callable for `op` ("rms_norm", "fused_add_rms_norm", "fused_add_rms_norm_") with the numerics of `spec`.
-    enable_pdl: as `launch_mode.dependent` takes it."""
+    """The callable for `op`, the name of a row of `numerics.contract`, with the numerics of `spec`. enable_pdl: as
+    `launch_mode.dependent` takes it."""
     return _bind(op, spec.variant, launch_mode.dependent(enable_pdl))
 
 
-@cache
+@kept
 def _bind(op: str, spec: NormSpec, dependent: bool) -> Callable[..., Any]:
-    classes: dict[str, Callable[[str, NormSpec, bool], Callable[..., Any]]] = {
-        "rms_norm": RMSNorm,
-        "fused_add_rms_norm": FusedAddRMSNorm,
-        "fused_add_rms_norm_": FusedAddRMSNormInPlace,
-    }
-    return classes[op](op, spec, dependent)
+    row = PLAIN_OPS[op]
+    fused = FusedAddRMSNormInPlace if row.in_place else FusedAddRMSNorm
+    return (fused if row.fused_add else RMSNorm)(op, spec, dependent)
 
 
 def warmup(
@@ -70,7 +72,7 @@ def warmup(
     """Compile what `op` needs for rows of `n` columns: one call on zeros; afterwards a CUDA graph can capture it."""
     x = torch.zeros(2, n, dtype=dtype, device=device)
     weight = None if weight_dtype is None else torch.zeros(n, dtype=weight_dtype, device=device)
-    operands = (x,) if op == "rms_norm" else (x, torch.zeros_like(x))
+    operands = [x] + [torch.zeros_like(x) for _ in range(PLAIN_OPS[op].operands - 1)]
     bind(op, spec, enable_pdl)(*operands, weight, 1e-6)
 
 
@@ -123,7 +125,7 @@ class Layout:
         schedules = triton_loader.load("schedule", interpreted=False)
         self.columns = spec.group or n
         """Elements that share one rstd: what the kernels call a row."""
-        plain, halves = op == "rms_norm", dtype.itemsize == 2
+        plain, halves = not PLAIN_OPS[op].fused_add, dtype.itemsize == 2
         wide_sum = halves and not plain and spec.sum == "fp32"
         self.schedule = schedules.schedule(self.columns, dtype.itemsize, 1 if plain else 2, target.warp_size, wide_sum)
         self.vec = schedules.vector_elements(self.columns, dtype.itemsize)
@@ -189,7 +191,7 @@ class _Op:
     ) -> None:
         """Launch on `tensors`' device and its current stream; `numbers` (rows, inner, strides) follow eps."""
         x = tensors[0]
-        args = (*tensors, _IMPLIED_EPS if eps is None else float(eps), *numbers)
+        args = (*tensors, IMPLIED_EPS if eps is None else float(eps), *numbers)
         grid = (-(-numbers[0] // layout.schedule.rows), 1, 1)
         device = x.get_device()
         if x.is_cuda and torch._C._cuda_getDevice() != device:
@@ -237,7 +239,7 @@ class RMSNorm(_Op):
             places, nested = (rows.inner, rows.stride // layout.vec, rows.inner_stride // layout.vec), rows.inner > 1
         tensors = (x, x if weight is None else _aligned(weight, layout), y)
         numbers = (x.numel() // layout.columns, *places)
-        self._launch("rms_norm", layout, tensors, eps, numbers, {"NESTED": nested})
+        self._launch(RMS_NORM.name, layout, tensors, eps, numbers, {"NESTED": nested})
         return y
 
 
@@ -279,7 +281,7 @@ class FusedAddRMSNorm(_Op):
             "IN_PLACE": outputs is None,
         }
         numbers = (x.numel() // layout.columns, *places)
-        self._launch("fused_add_rms_norm", layout, tensors, eps, numbers, constants)
+        self._launch(FUSED_ADD.name, layout, tensors, eps, numbers, constants)
         return x, residual
 
 
@@ -297,7 +299,7 @@ class FusedAddRMSNormInPlace(FusedAddRMSNorm):
             layout = self._layout(x, weight)
         if layout.schedule.streamed and self.spec.sum == "fp32":
             # The kernel would overwrite the residual before other threads have read it a second time.
-            normed, total = bind("fused_add_rms_norm", self.spec, self.dependent)(x, residual, weight, eps)
+            normed, total = bind(FUSED_ADD.name, self.spec, self.dependent)(x, residual, weight, eps)
         else:
             normed, total = self._run(layout, x, residual, weight, None, eps)
         if normed is not x:

@@ -8,17 +8,19 @@ tree is that of the fused op in place, so its bits are those of "add the parts, 
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
 
 import torch
 
 from ...backends import launch_mode
+from ...backends.bindings import kept
 from ...backends.cuda import launcher
-from ...backends.cuda.backend import BoundOp, configs_for, power_of_two
+from ...backends.cuda.kernel_set import KernelSet, configs_for
+from ...backends.cuda.rows import power_of_two
 from ...backends.cuda.schedules import Config, Op
+from ...numerics.contract import FUSED_ADD_IN_PLACE
 from ...numerics.spec import NormSpec
 
-OP: Op = "fused_add_rms_norm_"
+OP: Op = FUSED_ADD_IN_PLACE.name
 """The op whose place the kernel takes."""
 MOST_ROWS = 256
 """A CTA, or a cluster, for each row: more rows are better off with a reduction that fills the device."""
@@ -35,9 +37,9 @@ def bound(spec: NormSpec, parts: int, enable_pdl: bool | None = None) -> BoundPa
     return _bound(spec.variant, parts, launch_mode.dependent(enable_pdl))
 
 
-@cache
+@kept
 def _bound(spec: NormSpec, parts: int, dependent: bool) -> BoundPartials:
-    return BoundPartials(spec, parts, dependent)
+    return BoundPartials(spec, parts, dependent, launcher.functions())
 
 
 def serves(spec: NormSpec, dtype: torch.dtype, n: int, device: int) -> bool:
@@ -48,28 +50,27 @@ def serves(spec: NormSpec, dtype: torch.dtype, n: int, device: int) -> bool:
     return bool(configs) and n % 8 == 0 and configs[0].tree == "lanes-8"
 
 
-class BoundPartials(BoundOp):
+class BoundPartials:
     """f(parts, residual, weight, eps, normed): residual <- sum of the parts + residual; normed <- the norm of that.
 
     parts: fp32 [P, M, N]; residual, normed: 16-bit [M, N]; weight: [N] or None. All contiguous. The caller checks.
     """
 
-    def __init__(self, spec: NormSpec, parts: int, dependent: bool) -> None:
-        super().__init__(OP, spec, dependent)
+    def __init__(self, spec: NormSpec, parts: int, dependent: bool, functions: launcher.Functions) -> None:
+        self.op = OP
+        self.spec = spec
         self.parts = parts
-        self.functions = launcher.functions()
+        self.dependent = dependent
+        self.kernels = KernelSet(OP, spec, dependent, FUSED_ADD_IN_PLACE.fused_add, functions, self._select)
 
     def __repr__(self) -> str:
-        return f"cuda_partials.BoundPartials({self.spec!r}, parts={self.parts}, dependent={self.dependent})"
+        return f"BoundPartials({self.spec!r}, parts={self.parts}, dependent={self.dependent})"
 
-    def _register(self, *_: object) -> None:
-        """The plain call of launcher.c does not know parts."""
-
-    def _build(self, configs: tuple[Config, ...], x: torch.Tensor, *rest: object) -> list[tuple[int, int]]:
+    def _select(self, configs: tuple[Config, ...], x: torch.Tensor) -> tuple[Config, ...]:
         clusters = torch.cuda.get_device_capability(x.device) >= (9, 0)
-        return super()._build(schedules(configs[0], x.shape[-1], self.parts, clusters), x, *rest)  # type: ignore[arg-type]
+        return schedules(configs[0], x.shape[-1], self.parts, clusters)
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         parts: torch.Tensor,
         residual: torch.Tensor,
@@ -80,18 +81,16 @@ class BoundPartials(BoundOp):
         m, n = residual.shape
         align = power_of_two(residual.data_ptr(), normed.data_ptr(), n * residual.element_size())
         address = 0 if weight is None else weight.data_ptr()
-        chain = self._chain(residual, weight, align, power_of_two(address), False)
-        handle = next((handle for last, handle in chain if m <= last), chain[-1][1])
-        code = self.functions.launch(
-            handle,
-            torch._C._cuda_getCurrentRawStream(residual.get_device()),
+        chain, _ = self.kernels.chain(residual, weight, align, power_of_two(address), False)
+        self.kernels.launch(
+            chain,
+            m,
+            residual,
             eps,
             *(parts.data_ptr(), residual.data_ptr(), address, normed.data_ptr(), residual.data_ptr()),
             *(m, n, n, n, n),
             *(m, m * n, 0),
         )
-        if code:
-            raise self._launch_error(code, residual, chain)
 
 
 def schedules(config: Config, n: int, parts: int, clusters: bool) -> tuple[Config, ...]:

@@ -3,71 +3,72 @@
     linear_fused_add_rms_norm_(rows, matrix, residual!, weight?, eps, ...) -> normed
 
 x = rows @ matrix.T, rounded to rows' dtype; residual <- x + residual; the result is the norm of that sum. rows: [M, K],
-matrix: [N, K], residual: [M, N], of one dtype; weight: [N] or None; the arguments after eps are `ops.spec_args`.
+matrix: [N, K], residual: [M, N], of one dtype; weight: [N] or None; the arguments after eps are `ops.spec_args`
+and `splits`: what `splits.settings_of` gives.
 
 The bits are those of `torch.mm` and `fused_add_rms_norm_`. Where `torch.mm` splits K, adds the parts in a kernel of its
-own and rounds, the op asks for the parts and leaves that to the norm (`kernel`). `splits` finds out
-which parts these are; where it cannot, the norm gets the product. No result depends on which it was, unless other sums
-have been allowed (`product_splits.allow_reordering`).
+own and rounds, the op asks for the parts and leaves that to the norm (`kernel.py`). A `SplitFinder` finds
+out which parts these are; where it cannot, the norm gets the product. No result depends on which it was, unless
+`splits` allows other sums.
 """
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 
 from ... import ops
+from ...backends.bindings import kept
 from ...backends.names import Backend
 from ...errors import UnsupportedInput
 from ...numerics import operands as validate
+from ...numerics.contract import FUSED_ADD_IN_PLACE, IMPLIED_EPS
 from ...numerics.spec import NormSpec
-from .splits import product_in_parts, split_of
+from .splits import UNKNOWN, SplitFinder, finder_of, product_in_parts
 
 NAME = "linear_fused_add_rms_norm_"
-_IN_PLACE = ops.SCHEMAS["fused_add_rms_norm_"]
-SCHEMA = _IN_PLACE.replace("Tensor(a!) x", "Tensor rows, Tensor matrix").replace("-> ()", "-> Tensor")
+_NORM = FUSED_ADD_IN_PLACE.schema.replace("Tensor(a!) x", "Tensor rows, Tensor matrix")
+SCHEMA = _NORM.replace(") -> ()", ", str splits='') -> Tensor")
 
 
 def _linear_fused_add_rms_norm_(  # type: ignore[no-untyped-def]
     rows, matrix, residual, weight, eps, *spec
 ):
-    variant, backend, fused, plain = _bound(weight is not None, *spec)
+    variant, backend, fused, plain, finder = _bound(weight is not None, *spec)
     check(rows, matrix)
-    parts = None
+    split = UNKNOWN
     if rows.is_cuda and backend in ("auto", "cuda"):
-        parts = split_of(rows, matrix, residual, weight, variant)
-    if not parts or parts == 1:
+        split = finder.split_of(rows, matrix, residual, weight, variant)
+    if split.kind != "parts":
         x = torch.mm(rows, matrix.t())
         # A product's own kernel lets nothing start early: behind it a dependent launch costs. Behind the kernel that
         # adds up parts it saves.
-        (plain if parts else fused)(x, residual, weight, eps)
+        (plain if split.kind == "whole" else fused)(x, residual, weight, eps)
         return x
     from . import kernel as cuda_partials
 
     normed = _for_result(rows, matrix)
     validate.check_in_place(normed, residual, weight, variant, NAME)
-    add_up, eps = cuda_partials.bound(variant, parts, enable_pdl=False), _IMPLIED_EPS if eps is None else eps
-    add_up(product_in_parts(rows, matrix, parts), residual, weight, eps, normed)
+    add_up, eps = cuda_partials.bound(variant, split.parts, enable_pdl=False), IMPLIED_EPS if eps is None else eps
+    add_up(product_in_parts(rows, matrix, split.parts), residual, weight, eps, normed)
     if not residual.is_inference():  # autograd counts what an in-place op wrote
         torch.autograd.graph.increment_version(residual)
     return normed
 
 
-_DEFAULTS = ops.spec_args(NormSpec())
-_IMPLIED_EPS = NormSpec(eps=None).resolve_eps(torch.float32)
+DEFAULTS = (*ops.spec_args(NormSpec()), "")
 
 
-@cache
-def _bound(has_weight: bool, *spec: object) -> tuple[NormSpec, Backend, ops.Bound, ops.Bound]:
-    """Of the arguments after eps, of which those at the end may be missing: numerics, backend, the fused op, and the
-    same launched plainly."""
-    arguments: tuple[Any, ...] = (*spec, *_DEFAULTS[len(spec) :])
-    before, offset, output, sum_of, width, group, backend, enable_pdl = arguments
+@kept
+def _bound(has_weight: bool, *spec: object) -> tuple[NormSpec, Backend, ops.Bound, ops.Bound, SplitFinder]:
+    """Of the arguments after eps, of which those at the end may be missing: numerics, backend, the fused op, the same
+    launched plainly, and who knows how the library splits."""
+    arguments: tuple[Any, ...] = (*spec, *DEFAULTS[len(spec) :])
+    before, offset, output, sum_of, width, group, backend, enable_pdl, splits = arguments
     variant = NormSpec(0.0, before, offset, has_weight, output, sum_of, width, group)
-    bind = ops.bind_fused_add_rms_norm_
-    return variant, backend, bind(variant, backend, enable_pdl), bind(variant, backend, enable_pdl=False)
+    asked, plain = (ops.bind_fused_add_rms_norm_(variant, backend, pdl) for pdl in (enable_pdl, False))
+    return variant, backend, asked, plain, finder_of(splits)
 
 
 def check(rows: torch.Tensor, matrix: torch.Tensor) -> None:

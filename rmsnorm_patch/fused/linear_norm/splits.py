@@ -4,8 +4,8 @@ To fill the device a library cuts K of a product [M, K] x [N, K] into parts, eac
 up their fp32 results in a kernel of its own. It does not say how. Splits are compared, once for each shape and on made
 rows: the split whose parts add up to the bits of `torch.mm` is the library's.
 
-Only after `allow_reordering(True)` a product whose split cannot be had, or that is not split, comes in as many parts as
-fill the device. Its sums are then fp32 sums in another order: as exact, but not those bits.
+Only a finder that may reorder gives more: a product whose split cannot be had, or that is not split, in
+as many parts as fill the device. Its sums are then fp32 sums in another order: as exact, but not those bits.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from ... import ops
-from ...errors import RMSNormPatchError
+from ...errors import RMSNormPatchError, UnsupportedInput
 from ...numerics.spec import NormSpec
+from ...ops import dispatch
 
 MEASURED = (90,)
 """Compute capabilities on which leaving the sum of a split product to the norm was measured to pay."""
@@ -46,31 +47,26 @@ class Product:
     device: int
 
 
+@dataclass(frozen=True)
+class Split:
+    """How the norm gets a product. "parts": in `parts` parts, which it adds up. Else whole: "whole" is one that the
+    library does not split, "hidden" one whose parts cannot be had, "unknown" one that was not looked at."""
+
+    kind: Literal["parts", "whole", "hidden", "unknown"]
+    parts: int = 1
+
+
+WHOLE, HIDDEN, UNKNOWN = Split("whole"), Split("hidden"), Split("unknown")
+
+
+def in_parts(parts: int) -> Split:
+    return Split("parts", parts)
+
+
 Key = tuple[Product, NormSpec, torch.dtype | None]
-_SPLITS: dict[Key, int] = {}
-_SEEN: set[tuple[Any, ...]] = set()
-_ahead: tuple[int, ...] | None = None
-_reordering = False
-on_found: list[Callable[[Product, int], None]] = []
-"""Who is told of each product that was looked at, with what `split_of` says of it."""
+on_found: list[Callable[[Product, Split], None]] = []
+"""Who is told of each product that was looked at, with what was found."""
 _comparing: list[Product] = []
-
-
-def compare_ahead(rows: Iterable[int] | None) -> None:
-    """When a matrix is first seen, compare its products of each of these numbers of rows, and of no others after that.
-    With None, as it begins: each product when it is first seen."""
-    global _ahead
-    _ahead = None if rows is None else tuple(sorted(set(rows)))
-    _SEEN.clear()
-
-
-def allow_reordering(allowed: bool) -> None:
-    """Whether products may come in parts that do not add up to the bits of `torch.mm`, where that is faster."""
-    global _reordering
-    if allowed != _reordering:
-        _reordering = allowed
-        _SPLITS.clear()
-        _SEEN.clear()
 
 
 def is_comparing() -> bool:
@@ -85,32 +81,109 @@ def product_in_parts(rows: torch.Tensor, matrix: torch.Tensor, parts: int) -> to
     return torch.bmm(pieces, matrix.view(n, parts, k // parts).permute(1, 2, 0), out_dtype=torch.float32)
 
 
-def split_of(
-    rows: torch.Tensor, matrix: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, spec: NormSpec
-) -> int | None:
-    """The parts in which the norm gets this product: 1 for the whole of one that the library does not split, 0 for the
-    whole of one whose parts cannot be had. None where that is not known and not asked: too many rows, rows apart or at
-    odd addresses, another GPU than those measured, or a stream capture, in which nothing can be compared."""
-    if _ahead is None and not _is_few(rows.shape[0]):
-        return None
-    if not all(tensor.is_contiguous() for tensor in (rows, matrix, residual)):
-        return None
-    if (rows.data_ptr() | matrix.data_ptr()) % ALIGNMENT:
-        return None
-    key = _key(rows, matrix, weight, spec)
-    parts = _SPLITS.get(key)
-    sight = matrix.shape, rows.dtype, rows.get_device(), *key[1:]
-    if parts is not None or sight in _SEEN:
-        return parts
-    if not _may_split(rows, matrix, spec) or torch.cuda.is_current_stream_capturing():
-        return None
-    if _ahead is not None:
-        _SEEN.add(sight)
-    for m in filter(_is_few, (rows.shape[0],) if _ahead is None else _ahead):
-        made = rows.new_empty(m, rows.shape[1])
-        if (of_made := _key(made, matrix, weight, spec)) not in _SPLITS:
-            _SPLITS[of_made] = _compare(made, matrix, weight, spec)
-    return _SPLITS.get(key)
+class SplitFinder:
+    """Looks at products under one pair of settings, and remembers what it found.
+
+    ahead: when a matrix is first seen, compare its products of each of these numbers of rows, and of no others after
+    that; with None, each product when it is first seen. reordering: whether products may come in parts that do not add
+    up to the bits of `torch.mm`, where that is faster.
+    """
+
+    def __init__(self, ahead: Iterable[int] | None = None, reordering: bool = False) -> None:
+        self.ahead = None if ahead is None else tuple(sorted({m for m in ahead if _is_few(m)}))
+        self.reordering = reordering
+        self.known: dict[Key, Split] = {}
+        self._seen: set[tuple[Any, ...]] = set()
+
+    def __repr__(self) -> str:
+        return f"SplitFinder(ahead={self.ahead}, reordering={self.reordering})"
+
+    def forget(self) -> None:
+        """Look at every product anew."""
+        self.known.clear()
+        self._seen.clear()
+
+    def split_of(
+        self,
+        rows: torch.Tensor,
+        matrix: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor | None,
+        spec: NormSpec,
+    ) -> Split:
+        """How the norm gets this product. UNKNOWN where nothing is asked: too many rows, rows apart or at odd
+        addresses, another GPU than those measured, or a stream capture, in which nothing can be compared."""
+        if self.ahead is None and not _is_few(rows.shape[0]):
+            return UNKNOWN
+        if not all(tensor.is_contiguous() for tensor in (rows, matrix, residual)):
+            return UNKNOWN
+        if (rows.data_ptr() | matrix.data_ptr()) % ALIGNMENT:
+            return UNKNOWN
+        key = _key(rows, matrix, weight, spec)
+        split = self.known.get(key)
+        sight = matrix.shape, rows.dtype, rows.get_device(), *key[1:]
+        if split is not None or sight in self._seen:
+            return split or UNKNOWN
+        if not _may_split(rows, matrix, spec) or torch.cuda.is_current_stream_capturing():
+            return UNKNOWN
+        if self.ahead is not None:
+            self._seen.add(sight)
+        for m in (rows.shape[0],) if self.ahead is None else self.ahead:
+            made = rows.new_empty(m, rows.shape[1])
+            if (of_made := _key(made, matrix, weight, spec)) not in self.known:
+                self.known[of_made] = self._compare(made, matrix, weight, spec)
+        return self.known.get(key, UNKNOWN)
+
+    def _compare(self, rows: torch.Tensor, matrix: torch.Tensor, weight: torch.Tensor | None, spec: NormSpec) -> Split:
+        product, *_ = _key(rows, matrix, weight, spec)
+        _comparing.append(product)
+        try:
+            split = _find_split(rows, matrix, weight, spec, self.reordering)
+        finally:
+            _comparing.pop()
+        for tell in on_found:
+            tell(product, split)
+        return split
+
+
+_FINDERS: dict[str, SplitFinder] = {}
+
+
+def settings_of(ahead: Iterable[int] | None = None, reordering: bool = False) -> str:
+    """The settings of a finder as the op's argument `splits` holds them; "" for those that a finder has by itself.
+
+    They travel with the graph, which may be compiled in one process and run in another, and beside other engines.
+    """
+    words = [] if ahead is None else ["ahead", *(str(m) for m in sorted({m for m in ahead if _is_few(m)}))]
+    return " ".join([*words, "reorder"] if reordering else words)
+
+
+def finder_of(settings: str) -> SplitFinder:
+    """The one finder of this process with these settings. UnsupportedInput for what `settings_of` does not write."""
+    finder = _FINDERS.get(settings)
+    if finder is None:
+        finder = _FINDERS.setdefault(settings, _new_finder(settings))
+    return finder
+
+
+def _new_finder(settings: str) -> SplitFinder:
+    words = settings.split()
+    reordering = words[-1:] == ["reorder"]
+    numbers = words[: len(words) - reordering]
+    try:
+        ahead = [int(word) for word in numbers[1:]] if numbers else None
+        valid = settings_of(ahead, reordering) == settings
+    except ValueError:
+        valid = False
+    if not valid:
+        supported = "'', or what splits.settings_of gives: 'ahead 1 2 4 reorder'"
+        raise UnsupportedInput("splits", repr(settings), supported, "make it with settings_of")
+    return SplitFinder(ahead, reordering)
+
+
+def finders() -> tuple[SplitFinder, ...]:
+    """Those that this process has."""
+    return tuple(_FINDERS.values())
 
 
 def _key(rows: torch.Tensor, matrix: torch.Tensor, weight: torch.Tensor | None, spec: NormSpec) -> Key:
@@ -124,18 +197,6 @@ def _is_few(m: int) -> bool:
     return 0 < m <= cuda_partials.MOST_ROWS
 
 
-def _compare(rows: torch.Tensor, matrix: torch.Tensor, weight: torch.Tensor | None, spec: NormSpec) -> int:
-    product, *_ = _key(rows, matrix, weight, spec)
-    _comparing.append(product)
-    try:
-        parts = _find_split(rows, matrix, weight, spec)
-    finally:
-        _comparing.pop()
-    for tell in on_found:
-        tell(product, parts)
-    return parts
-
-
 @cache
 def _measured(device: int) -> bool:
     major, minor = torch.cuda.get_device_capability(device)
@@ -143,20 +204,21 @@ def _measured(device: int) -> bool:
 
 
 def _may_split(rows: torch.Tensor, matrix: torch.Tensor, spec: NormSpec) -> bool:
-    from ...backends.cuda import backend as cuda_backend
     from . import kernel as cuda_partials
 
     device = rows.get_device()
     return (
         _measured(device)
-        and cuda_backend.available(rows.device)[0]
+        and dispatch.available("cuda", rows.device)[0]
         and cuda_partials.serves(spec, rows.dtype, matrix.shape[0], device)
     )
 
 
-def _find_split(rows: torch.Tensor, matrix: torch.Tensor, weight: torch.Tensor | None, spec: NormSpec) -> int:
-    """What `split_of` returns: the one split of K with which the parts add up to the bits of `torch.mm` and the norm to
-    the bits of the fused op. Where several do, the matrix is one that tells nothing of others of its shape."""
+def _find_split(
+    rows: torch.Tensor, matrix: torch.Tensor, weight: torch.Tensor | None, spec: NormSpec, reordering: bool
+) -> Split:
+    """The one split of K with which the parts add up to the bits of `torch.mm`, and the norm to those of the fused op.
+    Where several do, the matrix is one that tells nothing of others of its shape."""
     k = rows.shape[1]
     try:
         products = [(made, torch.mm(made, matrix.t())) for made in _draws(rows, matrix.shape[0])]
@@ -165,15 +227,15 @@ def _find_split(rows: torch.Tensor, matrix: torch.Tensor, weight: torch.Tensor |
             allowed = [parts for parts in SPLITS if k % (parts * TILE) == 0]
             equal = [parts for parts in allowed if _same_products(products, matrix, parts)]
             if len(equal) == 1 and _same_norms(products[:2], matrix, weight, spec, equal[0]):
-                return equal[0]
-        if _reordering and (parts := filling(rows, matrix)) > 1:
+                return in_parts(equal[0])
+        if reordering and (parts := filling(rows, matrix)) > 1:
             reordered = [(made, _sum_of_parts(made, matrix, parts)) for made, _ in products[:2]]
             close = all(_is_close(ours[1], theirs[1]) for ours, theirs in zip(reordered, products, strict=False))
             if close and _same_norms(reordered, matrix, weight, spec, parts):
-                return parts
-        return int(whole)
+                return in_parts(parts)
+        return WHOLE if whole else HIDDEN
     except (RMSNormPatchError, RuntimeError):  # out of memory among them: the product is served whole
-        return 0
+        return HIDDEN
 
 
 def _draws(rows: torch.Tensor, n: int) -> list[torch.Tensor]:

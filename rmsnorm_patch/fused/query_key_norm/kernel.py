@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
 
 from ...backends import launch_mode
+from ...backends.bindings import kept
 from ...backends.cuda import launcher
-from ...backends.cuda.backend import MAX_ALIGN, BoundOp, Rows, bind, configs_for, power_of_two, rows_of
+from ...backends.cuda.backend import bind, default_eps
+from ...backends.cuda.kernel_set import KernelSet, configs_for
+from ...backends.cuda.rows import MAX_ALIGN, Rows, power_of_two, rows_of
 from ...errors import UnsupportedInput
 from ...numerics import operands as validate
+from ...numerics.contract import RMS_NORM
 from ...numerics.spec import NormSpec
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-@cache
+@kept
 def _bound(spec: NormSpec, dependent: bool) -> BoundPair:
-    return BoundPair(spec, dependent)
+    return BoundPair(spec, dependent, launcher.functions())
 
 
 def bind_rms_norm_pair(spec: NormSpec, enable_pdl: bool | None = None) -> Callable[..., Pair]:
@@ -33,18 +36,20 @@ def bind_rms_norm_pair(spec: NormSpec, enable_pdl: bool | None = None) -> Callab
     return _bound(spec.variant, launch_mode.dependent(enable_pdl))
 
 
-class BoundPair(BoundOp):
-    """The pair of one numerics variant; kernels are kept as for any op."""
+class BoundPair:
+    """The pair of one numerics variant."""
 
-    def __init__(self, spec: NormSpec, dependent: bool) -> None:
-        super().__init__("rms_norm_pair", spec, dependent)
-        self.functions = launcher.functions()
-        self.single = bind("rms_norm", spec, dependent)
+    def __init__(self, spec: NormSpec, dependent: bool, functions: launcher.Functions) -> None:
+        self.op = "rms_norm_pair"
+        self.spec = spec
+        self.dependent = dependent
+        self.kernels = KernelSet(self.op, spec, dependent, False, functions)
+        self.single = bind(RMS_NORM.name, spec, dependent)
 
-    def _register(self, *_: Any) -> None:
-        """The plain call of launcher.c does not know pairs."""
+    def __repr__(self) -> str:
+        return f"BoundPair({self.spec!r}, dependent={self.dependent})"
 
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, *rest: Any) -> Pair:  # type: ignore[override]
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, *rest: Any) -> Pair:
         q_weight, k_weight, eps = rest
         if not self.spec.has_weight:
             q_weight = k_weight = None
@@ -62,7 +67,9 @@ class BoundPair(BoundOp):
         served = alike and q.numel() and k.numel() and self.spec.group is None
         if not served or not configs_for(self.op, q.dtype, q.shape[-1], q.get_device()):
             return self.single(q, q_weight, eps), self.single(k, k_weight, eps)
-        return self._launch_pair(q, k, q_weight, k_weight, self.default_eps(q.dtype) if eps is None else float(eps))
+        return self._launch_pair(
+            q, k, q_weight, k_weight, default_eps(self.spec, q.dtype) if eps is None else float(eps)
+        )
 
     def _launch_pair(self, q: torch.Tensor, k: torch.Tensor, q_weight: Any, k_weight: Any, eps: float) -> Pair:
         n = q.shape[-1]
@@ -77,22 +84,20 @@ class BoundPair(BoundOp):
             offsets += [rows.tensor.data_ptr(), rows.stride * size, rows.outer * size]
         addresses = [0 if weight is None else weight.data_ptr() for weight in weights]
         weight_align = power_of_two(*addresses) if q_weight is not None else MAX_ALIGN
-        chain = self._chain(q, q_weight, power_of_two(*offsets), weight_align, two_level)
+        chain, _ = self.kernels.chain(q, q_weight, power_of_two(*offsets), weight_align, two_level)
         m, m2 = q.numel() // n, k.numel() // n
-        handle = next((handle for last, handle in chain if m + m2 <= last), chain[-1][1])
         (first, inner, outer), (second, inner2, outer2) = (
             _levels(rows, count) for rows, count in zip(sets, (m, m2), strict=True)
         )
-        code = self.functions.launch(
-            handle,
-            torch._C._cuda_getCurrentRawStream(q.get_device()),
+        self.kernels.launch(
+            chain,
+            m + m2,
+            q,
             eps,
             *(sets[0].tensor.data_ptr(), 0, addresses[0], normed[0].data_ptr(), 0, m, first, 0, n, 0),
             *(inner, outer, 0),
             *(sets[1].tensor.data_ptr(), addresses[1], normed[1].data_ptr(), m2, second, n, inner2, outer2),
         )
-        if code:
-            raise self._launch_error(code, q, chain)
         return normed[0], normed[1]
 
 

@@ -1,0 +1,31 @@
+"""What is bound to an op is kept for the life of the process, until `ops.forget` drops all of it together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import TypeVar
+
+F = TypeVar("F", bound=Callable[..., object])
+_KEPT: list[Callable[[], None]] = []
+
+
+def kept(function: F) -> F:
+    """`functools.cache`, emptied by `forget`."""
+    cached = cache(function)
+    forgotten_with(cached.cache_clear)
+    return cached  # type: ignore[return-value]
+
+
+def forgotten_with(clear: Callable[[], None]) -> None:
+    """Have `forget` call `clear` too."""
+    _KEPT.append(clear)
+
+
+def forget() -> None:
+    """Bind anew from now on: schedules, launcher and settings are read again by ops that are bound after this.
+
+    What is held already (a patched module's op, a captured graph) stays what it is. Machine code is kept.
+    """
+    for clear in _KEPT:
+        clear()

@@ -1,0 +1,201 @@
+"""The callable of one op, numerics variant and backend, which eager code and patched modules hold."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+
+from ..backends import launch_mode
+from ..backends.bindings import forgotten_with
+from ..backends.names import BACKENDS, Backend
+from ..errors import KernelBuildError, UnsupportedInput
+from ..numerics import operands
+from ..numerics.contract import FUSED_ADD, FUSED_ADD_IN_PLACE, IMPLIED_EPS, PLAIN_OPS, RMS_NORM
+from ..numerics.spec import NormSpec
+from . import dispatch
+
+CompileForm = Literal["op", "decomposed"]
+COMPILE_VARIABLE = "RMSNORM_PATCH_COMPILE"
+
+_is_compiling = torch.compiler.is_compiling
+_BOUND: dict[tuple[str, NormSpec, str, bool], Bound] = {}
+forgotten_with(_BOUND.clear)
+
+
+def compile_form(device_type: str) -> CompileForm:
+    """What a bound callable becomes inside `torch.compile`: the opaque op, or its arithmetic for Inductor to fuse.
+
+    CPU: "decomposed" (there is no kernel to keep, and Inductor fuses the arithmetic with its neighbours). CUDA: "op":
+    the kernels keep the model's rounding, which Inductor's fusion drops (it carries bf16 values in fp32), and in
+    decode they are faster than Inductor's. `RMSNORM_PATCH_COMPILE=op|decomposed` overrides.
+    """
+    forced = os.environ.get(COMPILE_VARIABLE, "")
+    if forced not in ("", "op", "decomposed"):
+        raise UnsupportedInput(COMPILE_VARIABLE, repr(forced), "'op', 'decomposed' or unset", "correct the variable")
+    return "op" if (forced or ("op" if device_type == "cuda" else "decomposed")) == "op" else "decomposed"
+
+
+def spec_args(
+    spec: NormSpec, backend: str = "auto", enable_pdl: bool = True
+) -> tuple[str, str, str, str, int | None, int | None, str, bool]:
+    """The arguments of the ops after `eps`: those that describe `spec`, then how it is served."""
+    return (
+        spec.round_before_weight,
+        spec.weight_offset,
+        spec.output,
+        spec.sum,
+        spec.width,
+        spec.group,
+        backend,
+        enable_pdl,
+    )
+
+
+def bind_rms_norm(spec: NormSpec, backend: Backend = "auto", enable_pdl: bool | None = None) -> Bound:
+    """f(x, weight, eps) -> normed. UnsupportedInput for a value of RMSNORM_PATCH_PDL that is none."""
+    return bind(RMS_NORM.name, spec, backend, enable_pdl)
+
+
+def bind_fused_add_rms_norm(spec: NormSpec, backend: Backend = "auto", enable_pdl: bool | None = None) -> Bound:
+    """f(x, residual, weight, eps) -> (normed, sum). Errors as `bind_rms_norm`."""
+    return bind(FUSED_ADD.name, spec, backend, enable_pdl)
+
+
+def bind_fused_add_rms_norm_(spec: NormSpec, backend: Backend = "auto", enable_pdl: bool | None = None) -> Bound:
+    """f(x, residual, weight, eps) -> None; residual <- sum, x <- normed. Errors as `bind_rms_norm`."""
+    return bind(FUSED_ADD_IN_PLACE.name, spec, backend, enable_pdl)
+
+
+def bind(op: str, spec: NormSpec, backend: str = "auto", enable_pdl: bool | None = None) -> Bound:
+    """The callable of a plain op by its name (`numerics.contract`): one object for each variant, backend and mode."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: got {backend!r}; allowed: {', '.join(map(repr, BACKENDS))}")
+    key = (op, spec.variant, backend, launch_mode.dependent(enable_pdl))
+    bound = _BOUND.get(key)
+    if bound is None:
+        bound = _BOUND.setdefault(key, Bound(*key))
+    return bound
+
+
+class Bound:
+    """One op bound to a numerics variant and a backend; called as the op without the spec's arguments.
+
+    An instance, not a function: held as a class attribute it does not turn into a method.
+    """
+
+    __slots__ = (
+        "_args",
+        "_device_call",
+        "_in_place",
+        "_reference",
+        "_routes",
+        "backend",
+        "dependent",
+        "op",
+        "spec",
+        "table",
+    )
+
+    def __init__(self, op: str, spec: NormSpec, backend: str, dependent: bool) -> None:
+        self.op = op
+        self.spec = spec
+        self.backend = backend
+        self.dependent = dependent
+        """Whether its kernels are launched dependently, on devices that know such launches."""
+        self._args = spec_args(spec, backend, dependent)
+        self._in_place = PLAIN_OPS[op].in_place
+        self._reference = _reference_function(op, spec)
+        self._routes: dict[tuple[Any, ...], tuple[str, Callable[..., Any]]] = {}
+        self._device_call: Callable[..., Any] | None = None
+        """The CUDA backend's own callable once a call has been routed there: it knows what it serves, and says
+        KernelBuildError to the rest, so that the usual call pays for no look-up here."""
+        self.table: object | None = None
+        """What `dispatch.bind_on` gives with it, from the same moment on."""
+
+    def __call__(self, *args: Any) -> Any:
+        if _is_compiling():
+            return self._traced(*args)
+        call = self._device_call
+        if call is not None and args[0].is_cuda:
+            try:
+                return call(*args)
+            except KernelBuildError:
+                name, other = self._route(args[0], args[-2])
+                if name == "cuda":
+                    raise
+                return other(*args)
+        x = args[0]
+        if self.backend == "reference" or (self.backend == "auto" and not x.is_cuda):
+            return self._reference(*args)
+        return self._route(x, args[-2])[1](*args)
+
+    def _traced(self, *args: Any) -> Any:
+        x, weight, eps = args[0], args[-2], args[-1]
+        if not self._in_place and (
+            self.backend == "reference" or compile_form(x.device.type) == "decomposed" or _needs_grad(args)
+        ):
+            return self._reference(*args)
+        if not self.spec.has_weight:
+            weight = None
+        return getattr(torch.ops.rmsnorm_patch, self.op).default(*args[:-2], weight, eps, *self._args)
+
+    def backend_for(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> str:
+        """ "reference", "triton" or "cuda": what a call with `x` runs (in eager mode)."""
+        if self.backend == "reference" or (self.backend == "auto" and not x.is_cuda):
+            return "reference"
+        return self._route(x, weight)[0]
+
+    def _route(self, x: torch.Tensor, weight: torch.Tensor | None) -> tuple[str, Callable[..., Any]]:
+        """Choose for this (dtype, N, weight dtype, device), never by the number of rows: a row's result must not
+        depend on its batch."""
+        key = (x.dtype, x.shape[-1:], None if weight is None else weight.dtype, x.device)
+        route = self._routes.get(key)
+        if route is None:
+            route = self._routes[key] = self._new_route(x, weight)
+        return route
+
+    def _new_route(self, x: torch.Tensor, weight: torch.Tensor | None) -> tuple[str, Callable[..., Any]]:
+        operands.check_rms_norm(x, weight, self.spec, self.op)
+        name = self.backend if self.backend != "auto" else _choose(self.op, self.spec, x, weight)
+        if name == "reference":
+            return name, self._reference
+        if name == "cuda" and not x.is_cuda:
+            raise UnsupportedInput(
+                self.op, f"x on {x.device}", "CUDA tensors for backend='cuda'", "use backend='auto' or 'reference'"
+            )
+        call, table = dispatch.bind_on(name, self.op, self.spec, self.dependent)
+        if name == "cuda":
+            self._device_call = self._device_call or call
+            self.table = table
+            return name, self._device_call
+        return name, call
+
+    def __repr__(self) -> str:
+        plain = "" if self.dependent else ", enable_pdl=False"
+        return f"Bound({self.op!r}, {self.spec!r}, backend={self.backend!r}{plain})"
+
+
+def _needs_grad(args: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
+
+
+def _choose(op: str, spec: NormSpec, x: torch.Tensor, weight: torch.Tensor | None) -> str:
+    weight_dtype = None if weight is None else weight.dtype
+    m = x.numel() // x.shape[-1]
+    return dispatch.choose(op, spec, x.dtype, weight_dtype, m, x.shape[-1], device=x.device).backend
+
+
+def _reference_function(op: str, spec: NormSpec) -> Callable[..., Any]:
+    """The op's arithmetic in plain PyTorch, with the op's checks and contiguous results."""
+    check, arithmetic = PLAIN_OPS[op].check, PLAIN_OPS[op].reference
+
+    def run(*args: Any) -> Any:
+        *tensors, eps = args
+        if not torch.compiler.is_compiling():
+            check(*tensors, spec, op)
+        return arithmetic(*tensors, spec, IMPLIED_EPS if eps is None else eps)
+
+    return run
