@@ -40,8 +40,8 @@ def _linear_fused_add_rms_norm_(  # type: ignore[no-untyped-def]
         parts = split_of(rows, matrix, residual, weight, variant)
     if not parts or parts == 1:
         x = torch.mm(rows, matrix.t())
-        # A product's own kernel lets nothing start early: behind it a dependent launch costs. Behind the kernel that
-        # adds up parts it saves.
+        # A product's own kernel lets nothing start early: behind it a dependent launch costs. Behind the
+        # kernel that adds up parts it saves time.
         (plain if parts else fused)(x, residual, weight, eps)
         return x
     from . import kernel as cuda_partials
