@@ -107,9 +107,10 @@ def test_console_script_proves_a_model(installed: tuple[str, Path], tiny_llama: 
 def test_triton_kernels_load_from_the_wheel(installed: tuple[str, Path], tmp_path: Path) -> None:
     """The interpreter runs the kernel file that the install carries."""
     code = (
-        "import os; os.environ['TRITON_INTERPRET'] = '1'; import torch; from rmsnorm_patch import ops, semantics\n"
+        "import os; os.environ['TRITON_INTERPRET'] = '1'; import torch; from rmsnorm_patch import ops\n"
+        "from rmsnorm_patch.numerics.spec import LLAMA\n"
         "x, w = torch.randn(3, 96), torch.rand(96)\n"
-        "y = ops.bind_rms_norm(semantics.LLAMA, 'triton')(x, w, 1e-6)\n"
+        "y = ops.bind_rms_norm(LLAMA, 'triton')(x, w, 1e-6)\n"
         "torch.testing.assert_close(y, torch.nn.functional.rms_norm(x, (96,), w, 1e-6), atol=1e-6, rtol=1e-6)"
     )
     run(installed[1], "-c", code, cwd=tmp_path)
