@@ -26,9 +26,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from rmsnorm_patch.backends.cuda import jit, nvrtc, schedules  # noqa: E402
+from rmsnorm_patch.backends.cuda import jit, nvrtc, registry, schedules  # noqa: E402
 from rmsnorm_patch.numerics.spec import LLAMA, NormSpec  # noqa: E402
-from rmsnorm_patch.ops import dispatch  # noqa: E402
 
 PAGE = ROOT / "docs" / "kernels.md"
 
@@ -174,7 +173,7 @@ SHAPES = ((128, torch.bfloat16), (1024, torch.bfloat16), (4096, torch.bfloat16),
 
 
 def _rows_text(low: int, high: int) -> str:
-    return f"{low} and more" if high >= dispatch.UNBOUNDED else f"{low} to {high}"
+    return f"{low} and more" if high >= registry.UNBOUNDED else f"{low} to {high}"
 
 
 def table_row(config: schedules.Config, n: int, x: torch.dtype, arch: int) -> list[str]:

@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 if nvrtc.find() is None:
     pytest.skip("NVRTC is not installed", allow_module_level=True)
 
-_PATH = Path(__file__).parents[2] / "scripts" / "kernel_table.py"
+_PATH = Path(__file__).parents[3] / "scripts" / "kernel_table.py"
 _SPEC = importlib.util.spec_from_file_location("kernel_table", _PATH)
 assert _SPEC is not None
 assert _SPEC.loader is not None
