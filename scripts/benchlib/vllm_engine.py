@@ -253,14 +253,14 @@ def norms_removed() -> Iterator[None]:
 @contextmanager
 def changed(name: str, value: Any) -> Iterator[None]:
     """Set a constant of the plugin, and its version too: vLLM's compile cache must not take one graph for the other."""
-    from rmsnorm_patch.vllm_plugin import arithmetic
+    from rmsnorm_patch.vllm_plugin import calls
 
-    before = getattr(arithmetic, name), arithmetic.VERSION
-    setattr(arithmetic, name, value)
-    arithmetic.VERSION = f"{arithmetic.VERSION} {name}"  # type: ignore[assignment]
+    before = getattr(calls, name), calls.VERSION
+    setattr(calls, name, value)
+    calls.VERSION = f"{calls.VERSION} {name}"  # type: ignore[assignment]
     yield
-    setattr(arithmetic, name, before[0])
-    arithmetic.VERSION = before[1]
+    setattr(calls, name, before[0])
+    calls.VERSION = before[1]
 
 
 @contextmanager
