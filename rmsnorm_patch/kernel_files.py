@@ -10,7 +10,7 @@ from .errors import KernelBuildError
 
 @lru_cache(maxsize=1)
 def kernels_dir() -> Path:
-    """The folder with `registry.toml`, `cuda/`, `triton/` and `tuned/`.
+    """The folder with `cuda/`, `triton/` and `tuned/`.
 
     A wheel carries it inside the package; in a checkout it stands beside the package. It is no Python package on
     purpose: a top-level `kernels` would shadow the Hugging Face library of that name.

@@ -16,8 +16,9 @@ a step by 0.1 %, so what two engines differ by is not where their activations li
 Each engine also compiles for itself, and Inductor times candidates while it does. "--untimed" has it take its first
 choice everywhere, so that two engines' other kernels are the same ones; vLLM's default lets it time.
 
-"ir@FILE" is the engine "ir" with its graphs captured under another registry of schedules, "ir@plain" with norms that
-are not launched dependently. The rest of such a step is the same kernels, so that 0.1 % is a difference.
+"ir@PATH" is the engine "ir" with its graphs captured under other schedules, one kernel's file or a folder of them;
+"ir@plain" with norms that are not launched dependently. The rest of such a step is the same kernels, so that 0.1 % is
+a difference.
 
 Device time: the graph of the last decode step is replayed back to back between two CUDA events, without the host in
 between. "removed" replaces every norm, with its residual add, by nothing: a ceiling with no right answer. Activations
@@ -212,8 +213,10 @@ def main() -> None:
         if {"ir", "ir-reorder"} <= set(map(base_of, variants.split("+"))):
             parser.error(f"--engines: got {name!r}; 'ir' and 'ir-reorder' have one setting a process: give one of them")
         for schedules in map(schedules_of, variants.split("+")):
-            if schedules not in ("", "plain") and not Path(schedules).is_file():
-                parser.error(f"--engines: got {name!r}; {schedules!r} is no file; allowed: a registry's path, 'plain'")
+            if schedules not in ("", "plain") and not Path(schedules).exists():
+                parser.error(
+                    f"--engines: got {name!r}; {schedules!r} is no file or folder; allowed: schedules, 'plain'"
+                )
 
     def save(result: dict[str, Any]) -> None:
         if options.json:  # the digest lets scripts/gpu_record.py refuse rows of other code

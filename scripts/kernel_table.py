@@ -160,7 +160,7 @@ def digest() -> str:
     """Identity of the sources and rules that the page describes."""
     total = hashlib.sha256()
     for path in sorted(
-        [*(ROOT / "kernels" / "cuda").glob("*.cu*"), ROOT / "kernels" / "registry.toml", Path(__file__)]
+        [*(ROOT / "kernels" / "cuda").glob("*.cu*"), *(ROOT / "kernels" / "cuda").glob("schedules/*"), Path(__file__)]
     ):
         total.update(f"{path.name}\0".encode() + path.read_bytes())
     return total.hexdigest()[:16]

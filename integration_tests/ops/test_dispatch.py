@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from rmsnorm_patch.backends.cuda import registry as registry_module
 from rmsnorm_patch.backends.cuda.registry import gpu_slug, read_registry, read_tuned
 from rmsnorm_patch.backends.cuda.schedules import schedules
 from rmsnorm_patch.errors import KernelBuildError, UnsupportedInput
@@ -23,7 +25,7 @@ LONG = (65536, 131072, 262144)
 OPS = tuple(PLAIN_OPS)
 REGISTRY = """
 schema = 1
-[[kernel]]
+order = 1
 name = "rows"
 source = "rows.cu"
 entry = "rows"
@@ -31,27 +33,26 @@ ops = ["rms_norm"]
 capability = [80]
 tree = "lanes-{vec}"
 reason = "rows in registers"
-[[kernel.rule]]
-n = [1, 4096]
-m = [1, 64]
-chunks_per_thread = 1
-reason = "few rows"
-[[kernel.rule]]
-n = [1, 4096]
-chunks_per_thread = 4
-rows_per_cta = 2
+columns = ["n", "m", "chunks_per_thread", "rows_per_cta", "STAGE", "reason"]
+rules = [
+    [[1, 4096], [1, 64], 1, "-", 4, "few"],
+    [[1, 4096], "-", 4, 2, 4, "-"],
+]
+[reasons]
+few = "few rows"
 """
 
 
 @pytest.fixture
 def registry(tmp_path: Path):
-    """`registry(text, old, new)`: the kernels of a registry file with one replacement."""
+    """`registry(text, old, new)`: the kernel of a file of schedules with one replacement, alone."""
 
     def read(text: str = REGISTRY, old: str = "", new: str = ""):
         assert old in text
-        file = tmp_path / "registry.toml"
-        file.write_text(text.replace(old, new, 1) if old else text)
-        return read_registry(file)
+        folder = tmp_path / "schedules"
+        folder.mkdir(exist_ok=True)
+        (folder / "rows.toml").write_text(text.replace(old, new, 1) if old else text)
+        return read_registry(folder)
 
     return read
 
@@ -116,8 +117,8 @@ def test_two_trees_for_one_shape_are_refused(registry):
 def test_gap_in_row_counts_means_no_kernel(registry):
     kernels = registry(
         REGISTRY,
-        "[[kernel.rule]]\nn = [1, 4096]\nchunks_per_thread = 4",
-        "[[kernel.rule]]\nn = [1, 2]\nchunks_per_thread = 4",
+        '[[1, 4096], "-", 4',
+        '[[1, 2], "-", 4',
     )
     assert schedules("rms_norm", BF16, 4096, 90, kernels=kernels) == ()
 
@@ -192,40 +193,95 @@ def test_other_dtypes_list_the_supported_ones(dtype):
 @pytest.mark.parametrize(
     ("old", "new", "key"),
     [
-        ("schema = 1", "schema = 2", "registry.schema"),
-        ("schema = 1", "schema = 1\nkernals = 3", "registry.kernals"),
-        ('ops = ["rms_norm"]', 'ops = ["layer_norm"]', "registry.kernel[0].ops"),
-        ("capability = [80]", 'capability = "sm_80"', "registry.kernel[0].capability"),
-        ("capability = [80]", "capability = [90, 80]", "registry.kernel[0].capability"),
-        ('entry = "rows"', "", "registry.kernel[0].entry"),
-        ("n = [1, 4096]", "n = [0, 4096]", "registry.kernel[0].rule[0].n"),
-        ("chunks_per_thread = 1", "chunks_per_thread = 0", "registry.kernel[0].rule[0].chunks_per_thread"),
-        ("chunks_per_thread = 1", "", "registry.kernel[0].rule[0]"),
-        ("chunks_per_thread = 1", "chunks_per_thread = 1\nvec_bytes = 24", "registry.kernel[0].rule[0].vec_bytes"),
-        ("chunks_per_thread = 1", "chunks_per_thread = 1\nwarps = 4", "registry.kernel[0].rule[0].warps"),
-        ("chunks_per_thread = 1", "chunks_per_thread = 1\ndefines = { x = 1 }", "registry.kernel[0].rule[0].defines"),
-        ("chunks_per_thread = 1", "chunks_per_thread = 1\nitemsize = [8]", "registry.kernel[0].rule[0].itemsize"),
-        ("chunks_per_thread = 1", "chunks_per_thread = true", "registry.kernel[0].rule[0].chunks_per_thread"),
+        ("schema = 1", "schema = 2", "schema"),
+        ("schema = 1", "schema = 1\nkernals = 3", "kernals"),
+        ("order = 1", "", "order"),
+        ('name = "rows"', 'name = "other"', "name"),
+        ('ops = ["rms_norm"]', 'ops = ["layer_norm"]', "ops"),
+        ("capability = [80]", 'capability = "sm_80"', "capability"),
+        ("capability = [80]", "capability = [90, 80]", "capability"),
+        ('entry = "rows"', "", "entry"),
+        ("[1, 4096]", "[0, 4096]", "rules[0].n"),
+        ("[1, 64], 1,", "[1, 64], 0,", "rules[0].chunks_per_thread"),
+        ("[1, 64], 1,", '[1, 64], "-",', "rules[0]"),
+        ("[1, 64], 1,", "[1, 64],", "rules[0]"),
+        ("[1, 64], 1,", "[1, 64], true,", "rules[0].chunks_per_thread"),
+        ('1, "-", 4, "few"', '1, "-", 4, "many"', "rules[0].reason"),
+        ('1, "-", 4, "few"', '1, "-", 4.5, "few"', "rules[0].STAGE"),
+        ('1, "-", 4, "few"', '1, "-", 4, "-"', "reasons"),
+        ('"rows_per_cta"', '"vec_bytes"', "rules[1].vec_bytes"),
+        ('"rows_per_cta"', '"warps"', "rules[1].warps"),
+        ('"rows_per_cta"', '"itemsize"', "rules[1].itemsize"),
+        ('"rows_per_cta"', '"n"', "columns"),
+        ('few = "few rows"', "few = 1", "reasons"),
     ],
 )
-def test_registry_mistake_names_file_and_key(registry, tmp_path, old, new, key):
+def test_mistake_in_schedules_names_file_and_key(registry, tmp_path, old, new, key):
+    text = REGISTRY.replace('4, 2, 4, "-"', '4, 3, 4, "-"') if new in ('"vec_bytes"', '"itemsize"') else REGISTRY
     with pytest.raises(KernelBuildError) as caught:
-        registry(REGISTRY, old, new)
-    assert caught.value.site == f"{tmp_path / 'registry.toml'}: {key}"
+        registry(text, old, new)
+    assert caught.value.site == f"{tmp_path / 'schedules' / 'rows.toml'}: {key}"
     assert caught.value.supported
 
 
-def test_unreadable_registry_is_named(tmp_path):
-    (tmp_path / "registry.toml").write_text("[[kernel]")
-    with pytest.raises(KernelBuildError, match=r"registry\.toml"):
-        read_registry(tmp_path / "registry.toml")
+def test_unreadable_schedules_are_named(tmp_path):
+    with pytest.raises(KernelBuildError, match="no schedules"):
+        read_registry(tmp_path)
+    (tmp_path / "rows.toml").write_text("[[kernel]")
+    with pytest.raises(KernelBuildError, match=r"rows\.toml"):
+        read_registry(tmp_path)
+
+
+def test_two_kernels_are_not_tried_at_once(registry, tmp_path):
+    registry()
+    folder = tmp_path / "schedules"
+    other = REGISTRY.replace('name = "rows"', 'name = "other"')
+    (folder / "other.toml").write_text(other)
+    with pytest.raises(KernelBuildError, match=r"rows\.toml: order: got 1; supported: another than other's"):
+        read_registry(folder)
+    (folder / "other.toml").write_text(other.replace("order = 1", "order = 2"))
+    assert [kernel.name for kernel in read_registry(folder)] == ["rows", "other"]
+
+
+COLUMNS = (1, 2, 7, 8, 16, 24, 32, 48, 64, 80, 96, 128, 192, 256, 320, 384, 512, 576, 768, 1000, 1024, 1536, 1537, 2048,
+           2560, 2880, 3072, 3584, 4096, 4097, 5120, 6144, 7168, 8192, 12288, 16384, 16392, 20480, 32768, 65536, 131072,
+           262144, 262146)  # fmt: skip
+SELECTED = "3197f3b52955d92a3eb9c75d2e34a0ef56240880266fca0eca3cd0db6b1175c8"
+"""Of every schedule below. Who changes a rule changes this too, and times the shapes that the rule takes."""
+
+
+def test_every_selected_schedule_is_the_one_that_was_measured():
+    digest = hashlib.sha256()
+    for op in (*PLAIN_OPS, "rms_norm_pair"):
+        for dtype in (BF16, FP32, torch.float16):
+            for n in COLUMNS:
+                for capability in (75, 80, 86, 89, 90, 100, 103, 120, 130):
+                    for device in (None, "NVIDIA H100 80GB HBM3", "NVIDIA H200"):
+                        for config in schedules(op, dtype, n, capability, device):
+                            digest.update(repr(config).encode())
+                        digest.update(b";")
+    assert digest.hexdigest() == SELECTED
+
+
+def test_shipped_schedules_read_as_tables(repository):
+    """One line a rule, no wider than a screen; what is shipped is in the place where it is looked for."""
+    files = [*(repository / "kernels/cuda/schedules").glob("*"), *(repository / "kernels/tuned").glob("*")]
+    assert len(files) > 8
+    for file in files:
+        lines = file.read_text().splitlines()
+        start, end = lines.index("rules = ["), lines.index("]")
+        assert lines[start + 1].startswith("#"), file
+        assert all(line.startswith("    [") and line.endswith("],") for line in lines[start + 2 : end]), file
+        assert max(map(len, lines)) <= 120, file
 
 
 def tuned_file(folder: Path, **changes: object) -> Path:
-    override = {"kernel": "rows", "n": [4096, 4096], "m": [65], "set": {"chunks_per_thread": 2}, "reason": "measured"}
-    content = {"schema": 1, "device": "NVIDIA H200", "overrides": [{**override, **changes}]}
-    file = folder / "nvidia_h200.json"
-    file.write_text(json.dumps(content))
+    """What is tuned for an H200: one rule, whose cells `changes` replaces or adds; None takes a column out."""
+    cells = {"kernel": "rows", "n": [4096, 4096], "m": [65], "chunks_per_thread": 2, "reason": "x", **changes}
+    cells = {column: cell for column, cell in cells.items() if cell is not None}
+    file = folder / "nvidia_h200.toml"
+    lines = ["schema = 1", 'device = "NVIDIA H200"', f"columns = {json.dumps([*cells])}"]
+    file.write_text("\n".join([*lines, f"rules = [{json.dumps([*cells.values()])}]", "[reasons]", 'x = "measured"']))
     return file
 
 
@@ -248,13 +304,14 @@ def test_other_gpus_have_no_tuning(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
-        ({"set": {"threads": 64}}, "tuned.overrides[0].set.threads"),
-        ({"set": {"cluster": 3}}, "tuned.overrides[0].set.cluster"),
-        ({"set": None}, "tuned.overrides[0].set"),
-        ({"n": "all"}, "tuned.overrides[0].n"),
-        ({"ops": ["softmax"]}, "tuned.overrides[0].ops"),
-        ({"itemsize": [3]}, "tuned.overrides[0].itemsize"),
-        ({"speed": 1}, "tuned.overrides[0].speed"),
+        ({"threads": 64}, "rules[0].threads"),
+        ({"cluster": 3}, "rules[0].cluster"),
+        ({"chunks_per_thread": None}, "rules[0]"),
+        ({"n": "all"}, "rules[0].n"),
+        ({"n": None}, "rules[0].n"),
+        ({"ops": ["softmax"]}, "rules[0].ops"),
+        ({"itemsize": [3]}, "rules[0].itemsize"),
+        ({"reason": "y"}, "rules[0].reason"),
     ],
 )
 def test_tuning_mistake_names_file_key_and_allowed(tmp_path, changes, key):
@@ -266,13 +323,13 @@ def test_tuning_mistake_names_file_key_and_allowed(tmp_path, changes, key):
 
 
 def test_broken_tuning_file_is_named(tmp_path):
-    (tmp_path / "nvidia_h200.json").write_text("{")
-    with pytest.raises(KernelBuildError, match=r"nvidia_h200\.json"):
+    (tmp_path / "nvidia_h200.toml").write_text("{")
+    with pytest.raises(KernelBuildError, match=r"nvidia_h200\.toml"):
         read_tuned("NVIDIA H200", tmp_path)
 
 
 def test_tuning_that_changes_the_tree_for_some_row_counts_is_refused(registry, tmp_path):
-    tuned_file(tmp_path, set={"vec_bytes": 8, "chunks_per_thread": 2})
+    tuned_file(tmp_path, vec_bytes=8, chunks_per_thread=2)
     overrides = read_tuned("NVIDIA H200", tmp_path)
     with pytest.raises(KernelBuildError, match="lanes-4, lanes-8"):
         schedules("rms_norm", BF16, 4096, 90, kernels=registry(), overrides=overrides)
@@ -280,8 +337,8 @@ def test_tuning_that_changes_the_tree_for_some_row_counts_is_refused(registry, t
 
 def test_shipped_tuning_files_are_well_formed():
     folder = kernels_dir() / "tuned"
-    for file in folder.glob("*.json"):
-        device = json.loads(file.read_text())["device"]
+    for file in folder.glob("*.toml"):
+        device = registry_module.tomllib.loads(file.read_text())["device"]
         assert file.stem == gpu_slug(device)
         assert read_tuned(device)
 

@@ -70,12 +70,15 @@ def test_other_schedules_hold_while_graphs_are_captured(vllm_engine, tmp_path):
         configs = schedules.schedules("fused_add_rms_norm_", torch.bfloat16, 4096, 90, None)
         return {config.cluster for config in configs}
 
-    registry = (kernels_dir() / "registry.toml").read_text()
-    (tmp_path / "no_clusters.toml").write_text(registry.replace("\ncluster = 4\n", "\ncluster = 1\n"))
+    rules = (kernels_dir() / "cuda" / "schedules" / "fused_add_rows.toml").read_text()
+    other = tmp_path / "fused_add_rows.toml"
+    other.write_text(rules.replace('"-", 4,   40,', '"-", 1,   40,'))
     usual = clusters()
-    with vllm_engine.scheduled(str(tmp_path / "no_clusters.toml")):
-        assert clusters() == {1} != usual
-    assert clusters() == usual
+    for path in (other, tmp_path):  # one kernel's, or a folder's; the tree's of all others
+        with vllm_engine.scheduled(str(path)):
+            assert clusters() == {1} != usual
+            assert schedules.schedules("rms_norm", torch.bfloat16, 4096, 90, None)
+        assert clusters() == usual
 
 
 def test_plain_launches_hold_while_graphs_are_captured(vllm_engine, monkeypatch):

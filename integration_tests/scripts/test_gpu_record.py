@@ -130,9 +130,9 @@ def test_a_failure_of_engines_with_this_plugin_is_a_problem(gpu_record, record):
 
 @pytest.mark.parametrize("content", ["0" * 64, "no hexadecimal"])
 def test_files_edited_by_hand_are_refused(gpu_record, record, content):
-    record["files"] = {**record["files"], "kernels/registry.toml": content}
+    record["files"] = {**record["files"], "kernels/cuda/schedules/long_rows.toml": content}
     stale, edited = gpu_record.problems_of(record, gpu_record.files())
-    assert "kernels/registry.toml" in stale
+    assert "kernels/cuda/schedules/long_rows.toml" in stale
     assert "does not follow from its files" in edited
     assert gpu_record.proved_by(record, gpu_record.files()) == []
 
@@ -205,7 +205,8 @@ def test_the_digest_is_made_as_in_earlier_records(gpu_record):
 def test_the_digest_follows_kernels_and_launch_code(gpu_record, checkout):
     before = gpu_record.digest()
     launcher = "rmsnorm_patch/backends/cuda/launcher/launcher.c"
-    for path in ("kernels/cuda/rows.cuh", "kernels/registry.toml", launcher, "rmsnorm_patch/ops/__init__.py"):
+    kernels = "kernels/cuda/rows.cuh", "kernels/cuda/schedules/long_rows.toml"
+    for path in (*kernels, launcher, "rmsnorm_patch/ops/__init__.py"):
         (checkout / path).write_text((checkout / path).read_text() + "\n")
         after = gpu_record.digest()
         assert after != before, path

@@ -17,7 +17,7 @@ from torch._inductor import config as inductor
 from rmsnorm_patch import ops
 from rmsnorm_patch.fused.linear_norm import op as linear_ops
 from rmsnorm_patch.fused.linear_norm import splits as product_splits
-from rmsnorm_patch.vllm_plugin import health, linear_pass
+from rmsnorm_patch.vllm_plugin import linear_pass, log
 from rmsnorm_patch.vllm_plugin.decision import SPECS, Decision
 
 aten = torch.ops.aten
@@ -431,9 +431,9 @@ def test_a_failure_leaves_a_right_graph_and_one_warning(caplog: pytest.LogCaptur
     made.made(second)
     del square.meta["val"]
     before, lowering = made.run(), Lowering()
-    health.warn_once.cache_clear()
+    log.warn_once.cache_clear()
     logging.getLogger("vllm").propagate = True
-    with caplog.at_level(logging.WARNING, logger=health.logger.name):
+    with caplog.at_level(logging.WARNING, logger=log.logger.name):
         for _ in range(2):
             call(lowering, made.graph)
     assert [record.getMessage() for record in caplog.records] == [

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 IMPORTS = """
 import torch
 from rmsnorm_patch import vllm_plugin
-from rmsnorm_patch.vllm_plugin import arithmetic
+from rmsnorm_patch.vllm_plugin import calls
 vllm_plugin.register()
 from torch._inductor import config as inductor
 from vllm import ir
@@ -63,7 +63,7 @@ with set_current_vllm_config(vllm_config), torch.no_grad(), pass_context(Range(1
     stock, _ = compiled(["native"])
     assert not any("rmsnorm_patch" in name for name in seen[0]), seen[0]
     for number, longest_head in enumerate([256, 0], start=1):
-        arithmetic.COMPILER_HEAD = longest_head
+        calls.COMPILER_HEAD = longest_head
         ours, watched = compiled(["rmsnorm_patch", "native"])
         plain = 1 if longest_head else 2
         used = sorted(name for name in seen[number] if "rmsnorm_patch" in name)

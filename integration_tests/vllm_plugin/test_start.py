@@ -102,11 +102,11 @@ def test_register_twice_forked_and_spawned(route: str, tmp_path: Path, environme
 KEYS = """
 import importlib
 from rmsnorm_patch import vllm_plugin
-from rmsnorm_patch.vllm_plugin import arithmetic
+from rmsnorm_patch.vllm_plugin import calls
 vllm_plugin.register()
 from vllm.config import VllmConfig
 first = VllmConfig().compute_hash()
-arithmetic.VERSION += 1
+calls.VERSION += 1
 print("KEYS", first, VllmConfig().compute_hash())
 """
 

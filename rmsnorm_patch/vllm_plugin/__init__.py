@@ -32,14 +32,14 @@ def register() -> None:
     try:
         _register(version)
     except Exception as error:
-        from .health import warn_once
+        from .log import warn_once
 
         warn_once(f"the vLLM plugin is off, vLLM serves with its own norms: {type(error).__name__}: {error}")
 
 
 def _register(version: str) -> None:
-    from . import arithmetic, decision, hooks
-    from .health import warn_once
+    from . import calls, decision, hooks
+    from .log import warn_once
 
     try:
         settings.check()
@@ -52,7 +52,7 @@ def _register(version: str) -> None:
     if why := settings.unsupported_release(_vllm_version()):
         warn_once(f"{why}; vLLM serves with its own norms")
         return
-    arithmetic.read_forms()
+    calls.read_forms()
     route = requested if requested != "auto" else "ir" if decision.has_ir() else "oot"
     if route == "ir" and not decision.has_ir():
         warn_once(f"vLLM {version} has no IR ops for norms, {settings.VARIABLE}=ir cannot be served")

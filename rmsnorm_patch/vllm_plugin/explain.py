@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from . import arithmetic
+from . import calls
 from .decision import SPECS, Decision, decision_for
 
 
@@ -92,7 +92,7 @@ def _serving(norm: torch.nn.Module, columns: int, config: Any, decision: Decisio
     if first is not None and first not in SPECS:
         return f"vLLM's own norm: the IR priority was set to begin with {first!r}"
     provider = getattr(norm, "_provider", "") if on_class else _chosen_provider(norm, x, config)
-    if provider in SPECS and not arithmetic.belongs_to_the_compiler(provider, x):
+    if provider in SPECS and not calls.belongs_to_the_compiler(provider, x):
         return f"rmsnorm_patch ({provider})"
     if over_heads and decision.provider == "rmsnorm_patch":
         return "the compiler: a norm over heads is fused with its neighbours"

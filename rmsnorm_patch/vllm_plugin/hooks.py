@@ -15,9 +15,9 @@ from ..backends.cuda import nvrtc
 from ..fused.linear_norm import splits as product_splits
 from ..numerics.contract import FUNCTIONAL
 from ..ops.dispatch import triton_installed
-from . import arithmetic, linear_pass, settings
+from . import calls, linear_pass, settings
 from .decision import SPECS, Decision, decide, decision_for, facts_of
-from .health import logger, warn_once
+from .log import logger, warn_once
 from .wrapping import wrap_once
 
 _LOGGED: set[int] = set()
@@ -103,7 +103,7 @@ def fingerprint(decision: Decision, splits: str) -> str:
     """What a compiled graph depends on and vLLM cannot see. The toolchain decides which norms are served at all."""
     toolchain = nvrtc.find() is not None, triton_installed()
     what = f"{decision.route} {decision.provider} {decision.linear} {splits}"
-    return f"rmsnorm_patch {arithmetic.VERSION} {what} {arithmetic.forms()} {toolchain}"
+    return f"rmsnorm_patch {calls.VERSION} {what} {calls.forms()} {toolchain}"
 
 
 def log(vllm_config: Any, priority: Any = None) -> None:

@@ -1,6 +1,6 @@
 """Route "ir": providers for vLLM's IR ops, which its compiler passes see and may still fuse before they are lowered.
 
-vLLM's compile-cache key holds the source of this file (IrOpImpl.uuid) and, through `hooks`, `arithmetic.VERSION`.
+vLLM's compile-cache key holds the source of this file (IrOpImpl.uuid) and, through `hooks`, `calls.VERSION`.
 No `from __future__ import annotations` here: vLLM infers each provider's schema from the annotations themselves.
 """
 
@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from . import arithmetic, health
+from ..numerics.contract import FUSED_ADD, RMS_NORM
+from . import calls, trial
 from .decision import SPECS
 
 
@@ -32,9 +33,9 @@ def _register(op: Any, provider: str, make: Callable[..., Any], serves: Callable
 
 def _rms_norm(provider: str, native: Callable[..., Any]) -> Callable[..., Any]:
     def rms_norm(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None) -> Tensor:
-        if not arithmetic.is_eager(x) and not arithmetic.keeps_op(x):
+        if not calls.is_eager(x) and not calls.keeps_op(x):
             return native(x, weight, epsilon, variance_size)
-        return arithmetic.rms_norm(provider, x, weight, epsilon, variance_size)
+        return calls.rms_norm(provider, x, weight, epsilon, variance_size)
 
     return rms_norm
 
@@ -43,21 +44,21 @@ def _fused_add(provider: str, native: Callable[..., Any]) -> Callable[..., Any]:
     def fused_add_rms_norm(
         x: Tensor, x_residual: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        if not arithmetic.is_eager(x) and not arithmetic.keeps_op(x):
+        if not calls.is_eager(x) and not calls.keeps_op(x):
             return native(x, x_residual, weight, epsilon, variance_size)
-        return arithmetic.fused_add_rms_norm_in_place(provider, x, x_residual, weight, epsilon, variance_size)
+        return calls.fused_add_rms_norm_in_place(provider, x, x_residual, weight, epsilon, variance_size)
 
     return fused_add_rms_norm
 
 
 def _rms_norm_serves(provider: str) -> Callable[..., bool]:
     def serves(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None) -> bool:
-        if arithmetic.belongs_to_the_compiler(provider, x):
+        if calls.belongs_to_the_compiler(provider, x):
             return False
         if x.device.type == "cpu":  # Dynamo traces through this on the CPU: no caches, no logging
             return weight is None or weight.dtype == x.dtype
-        spec = arithmetic.spec_of(provider, weight is not None, variance_size)
-        return not health.declined(x, weight, spec, "rms_norm")
+        spec = calls.spec_of(provider, weight is not None, variance_size)
+        return not trial.declined(x, weight, spec, RMS_NORM.name)
 
     return serves
 
@@ -70,7 +71,7 @@ def _fused_add_serves(provider: str) -> Callable[..., bool]:
             return False
         if x.device.type == "cpu":
             return weight is None or weight.dtype == x.dtype
-        spec = arithmetic.spec_of(provider, weight is not None, variance_size)
-        return not health.declined(x, weight, spec, "fused_add_rms_norm")
+        spec = calls.spec_of(provider, weight is not None, variance_size)
+        return not trial.declined(x, weight, spec, FUSED_ADD.name)
 
     return serves

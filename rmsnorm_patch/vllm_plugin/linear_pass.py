@@ -15,7 +15,7 @@ from torch import fx
 from ..fused.linear_norm import op as linear_ops
 from ..fused.linear_norm import splits as product_splits
 from .decision import Decision, decision_for
-from .health import logger, warn_once
+from .log import logger, warn_once
 
 aten = torch.ops.aten
 

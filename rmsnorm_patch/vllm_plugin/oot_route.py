@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..numerics.contract import FUNCTIONAL
-from . import arithmetic, health, hooks
+from . import calls, hooks, trial
 from .decision import decision_for
 
 
@@ -48,9 +48,9 @@ def _make_class(rms_norm: type) -> type:
             if decision.route != "oot":
                 return ""
             x = torch.empty(0, self.weight.shape[0], dtype=self.weight.dtype, device=self.weight.device)
-            spec = arithmetic.spec_of(decision.provider, self.has_weight, self.variance_size_override)
+            spec = calls.spec_of(decision.provider, self.has_weight, self.variance_size_override)
             weight = self.weight if self.has_weight else None
-            if any(health.declined(x, weight, spec, op) for op in FUNCTIONAL):
+            if any(trial.declined(x, weight, spec, op) for op in FUNCTIONAL):
                 return ""
             return decision.provider
 
@@ -58,16 +58,16 @@ def _make_class(rms_norm: type) -> type:
             self, x: torch.Tensor, residual: torch.Tensor | None = None
         ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
             served = self._provider != "" and (not self.has_weight or x.dtype == self.weight.dtype)
-            if not served or arithmetic.belongs_to_the_compiler(self._provider, x):
+            if not served or calls.belongs_to_the_compiler(self._provider, x):
                 return super().forward(x, residual)
-            if not arithmetic.is_eager(x) and not arithmetic.keeps_op(x):
+            if not calls.is_eager(x) and not calls.keeps_op(x):
                 return super().forward(x, residual)
             weight = self.weight.data if self.has_weight else None
             if residual is None:
-                return arithmetic.rms_norm(
+                return calls.rms_norm(
                     self._provider, x, weight, self.variance_epsilon, self.variance_size_override
                 )
-            return arithmetic.fused_add_rms_norm(
+            return calls.fused_add_rms_norm(
                 self._provider, x, residual, weight, self.variance_epsilon, self.variance_size_override
             )
 

@@ -17,7 +17,7 @@ from .. import ops
 from ..fused.linear_norm import kernel as cuda_partials
 from ..fused.linear_norm import splits as product_splits
 from ..numerics.spec import NormSpec
-from . import health
+from . import trial
 
 
 def install(folder: str) -> None:
@@ -53,7 +53,7 @@ def install(folder: str) -> None:
 
 
 def _is_of_a_forward() -> bool:
-    return not health.is_trial() and not product_splits.is_comparing()
+    return not trial.is_trial() and not product_splits.is_comparing()
 
 
 def _line(op: str, spec: NormSpec, x: torch.Tensor, result: torch.Tensor | None, weight: Any) -> dict[str, Any]:

@@ -120,7 +120,7 @@ class Engine:
 
     def recapture(self, schedules: str) -> bool:
         """Capture the decode graphs again, elsewhere in memory, with our norms under `schedules`: "" for those of the
-        tree, "plain", or a registry's path. Returns whether every worker did. Parallel ones never do: vLLM registers
+        tree, "plain", or a path of others. Returns whether every worker did. Parallel ones never do: vLLM registers
         an all-reduce's buffers at the first capture, and steps captured later take 5 % longer (8B, two H100)."""
         if self.parallel:
             return False
@@ -253,14 +253,14 @@ def norms_removed() -> Iterator[None]:
 @contextmanager
 def changed(name: str, value: Any) -> Iterator[None]:
     """Set a constant of the plugin, and its version too: vLLM's compile cache must not take one graph for the other."""
-    from rmsnorm_patch.vllm_plugin import arithmetic
+    from rmsnorm_patch.vllm_plugin import calls
 
-    before = getattr(arithmetic, name), arithmetic.VERSION
-    setattr(arithmetic, name, value)
-    arithmetic.VERSION = f"{arithmetic.VERSION} {name}"  # type: ignore[assignment]
+    before = getattr(calls, name), calls.VERSION
+    setattr(calls, name, value)
+    calls.VERSION = f"{calls.VERSION} {name}"  # type: ignore[assignment]
     yield
-    setattr(arithmetic, name, before[0])
-    arithmetic.VERSION = before[1]
+    setattr(calls, name, before[0])
+    calls.VERSION = before[1]
 
 
 @contextmanager
@@ -325,7 +325,7 @@ def recapture(worker: Any) -> bool:
 
 @contextmanager
 def scheduled(schedules: str) -> Iterator[None]:
-    """Norms that this process binds within follow these schedules: another registry, or "plain" launches."""
+    """Norms that this process binds within follow these schedules: a file or folder of others, or "plain" launches."""
     from rmsnorm_patch import ops
     from rmsnorm_patch.backends.cuda import launcher, registry
     from rmsnorm_patch.backends.cuda import schedules as selection
@@ -344,7 +344,7 @@ def scheduled(schedules: str) -> Iterator[None]:
 
         launcher.functions = lambda: replace(usual, new_kernel=plain)  # type: ignore[assignment]
     else:
-        other = registry.read_registry(Path(schedules))
+        other = registry.replaced(kernels(), Path(schedules))
         selection.registered_kernels = lambda: other  # type: ignore[assignment]
     try:
         yield

@@ -63,7 +63,7 @@ class KernelSet:
             raise KernelBuildError(
                 site=f"{self.op}: N={n}, {x.dtype}",
                 got=f"sm_{_capability(index)}",
-                supported="see kernels/registry.toml",
+                supported="see kernels/cuda/schedules",
                 next_step="use backend='auto' or 'triton'",
             )
         vec, size = configs[0].vec, x.element_size()

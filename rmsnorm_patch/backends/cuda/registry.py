@@ -1,8 +1,27 @@
-"""`kernels/registry.toml` and `kernels/tuned/<gpu>.json`, checked: a mistake names file, key and what is allowed."""
+"""`kernels/cuda/schedules/<kernel>.toml` and `kernels/tuned/<gpu>.toml`, checked: a mistake names file, key and what is
+allowed.
+
+A kernel's file: name; source (file in kernels/cuda); entry; ops; order, in which kernels are tried; capability =
+[min, max] (90 = sm_90; the maximum is optional); x_dtypes; arch_suffix ("a"/"f", only if the code needs it); tree: name
+of the reduction tree, in which {threads_per_row}, {vec}, {cluster}, {chunks_per_thread} are replaced; reason.
+
+`rules` is a table, a line a rule, whose columns `columns` names; "-" stands for nothing said. The first rule serves
+whose n = [min, max] (or row_bytes = [min, max]), itemsize (bytes of x), m = [min, max], capability match:
+vec_bytes: logical chunk; either threads_per_row, or chunks_per_thread (threads_per_row follows: ceil(chunks /
+(chunks_per_thread * cluster)), to a power of two up to 32, else a multiple of 32); row_bytes_multiple_of: only rows
+whose length in bytes is a multiple of this; rows_per_cta, or cta_threads (as many rows side by side as fit about that
+many threads), of which a thread serves rows_per_thread; cluster; min_ctas, or registers (the bound per thread: as many
+CTAs as a multiprocessor then holds); UPPER_CASE: a -D integer of kernels/cuda/abi.cuh; reason: a key of `reasons`.
+
+For one shape, rules that differ only in m must have the same tree: a row's result never depends on how many rows came
+with it. `schedules` refuses a registry that breaks this.
+
+What is tuned for a GPU is such a table too: its columns kernel and ops say whose constants it replaces.
+"""
 
 from __future__ import annotations
 
-import json
+import itertools
 import re
 import sys
 from collections.abc import Collection
@@ -28,7 +47,7 @@ Range = tuple[int, int]
 
 @dataclass(frozen=True)
 class Rule:
-    """Launch constants for a range of shapes; the fields are documented at the head of the registry."""
+    """Launch constants for a range of shapes; the fields are documented at the head of this file."""
 
     n: Range
     m: Range
@@ -53,6 +72,7 @@ class Rule:
 class Kernel:
     """One source file's entry and the rules that configure it."""
 
+    order: int
     name: str
     source: str
     entry: str
@@ -106,7 +126,7 @@ class _Table:
         )
 
     def _key(self, key: str) -> str:
-        return f"{self.where}.{key}"
+        return f"{self.where}.{key}" if self.where else key
 
     def text(self, key: str, default: str | None = None, allowed: Collection[str] | None = None) -> str:
         value = self.values.pop(key, default)
@@ -145,11 +165,32 @@ class _Table:
             raise self.error(self._key("itemsize"), value, "a list out of 2, 4 (bytes of one element of x)")
         return tuple(value)
 
-    def tables(self, key: str) -> list[_Table]:
-        value = self.values.pop(key, [])
-        if not isinstance(value, list):
-            raise self.error(self._key(key), value, "a list of tables")
-        return [_Table(self.file, f"{self.where}.{key}[{i}]", item) for i, item in enumerate(value)]
+    def rules(self) -> list[_Table]:
+        """The rules by the names of their columns: only what they say, with the reason spelled out."""
+        columns, rules = self.values.pop("columns", None), self.values.pop("rules", None)
+        if not isinstance(columns, list) or not columns or len(set(map(str, columns))) < len(columns):
+            raise self.error("columns", columns, "a list of different names")
+        if not isinstance(rules, list) or not rules:
+            raise self.error("rules", rules, "a list of rules")
+        reasons = self.values.pop("reasons", {})
+        if not isinstance(reasons, dict) or any(not isinstance(text, str) for text in reasons.values()):
+            raise self.error("reasons", reasons, "a table of number = text")
+        found, unused = [], set(reasons)
+        for i, cells in enumerate(rules):
+            where = f"rules[{i}]"
+            if not isinstance(cells, list) or len(cells) != len(columns):
+                raise self.error(where, cells, f"{len(columns)} cells: {', '.join(map(str, columns))}")
+            values = {str(column): cell for column, cell in zip(columns, cells, strict=True) if cell != "-"}
+            if "reason" in values:
+                number = str(values["reason"])
+                if number not in reasons:
+                    raise self.error(f"{where}.reason", values["reason"], f"a key of reasons: {', '.join(reasons)}")
+                values["reason"] = reasons[number]
+                unused.discard(number)
+            found.append(_Table(self.file, where, values))
+        if unused:
+            raise self.error("reasons", sorted(unused), "reasons that a rule names")
+        return found
 
     def done(self, known: str) -> None:
         if self.values:
@@ -170,11 +211,8 @@ def _rule(table: _Table) -> Rule:
     explicit = "threads_per_row" in table.values
     if explicit == ("chunks_per_thread" in table.values):
         raise table.error(table.where, sorted(table.values), "exactly one of threads_per_row, chunks_per_thread")
-    defines = table.values.pop("defines", {})
-    if not isinstance(defines, dict) or any(
-        not re.fullmatch(r"[A-Z][A-Z0-9_]*", name) or type(value) is not int for name, value in defines.items()
-    ):
-        raise table.error(table._key("defines"), defines, "a table of UPPER_CASE = integer")
+    names = [name for name in table.values if re.fullmatch(r"[A-Z][A-Z0-9_]*", name)]
+    defines = {name: table.integer(name, None, low=0) for name in names}
     rule = Rule(
         n=table.span("n", (1, UNBOUNDED)),
         m=table.span("m", (1, UNBOUNDED)),
@@ -194,12 +232,17 @@ def _rule(table: _Table) -> Rule:
         defines=tuple(sorted(defines.items())),
         reason=table.text("reason", ""),
     )
-    table.done("n, m, capability, itemsize, row_bytes, row_bytes_multiple_of, defines, reason, " + ", ".join(TUNABLE))
+    conditions = "n, m, capability, itemsize, row_bytes, row_bytes_multiple_of, reason, "
+    table.done(conditions + ", ".join(TUNABLE) + ", and integers in UPPER_CASE")
     return rule
 
 
-def _kernel(table: _Table) -> Kernel:
+def read_kernel(file: Path) -> Kernel:
+    """One kernel's schedules; KernelBuildError naming file, key and what is allowed."""
+    table = _Table(file, "", _content(file, "reinstall rmsnorm_patch"))
+    table.integer("schema", None, (1,))
     kernel = Kernel(
+        order=table.integer("order", None),
         name=table.text("name"),
         source=table.text("source"),
         entry=table.text("entry"),
@@ -209,24 +252,42 @@ def _kernel(table: _Table) -> Kernel:
         tree=table.text("tree"),
         arch_suffix=table.text("arch_suffix", "", ("", "a", "f")),
         reason=table.text("reason", ""),
-        rules=tuple(_rule(rule) for rule in table.tables("rule")),
+        rules=tuple(_rule(rule) for rule in table.rules()),
     )
-    table.done("name, source, entry, ops, capability, x_dtypes, tree, arch_suffix, reason, rule")
+    table.done(
+        "schema, order, name, source, entry, ops, capability, x_dtypes, tree, arch_suffix, reason, columns, rules, "
+        "reasons"
+    )
+    if kernel.name != file.stem:
+        raise table.error("name", kernel.name, f"the file's: {file.stem}")
     return kernel
 
 
-def read_registry(file: Path | None = None) -> tuple[Kernel, ...]:
-    """The kernels in file order; KernelBuildError naming file, key and what is allowed."""
-    file = file or kernels_dir() / "registry.toml"
+def read_registry(folder: Path | None = None) -> tuple[Kernel, ...]:
+    """Every kernel's schedules, in the order in which they are tried. Errors as `read_kernel`."""
+    folder = folder or kernels_dir() / "cuda" / "schedules"
+    kernels = sorted(map(read_kernel, folder.glob("*.toml")), key=lambda kernel: (kernel.order, kernel.name))
+    if not kernels:
+        raise KernelBuildError(str(folder), "no schedules", "a folder of <kernel>.toml", "reinstall rmsnorm_patch")
+    for before, after in itertools.pairwise(kernels):
+        if before.order == after.order:
+            raise KernelBuildError(
+                f"{folder / after.name}.toml: order", str(after.order), f"another than {before.name}'s", "renumber one"
+            )
+    return tuple(kernels)
+
+
+def replaced(kernels: tuple[Kernel, ...], path: Path) -> tuple[Kernel, ...]:
+    """`kernels` with those that a file, or every file of a folder, describes in their place."""
+    others = read_registry(path) if path.is_dir() else (read_kernel(path),)
+    return tuple(sorted({kernel.name: kernel for kernel in (*kernels, *others)}.values(), key=lambda each: each.order))
+
+
+def _content(file: Path, next_step: str) -> dict[str, Any]:
     try:
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
+        return tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise KernelBuildError(str(file), str(error), "a readable TOML file", "reinstall rmsnorm_patch") from error
-    table = _Table(file, "registry", content)
-    table.integer("schema", None, (1,))
-    kernels = tuple(_kernel(kernel) for kernel in table.tables("kernel"))
-    table.done("schema, kernel")
-    return kernels
+        raise KernelBuildError(str(file), str(error), "a readable TOML file", next_step) from error
 
 
 def gpu_slug(device_name: str) -> str:
@@ -236,27 +297,21 @@ def gpu_slug(device_name: str) -> str:
 
 def read_tuned(device_name: str, folder: Path | None = None) -> tuple[Override, ...]:
     """Overrides for one GPU; empty where none were measured. KernelBuildError naming file, key and what is allowed."""
-    file = (folder or kernels_dir() / "tuned") / f"{gpu_slug(device_name)}.json"
+    file = (folder or kernels_dir() / "tuned") / f"{gpu_slug(device_name)}.toml"
     if not file.is_file():
         return ()
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise KernelBuildError(
-            str(file), str(error), "a readable JSON file", "correct it, or remove it to use the registry's rules"
-        ) from error
-    table = _Table(file, "tuned", content)
+    table = _Table(file, "", _content(file, "correct it, or remove it to use the schedules' own rules"))
     table.integer("schema", None, (1,))
     table.text("device")
-    overrides = tuple(_override(item) for item in table.tables("overrides"))
-    table.done("schema, device, overrides")
+    overrides = tuple(_override(item) for item in table.rules())
+    table.done("schema, device, columns, rules, reasons")
     return overrides
 
 
 def _override(table: _Table) -> Override:
-    values = _Table(table.file, f"{table.where}.set", table.values.pop("set", None))
-    chosen = tuple((key, _launch_values(values, key, None)) for key in TUNABLE if key in values.values)
-    values.done(", ".join(TUNABLE))
+    chosen = tuple((key, _launch_values(table, key, None)) for key in TUNABLE if key in table.values)
+    if not chosen:
+        raise table.error(table.where, sorted(table.values), "one or more of " + ", ".join(TUNABLE))
     override = Override(
         kernel=table.text("kernel"),
         ops=table.texts("ops", OPS, OPS),
@@ -266,5 +321,5 @@ def _override(table: _Table) -> Override:
         values=chosen,
         reason=table.text("reason", ""),
     )
-    table.done("kernel, ops, n, m, itemsize, set, reason")
+    table.done("kernel, ops, n, m, itemsize, reason, " + ", ".join(TUNABLE))
     return override

@@ -1,4 +1,4 @@
-"""Which schedules serve rows of a length, by `kernels/registry.toml` and what is tuned for a device.
+"""Which schedules serve rows of a length, by `kernels/cuda/schedules` and what is tuned for a device.
 
 Pure: touches no device. A schedule is chosen by (op, dtype, N, capability) and, among kernels with one and the same
 reduction tree, by M: a row's result never depends on how many rows came with it.

@@ -5,7 +5,6 @@ A broken CUDA toolchain therefore costs a warning, not the engine: vLLM's own no
 
 from __future__ import annotations
 
-import logging
 from functools import cache
 
 import torch
@@ -15,9 +14,7 @@ from .. import ops
 from ..errors import RMSNormPatchError
 from ..numerics.contract import PLAIN_OPS
 from ..numerics.spec import SUPPORTED_DTYPES, NormSpec
-
-logger = logging.getLogger("vllm.rmsnorm_patch")
-"""Below vLLM's logger, so that its handlers and its level apply in every worker."""
+from .log import warn_once
 
 ROWS = (1, 3)
 """Rows of the trial calls: a schedule is compiled per row length, for all row counts of one reduction tree."""
@@ -29,11 +26,6 @@ _trials: list[str] = []
 
 def is_trial() -> bool:
     return bool(_trials)
-
-
-@cache
-def warn_once(message: str) -> None:
-    logger.warning("rmsnorm_patch: %s", message)
 
 
 def declined(x: torch.Tensor, weight: torch.Tensor | None, spec: NormSpec, op: str) -> str:

@@ -10,7 +10,7 @@ import torch
 from rmsnorm_patch import ops
 from rmsnorm_patch.errors import KernelBuildError
 from rmsnorm_patch.numerics.contract import PLAIN_OPS
-from rmsnorm_patch.vllm_plugin import health
+from rmsnorm_patch.vllm_plugin import log, trial
 from rmsnorm_patch.vllm_plugin.decision import SPECS
 
 SPEC = SPECS["rmsnorm_patch"]
@@ -18,14 +18,14 @@ CPU = torch.device("cpu")
 
 
 def _trial(op: str, n: int = 96) -> str:
-    return health._trial(torch.bfloat16, n, torch.bfloat16, SPEC, op, CPU)
+    return trial._trial(torch.bfloat16, n, torch.bfloat16, SPEC, op, CPU)
 
 
 @pytest.mark.parametrize("op", PLAIN_OPS)
 @pytest.mark.parametrize("provider", sorted(SPECS))
 def test_what_computes_the_reference_passes(op: str, provider: str) -> None:
-    assert health._trial(torch.bfloat16, 96, torch.bfloat16, SPECS[provider], op, CPU) == ""
-    assert health._trial(torch.float16, 96, None, SPECS[provider], op, CPU) == ""
+    assert trial._trial(torch.bfloat16, 96, torch.bfloat16, SPECS[provider], op, CPU) == ""
+    assert trial._trial(torch.float16, 96, None, SPECS[provider], op, CPU) == ""
 
 
 def test_a_toolchain_that_cannot_build_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,13 +49,13 @@ def test_a_kernel_with_wrong_results_is_a_reason(op: str, monkeypatch: pytest.Mo
 
 
 def test_declined_calls_are_warned_about_once(caplog: pytest.LogCaptureFixture) -> None:
-    health._declined.cache_clear()
-    health.warn_once.cache_clear()
+    trial._declined.cache_clear()
+    log.warn_once.cache_clear()
     x = torch.randn(2, 48).bfloat16()
     logging.getLogger("vllm").propagate = True
-    with caplog.at_level(logging.WARNING, logger=health.logger.name):
+    with caplog.at_level(logging.WARNING, logger=log.logger.name):
         for _ in range(3):
-            assert "weight of torch.float32" in health.declined(x, torch.ones(48), SPEC, "rms_norm")
-            assert "dtype torch.float64" in health.declined(x.double(), None, SPEC, "rms_norm")
-            assert health.declined(x, torch.ones(48).bfloat16(), SPEC, "rms_norm") == ""
+            assert "weight of torch.float32" in trial.declined(x, torch.ones(48), SPEC, "rms_norm")
+            assert "dtype torch.float64" in trial.declined(x.double(), None, SPEC, "rms_norm")
+            assert trial.declined(x, torch.ones(48).bfloat16(), SPEC, "rms_norm") == ""
     assert len(caplog.records) == 2
