@@ -64,17 +64,21 @@ _IMPORTED_LATER = {
     "Report": ".rewrite.report",
     "NormSpec": ".numerics.spec",
 }
+_ROOMS = {"observe": ".rewrite.observe", "cache": ".backends.cuda.cache"}
+"""Modules that scripts around a model use, under short names."""
 
 _IMPORTING = Lock(waits=True)  # a child forked in the middle of an import would wait for it for ever
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _IMPORTED_LATER:
+    where = _ROOMS.get(name) or _IMPORTED_LATER.get(name)
+    if where is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     with _IMPORTING:
-        value = globals()[name] = getattr(import_module(_IMPORTED_LATER[name], __name__), name)
+        found = import_module(where, __name__)
+        value = globals()[name] = found if name in _ROOMS else getattr(found, name)
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_ROOMS})
