@@ -43,7 +43,7 @@
 //   MIN_CTAS         second argument for __launch_bounds__
 //   any further upper-case key of a registry rule's `defines` table
 //
-// ENTRY. `extern "C" __global__ void <entry>(const __grid_constant__ Args args)`, the name is in registry.toml.
+// ENTRY. `extern "C" __global__ void <entry>(const __grid_constant__ Args args)`, its name is in the schedules.
 //
 // GRID. gridDim.x = CLUSTER * ceil(m / ROWS_PER_CTA), m > 0. Shared memory is static.
 //

@@ -64,9 +64,7 @@ def _make_class(rms_norm: type) -> type:
                 return super().forward(x, residual)
             weight = self.weight.data if self.has_weight else None
             if residual is None:
-                return calls.rms_norm(
-                    self._provider, x, weight, self.variance_epsilon, self.variance_size_override
-                )
+                return calls.rms_norm(self._provider, x, weight, self.variance_epsilon, self.variance_size_override)
             return calls.fused_add_rms_norm(
                 self._provider, x, residual, weight, self.variance_epsilon, self.variance_size_override
             )
