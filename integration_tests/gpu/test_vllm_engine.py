@@ -133,7 +133,7 @@ def test_one_plain_and_two_fused_calls_a_layer(name: str, route: str, eager: boo
         assert calls["fused_add_rms_norm"] == 2 * layers * calls["rms_norm"] > 0
         assert {(line["sum"], line["round_before_weight"]) for line in answer["trace_at_start"]} == {("fp32", "none")}
         joined = {"fused_add_rms_norm"} if route == "ir" and JOINS else set()
-        assert all(line["parameter"] for line in answer["trace_at_start"] if line["op"] not in joined)
+        assert all(line["dependent"] for line in answer["trace_at_start"] if line["op"] not in joined)
     heads = sum(line["shape"][-1] == 64 for line in answer["trace"])
     assert heads == (2 * layers * forwards if name == "qwen3" and eager else 0)
 
@@ -175,7 +175,7 @@ def test_a_norm_that_adds_up_a_product_changes_no_bit(engines: Engines) -> None:
     assert {line.get("parts") for line in joined["trace_at_start"] if line["op"] == "rms_norm"} == {None}
     in_parts = [line for line in joined["trace_at_start"] if line.get("parts", 1) > 1]
     assert {line["shape"][0] for line in in_parts} == {1, 2, 4, 8}  # what is captured
-    assert not any(line["parameter"] for line in in_parts)  # launched without overlap, which costs time there
+    assert not any(line["dependent"] for line in in_parts)  # launched without overlap, which costs time there
 
 
 def test_a_quantised_model_keeps_the_compilers_norms(engines: Engines) -> None:

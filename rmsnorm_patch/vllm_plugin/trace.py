@@ -16,7 +16,6 @@ import torch
 from .. import ops
 from ..fused.linear_norm import kernel as cuda_partials
 from ..fused.linear_norm import splits as product_splits
-from ..numerics.spec import NormSpec
 from . import trial
 
 
@@ -32,7 +31,7 @@ def install(folder: str) -> None:
         x = args[0]
         if type(x) is torch.Tensor and not torch.compiler.is_compiling() and _is_of_a_forward():
             first = result[0] if isinstance(result, tuple) else result
-            _append(folder, _line(self.op, self.spec, x, first, args[-2]))
+            _append(folder, _line(self, x, first, args[-2]))
         return result
 
     def call_in_parts(
@@ -45,7 +44,7 @@ def install(folder: str) -> None:
     ) -> None:
         partials(self, parts, residual, weight, eps, normed)
         if _is_of_a_forward():
-            _append(folder, {**_line(self.op, self.spec, residual, normed, weight), "parts": self.parts})
+            _append(folder, {**_line(self, residual, normed, weight), "parts": self.parts})
 
     call.__wrapped__ = bound  # type: ignore[attr-defined]
     ops.Bound.__call__ = call  # type: ignore[method-assign]
@@ -56,7 +55,10 @@ def _is_of_a_forward() -> bool:
     return not trial.is_trial() and not product_splits.is_comparing()
 
 
-def _line(op: str, spec: NormSpec, x: torch.Tensor, result: torch.Tensor | None, weight: Any) -> dict[str, Any]:
+def _line(
+    bound: ops.Bound | cuda_partials.BoundPartials, x: torch.Tensor, result: torch.Tensor | None, weight: Any
+) -> dict[str, Any]:
+    op, spec = bound.op, bound.spec
     return {
         "op": op.rstrip("_"),
         "in_place": op.endswith("_"),
@@ -66,7 +68,7 @@ def _line(op: str, spec: NormSpec, x: torch.Tensor, result: torch.Tensor | None,
         "dtype": str(x.dtype).removeprefix("torch."),
         "device": x.device.type,
         "weight": weight is not None,
-        "parameter": type(weight) is torch.nn.Parameter,
+        "dependent": bound.dependent,
         "width": spec.width,
         "sum": spec.sum,
         "round_before_weight": spec.round_before_weight,
