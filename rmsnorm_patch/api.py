@@ -20,6 +20,7 @@ from .rewrite import LOCK, applied_report, apply_plan, patched_paths, revert_mod
 from .rewrite.classes import install_factories
 from .rewrite.report import Report, Settings
 from .rewrite.status import Status, status_of
+from .scan.dtypes import expect
 from .scan.norms import scan_norms
 from .scan.plan import NormSite, Plan
 
@@ -150,7 +151,7 @@ def patched(
 
 
 def _scan(model: nn.Module, settings: Settings) -> tuple[Plan, Layout]:
-    norms = scan_norms(model, settings.include, settings.exclude)
+    norms, notes = expect(model, scan_norms(model, settings.include, settings.exclude))
     found = layout(model, norms)
     wanted = Plan(
         model_class=type(model).__name__,
@@ -159,6 +160,7 @@ def _scan(model: nn.Module, settings: Settings) -> tuple[Plan, Layout]:
         pairs=found.pairs(),
         include=settings.include,
         exclude=settings.exclude,
+        notes=notes,
     )
     return wanted, found
 
