@@ -14,6 +14,7 @@ import pytest
 import torch
 from native_driver import table_of
 from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import rmsnorm_patch
 from rmsnorm_patch import UnsupportedModel
@@ -145,6 +146,27 @@ def test_an_input_that_is_no_plain_tensor_falls_back(model) -> None:
     norm = patched(model).model.norm
     norm(torch.ones(2, 64).as_subclass(Marked))
     assert rmsnorm_patch.status(model).why() == {"input is a Marked": 1}
+
+
+class TakingMore(LlamaRMSNorm):
+    def forward(self, hidden_states, positions=None):
+        return super().forward(hidden_states)
+
+
+def test_a_call_with_more_than_the_input_falls_back(model) -> None:
+    model.model.norm = TakingMore(64).eval()
+    norm, x = patched(model).model.norm, torch.ones(2, 64)
+    norm(x, positions=x)
+    norm(x)
+    (site,) = rmsnorm_patch.status(norm).sites
+    assert dict(site.why) == {"the norm is called with more than its input": 1}
+    assert (site.class_name, site.calls, site.reference) == ("TakingMore", 2, 1)
+
+
+def test_a_tensor_eps_is_named_and_not_read(model) -> None:
+    patched(model).model.norm.variance_epsilon = torch.tensor(1e-5)
+    step(model)
+    assert rmsnorm_patch.status(model).why_apart() == {"eps is a Tensor, no float": 1}
 
 
 def test_a_sum_that_is_not_passed_on_is_a_hand_over_in_vain(model) -> None:
