@@ -273,6 +273,8 @@ def why_not(norm: nn.Module, kernel: NormKernel | None, a: torch.Tensor, b: torc
         return f"the norm is a {type(norm).__name__} that is not patched"
     if not _unhooked(norm):
         return "the norm has hooks or a forward of its own: it is called as a module"
+    if norm.training:
+        return guards.TRAINING
     watched = guards.reason(a, None) or guards.reason(b, None)
     if watched:
         return watched
@@ -282,8 +284,7 @@ def why_not(norm: nn.Module, kernel: NormKernel | None, a: torch.Tensor, b: torc
     weight = kernel.weight_of(norm)
     if weight is None and kernel.weight_attribute is not None:
         return f"the norm's {kernel.weight_attribute} is not a parameter or buffer of its own"
-    training = guards.TRAINING if norm.training else ""
-    return guards.eps_reason(kernel.eps_of(norm)) or guards.reason(a, weight) or training
+    return guards.eps_reason(kernel.eps_of(norm)) or guards.reason(a, weight)
 
 
 def _unhooked(norm: nn.Module) -> bool:

@@ -148,7 +148,7 @@ def _forward_of(original: type[nn.Module], key: Key) -> tuple[FunctionType, Call
             if observe.active:
                 report(self, hidden_states, normed, run.backend_for(hidden_states, weight))
             return normed
-        why = guards.reason(hidden_states, weight) or (guards.TRAINING if self.training else "")
+        why = guards.TRAINING if self.training else guards.reason(hidden_states, weight)
         why = why or guards.eps_reason(eps) or f"the norm's {weight_name} is not a parameter or buffer of its own"
         calls_of(self).fallen_back.add(why)
         normed = original.forward(self, hidden_states)
