@@ -3,6 +3,7 @@
     plan   = rmsnorm_patch.plan(model)            # dry run: every norm and add -> norm pair, what will happen and why
     report = rmsnorm_patch.apply(model)           # in place, idempotent
     proof  = rmsnorm_patch.verify(model, inputs)  # raises VerificationFailed or returns a report
+    status = rmsnorm_patch.status(model)          # at any time: how its calls went, and why any fell back
     rmsnorm_patch.revert(model)                   # the object it was
     with rmsnorm_patch.patched(model): ...
 
@@ -29,9 +30,10 @@ from .locks import Lock
 from .scan.plan import NormSite, PairSite, Plan
 
 if TYPE_CHECKING:
-    from .api import apply, patched, plan, revert, verify, warmup
+    from .api import apply, patched, plan, revert, status, verify, warmup
     from .numerics.spec import NormSpec
     from .rewrite.report import Report
+    from .rewrite.status import Status
 
 __version__ = "0.1.0"
 
@@ -47,6 +49,7 @@ __all__ = [
     "Plan",
     "RMSNormPatchError",
     "Report",
+    "Status",
     "UnsafeCacheError",
     "UnsupportedInput",
     "UnsupportedModel",
@@ -55,13 +58,15 @@ __all__ = [
     "patched",
     "plan",
     "revert",
+    "status",
     "verify",
     "warmup",
 ]
 
 _IMPORTED_LATER = {
-    **dict.fromkeys(("apply", "patched", "plan", "revert", "verify", "warmup"), ".api"),
+    **dict.fromkeys(("apply", "patched", "plan", "revert", "status", "verify", "warmup"), ".api"),
     "Report": ".rewrite.report",
+    "Status": ".rewrite.status",
     "NormSpec": ".numerics.spec",
 }
 _ROOMS = {"observe": ".rewrite.observe", "cache": ".backends.cuda.cache"}

@@ -1,4 +1,4 @@
-"""plan, apply, verify, revert, patched: what a user calls. `rmsnorm_patch` re-exports all of it."""
+"""plan, apply, verify, status, revert, patched: what a user calls. `rmsnorm_patch` re-exports all of it."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from .patch_state import derives_from_patched
 from .rewrite import LOCK, applied_report, apply_plan, patched_paths, revert_model
 from .rewrite.classes import install_factories
 from .rewrite.report import Report, Settings
+from .rewrite.status import Status, status_of
+from .scan.dtypes import expect
 from .scan.norms import scan_norms
 from .scan.plan import NormSite, Plan
 
@@ -92,6 +94,21 @@ def verify(model: nn.Module, inputs: Any, **options: Any) -> Any:
     return prove(model, inputs, **options)
 
 
+def status(model: nn.Module) -> Status:
+    """How the calls of a patched `model` went since `apply`: fused, handed over, alone, fallen back, and why.
+
+    Everything is counted, whether or not somebody asks, in all threads of this process. Copies and pickles start at
+    zero, `revert` forgets, a proof's own calls do not count. A forked child goes on from its parent's counts.
+    Not counted are calls inside graphs of `torch.compile` and replays of CUDA graphs. Asking runs nothing on a device.
+    Raises UnsupportedModel where nothing of `model` is patched.
+    """
+    _check_module(model)
+    found = status_of(model)
+    if found is None:
+        raise _not_patched(model)
+    return found
+
+
 def revert(model: nn.Module) -> None:
     """Give every module of `model` the class, forward and `__dict__` that it had; for an unpatched model, nothing.
 
@@ -114,9 +131,7 @@ def warmup(model: nn.Module, dtype: torch.dtype | str | None = None) -> tuple[Pr
     wanted = None if dtype is None else _dtype(dtype)
     report = applied_report(model)
     if report is None:
-        raise UnsupportedModel(
-            type(model).__name__, "a model that is not patched", "patched models", "call apply(model) first"
-        )
+        raise _not_patched(model)
     from .rewrite.warmup import prepare
 
     return prepare(model, report.plan, wanted)
@@ -137,7 +152,7 @@ def patched(
 
 
 def _scan(model: nn.Module, settings: Settings) -> tuple[Plan, Layout]:
-    norms = scan_norms(model, settings.include, settings.exclude)
+    norms, notes = expect(model, scan_norms(model, settings.include, settings.exclude))
     found = layout(model, norms)
     wanted = Plan(
         model_class=type(model).__name__,
@@ -146,6 +161,7 @@ def _scan(model: nn.Module, settings: Settings) -> tuple[Plan, Layout]:
         pairs=found.pairs(),
         include=settings.include,
         exclude=settings.exclude,
+        notes=notes,
     )
     return wanted, found
 
@@ -249,6 +265,12 @@ def _check_module(model: Any) -> None:
     if not isinstance(model, nn.Module):
         got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         raise UnsupportedModel("model", got, "a torch.nn.Module", "pass the model object itself (pipeline.model, say)")
+
+
+def _not_patched(model: nn.Module) -> UnsupportedModel:
+    return UnsupportedModel(
+        type(model).__name__, "a model that is not patched", "patched models", "call apply(model) first"
+    )
 
 
 def _check_proof(model: Any, options: dict[str, Any]) -> None:

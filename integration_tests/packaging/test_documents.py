@@ -111,7 +111,7 @@ def test_the_reference_has_every_variable() -> None:
 
 def test_the_functions_in_the_pages_are_public() -> None:
     called = set(re.findall(r"rmsnorm_patch\.(\w+)\(", README + (ROOT / "docs" / "huggingface.md").read_text()))
-    assert called == {"plan", "apply", "verify", "revert", "patched", "warmup"}
+    assert called == {"plan", "apply", "verify", "revert", "patched", "status", "warmup"}
     assert called <= set(rmsnorm_patch.__all__)
 
 

@@ -25,6 +25,7 @@ import torch.nn as nn
 from .. import rewrite
 from ..errors import PatchConflict, UnsupportedModel
 from ..patch_state import is_patched
+from ..rewrite.counts import Calls
 
 SHARED_BUFFER = 16 << 20
 _DEPTH = 12
@@ -95,6 +96,8 @@ class _Mirror:
         kind = type(value)
         if kind in _CONTAINERS:
             return self._container(value)
+        if kind is Calls:  # a proof's calls are not the model's
+            return self._remember(value, Calls())
         if id(value) not in self._reaching:
             return value
         return self._made(value, kind)

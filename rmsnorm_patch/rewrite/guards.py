@@ -1,7 +1,7 @@
 """When a kernel may serve a call; anything else runs the original arithmetic.
 
-`servable` is on the path of every eager decode step, so it is one expression of cheap reads; `reason` says
-afterwards, for an observer, which of them failed.
+`servable` is on the path of every eager decode step, so it is one expression of cheap reads; `reason` says afterwards
+which of them failed. It reads no tensor's values, and no shapes while a tracer watches.
 
 A launcher reads raw pointers. Whatever gives a tensor a meaning beyond its memory (a subclass such as DTensor, a
 quantised or fake tensor, a tracer or mode that must see the ops, vmap and forward-mode differentiation,
@@ -92,6 +92,8 @@ def traceable(x: torch.Tensor, weight: torch.Tensor | None) -> bool:
 
 def reason(x: torch.Tensor, weight: torch.Tensor | None) -> str:
     """Why `servable(x, weight)` is False, in words; "" where it is True."""
+    if _is_jit_tracing():
+        return "torch.jit is tracing"
     if type(x) not in _PLAIN:
         return f"input is a {type(x).__name__}"
     if x.dtype not in _DTYPES:
@@ -119,6 +121,9 @@ def reason(x: torch.Tensor, weight: torch.Tensor | None) -> str:
         return "a function transform is active"
     if _is_autocast_enabled():
         return "autocast is active"
-    if _is_jit_tracing():
-        return "torch.jit is tracing"
     return ""
+
+
+def eps_reason(eps: object) -> str:
+    """Why `eps` is none that a kernel takes. A tensor is named and not read: that would wait for a GPU."""
+    return "" if type(eps) is float else f"eps is a {type(eps).__name__}, no float"

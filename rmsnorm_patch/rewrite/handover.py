@@ -24,6 +24,7 @@ import torch.nn as nn
 from ..pairs.source import NoSource, read_forward
 from ..patch_state import STATE
 from . import observe
+from .counts import calls_of
 from .places import Place, Places
 
 CARRIED = "_rmsnorm_patch_normed"
@@ -74,6 +75,7 @@ def put(
     version = None if total.is_inference() else total._version
     written = None if weight is None or weight.is_inference() else weight._version
     link.untaken += 1
+    link.given += 1
     total.__dict__[CARRIED] = Carry(normed, id(total), version, norm, weight, written, eps, kernel, link)
 
 
@@ -101,6 +103,7 @@ def take(norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor | None:
     ):
         return None
     carried.link.untaken = 0
+    calls_of(norm).handed_over += 1
     if observe.active:
         backend = carried.kernel.backend(hidden_states, carried.weight)
         observe.report(observe.Event("taken", norm, (hidden_states,), carried.normed, None, backend))
@@ -117,11 +120,23 @@ class Link:
     passive: that code and the layers' do nothing between the add and the norm but pass the tensor on. Without it, an
         inference tensor, which has no version counter, is never handed over.
     depth, caller: how many frames up from `layer_calls.tail` that code and torch's module call ran last time.
-    untaken: hand-overs in a row that no norm took. skipped, shape: while it rests, how many calls it has left out, and
-        the shape of the sum that was not taken.
+    given: hand-overs so far. untaken: those in a row that no norm took. skipped, shape: while it rests, how many calls
+        it has left out, and the shape of the sum that was not taken.
     """
 
-    __slots__ = ("caller", "depth", "loop", "norm", "passive", "places", "receiver", "shape", "skipped", "untaken")
+    __slots__ = (
+        "caller",
+        "depth",
+        "given",
+        "loop",
+        "norm",
+        "passive",
+        "places",
+        "receiver",
+        "shape",
+        "skipped",
+        "untaken",
+    )
 
     def __init__(
         self,
@@ -136,6 +151,7 @@ class Link:
         self.loop = loop
         self.passive = passive
         self.places = Places(places)
+        self.given = 0
         self.untaken = 0
         self.skipped = 0
         self.shape: torch.Size | None = None

@@ -4,6 +4,7 @@ the original arithmetic.
 `in_layer`, `tail` and `entry` are the hot path of an eager decode step. Between the operations of a whole model every
 Python function costs several times what a tight loop shows, so they first ask `native`, which makes all checks and
 the call in one C function; whatever it is not sure of, and the first call of each kind, goes through the guards here.
+Each counts its call (`counts.py`), in place where it is hot. A norm without counts is being reverted by another thread.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from .. import ops
 from ..pairs.source import RENAMING
 from ..patch_state import STATE, original_class
 from . import guards, native, observe, traced
+from .counts import CALLS, calls_of
 from .handover import CARRIED, LINK, MAX_UNTAKEN, Carry, Link, put
 
 _is_tracing = torch.compiler.is_dynamo_compiling
@@ -113,6 +115,10 @@ def in_layer(norm: nn.Module, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.T
     done = native.in_layer(norm, a, b)
     if done is None:
         return _in_layer(norm, a, b)
+    try:  # noqa: SIM105 - suppress() costs more than the count
+        norm.__dict__[STATE][CALLS].fused += 1
+    except KeyError:
+        pass
     normed, total = done
     if observe.active:
         observe.report(observe.Event("in_layer", norm, (a, b), normed, total, "cuda"))
@@ -126,8 +132,9 @@ def tail(layer: nn.Module, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     total: torch.Tensor | None = native.hand_over(layer, a, b)
     if total is None:
         return _tail(layer, a, b)
+    carried: Carry = total.__dict__[CARRIED]
+    carried.link.given += 1
     if observe.active:
-        carried: Carry = total.__dict__[CARRIED]
         observe.report(observe.Event("cross_layer", carried.norm, (a, b), carried.normed, total, "cuda"))
     return total
 
@@ -137,6 +144,10 @@ def entry(norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     if not _is_tracing():
         normed: torch.Tensor | None = native.take(norm, hidden_states)
         if normed is not None:
+            try:  # noqa: SIM105
+                norm.__dict__[STATE][CALLS].handed_over += 1
+            except KeyError:
+                pass
             if observe.active:
                 observe.report(observe.Event("taken", norm, (hidden_states,), normed, None, "cuda"))
             return normed
@@ -152,14 +163,16 @@ def _in_layer(norm: nn.Module, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.
         weight, eps = kernel.weight_of(norm), kernel.eps_of(norm)
         done = kernel.run(norm, a, b, weight, eps)
         if done is not None:
+            calls_of(norm).fused += 1
             if observe.active:
                 backend = kernel.backend(a, weight)
                 observe.report(observe.Event("in_layer", norm, (a, b), *done, backend))
             return done
+    reason = why_not(norm, kernel, a, b)
+    calls_of(norm).apart.add(reason)
     total = a + b
     normed = norm(total)
     if observe.active:
-        reason = why_not(norm, kernel, a, b)
         observe.report(observe.Event("in_layer", norm, (a, b), normed, total, "original", reason))
     return normed, total
 
@@ -169,6 +182,7 @@ def _in_layer_reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     total = a + b
     normed = kernel.original(norm, total)
+    calls_of(norm).reference += 1
     if observe.active:
         observe.report(observe.Event("in_layer", norm, (a, b), normed, total, "reference"))
     return normed, total
@@ -196,9 +210,10 @@ def _tail(layer: nn.Module, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         weight, eps = kernel.weight_of(norm), kernel.eps_of(norm)
         done = kernel.run(norm, a, b, weight, eps)
     if kernel is None or done is None:
+        reason = kept or why_not(norm, kernel, a, b)
+        calls_of(norm).apart.add(reason)
         total = a + b
         if observe.active:
-            reason = kept or why_not(norm, kernel, a, b)
             observe.report(observe.Event("kept", norm, (a, b), total, total, "original", reason))
         return total
     normed, total = done
@@ -258,15 +273,18 @@ def why_not(norm: nn.Module, kernel: NormKernel | None, a: torch.Tensor, b: torc
         return f"the norm is a {type(norm).__name__} that is not patched"
     if not _unhooked(norm):
         return "the norm has hooks or a forward of its own: it is called as a module"
+    if norm.training:
+        return guards.TRAINING
+    watched = guards.reason(a, None) or guards.reason(b, None)
+    if watched:
+        return watched
     if type(a) is not type(b) or a.dtype is not b.dtype or a.shape != b.shape or a.device != b.device:
         sides = (f"{type(x).__name__} {x.dtype} {tuple(x.shape)} on {x.device}" for x in (a, b))
         return f"the operands differ: {', '.join(sides)}"
     weight = kernel.weight_of(norm)
     if weight is None and kernel.weight_attribute is not None:
         return f"the norm's {kernel.weight_attribute} is not a parameter or buffer of its own"
-    if type(kernel.eps_of(norm)) is not float:
-        return f"eps is {kernel.eps_of(norm)!r}, no float"
-    return guards.reason(a, weight) or guards.reason(b, weight) or (guards.TRAINING if norm.training else "")
+    return guards.eps_reason(kernel.eps_of(norm)) or guards.reason(a, weight)
 
 
 def _unhooked(norm: nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """The patched class of a norm module: take what the layer before handed over, else one kernel call, else the original.
 
-Nothing of ours is kept on the module but its class, so a copy, a pickle, another dtype or device and new weights need
-no care: weight and eps are read from the module at every call.
+Nothing of ours is kept on the module but its class and its counts, so a copy, a pickle, another dtype or device and new
+weights need no care: weight and eps are read from the module at every call.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from .. import ops
 from ..backends.names import Backend
 from ..errors import PatchConflict
 from ..numerics.spec import NormSpec
-from ..patch_state import is_patched, running_now
+from ..patch_state import STATE, is_patched, running_now
 from ..scan.plan import NormSite
 from . import guards, instance_forward, layer_calls, native, observe
 from .classes import Body, patched_class, register_factory
+from .counts import CALLS, Calls, calls_of
 from .handover import take
 from .journal import Journal
 from .traced import keeps_op
@@ -33,6 +34,9 @@ _is_grad_enabled = torch.is_grad_enabled
 _is_dynamo_tracing = torch.compiler.is_dynamo_compiling
 _EPS_OF_NONE = torch.finfo(torch.float32).eps
 """What `torch.nn.RMSNorm(eps=None)` adds, whatever the input's dtype (`NormSpec.eps`)."""
+
+
+MORE_ARGUMENTS = "the norm is called with more than its input"
 
 
 class Key(NamedTuple):
@@ -79,6 +83,7 @@ def install(module: nn.Module, site: NormSite, backend: Backend, journal: Journa
         )
     journal.swap_class(module, patched_class(original, ROLE, key_of(site, backend)))
     instance_forward.adopt(module, original, journal)
+    journal.set_state(module, CALLS, Calls())
 
 
 def _forward_of(original: type[nn.Module], key: Key) -> tuple[FunctionType, Callable[[type], None]]:
@@ -102,10 +107,15 @@ def _forward_of(original: type[nn.Module], key: Key) -> tuple[FunctionType, Call
             return traced(self, hidden_states)
         normed = native.alone(self, hidden_states)
         if normed is not None:
+            try:  # noqa: SIM105 - suppress() costs more than the count
+                self.__dict__[STATE][CALLS].alone += 1
+            except KeyError:  # another thread reverts the model
+                pass
             if observe.active:
                 report(self, hidden_states, normed, "cuda")
             return normed
         if type(hidden_states) is not _Tensor:  # a subclass, or no tensor at all (`torch.fx` traces with proxies)
+            calls_of(self).fallen_back.add(f"input is a {type(hidden_states).__name__}")
             return original.forward(self, hidden_states)
         if not _is_grad_enabled():
             handed_over = take(self, hidden_states)
@@ -113,6 +123,7 @@ def _forward_of(original: type[nn.Module], key: Key) -> tuple[FunctionType, Call
                 return handed_over
         if reference_only or (automatic and not hidden_states.is_cuda):
             normed = original.forward(self, hidden_states)
+            calls_of(self).reference += 1
             if observe.active:
                 report(self, hidden_states, normed, "reference")
             return normed
@@ -129,6 +140,7 @@ def _forward_of(original: type[nn.Module], key: Key) -> tuple[FunctionType, Call
             and guards.servable(hidden_states, weight)
         ):
             normed = run(hidden_states, weight, eps)
+            calls_of(self).alone += 1
             if run.table is not None:
                 kernel = layer_calls.kernel_of(self)
                 if kernel is not None:
@@ -136,10 +148,11 @@ def _forward_of(original: type[nn.Module], key: Key) -> tuple[FunctionType, Call
             if observe.active:
                 report(self, hidden_states, normed, run.backend_for(hidden_states, weight))
             return normed
+        why = guards.TRAINING if self.training else guards.reason(hidden_states, weight)
+        why = why or guards.eps_reason(eps) or f"the norm's {weight_name} is not a parameter or buffer of its own"
+        calls_of(self).fallen_back.add(why)
         normed = original.forward(self, hidden_states)
         if observe.active:
-            why = guards.reason(hidden_states, weight) or (guards.TRAINING if self.training else "")
-            why = why or f"weight or eps is not where it was (eps is {eps!r})"
             report(self, hidden_states, normed, "original", why)
         return normed
 
@@ -178,6 +191,8 @@ def _in_the_guise_of(original: type[nn.Module], forward: Any) -> FunctionType:
                 return forward(self, args[0])
             if not args and len(named) == 1 and argument in named:
                 return forward(self, named[argument])
+            if not _is_dynamo_tracing():
+                calls_of(self).fallen_back.add(MORE_ARGUMENTS)
             return original.forward(self, *args, **named)
 
         made.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]

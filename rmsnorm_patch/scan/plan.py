@@ -42,6 +42,8 @@ class NormSite:
         the class's code, which `spec.eps` then holds.
     weight_attribute: name of the 1-D parameter (or buffer) that scales the output; None for a weightless norm.
     reason: why the action was chosen, in words a user can act on.
+    falls_back: why calls of a norm that is fused will run the original arithmetic as the model is now; "" where nothing
+        is known that would.
     """
 
     path: str
@@ -54,6 +56,7 @@ class NormSite:
     eps_attribute: str | None = None
     shared_paths: tuple[str, ...] = ()
     weight_attribute: str | None = None
+    falls_back: str = ""
 
 
 @dataclass(frozen=True)
@@ -127,13 +130,18 @@ class Plan:
 
     def norm_groups(self, fold: bool = True) -> tuple[SiteGroup, ...]:
         def why(site: NormSite) -> str:
-            return f"{numerics(site.spec)}, N={site.hidden_size}" if site.action == "fuse" else site.reason
+            computed = f"{numerics(site.spec)}, N={site.hidden_size}"
+            fused = f"{computed}; falls back: {site.falls_back}" if site.falls_back else computed
+            return fused if site.action == "fuse" else site.reason
 
         return _grouped(((s.action, s.class_name, s.path, why(s)) for s in self.norms), fold)
 
     def pair_groups(self, fold: bool = True) -> tuple[SiteGroup, ...]:
+        falling = {site.path for site in self.norms if site.falls_back}
+
         def why(pair: PairSite) -> str:
-            return pair.reason if pair.action == "leave" else pair.source.rsplit("/", 1)[-1]
+            where = pair.source.rsplit("/", 1)[-1] + ("; falls back with its norm" if pair.norm in falling else "")
+            return pair.reason if pair.action == "leave" else where
 
         return _grouped(((p.action, PAIR_MEANING[p.kind], p.norm, why(p)) for p in self.pairs), fold)
 
@@ -150,6 +158,9 @@ class Plan:
         yield f"{self.model_class}, backend {self.backend}: {fused[0]} of {len(self.norms)} norms fused, " + (
             f"{fused[1]} of {len(self.pairs)} adds with their norm"
         )
+        falling = sum(1 for site in self.fused_norms() if site.falls_back)
+        if falling:
+            yield f"as the model is now, {falling} of the fused norms will run the original arithmetic (falls back)"
         for option, patterns in (("include", self.include), ("exclude", self.exclude)):
             if patterns:
                 yield f"{option}: {', '.join(patterns)}"
