@@ -17,7 +17,7 @@ from .numerics.spec import SUPPORTED_DTYPES
 from .ops import dispatch
 from .pairs.layout import Layout, layout
 from .patch_state import derives_from_patched
-from .rewrite import LOCK, applied_report, apply_plan, patched_paths, revert_model
+from .rewrite import LOCK, applied_report, apply_plan, patched_paths, registries, revert_model
 from .rewrite.classes import install_factories
 from .rewrite.report import Report, Settings
 from .rewrite.status import Status, status_of
@@ -72,6 +72,7 @@ def apply(
             _check_something_to_do(wanted)
             revert_model(model)  # what an earlier apply with these settings left on modules that have moved since
             report = apply_plan(model, wanted, found)
+        registries.enter({type(module) for module in model.modules()})
     if verify is None:
         return report
     try:
@@ -154,14 +155,16 @@ def patched(
 def _scan(model: nn.Module, settings: Settings) -> tuple[Plan, Layout]:
     norms, notes = expect(model, scan_norms(model, settings.include, settings.exclude))
     found = layout(model, norms)
+    pairs = found.pairs()
+    changed = [site.path for site in norms if site.action == "fuse"] + [p.layer for p in pairs if p.action == "fuse"]
     wanted = Plan(
         model_class=type(model).__name__,
         backend=settings.backend,
         norms=norms,
-        pairs=found.pairs(),
+        pairs=pairs,
         include=settings.include,
         exclude=settings.exclude,
-        notes=notes,
+        notes=(*notes, *registries.notes({type(model.get_submodule(path)): None for path in changed})),
     )
     return wanted, found
 

@@ -20,6 +20,7 @@ import torch.nn as nn
 from .. import patch_state
 from ..locks import Lock
 from ..patch_state import is_patched
+from . import registries
 
 
 class Body(NamedTuple):
@@ -73,7 +74,8 @@ def patched_class(original: type, role: str, key: Hashable) -> type:
         body.made(made)
         patch_state.FORWARDS[made.forward] = original  # type: ignore[attr-defined]
         _CLASSES[(original, role, key)] = made
-        return made
+    registries.enter([made])  # also where a patched model is unpickled, which no `apply` sees
+    return made
 
 
 def _reduce_ex_of(patched: type) -> Callable[[Any, Any], Any]:
