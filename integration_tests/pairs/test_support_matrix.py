@@ -19,7 +19,7 @@ PINNED = {
     "with RMSNorm": 119,
     "norms fused": 119,
     "in_layer": 101,
-    "cross_layer": 96,
+    "cross_layer": 97,
     "final": 106,
     "norm_add": 17,
 }

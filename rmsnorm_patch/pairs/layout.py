@@ -10,16 +10,17 @@ import ast
 import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch.nn as nn
 
 from ..patch_state import foreign, original_class
 from ..scan.plan import Action, NormSite, PairKind, PairSite
 from .dataflow import Add, Flow, NormCall, analyse, possible_pairs, runs_first
-from .loops import layer_loops
+from .loops import LayerLoop, layer_loops
 from .recompile import HELPERS, LayerKey, rewrite
 from .source import NoSource, Source, read_forward
-from .trace import Pair, Trace, holds, trace_layer
+from .trace import Calls, Pair, Trace, holds, trace_calls, trace_layer
 
 
 def _uncalled(*operands: object) -> None:
@@ -187,13 +188,31 @@ def layout(model: nn.Module, norm_sites: Iterable[NormSite]) -> Layout:
         below = dict(_norms_below(module, sites))
         if below and type(module) not in _CONTAINERS:
             _read_layer(found, by_id, path, module, below)
-    for _, parent in model.named_modules():
-        _read_loops(found, by_id, sites, parent)
+    ends: dict[int, Ends] = {id(layer.module): Ends.of(layer) for layer in by_id.values()}
+    for _, parent in reversed(list(model.named_modules())):  # what a module runs comes before it
+        _read_order(found, by_id, sites, ends, parent)
     _settle(found)
     return found
 
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
+class Ends(NamedTuple):
+    """Where hidden states enter and leave a module. tail: the layer whose last add it returns. entry: the norm that
+    reads its argument, or, where `copied`, a copy of it."""
+
+    tail: Layer | None
+    entry: NormSite | None
+    copied: bool = False
+
+    @classmethod
+    def of(cls, layer: Layer) -> Ends:
+        if layer.trace is None:
+            return cls(None, None)
+        entry = layer.below.get(layer.trace.entry) or layer.below.get(layer.trace.copied)
+        copied = layer.trace.entry not in layer.below and entry is not None
+        return cls(layer if layer.trace.tail else None, entry, copied)
 
 
 def _norms_below(module: nn.Module, sites: dict[int, NormSite], path: str = "") -> Iterator[tuple[str, NormSite]]:
@@ -251,8 +270,115 @@ def _read_class(cls: type, forward: object, norms: frozenset[str]) -> tuple[Sour
     return source, flow, ""
 
 
-def _read_loops(found: Layout, by_id: dict[int, Layer], sites: dict[int, NormSite], parent: nn.Module) -> None:
-    for loop in layer_loops(parent, original_class(type(parent))):
+def _read_order(
+    found: Layout, by_id: dict[int, Layer], sites: dict[int, NormSite], ends: dict[int, Ends], parent: nn.Module
+) -> None:
+    """The pairs from one module that `parent` runs to another, and the ends of `parent` itself."""
+    loops = layer_loops(parent, original_class(type(parent)))
+    if loops:
+        _read_loops(found, by_id, sites, parent, loops)
+        for loop in loops:
+            readers = [*loop.modules[1:], *([loop.final] if loop.final is not None else [])]
+            for module, reader in zip(loop.modules, readers, strict=False):
+                _list_apart(found, sites, ends, module, reader, _THROUGH)
+        return
+    if not any(id(module) in ends for module in _children(parent)):
+        return
+    cls = original_class(type(parent))
+    try:
+        if foreign(parent) is not None or type(parent) in _CONTAINERS:
+            return
+        calls = trace_calls(parent, cls, read_forward(cls))
+    except NoSource:
+        return
+    _read_passes(found, by_id, sites, ends, parent, calls)
+    if id(parent) not in by_id:
+        nothing = Ends(None, None)
+        tails = {id(end.tail): end.tail for module in calls.last if (end := ends.get(id(module), nothing)).tail}
+        entries = {sites.get(id(module)) or ends.get(id(module), nothing).entry for module in calls.first} - {None}
+        if tails or entries:
+            ends[id(parent)] = Ends(next(iter(tails.values()), None), next(iter(entries), None))
+
+
+_SEVERAL = "its sum may be read by different norms"
+_INDIRECT = "the layer is called by another function than the forward that was read"
+_THROUGH = "its sum passes through the forward of another module"
+_COPIED = "the norm reads a copy of its sum"
+
+
+def _children(module: nn.Module) -> Iterator[nn.Module]:
+    """Its children, and those in its lists and dictionaries of modules."""
+    for child in module.children():
+        yield child
+        if type(child) in _CONTAINERS:
+            yield from _children(child)
+
+
+def _read_passes(
+    found: Layout,
+    by_id: dict[int, Layer],
+    sites: dict[int, NormSite],
+    ends: dict[int, Ends],
+    parent: nn.Module,
+    calls: Calls,
+) -> None:
+    """Hand-overs between modules that `parent` calls one after the other, in code of any form."""
+    readers: dict[nn.Module, set[nn.Module]] = {}
+    for module, reader in calls.passes:
+        if id(reader) in sites or id(reader) in ends:
+            readers.setdefault(module, set()).add(reader)
+    for module, several in readers.items():
+        layer = by_id.get(id(module))
+        (reader, *others) = several
+        receiver = by_id.get(id(reader))
+        entry = None if receiver is None else receiver.live_entry()
+        direct = layer is not None and module not in calls.indirect
+        if (
+            layer is not None
+            and direct
+            and not others
+            and (id(reader) in sites or (receiver is not None and entry is not None))
+        ):
+            if receiver is not None and entry is not None:
+                norm, site = receiver.module._modules[entry.attr], receiver.norms[entry.attr]
+                assert norm is not None
+                step = PlannedStep("cross_layer", parent, layer, site, norm, receiver, passive=False)
+            else:
+                step = PlannedStep("final", parent, layer, sites[id(reader)], reader, None, passive=False)
+            why = _no_tail(layer, ())
+            if not why:
+                found.steps.append(step)
+            elif layer.trace is not None and layer.trace.tail:
+                found.apart.append(step.left(why))
+        for other in several:
+            why = _SEVERAL if others else _INDIRECT if layer is not None and not direct else _THROUGH
+            _list_apart(found, sites, ends, module, other, why)
+    for module, reader in calls.seldom:
+        _list_apart(found, sites, ends, module, reader, _SEVERAL)
+
+
+def _list_apart(
+    found: Layout, sites: dict[int, NormSite], ends: dict[int, Ends], module: nn.Module, reader: nn.Module, why: str
+) -> None:
+    """The line of a pair that no step and no other line has."""
+    nothing = Ends(None, None)
+    layer = ends.get(id(module), nothing).tail
+    final, end = sites.get(id(reader)), ends.get(id(reader), nothing)
+    site = final or end.entry
+    if layer is None or site is None:
+        return
+    known = {(step.layer.path, step.site.path) for step in found.steps}
+    known |= {(pair.layer, pair.norm) for pair in found.apart}
+    if why == _THROUGH and end.copied and final is None:
+        why = _COPIED
+    if (layer.path, site.path) not in known:
+        found.apart.append(PairSite("final" if final else "cross_layer", layer.path, site.path, "leave", why))
+
+
+def _read_loops(
+    found: Layout, by_id: dict[int, Layer], sites: dict[int, NormSite], parent: nn.Module, loops: list[LayerLoop]
+) -> None:
+    for loop in loops:
         modules = loop.modules
         for at, module in enumerate(modules):
             layer = by_id.get(id(module))

@@ -27,6 +27,7 @@ from .source import NoSource, Source
 
 _CONTAINERS = (dict, list, set)
 _ADDS = (operator.add, operator.iadd, torch.add)
+_COPIES = ("clone", "contiguous", "detach")
 _ADD_METHODS = ("add", "add_", "__add__", "__radd__", "__iadd__")
 
 
@@ -44,41 +45,105 @@ class Trace:
     """What one run of the forward did.
 
     tail: line of the add whose sum was returned as the hidden state; 0 where it was none.
-    entry: path of the norm that reads the layer's argument; "" where none does.
+    entry: path of the norm that reads the layer's argument; "" where none does. copied: the same for a copy of it.
     """
 
     pairs: frozenset[Pair]
     tail: int
     entry: str
+    copied: str = ""
+
+
+class Calls(NamedTuple):
+    """Which of its modules one forward hands a hidden state. first: those that read its argument. last: those whose
+    result it returns. passes: (a module, the one that reads its result), with the optional arguments given where that
+    can be run; seldom: those that are only seen without. indirect: modules that a function below the forward calls."""
+
+    first: frozenset[nn.Module]
+    last: frozenset[nn.Module]
+    passes: frozenset[tuple[nn.Module, nn.Module]]
+    seldom: frozenset[tuple[nn.Module, nn.Module]]
+    indirect: frozenset[nn.Module]
 
 
 def trace_layer(module: nn.Module, cls: type, source: Source, norms: frozenset[str]) -> Trace:
     """Run the forward of `module`, whose unpatched class is `cls`, on proxies. norms: paths below it. Raises NoSource
     where it cannot be."""
-    recorder = _Recorder(source.function.__code__, {id(module.get_submodule(path)): path for path in norms})
+    paths = {id(module.get_submodule(path)): path for path in norms}
+    recorder, argument, returned = _run(module, cls, source, paths, optional=False)
+    return _read(recorder, argument, returned, norms)
+
+
+def trace_calls(module: nn.Module, cls: type, source: Source) -> Calls:
+    """Run the forward of `module` on proxies, without its optional arguments and with them. Raises NoSource where it
+    can be run in neither way."""
+    first, last, indirect = set(), set(), set()
+    runs: list[set[tuple[nn.Module, nn.Module]]] = []
+    failed: list[NoSource] = []
+    for optional in (False, True):
+        try:
+            recorder, argument, returned = _run(module, cls, source, {}, optional)
+        except NoSource as reason:
+            failed.append(reason)
+            continue
+        passes: set[tuple[nn.Module, nn.Module]] = set()
+        runs.append(passes)
+        if isinstance(returned, Proxy) and (producer := _producer(returned.node)) is not None:
+            last.add(producer)
+        for node in recorder.graph.nodes:
+            if node.op == "call_module":
+                if not node.meta["direct"]:
+                    indirect.add(node.meta["module"])
+                given = next(iter((*node.args, *node.kwargs.values())), None)
+                producer = _producer(given)
+                if producer is not None:
+                    passes.add((producer, node.meta["module"]))
+                elif given is argument.node:
+                    first.add(node.meta["module"])
+    if not runs:
+        raise failed[0]
+    usual, seldom = frozenset(runs[-1]), frozenset(runs[0] - runs[-1])
+    return Calls(frozenset(first), frozenset(last), usual, seldom, frozenset(indirect))
+
+
+def _producer(node: Any) -> nn.Module | None:
+    """The module whose hidden state `node` is: its result, or the first of its results."""
+    while isinstance(node, torch.fx.Node) and node.target is operator.getitem and node.args[1] == 0:
+        node = node.args[0]
+    found: nn.Module | None = node.meta.get("module") if isinstance(node, torch.fx.Node) else None
+    return found
+
+
+def _run(
+    module: nn.Module, cls: type, source: Source, norms: dict[int, str], optional: bool
+) -> tuple[_Recorder, Proxy, Any]:
+    """What was recorded, the hidden states given and those returned. optional: give arguments that are None else."""
+    recorder = _Recorder(source.function.__code__, norms)
     stand_in: Any = object.__new__(cls)
     for name, value in module.__dict__.items():  # what the forward stores in them must not reach the module
         stand_in.__dict__[name] = copy.copy(value) if type(value) in _CONTAINERS else value
     stand_in.__dict__["_modules"] = {
         name: None if child is None else _Leaf(recorder, name, child) for name, child in module._modules.items()
     }
-    arguments = _arguments(recorder, source)
+    arguments, named = _arguments(recorder, source, optional)
     try:
-        returned = source.function(stand_in, *arguments)
+        returned = source.function(stand_in, *arguments, **named)
     except Exception as error:  # the model's own code on proxies: anything can happen
         raise NoSource(f"its forward could not be traced ({type(error).__name__}: {str(error)[:120]})") from error
     if isinstance(returned, (tuple, list)) and returned:
         returned = returned[0]
-    return _read(recorder, arguments[0], returned, norms)
+    return recorder, arguments[0], returned
 
 
-def _arguments(recorder: _Recorder, source: Source) -> list[Proxy]:
+def _arguments(recorder: _Recorder, source: Source, optional: bool) -> tuple[list[Proxy], dict[str, Proxy]]:
     parameters = list(inspect.signature(source.function).parameters.values())[1:]
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     wanted = [p for i, p in enumerate(parameters) if p.kind in positional and (i == 0 or p.default is p.empty)]
     if not wanted or any(p.kind is p.KEYWORD_ONLY and p.default is p.empty for p in parameters):
         raise NoSource("its forward takes no positional hidden states")
-    return [recorder.create_proxy("placeholder", p.name, (), {}) for p in wanted]
+    given = [recorder.create_proxy("placeholder", p.name, (), {}) for p in wanted]
+    left_out = [p for p in parameters if optional and p not in wanted and p.default is None]
+    return given, {p.name: recorder.create_proxy("placeholder", p.name, (), {}) for p in left_out}
 
 
 def _read(recorder: _Recorder, argument: Proxy, returned: Any, norms: frozenset[str]) -> Trace:
@@ -103,7 +168,9 @@ def _read(recorder: _Recorder, argument: Proxy, returned: Any, norms: frozenset[
     pairs = {Pair(node.meta["line"], norm, _how(node)) for node, norm in readers.items() if _is_add(node)}
     last = value(returned.node) if isinstance(returned, Proxy) else None
     tail = last.meta["line"] if last is not None and _is_add(last) else 0
-    return Trace(frozenset(pairs), tail, readers.get(argument.node, ""))
+    copies = [node for node in recorder.graph.nodes if node.op == "call_method" and node.target in _COPIES]
+    copied = next((readers[node] for node in copies if node.args[0] is argument.node and node in readers), "")
+    return Trace(frozenset(pairs), tail, readers.get(argument.node, ""), copied)
 
 
 def _is_add(node: Any) -> bool:
@@ -174,7 +241,10 @@ class _Recorder(GraphAppendingTracer):
 
 
 class _Value(Proxy):
-    """Tells `x += y` from `x = x + y`, which a plain proxy does not."""
+    """Tells `x += y` from `x = x + y`, which a plain proxy does not, and answers the question for its dtype: many a
+    forward clamps in fp16 alone."""
+
+    dtype = torch.float32
 
     def __iadd__(self, other: Any) -> Proxy:
         return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
@@ -192,7 +262,10 @@ class _Leaf:
 
     def __call__(self, *arguments: Any, **named: Any) -> Proxy:
         path = self._recorder.norms.get(id(self._module), self._path)
-        return self._recorder.create_proxy("call_module", path, arguments, named)
+        called = self._recorder.create_proxy("call_module", path, arguments, named)
+        direct = sys._getframe(1).f_code is self._recorder.code
+        called.node.meta.update(module=self._module, direct=direct)
+        return called
 
     def __len__(self) -> int:
         return len(self._module)
