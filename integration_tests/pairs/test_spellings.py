@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections import Counter
 
 import pytest
@@ -299,6 +300,32 @@ def test_a_hook_sees_the_keyword(x: torch.Tensor) -> None:
     assert seen == [((), ["hidden_states"])] * 6
 
 
+def test_a_forward_of_the_norms_own_sees_the_keyword(x: torch.Tensor) -> None:
+    model = Model(Keyword)
+    rmsnorm_patch.apply(model, backend="reference")
+    seen = []
+    for layer in model.layers:
+        for norm in (layer.norm1, layer.norm2):
+            norm.forward = lambda *args, **named: seen.append(list(named)) or next(iter(named.values()))
+    with torch.no_grad():
+        model(x)
+    assert seen == [["hidden_states"]] * 6
+
+
+def test_in_place_under_vmap(x: torch.Tensor) -> None:
+    model = Model(InPlace)
+    with torch.no_grad():
+        expected = torch.vmap(model)(x.clone())
+        rmsnorm_patch.apply(model, backend="reference")
+        assert torch.equal(torch.vmap(model)(x.clone()), expected)
+
+
+@pytest.mark.parametrize("layer", FUSED, ids=lambda layer: layer.__name__)
+def test_proved(layer: type[nn.Module], x: torch.Tensor) -> None:
+    model = Model(layer)
+    assert rmsnorm_patch.apply(model, backend="reference", verify={"x": x}).plan.counts()["in_layer/fuse"] == 3
+
+
 def test_who_holds_a_tensor() -> None:
     class Holder:
         pass
@@ -316,10 +343,21 @@ def test_who_holds_a_tensor() -> None:
     fresh = lambda: torch.ones(3, WIDTH)  # noqa: E731
     with torch.no_grad():
         assert ask(fresh)
-        for hold in (lambda t: t, lambda t: t[0], lambda t: t.detach(), lambda t: t.untyped_storage(), attribute):
+        for hold in (
+            lambda t: t,
+            lambda t: t[0],
+            lambda t: t.detach(),
+            lambda t: t.untyped_storage(),
+            attribute,
+            weakref.ref,
+        ):
             assert not ask(fresh, hold)
         for make in (lambda: torch.ones(3, 1), lambda: fresh().double(), lambda: fresh().t().contiguous().t()):
             assert not ask(make)
+        with torch.inference_mode():
+            assert ask(fresh)
+            stored = [fresh()]
+        assert not ask(lambda: stored.pop())
     assert not ask(fresh)
 
 

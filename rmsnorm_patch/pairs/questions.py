@@ -11,13 +11,17 @@ import torch.nn as nn
 from torch.nn.modules import module as _module
 
 _is_tracing = torch.compiler.is_dynamo_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_functorch_level = torch._C._functorch.maybe_current_level
 _references = sys.getrefcount
 _users_of_storage = torch._C._storage_Use_Count
 
 
 def unseen(left: torch.Tensor, right: torch.Tensor) -> bool:
     """Whether `left = left + right` is `left += right` for everybody: the caller's variable is the only one that holds
-    the tensor or its memory, and both give the same dtype and layout. False under autograd and in a traced region."""
+    the tensor or its memory, and both give the same dtype and layout. False under autograd, in a traced region, and
+    under a mode or transform that may see the operation."""
     return (
         not _is_tracing()
         and type(left) is torch.Tensor
@@ -26,6 +30,9 @@ def unseen(left: torch.Tensor, right: torch.Tensor) -> bool:
         and left.shape == right.shape
         and left.device == right.device
         and not torch.is_grad_enabled()
+        and not _dispatch_modes()
+        and not _function_modes()
+        and _functorch_level() is None
         and left.layout is torch.strided
         and left.is_contiguous()
         and right.is_contiguous()
