@@ -477,6 +477,12 @@ class ByAnotherFunction(Runner):
         return self.norm(self.run(x))
 
 
+class CalledSequential(OverSequential):
+    def forward(self, x):
+        x = self.layers(x)
+        return self.norm(x)
+
+
 class FilledList(Runner):
     def forward(self, x):
         states = [x]
@@ -502,6 +508,13 @@ def test_order_from_the_trace(runner: type[nn.Module], x: torch.Tensor) -> None:
     ran = patched_counts(runner(), x)
     wanted = sum(action == "fuse" for *_, action in fused)
     assert (ran["cross_layer/reference"], ran["taken/reference"]) == (wanted, wanted)
+
+
+def test_a_sequential_that_is_called(x: torch.Tensor) -> None:
+    model = CalledSequential()
+    assert lines(model) == [(*IN_TURN[0], "fuse"), (*IN_TURN[1], "fuse"), (*IN_TURN[2], "leave")]
+    ran = patched_counts(model, x)
+    assert (ran["cross_layer/reference"], ran["taken/reference"]) == (2, 2)
 
 
 def test_layers_called_by_another_function_have_a_line(x: torch.Tensor) -> None:

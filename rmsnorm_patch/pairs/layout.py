@@ -282,15 +282,24 @@ def _read_order(
             for module, reader in zip(loop.modules, readers, strict=False):
                 _list_apart(found, sites, ends, module, reader, _THROUGH)
         return
-    if not any(id(module) in ends for module in _children(parent)):
-        return
+    if type(parent) not in _CONTAINERS and any(id(module) in ends for module in _children(parent)):
+        _read_calls(found, by_id, sites, ends, parent)
+
+
+def _read_calls(
+    found: Layout, by_id: dict[int, Layer], sites: dict[int, NormSite], ends: dict[int, Ends], parent: nn.Module
+) -> None:
+    """`_read_order` where no loop was read: by a trace, also of each `nn.Sequential` that is called as a module."""
     cls = original_class(type(parent))
     try:
-        if foreign(parent) is not None or type(parent) in _CONTAINERS:
+        if foreign(parent) is not None:
             return
         calls = trace_calls(parent, cls, read_forward(cls))
     except NoSource:
         return
+    for module in calls.first.union(*calls.passes, *calls.seldom):
+        if type(module) is nn.Sequential and id(module) not in ends:
+            _read_calls(found, by_id, sites, ends, module)
     _read_passes(found, by_id, sites, ends, parent, calls)
     if id(parent) not in by_id:
         nothing = Ends(None, None)
