@@ -149,16 +149,6 @@ class Remembers(Plain):
 FUSED = [Plain, OtherOrder, Dropout, ReturnsTuple, SumUsedTwice, InBranches, SuperAndPrivate, Inherited, Checkpointing]
 
 
-class InPlace(Base):
-    """`+=` writes a tensor that others may hold."""
-
-    def forward(self, hidden_states):
-        residual = hidden_states
-        hidden_states = self.mixer(self.norm1(hidden_states))
-        hidden_states += residual
-        return residual + self.mlp(self.norm2(hidden_states))
-
-
 class WrittenBetween(Base):
     def forward(self, hidden_states):
         hidden_states = hidden_states + self.mixer(self.norm1(hidden_states))
@@ -209,7 +199,7 @@ class Broadcast(Base):
         return self.norm2(x)
 
 
-LEFT = [InPlace, WrittenBetween, CodeBetween, CallFirst, MaybeRebound, Conditional, InLoop]
+LEFT = [WrittenBetween, CodeBetween, CallFirst, MaybeRebound, Conditional, InLoop]
 
 
 class Model(nn.Module):

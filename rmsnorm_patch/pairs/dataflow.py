@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 
 @dataclass(eq=False)
 class Value:
-    """One value of the forward. kind: "param" (its first argument), "add", "norm" (self.<attr>(source)), "other"."""
+    """One value of the forward. kind: "param" (its first argument), "add", "norm" (self.<attr>(source)), "module"
+    (self.<attr> itself), "other"."""
 
     kind: str
     node: ast.AST | None = None
@@ -25,22 +26,36 @@ class Value:
 
 @dataclass(eq=False)
 class Add:
-    """A statement `x = a + b` (or `return a + b`) of the forward. `index`: its rank among all such statements."""
+    """`x = a + b`, `x = torch.add(a, b)`, `x += b` or `return a + b` as a statement, or the sum that a norm is given.
+
+    index: its rank among all of these. left, right: what is added. shared: why an in-place add must stay what it is,
+    or "". within: the norm call whose argument it is.
+    """
 
     index: int
     statement: ast.stmt
-    node: ast.BinOp
+    node: ast.BinOp | ast.Call | ast.AugAssign
+    left: ast.expr
+    right: ast.expr
     block: list[ast.stmt]
     value: Value
     unconditional: bool
+    shared: str = ""
+    within: ast.Call | None = None
+
+    @property
+    def in_place(self) -> bool:
+        return isinstance(self.node, ast.AugAssign)
 
 
 @dataclass(eq=False)
 class NormCall:
-    """`self.<attr>(value)`; `statement` holds it, `first` says that nothing else runs before it in that statement."""
+    """`self.<attr>(value)`, by position or by keyword, also through a local name for `self.<attr>`; `argument` is the
+    value's expression, `statement` holds the call, `first` says that nothing else runs before it in that statement."""
 
     attr: str
     node: ast.Call
+    argument: ast.expr
     statement: ast.stmt
     block: list[ast.stmt]
     source: Value
@@ -67,14 +82,15 @@ class Flow:
     refused: list[tuple[ast.AST, str, str]] = field(default_factory=list)
 
 
-def analyse(tree: ast.FunctionDef, norm_attributes: frozenset[str]) -> Flow:
-    """The flow of a layer whose children named in `norm_attributes` are norms."""
-    return _Reader(tree, norm_attributes).read()
+def analyse(tree: ast.FunctionDef, norm_attributes: frozenset[str], sums: frozenset[str] = frozenset()) -> Flow:
+    """The flow of a layer whose children named in `norm_attributes` are norms. sums: how `torch.add` is written in it
+    (`Source.sums`)."""
+    return _Reader(tree, norm_attributes, sums).read()
 
 
 def runs_first(tree: ast.FunctionDef, call: NormCall) -> bool:
     """True where nothing but rebinding names happens in the forward before `call`."""
-    if not (call.first and call.unconditional):
+    if not (call.first and call.unconditional and call.statement in tree.body):
         return False
     return all(is_passive(statement) for statement in tree.body[: tree.body.index(call.statement)])
 
@@ -136,19 +152,67 @@ def assigned_names(statements: list[ast.stmt]) -> set[str]:
     return names
 
 
+def possible_pairs(tree: ast.FunctionDef, norms: frozenset[str]) -> list[tuple[ast.AST, str]]:
+    """(an add, the norm that may read it) in any form and on any path: what to name where no trace can tell."""
+    self_name = next((a.arg for a in (*tree.args.posonlyargs, *tree.args.args)), "")
+    sums: dict[str, ast.AST] = {}
+    found: dict[str, ast.AST] = {}
+
+    def add_in(value: ast.AST) -> ast.AST | None:
+        if isinstance(value, ast.Name):
+            return sums.get(value.id)
+        if isinstance(value, (ast.NamedExpr, ast.Starred)):
+            return add_in(value.value)
+        if isinstance(value, (ast.Tuple, ast.List, ast.IfExp)):
+            return next((add for child in ast.iter_child_nodes(value) if (add := add_in(child)) is not None), None)
+        name = getattr(value.func, "attr", getattr(value.func, "id", "")) if isinstance(value, ast.Call) else ""
+        binary = isinstance(value, ast.BinOp) and isinstance(value.op, ast.Add)
+        return value if binary or name in ("add", "add_", "__add__", "__iadd__") else None
+
+    nodes = [node for node in ast.walk(tree) if isinstance(node, (ast.stmt, ast.expr))]
+    nodes.sort(key=lambda n: (n.end_lineno, n.end_col_offset, -n.lineno, -n.col_offset))  # as they are finished
+    turns = 2 if any(isinstance(node, (ast.For, ast.While)) for node in nodes) else 1
+    for _ in range(turns):
+        for node in nodes:
+            if isinstance(node, (ast.Assign, ast.AnnAssign, ast.NamedExpr)) and node.value is not None:
+                add = add_in(node.value)
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                names = assigned_names([ast.Expr(target) for target in targets])
+                sums.update({} if add is None else dict.fromkeys(names, add))
+            elif isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Add) and isinstance(node.target, ast.Name):
+                sums[node.target.id] = node
+            elif isinstance(node, ast.Call):
+                written = isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name)
+                if written and node.func.attr == "add_":  # type: ignore[attr-defined]
+                    sums[node.func.value.id] = node  # type: ignore[attr-defined]
+                argument, attribute = _only_argument(node), self_attribute(node.func, self_name)
+                if argument is not None and attribute in norms and (add := add_in(argument)) is not None:
+                    found.setdefault(attribute or "", add)
+    return [(add, attribute) for attribute, add in found.items()]
+
+
+def _only_argument(call: ast.Call) -> ast.expr | None:
+    """What a call with one argument is given."""
+    given = [*call.args, *(keyword.value for keyword in call.keywords if keyword.arg is not None)]
+    if len(given) != 1 or len(given) != len(call.args) + len(call.keywords) or isinstance(given[0], ast.Starred):
+        return None
+    return given[0]
+
+
 class _Reader:
-    def __init__(self, tree: ast.FunctionDef, norm_attributes: frozenset[str]) -> None:
+    def __init__(self, tree: ast.FunctionDef, norm_attributes: frozenset[str], sums: frozenset[str]) -> None:
         arguments = [*tree.args.posonlyargs, *tree.args.args]
         self.tree = tree
         self.norm_attributes = norm_attributes
+        self.sums = sums
         self.self_name = arguments[0].arg if arguments else ""
         self.environment: dict[str, Value] = {a.arg: Value("other") for a in arguments[1:]}
         self.parameter = Value("param")
         if len(arguments) > 1:
             self.environment[arguments[1].arg] = self.parameter
+        self.arguments = frozenset(self.environment.values())
         self.flow = Flow()
         self.returned: list[Value] = []
-        self.in_place: set[int] = set()
 
     def read(self) -> Flow:
         self._block(self.tree.body, unconditional=True)
@@ -176,11 +240,7 @@ class _Reader:
             for target in targets:
                 self._bind(target, value, statement.value)
         elif isinstance(statement, ast.AugAssign):
-            self._expression(statement.value, statement, block, unconditional)
-            if isinstance(statement.target, ast.Name):
-                if isinstance(statement.op, ast.Add):
-                    self.in_place.add(statement.lineno)
-                self.environment[statement.target.id] = Value("other", statement)
+            self._augmented(statement, block, unconditional)
         elif isinstance(statement, ast.Return):
             value = Value("other")
             if statement.value is not None:
@@ -193,10 +253,49 @@ class _Reader:
         elif isinstance(statement, ast.If):
             self._expression(statement.test, statement, block, unconditional)
             self._branches([statement.body, statement.orelse])
+        elif isinstance(statement, ast.With):
+            for item in statement.items:
+                self._expression(item.context_expr, statement, block, unconditional)
+            self._forget(assigned_names([ast.Expr(i.optional_vars) for i in statement.items if i.optional_vars]))
+            self._block(statement.body, unconditional)
         elif not isinstance(statement, (ast.Pass, ast.Raise, ast.Continue, ast.Break, ast.Assert)):
             self._forget(assigned_names([statement]))
             if any(isinstance(node, ast.Return) for node in ast.walk(statement)):
                 self.returned.append(Value("other"))
+
+    def _augmented(self, statement: ast.AugAssign, block: list[ast.stmt], unconditional: bool) -> None:
+        """`x += y` writes to the tensor itself: to all of its names."""
+        right = self._expression(statement.value, statement, block, unconditional)
+        if not isinstance(statement.target, ast.Name):
+            return
+        name = statement.target.id
+        left = self.environment.get(name, Value("other"))
+        names = [other for other, value in self.environment.items() if left in (value, value.source) and other != name]
+        if name in assigned_names([ast.Expr(statement.value)]):
+            self.environment[name] = Value("other", statement)
+        elif isinstance(statement.op, ast.Add):
+            value = self.environment[name] = Value("add", statement, operands=(left, right))
+            shared = f"the in-place add also writes what `{names[0]}` holds" if names else ""
+            if left in self.arguments:
+                shared = "the in-place add writes the tensor that its caller gave"
+            target = ast.copy_location(ast.Name(name, ast.Load()), statement.target)
+            self._add(statement, statement, (target, statement.value), block, value, unconditional).shared = shared
+        else:
+            self.environment[name] = Value("other", statement)
+        self._forget(set(names))
+
+    def _add(
+        self,
+        statement: ast.stmt,
+        node: ast.BinOp | ast.Call | ast.AugAssign,
+        sides: tuple[ast.expr, ast.expr],
+        block: list[ast.stmt],
+        value: Value,
+        unconditional: bool,
+    ) -> Add:
+        add = Add(len(self.flow.adds), statement, node, *sides, block, value, unconditional)
+        self.flow.adds.append(add)
+        return add
 
     def _branches(self, branches: list[list[ast.stmt]]) -> None:
         before = dict(self.environment)
@@ -247,21 +346,37 @@ class _Reader:
                 values[node] = self.environment.get(node.id, Value("other"))
             elif isinstance(node, ast.NamedExpr):
                 self._forget({node.target.id})
-            elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-                left, right = (values.get(side, Value("other")) for side in (node.left, node.right))
+            elif (attribute := self_attribute(node, self.self_name)) in self.norm_attributes:
+                values[node] = Value("module", node, attribute or "")
+            elif (sides := self._sides(node)) is not None:
+                left, right = (values.get(side, Value("other")) for side in sides)
                 values[node] = Value("add", node, operands=(left, right))
                 if node is expression and self._is_plain(statement):
-                    index = len(self.flow.adds)
-                    self.flow.adds.append(Add(index, statement, node, block, values[node], unconditional))
-            elif (norm := self._norm_call(node)) is not None:
-                source = values.get(norm.args[0], Value("other"))
-                attr = self_attribute(norm.func, self.self_name) or ""
-                call = NormCall(attr, norm, statement, block, source, not ran, unconditional)
-                if not isinstance(statement, ast.If):
-                    self.flow.norms.append(call)
-                values[node] = Value("norm", node, attr, source)
+                    self._add(statement, node, sides, block, values[node], unconditional)  # type: ignore[arg-type]
+            elif isinstance(node, ast.Call) and (argument := _only_argument(node)) is not None:
+                module = values.get(node.func)
+                if module is not None and module.kind == "module":
+                    source = values.get(argument, Value("other"))
+                    if (sides := self._sides(argument)) is not None and argument in node.args:
+                        add = self._add(statement, argument, sides, block, source, unconditional)  # type: ignore[arg-type]
+                        add.within = node
+                    call = NormCall(module.attr, node, argument, statement, block, source, not ran, unconditional)
+                    if not isinstance(statement, (ast.If, ast.With)):
+                        self.flow.norms.append(call)
+                    values[node] = Value("norm", node, module.attr, source)
             ran = ran or (isinstance(node, ast.expr) and not isinstance(node, (ast.Name, ast.Attribute, ast.Constant)))
         return values.get(expression, Value("other", expression))
+
+    def _sides(self, node: ast.AST) -> tuple[ast.expr, ast.expr] | None:
+        """What `node` adds, where it is `a + b` or `torch.add(a, b)`."""
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            return node.left, node.right
+        if isinstance(node, ast.Call) and len(node.args) == 2 and not node.keywords:
+            left, right = node.args
+            starred = isinstance(left, ast.Starred) or isinstance(right, ast.Starred)
+            if not starred and ast.unparse(node.func) in self.sums:
+                return left, right
+        return None
 
     @staticmethod
     def _is_plain(statement: ast.stmt) -> bool:
@@ -270,13 +385,6 @@ class _Reader:
         if isinstance(statement, ast.AnnAssign):
             return isinstance(statement.target, ast.Name)
         return isinstance(statement, ast.Return)
-
-    def _norm_call(self, node: ast.AST) -> ast.Call | None:
-        if not isinstance(node, ast.Call) or len(node.args) != 1 or node.keywords:
-            return None
-        if isinstance(node.args[0], ast.Starred):
-            return None
-        return node if self_attribute(node.func, self.self_name) in self.norm_attributes else None
 
     # matching
 
@@ -292,6 +400,10 @@ class _Reader:
 
     @staticmethod
     def _why_not(add: Add, call: NormCall) -> str:
+        if add.within is not None:
+            return "" if add.within is call.node else "the norm's statement computes its sum anew"
+        if add.shared:
+            return add.shared
         if call.block is not add.block:
             return "the add and the norm stand in different branches"
         begin, end = add.block.index(add.statement), add.block.index(call.statement)

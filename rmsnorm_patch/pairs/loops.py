@@ -1,12 +1,14 @@
 """In which order a module runs its layers, and which norm reads the last one's result: from the module's own forward.
 
-The loop `for layer in self.layers[...]: x = layer(x, ...)` is read from the source; what it runs over is evaluated on
-the live module, so that slices and reversals are the real ones. A loop of another form yields nothing.
+The loop `for layer in self.layers[...]: x = layer(x, ...)`, or `for i in range(...): x = self.layers[i](x, ...)`, is
+read from the source; what it runs over is evaluated on the live module, so that slices and reversals are the real ones.
+A loop of another form yields nothing.
 """
 
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,19 +21,21 @@ _SEQUENCE = (
     ast.Expression, ast.Attribute, ast.Name, ast.Load, ast.Subscript, ast.Slice, ast.Constant, ast.UnaryOp, ast.USub,
     ast.BinOp, ast.Add, ast.Sub, ast.Call,
 )  # fmt: skip
-_FUNCTIONS = {"reversed": reversed, "len": len, "list": list}
+_FUNCTIONS = {"reversed": reversed, "len": len, "list": list, "tuple": tuple, "range": range}
 
 
 @dataclass(frozen=True)
 class LoopCode:
     """One loop over layers in a forward.
 
-    layers: the expression that it runs over. state: the name that carries the hidden states. passive: nothing in the
+    layers: the expression that it runs over. index: (a variable, what it counts) where `layers` is one layer's
+    expression, by that variable; else None. state: the name that carries the hidden states. passive: nothing in the
     body but the call can touch them. final: the attribute of the norm that reads them after the loop, or "".
     final_passive: nothing runs between the last call and it.
     """
 
     layers: ast.expr
+    index: tuple[str, ast.expr] | None
     state: str
     passive: bool
     final: str
@@ -50,7 +54,7 @@ class LayerLoop:
 
 def layer_loops(parent: nn.Module, cls: type) -> list[LayerLoop]:
     """The loops in the forward of `parent`, whose unpatched class is `cls`."""
-    if not any(isinstance(child, nn.ModuleList) for child in parent.children()):
+    if not any(isinstance(child, (nn.ModuleList, nn.ModuleDict, nn.Sequential)) for child in parent.children()):
         return []
     try:
         source = read_forward(cls)
@@ -58,7 +62,7 @@ def layer_loops(parent: nn.Module, cls: type) -> list[LayerLoop]:
         return []
     found = []
     for code in loops_of(source):
-        modules = _evaluate(code.layers, parent, source)
+        modules = _modules(code, parent, source)
         if modules:
             final = parent._modules.get(code.final) if code.final else None
             found.append(LayerLoop(modules, code.passive, final, code.final_passive))
@@ -71,13 +75,27 @@ def loops_of(source: Source) -> list[LoopCode]:
     for block in _blocks(source.tree):
         for at, statement in enumerate(block):
             if isinstance(statement, ast.For):
-                for name, expression in _elements(statement.target, statement.iter):
-                    body = _read_body(statement, name)
+                for layer, expression, index in _candidates(statement):
+                    body = _read_body(statement, layer)
                     if body is not None:
                         state, passive = body
                         final, quiet = _final_norm(block[at + 1 :], state, self_name)
-                        found.append(LoopCode(expression, state, passive, final, quiet and passive))
+                        found.append(LoopCode(expression, index, state, passive, final, quiet and passive))
     return found
+
+
+def _candidates(loop: ast.For) -> Iterator[tuple[str, ast.expr, tuple[str, ast.expr] | None]]:
+    """How a layer may be written in the body, and what `LoopCode.layers` and `index` are then."""
+    for name, expression in _elements(loop.target, loop.iter):
+        yield name, expression, None
+        written: dict[str, ast.expr] = {}
+        for node in ast.walk(ast.Module(loop.body, [])):
+            if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load):
+                names = {below.id for below in ast.walk(node.slice) if isinstance(below, ast.Name)}
+                if names == {name} and name not in assigned_names(loop.body):
+                    written.setdefault(ast.unparse(node), node)
+        for layer, element in written.items():
+            yield layer, element, (name, expression)
 
 
 def _blocks(tree: ast.AST) -> list[list[ast.stmt]]:
@@ -100,20 +118,37 @@ def _elements(target: ast.expr, iterable: ast.expr) -> list[tuple[str, ast.expr]
         if iterable.func.id == "zip" and len(target.elts) == len(iterable.args):
             pairs = zip(target.elts, iterable.args, strict=True)
             return [found for element, argument in pairs for found in _elements(element, argument)]
+    if isinstance(iterable, ast.Call) and isinstance(iterable.func, ast.Attribute) and isinstance(target, ast.Tuple):
+        name = {"items": "values", "named_children": "children"}.get(iterable.func.attr)
+        if name and len(target.elts) == 2 and not iterable.args:
+            values = ast.copy_location(ast.Attribute(iterable.func.value, name, ast.Load()), iterable)
+            return _elements(target.elts[1], ast.copy_location(ast.Call(values, [], []), iterable))
     return []
 
 
-def _evaluate(expression: ast.expr, parent: nn.Module, source: Source) -> tuple[nn.Module, ...]:
-    """The modules that the loop runs over; () where the expression is more than attributes, slices and `reversed`."""
-    for node in ast.walk(expression):
-        if not isinstance(node, _SEQUENCE) or (isinstance(node, ast.Name) and node.id not in ("self", *_FUNCTIONS)):
-            return ()
-    code = compile(ast.Expression(expression), source.function.__code__.co_filename, "eval")
+def _modules(code: LoopCode, parent: nn.Module, source: Source) -> tuple[nn.Module, ...]:
+    """The modules that the loop runs over; () where its expressions are more than attributes, slices and calls of
+    _FUNCTIONS."""
     try:
-        modules = tuple(eval(code, {"__builtins__": {}, **_FUNCTIONS}, {"self": parent}))
+        if code.index is None:
+            modules = tuple(_evaluate(code.layers, source, {"self": parent}))
+        else:
+            variable, counted = code.index
+            modules = tuple(
+                _evaluate(code.layers, source, {"self": parent, variable: at})
+                for at in _evaluate(counted, source, {"self": parent})
+            )
     except Exception:  # the model's own attributes: whatever they raise, the order is unknown
         return ()
     return modules if all(isinstance(module, nn.Module) for module in modules) else ()
+
+
+def _evaluate(expression: ast.expr, source: Source, names: dict[str, Any]) -> Any:
+    for node in ast.walk(expression):
+        if not isinstance(node, _SEQUENCE) or (isinstance(node, ast.Name) and node.id not in (*names, *_FUNCTIONS)):
+            return ()
+    code = compile(ast.Expression(expression), source.function.__code__.co_filename, "eval")
+    return eval(code, {"__builtins__": {}, **_FUNCTIONS}, names)
 
 
 def _read_body(loop: ast.For, layer: str) -> tuple[str, bool] | None:
@@ -126,7 +161,8 @@ def _read_body(loop: ast.For, layer: str) -> tuple[str, bool] | None:
 
 
 class _Body:
-    """Follows `x = layer(x, ...)`, `x, ... = layer(x)`, `out = layer(x); x = out[0]` through one turn of the loop."""
+    """Follows `x = layer(x, ...)`, `x, ... = layer(x)`, `out = layer(x); x = out[0]` through one turn of the loop.
+    layer: how it is written, a name or `self.layers[i]`; a name that it is assigned to stands for it too."""
 
     def __init__(self, layer: str) -> None:
         self.layer = layer
@@ -176,17 +212,24 @@ class _Body:
             self.passive = False
 
     def _kind(self, value: ast.expr) -> str:
+        if self._is_layer(value):
+            return "layer"
         if isinstance(value, ast.Name):
             return self.results.get(value.id, "")
         if isinstance(value, ast.Subscript) and isinstance(value.slice, ast.Constant) and value.slice.value == 0:
             return "first" if self._kind(value.value) == "output" else ""
-        if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == self.layer:
+        if isinstance(value, ast.Call) and self._is_layer(value.func):
             self.state = self._argument(value)
             arguments = [*value.args, *(keyword.value for keyword in value.keywords)]
             self.passive &= all(_harmless(argument) for argument in arguments)
             return "output"
         self.passive &= _harmless(value)
         return ""
+
+    def _is_layer(self, node: ast.expr) -> bool:
+        if isinstance(node, ast.Name) and node.id in self.results:
+            return self.results[node.id] == "layer"
+        return isinstance(node, (ast.Name, ast.Subscript)) and ast.unparse(node) == self.layer
 
     @staticmethod
     def _argument(call: ast.Call) -> str | None:
@@ -221,7 +264,7 @@ def _final_norm(statements: list[ast.stmt], state: str, self_name: str) -> tuple
                 attribute = self_attribute(node.func, self_name)
                 given = node.args[0]
                 if attribute and isinstance(given, ast.Name) and given.id == state:
-                    direct = isinstance(statement, ast.Assign) and statement.value is node
+                    direct = isinstance(statement, (ast.Assign, ast.Return)) and statement.value is node
                     return attribute, passive and direct
         if state in assigned_names([statement]):
             return "", False

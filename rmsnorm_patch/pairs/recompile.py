@@ -13,6 +13,13 @@ dynamo), same closure cells plus one cell for each helper, same defaults and dec
 
     y = self.norm(argument)      y = entry(self._modules["norm"], argument)
 
+What is exact for some tensors or modules only stands behind a question, with the original statements as the other
+answer (`questions`): an add in place, and a norm that is called by keyword, which a hook on it would see.
+
+    x += b                       right = b; del right afterwards
+                                 if unseen(x, right): _n, x = in_layer(self._modules["norm"], x, right)
+                                 else:                x += right; _n = self.norm(x)
+
 In front of them stands a question: somebody may hold the bound forward beyond `revert`, which then runs what the
 layer's class has now.
 """
@@ -30,6 +37,7 @@ from typing import Any, NamedTuple
 import torch.nn as nn
 
 from ..patch_state import running_now
+from . import questions
 from .dataflow import Add, Flow, NormCall, analyse
 from .source import NoSource, Source, read_forward
 
@@ -74,9 +82,12 @@ def rewrite(source: Source, key: LayerKey, original: type, helpers: Mapping[str,
 
     helpers: what it calls, by the names in HELPERS. Raises NoSource."""
     tree = copy.deepcopy(source.tree)
-    flow = analyse(tree, frozenset(key.norms))
+    flow = analyse(tree, frozenset(key.norms), source.sums)
     for number, (add, norm) in enumerate((a, n) for a, n in flow.in_layer if a.index in key.in_layer):
-        _fuse_in_layer(tree, add, norm, f"_rmsnorm_normed_{number}")
+        if add.within is not None:
+            _fuse_within(tree, add, norm)
+        else:
+            _fuse_in_layer(tree, add, norm, f"_rmsnorm_normed_{number}")
     for call in flow.entries:
         if call.attr in key.entries:
             _read_entry(tree, call)
@@ -89,6 +100,10 @@ def rewrite(source: Source, key: LayerKey, original: type, helpers: Mapping[str,
         return running_now(layer, original, source.function)
 
     called = {f"_rmsnorm_{name}": types.CellType(helpers[name]) for name in HELPERS}
+    called |= {
+        "_rmsnorm_unseen": types.CellType(questions.unseen),
+        "_rmsnorm_unhooked": types.CellType(questions.unhooked),
+    }
     called |= {"_rmsnorm_type": types.CellType(type), "_rmsnorm_isinstance": types.CellType(isinstance)}
     called |= {"_rmsnorm_class": patched, "_rmsnorm_now": types.CellType(now)}
     made = _compile(tree, source.function, called)
@@ -134,11 +149,28 @@ def _module(tree: ast.FunctionDef, norm: NormCall) -> ast.expr:
     return ast.Subscript(modules, ast.Constant(norm.attr), ast.Load())
 
 
+def _helper(name: str, *arguments: ast.expr) -> ast.Call:
+    return ast.Call(ast.Name(f"_rmsnorm_{name}", ast.Load()), list(arguments), [])
+
+
 def _fuse_in_layer(tree: ast.FunctionDef, add: Add, norm: NormCall, name: str) -> None:
-    call = ast.Call(ast.Name("_rmsnorm_in_layer", ast.Load()), [_module(tree, norm), add.node.left, add.node.right], [])
     target = add.statement.targets[0] if isinstance(add.statement, ast.Assign) else add.statement.target  # type: ignore[attr-defined]
+    right = ast.Name(_RIGHT, ast.Load()) if add.in_place else add.right
     both = ast.Tuple([ast.Name(name, ast.Store()), target], ast.Store())
-    _replace(add.block, add.statement, [ast.Assign([both], call)])
+    statements: list[ast.stmt] = [ast.Assign([both], _helper("in_layer", _module(tree, norm), add.left, right))]
+    conditions: list[ast.expr] = []
+    if add.in_place:
+        conditions.append(_helper("unseen", add.left, right))
+    if norm.node.keywords:
+        conditions.append(_helper("unhooked", _module(tree, norm)))
+    if conditions:
+        assert isinstance(target, ast.Name)
+        total = ast.Name(target.id, ast.Load())
+        keywords = [ast.keyword(keyword.arg, total) for keyword in norm.node.keywords]
+        normed = ast.Call(norm.node.func, [] if keywords else [total], keywords)  # type: ignore[arg-type]
+        original = [_own_add(add, right), ast.Assign([ast.Name(name, ast.Store())], normed)]
+        statements = [ast.If(_all(conditions), statements, original)]
+    _replace(add.block, add.statement, _with_right(add, statements))
     _Substitute(norm.node, ast.Name(name, ast.Load())).visit(norm.statement)
     if not isinstance(norm.statement, ast.Return):
         drop = ast.Delete([ast.Name(name, ast.Del())])
@@ -146,8 +178,41 @@ def _fuse_in_layer(tree: ast.FunctionDef, add: Add, norm: NormCall, name: str) -
         add.block.insert(add.block.index(norm.statement) + 1, drop)
 
 
+_RIGHT = "_rmsnorm_right"
+"""Holds what is added in place, which is computed before the question is asked."""
+
+
+def _own_add(add: Add, right: ast.expr) -> ast.stmt:
+    """The model's statement, its right side computed before."""
+    if isinstance(add.statement, ast.AugAssign):
+        return ast.AugAssign(add.statement.target, ast.Add(), right)
+    return add.statement
+
+
+def _with_right(add: Add, statements: list[ast.stmt]) -> list[ast.stmt]:
+    if not add.in_place:
+        return statements
+    keep: ast.stmt = ast.Assign([ast.Name(_RIGHT, ast.Store())], add.right)
+    return [keep, *statements, ast.Delete([ast.Name(_RIGHT, ast.Del())])]
+
+
+def _all(conditions: list[ast.expr]) -> ast.expr:
+    return conditions[0] if len(conditions) == 1 else ast.BoolOp(ast.And(), conditions)
+
+
+def _fuse_within(tree: ast.FunctionDef, add: Add, norm: NormCall) -> None:
+    """`self.norm(a + b)`: only the norm's result is wanted."""
+    both = _helper("in_layer", _module(tree, norm), add.left, add.right)
+    call = ast.Subscript(both, ast.Constant(0), ast.Load())
+    ast.fix_missing_locations(ast.copy_location(call, norm.node))
+    _Substitute(norm.node, call).visit(norm.statement)
+
+
 def _read_entry(tree: ast.FunctionDef, norm: NormCall) -> None:
-    call = ast.Call(ast.Name("_rmsnorm_entry", ast.Load()), [_module(tree, norm), *norm.node.args], [])
+    call: ast.expr = _helper("entry", _module(tree, norm), norm.argument)
+    if norm.node.keywords:
+        own = ast.Call(norm.node.func, [], norm.node.keywords)
+        call = ast.IfExp(_helper("unhooked", _module(tree, norm)), call, own)
     ast.fix_missing_locations(ast.copy_location(call, norm.node))
     _Substitute(norm.node, call).visit(norm.statement)
 
@@ -155,9 +220,16 @@ def _read_entry(tree: ast.FunctionDef, norm: NormCall) -> None:
 def _fuse_tail(tree: ast.FunctionDef, flow: Flow) -> None:
     add = flow.tail
     assert add is not None
-    call = ast.Call(ast.Name("_rmsnorm_tail", ast.Load()), [_self(tree), add.node.left, add.node.right], [])
-    ast.fix_missing_locations(ast.copy_location(call, add.node))
-    _Substitute(add.node, call).visit(add.statement)
+    right = ast.Name(_RIGHT, ast.Load()) if add.in_place else add.right
+    call = _helper("tail", _self(tree), add.left, right)
+    if isinstance(add.statement, ast.AugAssign):
+        handed = ast.If(
+            _helper("unseen", add.left, right), [ast.Assign([add.statement.target], call)], [_own_add(add, right)]
+        )
+        _replace(add.block, add.statement, _with_right(add, [handed]))
+    else:
+        ast.fix_missing_locations(ast.copy_location(call, add.node))
+        _Substitute(add.node, call).visit(add.statement)
 
 
 def _replace(block: list[ast.stmt], old: ast.stmt, new: list[ast.stmt]) -> None:

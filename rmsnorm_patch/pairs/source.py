@@ -13,6 +13,8 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 _FUTURE_FLAGS = sum({getattr(__future__, name).compiler_flag for name in __future__.all_feature_names})
 
 
@@ -36,12 +38,26 @@ class Source:
         return hashlib.sha256("\n".join([ast.unparse(self.tree), *wrappers]).encode()).hexdigest()[:16]
 
     @property
+    def sums(self) -> frozenset[str]:
+        """How `torch.add` is written in this function: by a module's global name that no local one hides."""
+        named, bound = (
+            self.function.__globals__,
+            {*self.function.__code__.co_varnames, *self.function.__code__.co_cellvars},
+        )
+        read = set(self.function.__code__.co_names) - bound
+        found = {name for name in read if named.get(name) is torch.add}
+        return frozenset(found | {f"{name}.add" for name in read if named.get(name) is torch})
+
+    @property
     def passes_results(self) -> bool:
         """Whether nothing around the function can see or change what it returns."""
         return all(wrapper.__globals__.get("__name__") in RENAMING for wrapper in self.wrappers)
 
     def where(self, node: ast.AST) -> str:
-        return f"{self.function.__code__.co_filename.rpartition('/')[2]}:{getattr(node, 'lineno', 0)}"
+        return self.at(getattr(node, "lineno", 0))
+
+    def at(self, line: int) -> str:
+        return f"{self.function.__code__.co_filename.rpartition('/')[2]}:{line}"
 
 
 class NoSource(Exception):

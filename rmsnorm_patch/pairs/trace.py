@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import CodeType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.fx
@@ -27,75 +27,195 @@ from .source import NoSource, Source
 
 _CONTAINERS = (dict, list, set)
 _ADDS = (operator.add, operator.iadd, torch.add)
+_COPIES = ("clone", "contiguous", "detach")
+_ADD_METHODS = ("add", "add_", "__add__", "__radd__", "__iadd__")
+
+
+class Pair(NamedTuple):
+    """An add whose sum a norm reads (the first such norm). line: of the add. norm: path below the traced module.
+    how: what makes it more than `a + b`, or ""."""
+
+    line: int
+    norm: str
+    how: str = ""
 
 
 @dataclass(frozen=True)
 class Trace:
     """What one run of the forward did.
 
-    pairs: (line of the add, norm attribute), one for each add whose sum a norm reads (the first such norm).
     tail: line of the add whose sum was returned as the hidden state; 0 where it was none.
-    entry: attribute of the norm that reads the layer's argument; "" where none does.
+    entry: path of the norm that reads the layer's argument; "" where none does. copied: the same for a copy of it.
     """
 
-    pairs: frozenset[tuple[int, str]]
+    pairs: frozenset[Pair]
     tail: int
     entry: str
+    copied: str = ""
+
+
+class Calls(NamedTuple):
+    """Which of its modules one forward hands a hidden state. first: those that read its argument. last: those whose
+    result it returns. passes: (a module, the one that reads its result), with the optional arguments given where that
+    can be run; seldom: those that are only seen without. indirect: modules that a function below the forward calls."""
+
+    first: frozenset[nn.Module]
+    last: frozenset[nn.Module]
+    passes: frozenset[tuple[nn.Module, nn.Module]]
+    seldom: frozenset[tuple[nn.Module, nn.Module]]
+    indirect: frozenset[nn.Module]
 
 
 def trace_layer(module: nn.Module, cls: type, source: Source, norms: frozenset[str]) -> Trace:
-    """Run the forward of `module`, whose unpatched class is `cls`, on proxies. Raises NoSource where it cannot be."""
-    recorder = _Recorder(source.function.__code__)
+    """Run the forward of `module`, whose unpatched class is `cls`, on proxies. norms: paths below it. Raises NoSource
+    where it cannot be."""
+    paths = {id(module.get_submodule(path)): path for path in norms}
+    recorder, argument, returned = _run(module, cls, source, paths, optional=False)
+    return _read(recorder, argument, returned, norms)
+
+
+def trace_calls(module: nn.Module, cls: type, source: Source) -> Calls:
+    """Run the forward of `module` on proxies, without its optional arguments and with them. Raises NoSource where it
+    can be run in neither way."""
+    first, last, indirect = set(), set(), set()
+    runs: list[set[tuple[nn.Module, nn.Module]]] = []
+    failed: list[NoSource] = []
+    for optional in (False, True):
+        try:
+            recorder, argument, returned = _run(module, cls, source, {}, optional)
+        except NoSource as reason:
+            failed.append(reason)
+            continue
+        passes: set[tuple[nn.Module, nn.Module]] = set()
+        runs.append(passes)
+        if isinstance(returned, Proxy) and (producer := _producer(returned.node)) is not None:
+            last.add(producer)
+        for node in recorder.graph.nodes:
+            if node.op == "call_module":
+                if not node.meta["direct"]:
+                    indirect.add(node.meta["module"])
+                given = next(iter((*node.args, *node.kwargs.values())), None)
+                producer = _producer(given)
+                if producer is not None:
+                    passes.add((producer, node.meta["module"]))
+                elif given is argument.node:
+                    first.add(node.meta["module"])
+    if not runs:
+        raise failed[0]
+    usual, seldom = frozenset(runs[-1]), frozenset(runs[0] - runs[-1])
+    return Calls(frozenset(first), frozenset(last), usual, seldom, frozenset(indirect))
+
+
+def _producer(node: Any) -> nn.Module | None:
+    """The module whose hidden state `node` is: its result, or the first of its results."""
+    while isinstance(node, torch.fx.Node) and node.target is operator.getitem and node.args[1] == 0:
+        node = node.args[0]
+    found: nn.Module | None = node.meta.get("module") if isinstance(node, torch.fx.Node) else None
+    return found
+
+
+def _run(
+    module: nn.Module, cls: type, source: Source, norms: dict[int, str], optional: bool
+) -> tuple[_Recorder, Proxy, Any]:
+    """What was recorded, the hidden states given and those returned. optional: give arguments that are None else."""
+    recorder = _Recorder(source.function.__code__, norms)
     stand_in: Any = object.__new__(cls)
     for name, value in module.__dict__.items():  # what the forward stores in them must not reach the module
         stand_in.__dict__[name] = copy.copy(value) if type(value) in _CONTAINERS else value
     stand_in.__dict__["_modules"] = {
         name: None if child is None else _Leaf(recorder, name, child) for name, child in module._modules.items()
     }
-    arguments = _arguments(recorder, source)
+    arguments, named = _arguments(recorder, source, optional)
     try:
-        returned = source.function(stand_in, *arguments)
+        returned = source.function(stand_in, *arguments, **named)
     except Exception as error:  # the model's own code on proxies: anything can happen
         raise NoSource(f"its forward could not be traced ({type(error).__name__}: {str(error)[:120]})") from error
     if isinstance(returned, (tuple, list)) and returned:
         returned = returned[0]
-    return _read(recorder, arguments[0], returned, norms)
+    return recorder, arguments[0], returned
 
 
-def _arguments(recorder: _Recorder, source: Source) -> list[Proxy]:
+def _arguments(recorder: _Recorder, source: Source, optional: bool) -> tuple[list[Proxy], dict[str, Proxy]]:
     parameters = list(inspect.signature(source.function).parameters.values())[1:]
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     wanted = [p for i, p in enumerate(parameters) if p.kind in positional and (i == 0 or p.default is p.empty)]
     if not wanted or any(p.kind is p.KEYWORD_ONLY and p.default is p.empty for p in parameters):
         raise NoSource("its forward takes no positional hidden states")
-    return [recorder.create_proxy("placeholder", p.name, (), {}) for p in wanted]
+    given = [recorder.create_proxy("placeholder", p.name, (), {}) for p in wanted]
+    left_out = [p for p in parameters if optional and p not in wanted and p.default is None]
+    return given, {p.name: recorder.create_proxy("placeholder", p.name, (), {}) for p in left_out}
 
 
 def _read(recorder: _Recorder, argument: Proxy, returned: Any, norms: frozenset[str]) -> Trace:
-    pairs: set[tuple[int, str]] = set()
+    """Follows tensors, not nodes: what an in-place add writes is the tensor that it was given."""
+    tensors: dict[torch.fx.Node, torch.fx.Node] = {}
+    written: dict[torch.fx.Node, torch.fx.Node] = {}
+
+    def value(node: Any) -> Any:
+        """The node that computed what `node`'s tensor holds now."""
+        tensor = tensors.get(node, node)
+        return written.get(tensor, tensor)
+
     readers: dict[Any, str] = {}
     for node in recorder.graph.nodes:
-        if node.op == "call_module" and node.target in norms and len(node.args) == 1:
-            readers.setdefault(node.args[0], node.target)
-    for node in recorder.graph.nodes:
-        if _is_add(node) and node in readers:
-            pairs.add((node.meta["line"], readers[node]))
-    last = returned.node if isinstance(returned, Proxy) else None
+        given = [*node.args, *node.kwargs.values()]
+        if node.op == "call_module" and node.target in norms and len(given) == 1:
+            readers.setdefault(value(given[0]), node.target)
+        target = _written(node)
+        if target is not None:
+            tensors[node] = tensors.get(target, target)
+            written[tensors[node]] = node
+    pairs = {Pair(node.meta["line"], norm, _how(node)) for node, norm in readers.items() if _is_add(node)}
+    last = value(returned.node) if isinstance(returned, Proxy) else None
     tail = last.meta["line"] if last is not None and _is_add(last) else 0
-    return Trace(frozenset(pairs), tail, readers.get(argument.node, ""))
+    copies = [node for node in recorder.graph.nodes if node.op == "call_method" and node.target in _COPIES]
+    copied = next((readers[node] for node in copies if node.args[0] is argument.node and node in readers), "")
+    return Trace(frozenset(pairs), tail, readers.get(argument.node, ""), copied)
 
 
-def _is_add(node: torch.fx.Node) -> bool:
-    tensors = len(node.args) == 2 and all(isinstance(argument, torch.fx.Node) for argument in node.args)
-    return node.op == "call_function" and node.target in _ADDS and tensors
+def _is_add(node: Any) -> bool:
+    if not isinstance(node, torch.fx.Node):
+        return False
+    if node.op == "call_function":
+        named = node.target in _ADDS or getattr(node.target, "overloadpacket", node.target) is torch.ops.aten.add
+    else:
+        named = node.op == "call_method" and node.target in _ADD_METHODS
+    return named and len(_operands(node)) == 2 and all(isinstance(side, torch.fx.Node) for side in _operands(node))
+
+
+def _operands(node: torch.fx.Node) -> list[Any]:
+    named = [node.kwargs[name] for name in ("self", "input", "other") if name in node.kwargs]
+    return [*node.args[:2], *named][:2]
+
+
+def _written(node: torch.fx.Node) -> torch.fx.Node | None:
+    """What an operation in place writes to."""
+    if isinstance(out := node.kwargs.get("out"), torch.fx.Node):
+        return out
+    method = node.op == "call_method" and isinstance(node.target, str) and node.target.endswith("_")
+    method = method and (node.target == "__iadd__" or not str(node.target).startswith("__"))
+    first = node.args[0] if node.args else None
+    return first if (method or node.target is operator.iadd) and isinstance(first, torch.fx.Node) else None
+
+
+def _how(node: torch.fx.Node) -> str:
+    if "alpha" in node.kwargs or len(node.args) > 2:
+        return "it scales what it adds (alpha)"
+    if "out" in node.kwargs:
+        return "it writes to a given tensor (out)"
+    return f"it is written as a method call (.{node.target})" if node.op == "call_method" else ""
 
 
 class _Recorder(GraphAppendingTracer):
-    """Records nodes and the line of the forward that each comes from."""
+    """Records nodes and the line of the forward that each comes from. norms: id of a module -> its path."""
 
-    def __init__(self, code: CodeType) -> None:
+    def __init__(self, code: CodeType, norms: dict[int, str]) -> None:
         super().__init__(torch.fx.Graph())
         self.code = code
+        self.norms = norms
+
+    def proxy(self, node: torch.fx.Node) -> Proxy:
+        return _Value(node, self)
 
     def create_node(self, *arguments: Any, **named: Any) -> torch.fx.Node:
         node = super().create_node(*arguments, **named)
@@ -120,6 +240,16 @@ class _Recorder(GraphAppendingTracer):
         return iter(())
 
 
+class _Value(Proxy):
+    """Tells `x += y` from `x = x + y`, which a plain proxy does not, and answers the question for its dtype: many a
+    forward clamps in fp16 alone."""
+
+    dtype = torch.float32
+
+    def __iadd__(self, other: Any) -> Proxy:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+
 class _Leaf:
     """Stands for a child module: a call is recorded, everything else is asked of the child itself."""
 
@@ -131,9 +261,25 @@ class _Leaf:
         return type(self._module)
 
     def __call__(self, *arguments: Any, **named: Any) -> Proxy:
-        return self._recorder.create_proxy("call_module", self._path, arguments, named)
+        path = self._recorder.norms.get(id(self._module), self._path)
+        called = self._recorder.create_proxy("call_module", path, arguments, named)
+        direct = sys._getframe(1).f_code is self._recorder.code
+        called.node.meta.update(module=self._module, direct=direct)
+        return called
+
+    def __len__(self) -> int:
+        return len(self._module)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._module
+
+    def __bool__(self) -> bool:
+        return bool(self._module)
 
     def __getattr__(self, name: str) -> Any:
+        if name in ("values", "children", "items", "named_children"):
+            named = [(key, self._wrapped(key, child)) for key, child in self._module._modules.items()]
+            return lambda: iter([child for _, child in named] if name in ("values", "children") else named)
         return self._wrapped(name, getattr(self._module, name))
 
     def __getitem__(self, index: Any) -> Any:
