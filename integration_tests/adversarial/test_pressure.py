@@ -162,7 +162,7 @@ STEPS = pytest.mark.parametrize(
 
 
 def _is_flat(work: Callable[[], None], rounds: int, memory: Callable[[], tuple[int, int]]) -> None:
-    for _ in range(5):  # what is made once: classes, caches, interned strings
+    for _ in range(max(5, rounds // 2)):  # growth that comes to an end: classes, caches, freed objects kept for reuse
         work()
     objects, size = memory()
     for _ in range(rounds):
