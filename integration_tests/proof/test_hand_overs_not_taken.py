@@ -8,7 +8,14 @@ import pytest
 import torch
 import torch.nn as nn
 from proof_models import build, prompts
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    MllamaConfig,
+    MllamaForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 
 from rmsnorm_patch import UnsupportedModel, VerificationFailed, apply, verify
 from rmsnorm_patch.proof import Proof
@@ -91,6 +98,33 @@ def test_operands_of_two_dtypes(kind: str) -> None:
     proof = verify(model, prompts(1, 6), greedy_tokens=2)
     assert proof.logits.bit_identical
     assert "torch.float32" in listed(proof, "backbone.norm_f")
+
+
+def mllama() -> nn.Module:
+    """With a cross-attention layer, which a forward without an image leaves out."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 48, "vocab_size": 128}
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "pad_token_id": 0}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "cross_attention_layers": [1]}
+    tiles = {"max_num_tiles": 1, "supported_aspect_ratios": [[1, 1]], "image_size": 28, "patch_size": 14}
+    vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_global_layers": 1, "attention_heads": 4, **tiles}
+    vision |= {"intermediate_size": 48, "vision_output_dim": 64, "intermediate_layers_indices": [0]}
+    config = MllamaConfig(text_config={**sizes, **rope, **heads}, vision_config=vision, image_token_index=90)
+    model = MllamaForConditionalGeneration(config).eval()
+    apply(model, backend="reference")
+    return model
+
+
+def test_a_layer_that_the_model_left_out() -> None:
+    proof = verify(mllama(), prompts(1, 8), greedy_tokens=0)
+    assert "model.language_model.layers.1 did not run" in listed(proof, "model.language_model.layers.2.input_layernorm")
+
+
+def test_a_model_that_stops_early() -> None:
+    model = build("llama", torch.bfloat16)
+    apply(model)
+    model.config.num_hidden_layers = 2  # of three: its loop goes that far
+    assert "model.layers.2 did not run" in listed(verify(model, prompts(), greedy_tokens=0), "model.norm")
 
 
 def test_a_hook_in_between() -> None:
