@@ -9,6 +9,7 @@ from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch.nn as nn
+from torch.nn.modules import module as _module
 
 FORWARDS: dict[Any, type] = {}
 """The forward of every patched class -> the class under the patch."""
@@ -125,3 +126,26 @@ def is_known_kernel(module: nn.Module, function: Any) -> bool:
 def _name(function: Any) -> str:
     module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
     return f"{module}.{name}" if module and name else type(function).__name__
+
+
+def unhooked(norm: nn.Module) -> bool:
+    """False where somebody watches or wraps the norm: it is then called as a module."""
+    return not (
+        norm._forward_hooks
+        or norm._forward_pre_hooks
+        or norm._backward_hooks
+        or norm._backward_pre_hooks
+        or _module._global_forward_hooks
+        or _module._global_forward_pre_hooks
+        or _module._global_backward_hooks
+        or _module._global_backward_pre_hooks
+        or ("forward" in norm.__dict__ and replaced(norm))
+    )
+
+
+def replaced(module: nn.Module) -> bool:
+    """Whether another forward than its class's stands in the module's `__dict__`. (accelerate's hooks, taken off again,
+    leave the class's own there, and transformers 5.0 after `output_hidden_states=True`.)"""
+    forward = module.__dict__.get("forward")
+    own = isinstance(forward, MethodType) and forward.__self__ is module and forward.__func__ is type(module).forward
+    return forward is not None and not own

@@ -7,8 +7,6 @@ import sys
 import weakref
 
 import torch
-import torch.nn as nn
-from torch.nn.modules import module as _module
 
 _is_tracing = torch.compiler.is_dynamo_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -53,21 +51,6 @@ def _holders(tensor: torch.Tensor) -> tuple[int, ...]:
         return held
     seen = bool(base.__dict__) or weakref.getweakrefcount(base) > 0
     return (*held, _references(base), base._use_count(), seen)  # type: ignore[attr-defined]
-
-
-def unhooked(norm: nn.Module) -> bool:
-    """Whether calling `norm` runs its class's forward alone: then nobody sees if its argument came by keyword."""
-    return not (
-        norm._forward_hooks
-        or norm._forward_pre_hooks
-        or norm._backward_hooks
-        or norm._backward_pre_hooks
-        or _module._global_forward_hooks
-        or _module._global_forward_pre_hooks
-        or _module._global_backward_hooks
-        or _module._global_backward_pre_hooks
-        or "forward" in norm.__dict__
-    )
 
 
 def _references_of_argument(left: object, right: object) -> int:

@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 
 import torch.nn as nn
 
-from ..patch_state import running_now
+from ..patch_state import running_now, unhooked
 from . import questions
 from .dataflow import Add, Flow, NormCall, analyse
 from .source import NoSource, Source, read_forward
@@ -102,7 +102,7 @@ def rewrite(source: Source, key: LayerKey, original: type, helpers: Mapping[str,
     called = {f"_rmsnorm_{name}": types.CellType(helpers[name]) for name in HELPERS}
     called |= {
         "_rmsnorm_unseen": types.CellType(questions.unseen),
-        "_rmsnorm_unhooked": types.CellType(questions.unhooked),
+        "_rmsnorm_unhooked": types.CellType(unhooked),
     }
     called |= {"_rmsnorm_type": types.CellType(type), "_rmsnorm_isinstance": types.CellType(isinstance)}
     called |= {"_rmsnorm_class": patched, "_rmsnorm_now": types.CellType(now)}

@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from types import MethodType
 from typing import Any
 
 import torch
 import torch.nn as nn
-from torch.nn.modules import module as _module
 
 from .. import ops
 from ..pairs.source import RENAMING
-from ..patch_state import STATE, original_class
+from ..patch_state import STATE, original_class, replaced, unhooked
 from . import guards, native, observe, traced
 from .counts import CALLS, calls_of
 from .handover import CARRIED, LINK, MAX_UNTAKEN, Carry, Link, put
@@ -157,7 +155,7 @@ def entry(norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
 def _in_layer(norm: nn.Module, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`in_layer` with every check in Python."""
     kernel = _KERNELS.get(norm.__class__)
-    if kernel is not None and _unhooked(norm):
+    if kernel is not None and unhooked(norm):
         if not kernel.serves(a):
             return _in_layer_reference(norm, kernel, a, b)
         weight, eps = kernel.weight_of(norm), kernel.eps_of(norm)
@@ -196,7 +194,7 @@ def _tail(layer: nn.Module, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if link is None or norm is None:
         return a + b
     kernel, done, kept = _KERNELS.get(norm.__class__), None, ""
-    if kernel is None or _is_grad_enabled() or not _unhooked(norm):
+    if kernel is None or _is_grad_enabled() or not unhooked(norm):
         kept = "a gradient may be wanted" if _is_grad_enabled() else why_not(norm, kernel, a, b)
     elif link.untaken >= MAX_UNTAKEN and link.rests(getattr(a, "shape", None)):
         kept = f"the last {link.untaken} hand-overs were not taken; it is tried again from time to time"
@@ -271,7 +269,7 @@ def why_not(norm: nn.Module, kernel: NormKernel | None, a: torch.Tensor, b: torc
     """Why an add and its norm are not one call here, in words."""
     if kernel is None:
         return f"the norm is a {type(norm).__name__} that is not patched"
-    if not _unhooked(norm):
+    if not unhooked(norm):
         return "the norm has hooks or a forward of its own: it is called as a module"
     if norm.training:
         return guards.TRAINING
@@ -287,37 +285,14 @@ def why_not(norm: nn.Module, kernel: NormKernel | None, a: torch.Tensor, b: torc
     return guards.eps_reason(kernel.eps_of(norm)) or guards.reason(a, weight)
 
 
-def _unhooked(norm: nn.Module) -> bool:
-    """False where somebody watches or wraps the norm: it is then called as a module."""
-    return not (
-        norm._forward_hooks
-        or norm._forward_pre_hooks
-        or norm._backward_hooks
-        or norm._backward_pre_hooks
-        or _module._global_forward_hooks
-        or _module._global_forward_pre_hooks
-        or _module._global_backward_hooks
-        or _module._global_backward_pre_hooks
-        or ("forward" in norm.__dict__ and _replaced(norm))
-    )
-
-
 def _undisturbed(layer: nn.Module, link: Link) -> bool:
     """True where no foreign code can see the sum between the add and the norm that reads it."""
     for hook in layer._forward_hooks.values():
         if getattr(hook, "__module__", "") != _OUTPUT_RECORDER:
             return False
-    if _replaced(layer) or not link.places.unchanged():
+    if replaced(layer) or not link.places.unchanged():
         return False
     if link.receiver is None:
         return True
     receiver = link.receiver()
-    return receiver is not None and not receiver._forward_pre_hooks and not _replaced(receiver)
-
-
-def _replaced(module: nn.Module) -> bool:
-    """Whether another forward than its class's stands in the module's `__dict__`. (accelerate's hooks, taken off again,
-    leave the class's own there, and transformers 5.0 after `output_hidden_states=True`.)"""
-    forward = module.__dict__.get("forward")
-    own = isinstance(forward, MethodType) and forward.__self__ is module and forward.__func__ is type(module).forward
-    return forward is not None and not own
+    return receiver is not None and not receiver._forward_pre_hooks and not replaced(receiver)
