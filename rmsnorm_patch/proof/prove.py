@@ -16,8 +16,8 @@ import torch.nn as nn
 from ..errors import NothingProved, UnsupportedInput, UnsupportedModel, VerificationFailed
 from ..rewrite import applied_report, observe
 from ..scan.plan import NormSite, Plan
-from . import calls as fired
 from . import driven, flow, logits, memory, wide
+from .calls import judge as judge_calls
 from .recorded import compare_logits, record_logits
 from .replica import replica
 from .report import FlowProof, GreedyProof, LogitProof, Proof, versions
@@ -205,7 +205,7 @@ class _Work:
             flow=flow_proof,
             logits=logit_proof,
             greedy=greedy_proof,
-            fired=fired.judge(
+            fired=judge_calls(
                 self.model, self.plan, self.prefix, sites, self.seen.calls, len(runs), self.seen.orders, self.strict
             ),
             notes=tuple(self.seen.notes),
@@ -229,17 +229,19 @@ class _Work:
             try:
                 with_copy = wide.needed(self.model, needed)
             except wide.Unavailable as why:
-                if reference == "wide":
-                    raise UnsupportedInput(
-                        "reference='wide'", str(why), "models with room for a copy", "pass reference='original'"
-                    ) from why
-                self.seen.notes.append(f"logits are measured from the original, not from a wider run: {why}")
+                self._without_wide_run(why, reference, "models with room for a copy")
                 reference = "original"
             else:
                 needed = with_copy
         self.step.tell(memory.said(needed))
         memory.check(needed)
         return reference
+
+    def _without_wide_run(self, why: wide.Unavailable, asked: Reference, supported: str) -> None:
+        """Notes it, or refuses where a wider run was asked for."""
+        if asked == "wide":
+            raise UnsupportedInput("reference='wide'", str(why), supported, "pass reference='original'") from why
+        self.seen.notes.append(f"logits are measured from the original, not from a wider run: {why}")
 
     def _original(self, everything: list[Run], forwards: list[Run], reference: Reference) -> None:
         """Runs of the original model: outputs, norm calls, and what logits are measured from."""
@@ -257,11 +259,7 @@ class _Work:
             try:
                 self.seen.wide = wide.wide_outputs(self.model, forwards)
             except wide.Unavailable as why:
-                if reference == "wide":
-                    raise UnsupportedInput(
-                        "reference='wide'", str(why), "models that run in it", "pass reference='original'"
-                    ) from why
-                self.seen.notes.append(f"logits are measured from the original, not from a wider run: {why}")
+                self._without_wide_run(why, reference, "models that run in it")
         if self.seen.wide is None or logits.routes_to_experts(self.model):
             self.step("original under permitted rounding")
             with flow.permitted_rounding(norms, self.seed):
@@ -326,7 +324,7 @@ class _Work:
             return
         patched = replica(self.model)
         self.watcher.watch(patched)
-        embedding = _embedding(patched)
+        embedding, norms = _embedding(patched), self._norms(patched).values()
         hidden = self.watcher.sum_width or size or 0
         dtype, eps = dtype_of(self.model), self.watcher.eps
         modules = [patched.get_submodule(path) for path in sorted(layers)]
@@ -334,7 +332,6 @@ class _Work:
             self.step(f"patched, driven: {family}")
             self.watcher.run = f"driven:{family}"
             factor = driven.factors(family, hidden, dtype, eps, statistics.median(scales.values()))
-            norms = self._norms(patched).values()
             with driven.scaled(embedding, modules, norms, factor), observe.observing(self.watcher):
                 run(patched)
 
