@@ -1,10 +1,43 @@
-"""Markers of the GPU tests."""
+"""Markers of the GPU tests, and how several processes of them share the memory of one device."""
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
+import torch
+from filelock import FileLock
+
+KEPT = 1 << 28  # bytes that a process may hold between tests; the allocator would keep what the largest test took
+LARGEST = 24 << 30  # bytes of the tests with more than 2**31 elements, their results and references included
+PATIENCE = 240.0  # seconds that such a test waits for other processes to release theirs
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "case(*numbers): the bad-input cases that a test covers")
     config.addinivalue_line("markers", "sanitized: small and direct, so that compute-sanitizer can watch it")
+
+
+@pytest.fixture(autouse=True)
+def released_memory() -> Iterator[None]:
+    yield
+    # After a sticky error every call fails: the test that met it says so, and not the release of its memory.
+    with contextlib.suppress(RuntimeError):
+        if torch.cuda.is_initialized() and torch.cuda.memory_reserved() > KEPT:
+            torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def large_memory() -> Iterator[None]:
+    """One test of a device at a time takes tens of gigabytes, once they are free."""
+    device = torch.cuda.get_device_properties(0).uuid
+    with FileLock(Path(tempfile.gettempdir()) / f"rmsnorm_patch-large-memory-{device}", timeout=PATIENCE):
+        end = time.monotonic() + PATIENCE
+        while torch.cuda.mem_get_info()[0] < LARGEST and time.monotonic() < end:
+            time.sleep(0.5)
+        yield
+        torch.cuda.empty_cache()

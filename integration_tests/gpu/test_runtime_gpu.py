@@ -182,6 +182,7 @@ def test_many_rows(m, n):
     check_norm(rand(m, n), parameter(n))
 
 
+@pytest.mark.usefixtures("large_memory")
 def test_more_than_two_to_the_31_elements():
     m, n = 270_000, 8192
     x = torch.full((m, n), 0.5, dtype=BF16, device="cuda")

@@ -193,6 +193,7 @@ def test_extreme_values() -> None:
     assert ((y - expected).abs() <= 1e-3 * expected.abs() + 1e-6).all()
 
 
+@pytest.mark.usefixtures("large_memory")
 def test_more_than_2_to_the_31_elements() -> None:
     n = 16384
     x = torch.empty(2**31 // n + 3, n, dtype=torch.bfloat16, device="cuda")
