@@ -175,3 +175,31 @@ def test_calls_of_other_kinds_are_served_or_declined(environment: Environment) -
     )
     done = _python(code, environment())
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_in_a_batch_invariant_engine_the_norm_calls_the_ir_ops(environment: Environment) -> None:
+    """vLLM's own passes by them, on CUDA and with VLLM_BATCH_INVARIANT; so it does where another provider is first."""
+    code = (
+        "import torch\n"
+        "from rmsnorm_patch import vllm_plugin\n"
+        "vllm_plugin.register()\n"
+        "from vllm.config import VllmConfig, set_current_vllm_config\n"
+        "from vllm.config.kernel import IrOpPriorityConfig\n"
+        "from vllm.model_executor.layers import layernorm\n"
+        "def own(*args, **kwargs): raise NotImplementedError\n"
+        "layernorm.rms_norm_batch_invariant = own\n"
+        "config = VllmConfig()\n"
+        "with set_current_vllm_config(config):\n"
+        "    config.kernel_config.ir_op_priority.set_default()\n"
+        "    norm = layernorm.RMSNorm(64, dtype=torch.bfloat16)\n"
+        "x, residual = torch.randn(2, 3, 64).bfloat16()\n"
+        "expected = [norm.forward_native(x.clone()), *norm.forward_native(x.clone(), residual.clone())]\n"
+        "got = [norm.forward_cuda(x.clone()), *norm.forward_cuda(x.clone(), residual.clone())]\n"
+        "assert all(torch.equal(a, b) for a, b in zip(got, expected))\n"
+        "with IrOpPriorityConfig(rms_norm=['native'], fused_add_rms_norm=['native']).set_priority():\n"
+        "    try: norm.forward_cuda(x)\n"
+        "    except NotImplementedError: pass\n"
+        "    else: raise AssertionError('ours, though another was asked for')\n"
+    )
+    done = _python(code, environment(VLLM_BATCH_INVARIANT="1"))
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -49,6 +49,7 @@ VARIABLES: dict[str, Callable[[], object]] = {
     launcher.VARIABLE: _check_launcher,
     settings.VARIABLE: settings.read,
     settings.LINEAR_VARIABLE: settings.read_linear,
+    settings.NUMERICS_VARIABLE: settings.read_numerics,
     settings.TRACE_VARIABLE: lambda: None,
 }
 """Every variable that the package reads -> what raises for a value that means nothing."""
@@ -89,13 +90,15 @@ class CacheState:
 @dataclass(frozen=True)
 class VllmState:
     """version: None = not installed. entry_point: our plugin as vLLM will find it, "" where it is not registered.
-    route: "ir", "oot" or "none", what an engine started now would get; reason: why."""
+    route: "ir", "oot" or "none", what an engine started now would get; reason: why; numerics: "engine" or
+    "huggingface", whose are asked for ("" for a value that is neither)."""
 
     version: str | None
     entry_point: str
     allowed_plugins: str | None
     route: str
     reason: str
+    numerics: str = "engine"
 
 
 @dataclass(frozen=True)
@@ -194,7 +197,8 @@ def _vllm() -> VllmState:
     ours = [p.value for p in metadata.entry_points(group="vllm.general_plugins") if p.value.startswith("rmsnorm_patch")]
     found = vllm_plugin.describe()
     entry_point = ", ".join(sorted(set(ours)))
-    return VllmState(found.version, entry_point, os.environ.get("VLLM_PLUGINS"), found.route, found.reason)
+    allowed = os.environ.get("VLLM_PLUGINS")
+    return VllmState(found.version, entry_point, allowed, found.route, found.reason, found.numerics)
 
 
 def engine(arguments: Sequence[str]) -> EngineState:

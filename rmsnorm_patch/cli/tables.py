@@ -72,7 +72,7 @@ def environment_tables(env: Environment) -> list[Table | Text]:
     places.add_row("kernel sources", env.kernels)
     places.add_row("kernel cache", f"{env.cache.directory} ({env.cache.artefacts} kernels, {env.cache.state})")
     vllm = "not installed" if env.vllm.version is None else env.vllm.version
-    route = f"; route {env.vllm.route} ({env.vllm.reason})" if env.vllm.version else ""
+    route = f"; route {env.vllm.route} ({env.vllm.reason}); numerics {env.vllm.numerics}" if env.vllm.version else ""
     places.add_row("vLLM", f"{vllm}; plugin {env.vllm.entry_point or 'not registered'}{route}")
     places.add_row("kernel launches", env.launches)
     for name, value in env.variables.items():

@@ -16,12 +16,13 @@ from . import settings
 @dataclass(frozen=True)
 class Description:
     """What an engine started now would get. version: vLLM's, None = not installed; route: "ir", "oot" or "none";
-    requested: the variable's value."""
+    requested: the variable's value; numerics: whose are asked for, "" where the variable has another value."""
 
     version: str | None
     route: str
     requested: str
     reason: str
+    numerics: str = "engine"
 
 
 def register() -> None:
@@ -86,19 +87,22 @@ def describe() -> Description:
     try:
         settings.check()
     except settings.UnsupportedInput as error:
-        return Description(version, "none", requested, str(error))
-    route = settings.read()
+        return Description(version, "none", requested, str(error), numerics="")
+    route, numerics = settings.read(), settings.read_numerics()
+    why = ""
     if version is None:
-        return Description(None, "none", requested, "vLLM is not installed")
-    if route == "off":
-        return Description(version, "none", requested, f"{settings.VARIABLE}=off")
-    if why := settings.unsupported_release(version):
-        return Description(version, "none", requested, why)
-    if not _is_allowed():
-        return Description(version, "none", requested, "VLLM_PLUGINS does not name rmsnorm_patch")
+        why = "vLLM is not installed"
+    elif route == "off":
+        why = f"{settings.VARIABLE}=off"
+    elif not _is_allowed():
+        why = "VLLM_PLUGINS does not name rmsnorm_patch"
+    why = why or settings.unsupported_release(version or "")
+    if why:
+        return Description(version, "none", requested, why, numerics)
     if route == "auto":
-        return Description(version, "ir", requested, "vLLM has IR ops; the worker's log has what each engine got")
-    return Description(version, route, requested, f"{settings.VARIABLE}={route}")
+        why = "vLLM has IR ops; the worker's log has what each engine got"
+        return Description(version, "ir", requested, why, numerics)
+    return Description(version, route, requested, f"{settings.VARIABLE}={route}", numerics)
 
 
 def _is_allowed() -> bool:

@@ -10,6 +10,7 @@ import torch
 from .. import ops
 from ..numerics.contract import FUSED_ADD, FUSED_ADD_IN_PLACE, RMS_NORM
 from ..numerics.spec import NormSpec
+from . import huggingface
 from .decision import SPECS
 
 VERSION = 4
@@ -101,8 +102,18 @@ def belongs_to_the_compiler(provider: str, x: torch.Tensor) -> bool:
     return provider == "rmsnorm_patch" and x.dim() > 2 and x.shape[-1] <= COMPILER_HEAD
 
 
-def keeps_op(x: torch.Tensor) -> bool:
-    """Whether a traced call becomes our op; else vLLM's own arithmetic is traced, for Inductor to fuse (CPU)."""
+def takes_weight(provider: str, x: torch.Tensor, weight: torch.Tensor | None) -> bool:
+    """Whether a provider has numerics for a weight of this dtype."""
+    if weight is None or weight.dtype == x.dtype:
+        return True
+    return weight.dtype == torch.float32 and huggingface.takes_fp32_weight(provider)
+
+
+def keeps_op(provider: str, x: torch.Tensor) -> bool:
+    """Whether a traced call becomes our op; else vLLM's own arithmetic is traced, for Inductor to fuse (CPU). Inductor
+    drops roundings to the storage dtype, so transformers' numerics stand in an op everywhere."""
+    if provider in huggingface.SPECS:
+        return True
     return _FORMS[x.device.type] == "op" if x.device.type in _FORMS else False
 
 

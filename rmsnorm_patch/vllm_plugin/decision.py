@@ -8,13 +8,13 @@ The arithmetic follows what is replaced, which vLLM decides by its IR priority a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..fused.linear_norm import splits as product_splits
 from ..numerics.contract import FUNCTIONAL
 from ..numerics.spec import NormSpec
-from . import settings
+from . import huggingface, settings
 from .wrapping import original_of
 
 Chosen = Literal["ir", "oot", "none"]
@@ -23,8 +23,12 @@ SPECS = {
     "rmsnorm_patch": NormSpec(eps=0.0, round_before_weight="none", output="input", sum="fp32"),
     "rmsnorm_patch_native": NormSpec(eps=0.0, round_before_weight="weight", output="input", sum="fp32"),
     "rmsnorm_patch_c": NormSpec(eps=0.0, round_before_weight="none", output="input", sum="rounded"),
+    **huggingface.SPECS,
 }
 """Provider name, as it stands in vLLM's IR priority lists -> the numerics it computes."""
+
+FUSIONS = ("fuse_allreduce_rms", "enable_qk_norm_rope_fusion", "fuse_qk_norm_rope_kvcache")
+"""vLLM's passes, by their names in its configuration, that compute a norm together with a neighbour of it."""
 
 WEIGHT_ONLY = frozenset({"awq", "awq_marlin", "gptq", "gptq_marlin", "bitsandbytes", "gguf"})
 """Quantisations that keep activations in bf16/fp16: no activation quantisation follows the norm."""
@@ -33,7 +37,9 @@ WEIGHT_ONLY = frozenset({"awq", "awq_marlin", "gptq", "gptq_marlin", "bitsandbyt
 @dataclass(frozen=True)
 class Facts:
     """What a decision rests on. incumbents: vLLM's default IR priority for rms_norm, () where it has no IR; capability:
-    90 for sm_90, None without an NVIDIA GPU; captures: whether CUDA graphs are; linear: `settings.read_linear()`."""
+    90 for sm_90, None without an NVIDIA GPU; captures: whether CUDA graphs are; linear: `settings.read_linear()`;
+    transformers: what its modules compute, where that was asked for; fusions: passes of vLLM that may take norms into
+    kernels of their own."""
 
     requested: settings.Route
     version: str
@@ -48,12 +54,16 @@ class Facts:
     capability: int | None = None
     captures: bool = True
     linear: settings.Linear = "auto"
+    transformers: huggingface.Numerics | None = None
+    fusions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Decision:
     """route "none" stands aside; provider names the numerics (a key of SPECS), "" with route "none". linear: a product
-    and the fused norm that reads it become one op (`linear_pass`), reorder: whose product may have other bits."""
+    and the fused norm that reads it become one op (`linear_pass`), reorder: whose product may have other bits.
+    numerics: the classes of transformers that its norms compute as, "" for the engine's own numerics; refused: why
+    these although transformers' were asked for; invariant: it is a batch-invariant engine."""
 
     route: Chosen
     provider: str
@@ -61,6 +71,9 @@ class Decision:
     warning: bool = False
     linear: bool = False
     reorder: bool = False
+    numerics: str = ""
+    refused: str = ""
+    invariant: bool = False
 
     def __str__(self) -> str:
         how = f"route {self.route}, provider {self.provider}" if self.route != "none" else "off, vLLM's own norms"
@@ -73,6 +86,13 @@ def _aside(reason: str, warning: bool = False) -> Decision:
 
 def decide(facts: Facts) -> Decision:
     """The route and the numerics for one engine, with the reason in a sentence."""
+    decision = _decide(facts)
+    if facts.transformers is None or decision.numerics:
+        return decision
+    return replace(decision, refused=_no_transformers(facts) or decision.reason)
+
+
+def _decide(facts: Facts) -> Decision:
     if facts.requested == "off":
         return _aside(f"{settings.VARIABLE}=off")
     if why := settings.unsupported_release(facts.version):
@@ -84,28 +104,34 @@ def decide(facts: Facts) -> Decision:
         return _aside(f"vLLM {facts.version} does not offer the {route!r} route", warning=True)
     if facts.device_type not in ("cuda", "cpu"):
         return _aside(f"no kernels for device type {facts.device_type!r}")
-    if facts.batch_invariant:
-        return _aside("VLLM_BATCH_INVARIANT asks for vLLM's own batch-invariant norms")
     if facts.compiled and facts.quantization is not None and facts.quantization not in WEIGHT_ONLY:
         return _aside(f"quantization {facts.quantization!r}: the norm is fused with the activation quantisation")
     if route == "oot" and facts.compiled and facts.tensor_parallel > 1:
         return _aside("tensor parallel: the out-of-tree norm would hide it from the all-reduce fusion")
-    if facts.requested == "auto" and facts.compiled and facts.tensor_parallel > 1:
+    numerics = "" if facts.transformers is None or _no_transformers(facts) else facts.transformers.reason
+    if facts.requested == "auto" and facts.compiled and facts.tensor_parallel > 1 and not numerics:
         how = f"{settings.VARIABLE}=ir serves them all the same"
         return _aside(f"tensor parallel: behind an all-reduce our norms were not seen to be faster; {how}")
     provider = _provider(facts)
     if not provider:
         return _aside(f"the IR priority begins with {facts.incumbents[0]!r}, which was asked for")
     asked = "asked for" if facts.requested == route else f"vLLM {facts.version} offers it"
-    reason = f"{asked}; numerics of {_NAMES[provider]}"
+    if numerics and facts.transformers is not None:
+        provider = facts.transformers.provider
+    reason = f"{asked}; numerics of {numerics or _NAMES[provider]}"
     measured = facts.device_type == "cuda" and facts.capability in product_splits.MEASURED
     linear = route == "ir" and facts.compiled and facts.captures and measured and facts.linear != "off"
+    linear = linear and not facts.batch_invariant  # how a product is split depends on its rows
     reorder = linear and facts.linear == "reorder"
     if linear:
         reason += "; norms add up the parts of split products"
     if reorder:
         reason += f", and of products that are split for them ({settings.LINEAR_VARIABLE}=reorder)"
-    return Decision(route, provider, reason, linear=linear, reorder=reorder)
+    if facts.batch_invariant:
+        reason += "; batch-invariant: a row's bits follow from it and its length alone"
+    return Decision(
+        route, provider, reason, linear=linear, reorder=reorder, numerics=numerics, invariant=facts.batch_invariant
+    )
 
 
 _NAMES = {
@@ -113,6 +139,15 @@ _NAMES = {
     "rmsnorm_patch_native": "vLLM's PyTorch norm",
     "rmsnorm_patch_c": "vLLM's CUDA op",
 }
+
+
+def _no_transformers(facts: Facts) -> str:
+    """Why norms that are served do not compute what transformers' modules do; "" where they can."""
+    if facts.transformers is not None and not facts.transformers.provider:
+        return facts.transformers.reason
+    if facts.compiled and facts.fusions:
+        return f"vLLM's passes {', '.join(facts.fusions)} take norms into kernels with numerics of their own"
+    return ""
 
 
 def _provider(facts: Facts) -> str:
@@ -147,6 +182,8 @@ def facts_of(vllm_config: Any, incumbents: tuple[str, ...]) -> Facts:
         capability=_capability(current_platform),
         captures=compilation.cudagraph_mode != CUDAGraphMode.NONE,
         linear=settings.read_linear(),
+        transformers=huggingface.asked_of(model),
+        fusions=tuple(name for name in FUSIONS if getattr(compilation.pass_config, name, None)),
     )
 
 

@@ -15,7 +15,7 @@ from ..backends.cuda import nvrtc
 from ..fused.linear_norm import splits as product_splits
 from ..numerics.contract import FUNCTIONAL
 from ..ops.dispatch import triton_installed
-from . import calls, linear_pass, settings
+from . import batch_invariant, calls, counterparts, linear_pass, settings
 from .decision import SPECS, Decision, decide, decision_for, facts_of
 from .log import logger, warn_once
 from .wrapping import wrap_once
@@ -65,11 +65,21 @@ def _default_priority(original: Callable[..., Any]) -> Callable[..., Any]:
         priority = original(cls, vllm_config)
         decision = decide(facts_of(vllm_config, tuple(priority.rms_norm)))
         if decision.route == "ir":
+            if decision.numerics:
+                _keep_norms_apart(vllm_config)
             for name in FUNCTIONAL:
                 setattr(priority, name, [decision.provider, *getattr(priority, name)])
         return priority
 
     return get_default_ir_op_priority
+
+
+def _keep_norms_apart(vllm_config: Any) -> None:
+    """Turn off what would take norms with transformers' numerics, where that is a default; whoever has turned it on
+    keeps it, and the engine's numerics."""
+    passes = vllm_config.compilation_config.pass_config
+    if passes.fuse_allreduce_rms is None:
+        passes.fuse_allreduce_rms = False
 
 
 def _set_default(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -82,9 +92,23 @@ def _set_default(original: Callable[..., Any]) -> Callable[..., Any]:
         from vllm.config import get_current_vllm_config_or_none
 
         vllm_config = get_current_vllm_config_or_none()
+        if vllm_config is not None:
+            _install_for(decision_for(vllm_config))
         log(vllm_config, self)
 
     return set_default
+
+
+def _install_for(decision: Decision) -> None:
+    """What only some engines need, in the worker and before its model is built."""
+    if decision.invariant and decision.route == "ir":
+        from vllm.model_executor.layers.layernorm import RMSNorm
+
+        wrap_once(RMSNorm, "forward_cuda", batch_invariant.wrap_forward)
+    if decision.numerics:
+        from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+        wrap_once(BaseModelLoader, "load_model", counterparts.wrap_load)
 
 
 def _compute_hash(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -102,16 +126,21 @@ def _compute_hash(original: Callable[..., Any]) -> Callable[..., Any]:
 def fingerprint(decision: Decision, splits: str) -> str:
     """What a compiled graph depends on and vLLM cannot see. The toolchain decides which norms are served at all."""
     toolchain = nvrtc.find() is not None, triton_installed()
-    what = f"{decision.route} {decision.provider} {decision.linear} {splits}"
+    what = f"{decision.route} {decision.provider} {decision.linear} {splits} {decision.numerics}"
     return f"rmsnorm_patch {calls.VERSION} {what} {calls.forms()} {toolchain}"
 
 
 def log(vllm_config: Any, priority: Any = None) -> None:
     """One line per worker: what was selected and why."""
-    if vllm_config is None or os.getpid() in _LOGGED:
+    if vllm_config is None:
+        return
+    decision = decision_for(vllm_config)
+    if decision.refused:
+        asked = f"{settings.NUMERICS_VARIABLE}=huggingface is not served, norms have the engine's numerics"
+        warn_once(f"{asked}: {decision.refused}")
+    if os.getpid() in _LOGGED:
         return
     _LOGGED.add(os.getpid())
-    decision = decision_for(vllm_config)
     if decision.warning:
         warn_once(decision.reason + "; the engine serves with its own kernels")
         return

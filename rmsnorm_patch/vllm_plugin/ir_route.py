@@ -33,7 +33,7 @@ def _register(op: Any, provider: str, make: Callable[..., Any], serves: Callable
 
 def _rms_norm(provider: str, native: Callable[..., Any]) -> Callable[..., Any]:
     def rms_norm(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None) -> Tensor:
-        if not calls.is_eager(x) and not calls.keeps_op(x):
+        if not calls.is_eager(x) and not calls.keeps_op(provider, x):
             return native(x, weight, epsilon, variance_size)
         return calls.rms_norm(provider, x, weight, epsilon, variance_size)
 
@@ -44,7 +44,7 @@ def _fused_add(provider: str, native: Callable[..., Any]) -> Callable[..., Any]:
     def fused_add_rms_norm(
         x: Tensor, x_residual: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        if not calls.is_eager(x) and not calls.keeps_op(x):
+        if not calls.is_eager(x) and not calls.keeps_op(provider, x):
             return native(x, x_residual, weight, epsilon, variance_size)
         return calls.fused_add_rms_norm_in_place(provider, x, x_residual, weight, epsilon, variance_size)
 
@@ -56,9 +56,9 @@ def _rms_norm_serves(provider: str) -> Callable[..., bool]:
         if calls.belongs_to_the_compiler(provider, x):
             return False
         if x.device.type == "cpu":  # Dynamo traces through this on the CPU: no caches, no logging
-            return weight is None or weight.dtype == x.dtype
+            return calls.takes_weight(provider, x, weight)
         spec = calls.spec_of(provider, weight is not None, variance_size)
-        return not trial.declined(x, weight, spec, RMS_NORM.name)
+        return not trial.declined(x, weight, spec, RMS_NORM.name, calls.takes_weight(provider, x, weight))
 
     return serves
 
@@ -70,8 +70,8 @@ def _fused_add_serves(provider: str) -> Callable[..., bool]:
         if x_residual.dtype != x.dtype or x_residual.shape != x.shape:
             return False
         if x.device.type == "cpu":
-            return weight is None or weight.dtype == x.dtype
+            return calls.takes_weight(provider, x, weight)
         spec = calls.spec_of(provider, weight is not None, variance_size)
-        return not trial.declined(x, weight, spec, FUSED_ADD.name)
+        return not trial.declined(x, weight, spec, FUSED_ADD.name, calls.takes_weight(provider, x, weight))
 
     return serves

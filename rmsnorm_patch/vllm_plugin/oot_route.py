@@ -60,7 +60,7 @@ def _make_class(rms_norm: type) -> type:
             served = self._provider != "" and (not self.has_weight or x.dtype == self.weight.dtype)
             if not served or calls.belongs_to_the_compiler(self._provider, x):
                 return super().forward(x, residual)
-            if not calls.is_eager(x) and not calls.keeps_op(x):
+            if not calls.is_eager(x) and not calls.keeps_op(self._provider, x):
                 return super().forward(x, residual)
             weight = self.weight.data if self.has_weight else None
             if residual is None:

@@ -15,6 +15,9 @@ VARIABLE = "RMSNORM_PATCH_VLLM"
 Linear = Literal["auto", "reorder", "off"]
 LINEARS: tuple[Linear, ...] = get_args(Linear)
 LINEAR_VARIABLE = "RMSNORM_PATCH_VLLM_LINEAR"
+Numerics = Literal["engine", "huggingface"]
+NUMERICS: tuple[Numerics, ...] = get_args(Numerics)
+NUMERICS_VARIABLE = "RMSNORM_PATCH_VLLM_NUMERICS"
 TRACE_VARIABLE = "RMSNORM_PATCH_VLLM_TRACE"
 
 OLDEST, NEWEST = (0, 26), (0, 33)
@@ -31,10 +34,16 @@ def read_linear() -> Linear:
     return _one_of(LINEAR_VARIABLE, LINEARS)
 
 
+def read_numerics() -> Numerics:
+    """Whose arithmetic `RMSNORM_PATCH_VLLM_NUMERICS` asks for: that of the engine, or of transformers' modules."""
+    return _one_of(NUMERICS_VARIABLE, NUMERICS)
+
+
 def check() -> None:
     """Raise UnsupportedInput if one of the variables that engines follow has a value that it must not have."""
     read()
     read_linear()
+    read_numerics()
     launch_mode.read()
 
 

@@ -1,0 +1,176 @@
+"""RMSNORM_PATCH_VLLM_NUMERICS=huggingface: on an engine's own operands its norms have the bits of transformers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+pytest.importorskip("vllm", reason="vLLM is not installed in this environment; `make test-vllm` builds one")
+pytestmark = pytest.mark.slow
+
+HERE = Path(__file__).resolve().parent
+PROMPTS = [[5, 70, 101, 108, 111], [40, 98, 105, 32, 97, 32, 110]]
+NORMS = {"llama": 5, "qwen3": 9, "mistral": 5, "gemma3_text": 13, "olmo2": 9}
+"""Of two layers, q and k norms included."""
+EAGER = [
+    *[(kind, "huggingface", True) for kind in NORMS],
+    *[(kind, "engine", True) for kind in ("gemma3_text", "olmo2")],
+]
+"""In this order: the backend that serves olmo2 rewrites transformers' classes of the process."""
+COMPILED = [("qwen3", "huggingface", False), ("gemma3_text", "huggingface", False)]
+
+Calls = list[tuple[str, dict[str, torch.Tensor]]]
+
+
+def _calls(file: Path) -> Calls:
+    """(path, tensors) of each call of a norm, in the order of the calls."""
+    calls: dict[str, tuple[str, dict[str, torch.Tensor]]] = {}
+    for key, tensor in load_file(file).items():
+        number, _, rest = key.partition(".")
+        path, _, name = rest.rpartition(".")
+        calls.setdefault(number, (path, {}))[1][name] = tensor
+    return [calls[number] for number in sorted(calls)]
+
+
+@pytest.fixture(scope="module")
+def run(
+    work: Path, checkpoints: Callable[[str], Path], environment: Callable[..., dict[str, str]]
+) -> Callable[[tuple[tuple[str, str, bool], ...]], tuple[dict[tuple[str, str, bool], Calls], str]]:
+    """The calls of each engine, and the log: all of them in one child, one after another."""
+
+    @cache
+    def run_all(wanted: tuple[tuple[str, str, bool], ...]) -> tuple[dict[tuple[str, str, bool], Calls], str]:
+        folder = work / f"operands{len(wanted)}"
+        folder.mkdir()
+        files = {case: folder / f"{i}.safetensors" for i, case in enumerate(wanted)}
+        requests = [
+            {
+                "model": str(checkpoints(case[0])),
+                "numerics": case[1],
+                "enforce_eager": case[2],
+                "prompts": PROMPTS,
+                "max_tokens": 4,
+                "file": str(file),
+            }
+            for case, file in files.items()
+        ]
+        done = subprocess.run(
+            [sys.executable, str(HERE / "norm_operands.py"), json.dumps(requests), str(folder / "answer.json")],
+            env=environment(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CACHE_ROOT=str(work / "cache")),
+            capture_output=True,
+            text=True,
+            timeout=1200,
+            cwd=folder,
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        return {case: _calls(file) for case, file in files.items()}, done.stdout + done.stderr
+
+    return run_all
+
+
+@pytest.fixture(scope="module")
+def differing(checkpoints: Callable[[str], Path]) -> Callable[[str, Calls], int]:
+    """How many elements of the norms' results and sums are not those of transformers' modules on the same operands."""
+
+    def count(kind: str, calls: Calls) -> int:
+        model: Any = AutoModelForCausalLM.from_pretrained(checkpoints(kind), dtype=torch.bfloat16).eval()
+        wrong = 0
+        for path, tensors in calls:
+            total = tensors["x"] + tensors["residual"] if "residual" in tensors else tensors["x"]
+            with torch.no_grad():
+                normed = model.get_submodule(path)(total)
+            assert (normed.dtype, normed.shape) == (tensors["normed"].dtype, tensors["normed"].shape)
+            wrong += int((normed != tensors["normed"]).sum())
+            if "total" in tensors:
+                wrong += int((total != tensors["total"]).sum())
+        return wrong
+
+    return count
+
+
+def test_every_norm_of_an_engine_has_the_bits_of_transformers(run: Any, differing: Any) -> None:
+    """One test, so that one process of the tests starts the engines."""
+    engines, log = run(tuple(EAGER))
+    found = {case: differing(case[0], calls) for case, calls in engines.items()}
+    assert [case for case, count in found.items() if (count == 0) is not (case[1] == "huggingface")] == []
+    for (kind, _, _), calls in engines.items():
+        assert len({path for path, _ in calls}) == NORMS[kind]
+        assert len(calls) >= 4 * NORMS[kind]
+    for count in set(NORMS.values()):
+        assert f"{count} of {count} norms compute what transformers' do" in log
+    assert "is not served" not in log
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3_text"])
+def test_in_compiled_graphs_too(kind: str, run: Any, differing: Any) -> None:
+    """The calls of the ops in the graph, which stand in the order of the modules' in eager mode."""
+    paths = list(dict.fromkeys(path for path, _ in run(tuple(EAGER))[0][kind, "huggingface", True]))
+    calls = run(tuple(COMPILED))[0][kind, "huggingface", False]
+    assert len(calls) >= 4 * NORMS[kind]
+    named = [(paths[i % len(paths)], tensors) for i, (_, tensors) in enumerate(calls)]
+    assert differing(kind, named) == 0
+
+
+FUSES_BY_HAND = {"compilation_config": {"pass_config": {"fuse_allreduce_rms": True}}}
+REFUSED = """
+import json, sys
+from rmsnorm_patch import vllm_plugin
+vllm_plugin.register()
+from vllm.engine.arg_utils import EngineArgs
+config = EngineArgs(model=sys.argv[1], **json.loads(sys.argv[2])).create_engine_config()
+from rmsnorm_patch.vllm_plugin.decision import decision_for
+decision = decision_for(config)
+print("DECISION", json.dumps([decision.provider, decision.numerics, decision.refused]))
+print("PRIORITY", config.kernel_config.ir_op_priority.rms_norm[0])
+print("FUSES", config.compilation_config.pass_config.fuse_allreduce_rms)
+"""
+
+
+@pytest.mark.parametrize(
+    ("architecture", "engine", "provider", "refused"),
+    [
+        (None, {}, "rmsnorm_patch_hf_llama", ""),
+        (None, FUSES_BY_HAND, "rmsnorm_patch", "passes fuse_allreduce_rms take norms"),
+        ("LLaMAForCausalLM", {}, "rmsnorm_patch", "has no model class"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_known_is_refused(
+    architecture: str | None,
+    engine: dict[str, Any],
+    provider: str,
+    refused: str,
+    tmp_path: Path,
+    tiny_llama: Path,
+    environment: Any,
+) -> None:
+    """The engine's numerics then, which the decision says; a fusion that is on by default is turned off."""
+    for file in tiny_llama.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    if architecture is not None:
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": [architecture]}))
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSED, str(tmp_path), json.dumps(engine)],
+        env=environment(RMSNORM_PATCH_VLLM_NUMERICS="huggingface"),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = dict(line.split(" ", 1) for line in done.stdout.splitlines() if line[:5] in ("DECIS", "PRIOR", "FUSES"))
+    got = json.loads(said["DECISION"])
+    assert (got[0], said["PRIORITY"]) == (provider, provider)
+    assert refused in got[2]
+    assert bool(got[1]) is not bool(got[2])
+    assert said["FUSES"] == ("True" if "compilation_config" in engine else "False")
