@@ -43,10 +43,7 @@ test-vllm: $(VLLM_VENV)/.installed
 	$(VLLM_VENV)/bin/python -m pytest integration_tests/rewrite integration_tests/pairs \
 		--ignore integration_tests/pairs/test_support_matrix.py -p no:cacheprovider
 
-# Two headers wait for their next change: a comment's line breaks are part of what a GPU record proves.
-LAUNCHER := rmsnorm_patch/backends/cuda/launcher
-C_SOURCES := $(filter-out $(LAUNCHER)/launcher_pair.h $(LAUNCHER)/launcher_tensor.h, \
-	$(wildcard kernels/cuda/*.cu kernels/cuda/*.cuh $(LAUNCHER)/*.[ch]))
+C_SOURCES := $(wildcard kernels/cuda/*.cu kernels/cuda/*.cuh rmsnorm_patch/backends/cuda/launcher/*.[ch])
 
 format: $(INSTALLED)
 	$(BIN)/python -m ruff format .

@@ -120,7 +120,7 @@ __device__ __forceinline__ void store_wide_chunk(char* p, const u32* w, int thre
     store_piece<16>(chunk + 32, second);
 }
 
-// A set of rows with one weight.
+// A set of rows with one weight, strides in elements; two-level rows (STRIDE2) as in plain_ops.cuh.
 struct Rows {
     const char* x;
     const char* residual;
@@ -130,16 +130,6 @@ struct Rows {
     i64 m, x_row_stride, residual_row_stride, normed_row_stride, total_row_stride;
     i64 inner_rows, x_outer_stride, residual_outer_stride;
 };
-
-__device__ __forceinline__ Rows first_rows(const Args& args) {
-    return {(const char*)args.x,       (const char*)args.residual,
-            (const char*)args.weight,  (char*)args.normed,
-            (char*)args.total,         args.m,
-            args.x_row_stride,         args.residual_row_stride,
-            args.normed_row_stride,    args.total_row_stride,
-            args.inner_rows,           args.x_outer_stride,
-            args.residual_outer_stride};
-}
 
 __device__ __forceinline__ int valid_elements(int chunk) { return N % VEC == 0 ? VEC : smaller(VEC, N - chunk * VEC); }
 

@@ -120,7 +120,7 @@ def kernels_on(arch):
 
 def around_the_wait(build):
     """The kernel's PTX above its dependency wait and below it."""
-    text, headers, _ = jit._sources(build.config.source)
+    text, headers, *_ = jit.source_of(build.config.source)
     options = (f"--gpu-architecture=compute_{build.arch}", *build.options())
     ptx = nvrtc.compile_source(build.config.source, text, headers, options).decode()
     above, *below = ptx.split("griddepcontrol.wait;")

@@ -212,21 +212,25 @@ class BoundOp:
         align = power_of_two(*offsets)
         weight_align = power_of_two(weight.data_ptr()) if weight is not None else MAX_ALIGN
         chain = self.chain(x, weight, align, weight_align, two_level)
-        arguments = [
-            rows.tensor.data_ptr(),
-            0 if other is None else other.tensor.data_ptr(),
-            0 if weight is None else weight.data_ptr(),
-            normed.data_ptr(),
-            0 if total is None else total.data_ptr(),
-            m,
-            rows.stride,
-            0 if other is None else other.stride,
-            strides[0],
-            strides[1],
-        ]
-        if two_level:
-            arguments += [inner, outer_stride(rows, inner), 0 if other is None else outer_stride(other, inner)]
-        self.kernels.launch(chain, m, x, eps, *arguments)
+        self.kernels.launch(
+            chain,
+            (m,),
+            x,
+            x=rows.tensor.data_ptr(),
+            residual=0 if other is None else other.tensor.data_ptr(),
+            weight=0 if weight is None else weight.data_ptr(),
+            normed=normed.data_ptr(),
+            total=0 if total is None else total.data_ptr(),
+            m=m,
+            x_row_stride=rows.stride,
+            residual_row_stride=0 if other is None else other.stride,
+            normed_row_stride=strides[0],
+            total_row_stride=strides[1],
+            inner_rows=inner if two_level else 0,
+            x_outer_stride=outer_stride(rows, inner) if two_level else 0,
+            residual_outer_stride=outer_stride(other, inner) if two_level and other is not None else 0,
+            eps=eps,
+        )
 
     def chain(
         self, x: torch.Tensor, weight: torch.Tensor | None, align: int, weight_align: int, two_level: bool
@@ -248,8 +252,8 @@ class BoundOp:
         """Let launcher.c serve such calls from now on, rows as aligned as contiguous ones are."""
         weight_dtype = None if weight is None else weight.dtype
         # A two-level kernel belongs to the plan of contiguous rows.
-        handle = chain.kernels[0][1]
-        one_level = self.prepare(x, weight).kernels[0][1] if two_level else handle
+        handle = chain.kernels[0].handle
+        one_level = self.prepare(x, weight).kernels[0].handle if two_level else handle
         self.functions.add_plan(
             self.table,
             one_level,

@@ -84,12 +84,19 @@ class BoundPartials:
         chain, _ = self.kernels.chain(residual, weight, align, power_of_two(address), False)
         self.kernels.launch(
             chain,
-            m,
+            (m,),
             residual,
-            eps,
-            *(parts.data_ptr(), residual.data_ptr(), address, normed.data_ptr(), residual.data_ptr()),
-            *(m, n, n, n, n),
-            *(m, m * n, 0),
+            parts=parts.data_ptr(),
+            residual=residual.data_ptr(),
+            weight=address,
+            normed=normed.data_ptr(),
+            total=residual.data_ptr(),
+            part_stride=m * n,
+            parts_row_stride=n,
+            residual_row_stride=n,
+            normed_row_stride=n,
+            total_row_stride=n,
+            eps=eps,
         )
 
 

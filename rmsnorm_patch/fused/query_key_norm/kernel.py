@@ -91,12 +91,25 @@ class BoundPair:
         )
         self.kernels.launch(
             chain,
-            m + m2,
+            (m, m2),
             q,
-            eps,
-            *(sets[0].tensor.data_ptr(), 0, addresses[0], normed[0].data_ptr(), 0, m, first, 0, n, 0),
-            *(inner, outer, 0),
-            *(sets[1].tensor.data_ptr(), addresses[1], normed[1].data_ptr(), m2, second, n, inner2, outer2),
+            x=sets[0].tensor.data_ptr(),
+            weight=addresses[0],
+            normed=normed[0].data_ptr(),
+            m=m,
+            x_row_stride=first,
+            normed_row_stride=n,
+            inner_rows=inner,
+            x_outer_stride=outer,
+            x2=sets[1].tensor.data_ptr(),
+            weight2=addresses[1],
+            normed2=normed[1].data_ptr(),
+            m2=m2,
+            x2_row_stride=second,
+            normed2_row_stride=n,
+            inner_rows2=inner2,
+            x2_outer_stride=outer2,
+            eps=eps,
         )
         return normed[0], normed[1]
 
