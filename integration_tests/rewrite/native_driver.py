@@ -38,7 +38,7 @@ class Driver:
 
 def table_of(op: Any, spec: NormSpec, n: int) -> Any:
     """launcher.c's table of `op`, with a plan for fp32 rows of `n` columns."""
-    bound, _ = cuda_backend._bound(op, spec.variant, True)
+    bound, _ = cuda_backend._bound(op, spec, enable_pdl=True)
     functions, fp32 = bound.functions, torch.float32
     handle = functions.new_kernel(FUNCTION, CONTEXT, n, 2**63 - 1, 1, 1, 32, 0, 4, 4, 0, PLAIN)
     code = launcher.dlpack_code(fp32)

@@ -18,8 +18,7 @@ from ...errors import UnsupportedInput
 from ...numerics import operands as validate
 from ...numerics.contract import FUSED_ADD, PLAIN_OPS
 from ...numerics.spec import NormSpec
-from .. import launch_mode
-from ..bindings import kept
+from ..bindings import by_variant
 from . import launcher, nvrtc
 from .kernel_set import Chain, KernelSet
 from .rows import MAX_ALIGN, Rows, outer_stride, power_of_two, rows_of
@@ -51,18 +50,18 @@ def bind(op: Op, spec: NormSpec, enable_pdl: bool | None = None) -> Callable[...
     x, residual: [..., N], fp16/bf16/fp32 on one CUDA device, any strides; weight: [N] or None. Raises
     UnsupportedInput for what cannot be served and KernelBuildError where a kernel cannot be built or launched.
     """
-    return _bound(op, spec.variant, launch_mode.dependent(enable_pdl))[1]
+    return _bound(op, spec, enable_pdl=enable_pdl)[1]
 
 
 def table(op: Op, spec: NormSpec, enable_pdl: bool | None = None) -> object | None:
     """What launcher.c knows of the op, for `rewrite.native`; None where it is not launcher.c that serves."""
-    bound, _ = _bound(op, spec.variant, launch_mode.dependent(enable_pdl))
+    bound, _ = _bound(op, spec, enable_pdl=enable_pdl)
     return bound.table if bound.functions.kind == "c" else None
 
 
 def started_from_python(op: Op, spec: NormSpec) -> str:
     """Why it is not launcher.c that serves the op; "" if it is."""
-    functions = _bound(op, spec.variant, launch_mode.dependent())[0].functions
+    functions = _bound(op, spec)[0].functions
     return functions.reason if functions.kind == "python" else ""
 
 
@@ -78,12 +77,12 @@ def warmup(
     """Compile and load every kernel that `op` uses for contiguous rows of `n` columns; launches nothing."""
     x = torch.empty(1, n, dtype=dtype, device=device)
     weight = None if weight_dtype is None or not spec.has_weight else torch.empty(n, dtype=weight_dtype, device=device)
-    bound, _ = _bound(op, spec.variant, launch_mode.dependent(enable_pdl))
+    bound, _ = _bound(op, spec, enable_pdl=enable_pdl)
     validate.check_rms_norm(x, weight, spec, op)
     bound.prepare(x, weight)
 
 
-@kept
+@by_variant
 def _bound(op: Op, spec: NormSpec, dependent: bool) -> tuple[BoundOp, Callable[..., Any]]:
     empty_strided = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)  # Inductor's: skips the dispatcher
     exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)

@@ -16,8 +16,7 @@ from ...errors import UnsupportedInput
 from ...numerics import operands as validate
 from ...numerics.contract import FUSED_ADD, IMPLIED_EPS, PLAIN_OPS, RMS_NORM
 from ...numerics.spec import NormSpec
-from .. import launch_mode
-from ..bindings import kept
+from ..bindings import by_variant
 from . import loader as triton_loader
 
 MINIMUM_CAPABILITY = (8, 0)
@@ -50,11 +49,11 @@ def available(device: torch.device | str) -> tuple[bool, str]:
 def bind(op: str, spec: NormSpec, enable_pdl: bool | None = None) -> Callable[..., Any]:
     """The callable for `op`, the name of a row of `numerics.contract`, with the numerics of `spec`. enable_pdl: as
     `launch_mode.dependent` takes it."""
-    return _bind(op, spec.variant, launch_mode.dependent(enable_pdl))
+    return _bound(op, spec, enable_pdl=enable_pdl)
 
 
-@kept
-def _bind(op: str, spec: NormSpec, dependent: bool) -> Callable[..., Any]:
+@by_variant
+def _bound(op: str, spec: NormSpec, dependent: bool) -> Callable[..., Any]:
     row = PLAIN_OPS[op]
     fused = FusedAddRMSNormInPlace if row.in_place else FusedAddRMSNorm
     return (fused if row.fused_add else RMSNorm)(op, spec, dependent)

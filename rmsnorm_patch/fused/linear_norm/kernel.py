@@ -11,8 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from ...backends import launch_mode
-from ...backends.bindings import kept
+from ...backends.bindings import by_variant
 from ...backends.cuda import launcher
 from ...backends.cuda.kernel_set import KernelSet, configs_for
 from ...backends.cuda.rows import power_of_two
@@ -34,11 +33,11 @@ _CLUSTERED_ROWS = 32
 
 def bound(spec: NormSpec, parts: int, enable_pdl: bool | None = None) -> BoundPartials:
     """The kernels of one numerics variant and number of parts. enable_pdl: as `launch_mode.dependent` takes it."""
-    return _bound(spec.variant, parts, launch_mode.dependent(enable_pdl))
+    return _bound(parts, spec, enable_pdl=enable_pdl)
 
 
-@kept
-def _bound(spec: NormSpec, parts: int, dependent: bool) -> BoundPartials:
+@by_variant
+def _bound(parts: int, spec: NormSpec, dependent: bool) -> BoundPartials:
     return BoundPartials(spec, parts, dependent, launcher.functions())
 
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from ...backends import launch_mode
-from ...backends.bindings import kept
+from ...backends.bindings import by_variant
 from ...backends.cuda import launcher
 from ...backends.cuda.backend import bind, default_eps
 from ...backends.cuda.kernel_set import KernelSet, configs_for
@@ -21,7 +20,7 @@ from ...numerics.spec import NormSpec
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-@kept
+@by_variant
 def _bound(spec: NormSpec, dependent: bool) -> BoundPair:
     return BoundPair(spec, dependent, launcher.functions())
 
@@ -33,7 +32,7 @@ def bind_rms_norm_pair(spec: NormSpec, enable_pdl: bool | None = None) -> Callab
     Operands that do not share N, dtypes or device, and rows longer than 2 KiB, are normed by a launch each.
     enable_pdl: as `launch_mode.dependent` takes it.
     """
-    return _bound(spec.variant, launch_mode.dependent(enable_pdl))
+    return _bound(spec, enable_pdl=enable_pdl)
 
 
 class BoundPair:
