@@ -562,8 +562,9 @@ def test_the_switch_reaches_the_kernels_of_every_op(functions, recorded, monkeyp
     monkeypatch.setattr(driver, "primary_context", lambda *_: CONTEXT)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (arch // 10, arch % 10))
     single = cuda_backend.BoundOp("fused_add_rms_norm_", LLAMA, dependent, functions)
-    configs, x = schedules.schedules("fused_add_rms_norm_", BF16, 4096, arch), torch.empty(2, 4096, dtype=BF16)
+    x = torch.empty(2, 4096, dtype=BF16)
     for op in (single, cuda_partials.BoundPartials(LLAMA, 2, dependent, functions)):
+        configs = schedules.schedules(op.kernels.op, BF16, 4096, arch)
         for loaded in op.kernels._build(configs, x, BF16, 16, 16, False).kernels:
             recorded.expect(loaded.arguments)
             functions.launch(loaded.handle, STREAM, 2, bytes(loaded.arguments.size))
@@ -662,7 +663,7 @@ def test_a_set_starts_the_kernel_for_parts(device_of_sm_90, functions):
         ]
         assert [last[f"{name}_row_stride"] for name in ("parts", "residual", "normed", "total")] == [4096] * 4
         assert (last["part_stride"], last["eps"]) == (3 * 4096, ctypes.c_float(1e-6).value)
-        few, _ = bound.kernels._select(schedules.schedules(bound.op, BF16, 4096, 90), residual)
+        few, _ = schedules.schedules(bound.kernels.op, BF16, 4096, 90)
         assert (last["grid"], few.cluster > 1) == (3 * few.cluster, True)
     assert len(bound.kernels._chains) == 1
 
@@ -695,5 +696,5 @@ def test_a_launch_that_fails_names_op_shape_and_error(device_of_sm_90, functions
     bound = cuda_partials.BoundPartials(LLAMA, 2, True, functions)
     operands = torch.randn(2, 3, 4096), torch.randn(3, 4096).bfloat16(), None, 1e-6, torch.randn(3, 4096).bfloat16()
     device_of_sm_90.library.set_result(719)
-    with pytest.raises(KernelBuildError, match=r"fused_add_rms_norm_: launch on cpu, x \(3, 4096\) torch.bfloat16"):
+    with pytest.raises(KernelBuildError, match=r"rms_norm_partials: launch on cpu, x \(3, 4096\) torch.bfloat16"):
         bound(*operands)

@@ -18,6 +18,7 @@ from ...numerics.contract import FUSED_ADD, IMPLIED_EPS, PLAIN_OPS, RMS_NORM
 from ...numerics.spec import NormSpec
 from ..bindings import by_variant
 from . import loader as triton_loader
+from . import schedules
 
 MINIMUM_CAPABILITY = (8, 0)
 
@@ -121,12 +122,12 @@ class Layout:
         weight_dtype: torch.dtype | None,
         target: Target,
     ) -> None:
-        schedules = triton_loader.load("schedule", interpreted=False)
         self.columns = spec.group or n
         """Elements that share one rstd: what the kernels call a row."""
         plain, halves = not PLAIN_OPS[op].fused_add, dtype.itemsize == 2
         wide_sum = halves and not plain and spec.sum == "fp32"
-        self.schedule = schedules.schedule(self.columns, dtype.itemsize, 1 if plain else 2, target.warp_size, wide_sum)
+        kernel = (RMS_NORM if plain else FUSED_ADD).name
+        self.schedule = schedules.schedule(kernel, self.columns, dtype.itemsize, target.warp_size, wide_sum)
         self.vec = schedules.vector_elements(self.columns, dtype.itemsize)
         self.groups = n // self.columns
         dense = (self.columns // self.vec, 0)
@@ -268,7 +269,8 @@ class FusedAddRMSNorm(_Op):
         eps: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Launch; in place where `outputs` is None. Returns x and residual, or the copies that were taken of them."""
-        places, nested = layout.dense[1], False
+        places: tuple[int, ...] = layout.dense[1]
+        nested = False
         if not (_is_dense(layout, x) and _is_dense(layout, residual)):
             (x, residual), rows = place_rows(layout, x, residual)
             strides = (stride // layout.vec for placed in rows for stride in placed[1:])
