@@ -23,7 +23,8 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 PROMPT = "The licence"
-START_SECONDS = 300
+START_SECONDS = 900
+"""A guard against a hang, several times what busy cores have needed."""
 
 COMMON = {
     "HF_HUB_OFFLINE": "1",
@@ -47,7 +48,7 @@ Done = subprocess.CompletedProcess[str]
 Run = Callable[..., Done]
 
 
-def run_program(words: list[str], env: dict[str, str], cwd: Path | None = None, timeout: float = 600) -> Done:
+def run_program(words: list[str], env: dict[str, str], cwd: Path | None = None, timeout: float = 1500) -> Done:
     """`python *words` in an interpreter of its own."""
     command = [sys.executable, *words]
     return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=timeout)
@@ -60,7 +61,7 @@ class Starter:
     process: subprocess.Popen[str]
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def run(self, words: list[str], env: dict[str, str], cwd: Path | None = None, timeout: float = 600) -> Done:
+    def run(self, words: list[str], env: dict[str, str], cwd: Path | None = None, timeout: float = 1500) -> Done:
         """One at a time: a second thread waits."""
         with self.lock, TemporaryDirectory() as folder:
             files = {name: str(Path(folder, name)) for name in ("stdout", "stderr")}
@@ -187,7 +188,7 @@ def serve(model: Path, folder: Path, env: dict[str, str], *more: str) -> Iterato
         _wait(server)
         yield server
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) in (0, -signal.SIGINT, 130)
+        assert process.wait(timeout=300) in (0, -signal.SIGINT, 130)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
