@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -25,16 +24,15 @@ from vllm.config.utils import Range
 """
 
 
-def run(script: str, environment: Callable[..., dict[str, str]]) -> None:
+@pytest.fixture
+def run(environment: Callable[..., dict[str, str]], run_program: Callable[..., Any]) -> Callable[[str], None]:
     """In a process of its own: vLLM keeps global state."""
-    done = subprocess.run(
-        [sys.executable, "-c", IMPORTS + script],
-        env=environment(RMSNORM_PATCH_COMPILE="op"),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]
+
+    def run(script: str) -> None:
+        done = run_program(["-c", IMPORTS + script], environment(RMSNORM_PATCH_COMPILE="op"))
+        assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]
+
+    return run
 
 
 LOWERED = """
@@ -77,10 +75,10 @@ with set_current_vllm_config(vllm_config), torch.no_grad(), pass_context(Range(1
 """
 
 
-def test_the_lowering_pass_selects_and_inserts_our_ops(environment: Callable[..., dict[str, str]]) -> None:
+def test_the_lowering_pass_selects_and_inserts_our_ops(run: Callable[[str], None]) -> None:
     """Fused add, weightless with variance_size: ours; an fp32 weight: vLLM's; a strided 3-D head norm: the compiler's,
     and ours with a right, contiguous result where that rule is taken away."""
-    run(LOWERED, environment)
+    run(LOWERED)
 
 
 JOINED = """
@@ -158,7 +156,7 @@ assert key_on != key_off
 """
 
 
-def test_the_lowering_pass_joins_products_and_norms(environment: Callable[..., dict[str, str]]) -> None:
+def test_the_lowering_pass_joins_products_and_norms(run: Callable[[str], None]) -> None:
     """Those of o and down; not one that is read elsewhere, has a bias, or has a computed matrix. The GPU is pretended,
     in the facts of the decision and nowhere else: the variable, the decision, the passes and the keys are real."""
-    run(JOINED, environment)
+    run(JOINED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import random
 import re
 import sys
 from dataclasses import replace
@@ -85,12 +86,17 @@ def test_variants_do_not_spill(name):
             check(config, machine, 90)
 
 
+EVERYWHERE = (128, 2880, 8192)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("lengths", [1, pytest.param(len(EVERYWHERE), marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("arch", ARCHS)
-def test_variants_everywhere(name, arch):
+def test_variants_everywhere(name, arch, lengths):
+    """The short form: one of the lengths for each variant and architecture, drawn by their names."""
     spec, x, weight = VARIANTS[name]
-    for n in (128, 2880, 8192):
+    for n in random.Random(f"{name} {arch}").sample(EVERYWHERE, lengths):
         for op in (FUSED, PLAIN) if spec.sum == "rounded" else (FUSED,):
             which = configurations(op, n, arch, x)[-1]
             config, machine = code(op, n, arch, which, spec, x, weight)
