@@ -97,6 +97,18 @@ def test_every_worker_of_a_parallel_engine_loads_the_plugin(run_engine: Any) -> 
     assert (patched["tokens"], patched["logprobs"]) == (stock["tokens"], stock["logprobs"])
 
 
+def test_an_engine_with_breakable_graphs_gets_the_eager_norms(run_engine: Any) -> None:
+    """Nothing is compiled there, whatever was asked for: what vLLM's eager norm computes is what is replaced."""
+    breakable = {"variables": {"VLLM_USE_BREAKABLE_CUDAGRAPH": "1"}}
+    answer = run_engine(DATA / "tiny-llama", False, "ir", **breakable)
+    forwards = answer["forwards"]
+    width = answer["trace"][0]["shape"][-1]
+    assert _calls(answer["trace"], width) == {"rms_norm": forwards, "fused_add_rms_norm": 8 * forwards}
+    assert "route ir, provider rmsnorm_patch_native: asked for" in answer["log"]
+    stock = run_engine(DATA / "tiny-llama", True, "off")
+    assert (answer["tokens"], answer["logprobs"]) == (stock["tokens"], stock["logprobs"])
+
+
 def test_one_log_line_says_what_was_selected(run_engine: Any) -> None:
     log = run_engine(DATA / "tiny-llama", True, "ir", op_form=True)["log"]
     lines = [line for line in log.splitlines() if "rmsnorm_patch: worker" in line]

@@ -1,8 +1,9 @@
-"""The path of a GPU's default mode, taken on the CPU: vLLM's own lowering pass puts our op into Inductor's graph."""
+"""The path of a GPU's default mode, taken on the CPU: vLLM's own passes put our ops into Inductor's graph."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,10 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed in this environment; `make test-vllm` builds one")
 pytestmark = pytest.mark.slow
 
-IMPORTS = """
+HERE = Path(__file__).resolve().parent
+IMPORTS = f"""
+import sys
+sys.path.insert(0, {str(HERE)!r})
 import torch
 from rmsnorm_patch import vllm_plugin
 from rmsnorm_patch.vllm_plugin import calls
@@ -87,7 +91,10 @@ from collections import Counter
 from dataclasses import replace
 import torch.nn.functional as F
 from rmsnorm_patch.vllm_plugin import decision, hooks, settings
-from vllm.compilation.passes.ir.clone_elimination import UnsafeCloneEliminationPass
+from vllm.compilation.passes.pass_manager import PostGradPassManager
+from whole_compiler import FUSIONS, _name_missing_ops
+
+_name_missing_ops()
 
 def config(linear):
     os.environ[settings.LINEAR_VARIABLE] = linear
@@ -99,10 +106,12 @@ elsewhere = dict(device_type="cuda", capability=90, captures=True)
 hooks.facts_of = decision.facts_of = lambda *args: replace(of_this_engine(*args), **elsewhere)
 assert config("auto").compute_hash() != config("off").compute_hash()
 
-class Watched(VllmIRLoweringPass):
+class Watched(PostGradPassManager):
     def __init__(self, vllm_config):
-        super().__init__(vllm_config)
-        self.eliminate_clones = UnsafeCloneEliminationPass(vllm_config)
+        super().__init__()
+        for fusion in FUSIONS:
+            setattr(vllm_config.compilation_config.pass_config, fusion, False)
+        self.configure(vllm_config)
 
     def __call__(self, graph):
         super().__call__(graph)
@@ -111,8 +120,6 @@ class Watched(VllmIRLoweringPass):
         self.targets = Counter(str(node.target).removesuffix(".default") for node in nodes)
         op = torch.ops.rmsnorm_patch.linear_fused_add_rms_norm_.default
         self.joined = [(*node.args[1].meta["val"].shape,) for node in nodes if node.target is op]
-        self.eliminate_clones(graph)
-        graph.lint()
 
 def layers(x, residual, weight, o, gate_up, down, bias):
     def norm(x, residual):
@@ -142,7 +149,7 @@ def compiled(linear):
                 given = x.clone(), residual.clone()
                 results += call(*given, weight, *matrices, bias)
                 assert torch.equal(given[0], x) and torch.equal(given[1], residual)
-        return results, watched, VllmIRLoweringPass(vllm_config).uuid()
+            return results, watched, watched.uuid()
 
 apart, off, key_off = compiled("off")
 together, on, key_on = compiled("auto")
@@ -156,7 +163,7 @@ assert key_on != key_off
 """
 
 
-def test_the_lowering_pass_joins_products_and_norms(run: Callable[[str], None]) -> None:
+def test_vllms_passes_are_followed_by_ours_which_joins_products_and_norms(run: Callable[[str], None]) -> None:
     """Those of o and down; not one that is read elsewhere, has a bias, or has a computed matrix. The GPU is pretended,
     in the facts of the decision and nowhere else: the variable, the decision, the passes and the keys are real."""
     run(JOINED)

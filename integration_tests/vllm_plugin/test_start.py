@@ -36,11 +36,49 @@ def test_a_bad_value_stops_the_start_before_weights_load(
 
 
 def test_an_unsupported_release_serves_with_its_own_norms(run_engine: Any) -> None:
-    answer = run_engine(DATA / "tiny-llama", True, "auto", vllm_version="0.40.0")
+    answer = run_engine(DATA / "tiny-llama", True, "auto", vllm_version="0.34.0")
     assert (answer["trace"], answer["priority"], answer["norms"]) == ([], ["native"], ["RMSNorm"])
     warnings = [line for line in answer["log"].splitlines() if "outside the supported range 0.26 to 0.33" in line]
     assert len(warnings) == 1
+    assert "; RMSNORM_PATCH_VLLM_RELEASE=0.34 tries it all the same; vLLM serves with its own norms" in warnings[0]
     assert answer["tokens"] == run_engine(DATA / "tiny-llama", True, "off")["tokens"]
+
+
+WITHOUT_IR = """
+import os
+import vllm.kernels
+from vllm.ir.op import IrOp
+del IrOp.register_impl
+from rmsnorm_patch import vllm_plugin
+from rmsnorm_patch.vllm_plugin import decision
+vllm_plugin.register()
+from vllm import ir
+from vllm.config import VllmConfig
+from vllm.model_executor.custom_op import op_registry_oot
+assert not any("rmsnorm_patch" in name for name in ir.ops.rms_norm.impls)
+print("FOUND", decision.decision_for(VllmConfig()).route, sorted(op_registry_oot))
+"""
+
+
+@pytest.mark.parametrize(
+    ("route", "told", "found"),
+    [
+        (
+            "auto",
+            "has no IR ops, and every release from 0.26 to 0.33 has them; RMSNORM_PATCH_VLLM=oot tries it",
+            "none []",
+        ),
+        ("ir", "RMSNORM_PATCH_VLLM=ir cannot be served", "none []"),
+        ("oot", "", "oot ['GemmaRMSNorm', 'RMSNorm']"),
+    ],
+)
+def test_without_ir_only_the_route_that_was_asked_for(
+    route: str, told: str, found: str, environment: Environment
+) -> None:
+    done = _python(WITHOUT_IR, environment(RMSNORM_PATCH_VLLM=route))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert told in done.stdout + done.stderr
+    assert f"FOUND {found}" in done.stdout.splitlines()
 
 
 PROCESSES = """

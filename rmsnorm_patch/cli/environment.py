@@ -49,6 +49,7 @@ VARIABLES: dict[str, Callable[[], object]] = {
     launcher.VARIABLE: _check_launcher,
     settings.VARIABLE: settings.read,
     settings.LINEAR_VARIABLE: settings.read_linear,
+    settings.RELEASE_VARIABLE: settings.read_tried,
     settings.TRACE_VARIABLE: lambda: None,
 }
 """Every variable that the package reads -> what raises for a value that means nothing."""

@@ -8,6 +8,7 @@ The arithmetic follows what is replaced, which vLLM decides by its IR priority a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,8 +33,9 @@ WEIGHT_ONLY = frozenset({"awq", "awq_marlin", "gptq", "gptq_marlin", "bitsandbyt
 
 @dataclass(frozen=True)
 class Facts:
-    """What a decision rests on. incumbents: vLLM's default IR priority for rms_norm, () where it has no IR; capability:
-    90 for sm_90, None without an NVIDIA GPU; captures: whether CUDA graphs are; linear: `settings.read_linear()`."""
+    """What a decision rests on. incumbents: vLLM's default IR priority for rms_norm; capability: 90 for sm_90, None
+    without an NVIDIA GPU; captures: whether CUDA graphs are; linear: `settings.read_linear()`; tried:
+    `settings.read_tried()`."""
 
     requested: settings.Route
     version: str
@@ -48,12 +50,14 @@ class Facts:
     capability: int | None = None
     captures: bool = True
     linear: settings.Linear = "auto"
+    tried: str = ""
 
 
 @dataclass(frozen=True)
 class Decision:
     """route "none" stands aside; provider names the numerics (a key of SPECS), "" with route "none". linear: a product
-    and the fused norm that reads it become one op (`linear_pass`), reorder: whose product may have other bits."""
+    and the fused norm that reads it become one op (`linear_pass`), reorder: whose product may have other bits. offset:
+    norms with fp32 `1 + w` weights are served too, by their class (`oot_route`)."""
 
     route: Chosen
     provider: str
@@ -61,6 +65,7 @@ class Decision:
     warning: bool = False
     linear: bool = False
     reorder: bool = False
+    offset: bool = False
 
     def __str__(self) -> str:
         how = f"route {self.route}, provider {self.provider}" if self.route != "none" else "off, vLLM's own norms"
@@ -75,10 +80,12 @@ def decide(facts: Facts) -> Decision:
     """The route and the numerics for one engine, with the reason in a sentence."""
     if facts.requested == "off":
         return _aside(f"{settings.VARIABLE}=off")
-    if why := settings.unsupported_release(facts.version):
+    if why := settings.unsupported_release(facts.version, facts.tried):
         return _aside(why, warning=True)
     route = facts.requested
     if route == "auto":
+        if not facts.has_ir and (why := settings.unknown_without_ir(facts.version, facts.tried)):
+            return _aside(why, warning=True)
         route = "ir" if facts.has_ir else "oot"
     if (route == "ir" and not facts.has_ir) or (route == "oot" and not facts.has_oot):
         return _aside(f"vLLM {facts.version} does not offer the {route!r} route", warning=True)
@@ -99,13 +106,15 @@ def decide(facts: Facts) -> Decision:
     asked = "asked for" if facts.requested == route else f"vLLM {facts.version} offers it"
     reason = f"{asked}; numerics of {_NAMES[provider]}"
     measured = facts.device_type == "cuda" and facts.capability in product_splits.MEASURED
-    linear = route == "ir" and facts.compiled and facts.captures and measured and facts.linear != "off"
+    linear = facts.compiled and facts.captures and measured and facts.linear != "off"
     reorder = linear and facts.linear == "reorder"
     if linear:
         reason += "; norms add up the parts of split products"
     if reorder:
         reason += f", and of products that are split for them ({settings.LINEAR_VARIABLE}=reorder)"
-    return Decision(route, provider, reason, linear=linear, reorder=reorder)
+    # With tensor parallel a class would hide its norms from vLLM's fusion with the all-reduce.
+    offset = not (facts.compiled and facts.tensor_parallel > 1)
+    return Decision(route, provider, reason, linear=linear, reorder=reorder, offset=offset)
 
 
 _NAMES = {
@@ -147,6 +156,7 @@ def facts_of(vllm_config: Any, incumbents: tuple[str, ...]) -> Facts:
         capability=_capability(current_platform),
         captures=compilation.cudagraph_mode != CUDAGraphMode.NONE,
         linear=settings.read_linear(),
+        tried=settings.read_tried(),
     )
 
 
@@ -154,13 +164,20 @@ def decision_for(vllm_config: Any) -> Decision:
     """What this engine's norms get; raises UnsupportedInput for a bad variable."""
     from vllm.platforms import current_platform
 
-    incumbents: tuple[str, ...] = ("native",)
     default = getattr(type(current_platform), "get_default_ir_op_priority", None)
-    if default is not None:
+    if default is None:
+        incumbents = _incumbents_without_ir(vllm_config.compilation_config.custom_ops, current_platform.device_type)
+    else:
         original = original_of(default)
         found = default(vllm_config) if original is None else original(type(current_platform), vllm_config)
         incumbents = tuple(found.rms_norm)
     return decide(facts_of(vllm_config, incumbents))
+
+
+def _incumbents_without_ir(custom_ops: Sequence[str], device_type: str) -> tuple[str, ...]:
+    """What serves a norm where no priority does: vLLM's CUDA op, if the list of custom ops lets it."""
+    enabled = "+rms_norm" in custom_ops or ("all" in custom_ops and "-rms_norm" not in custom_ops)
+    return ("vllm_c", "native") if enabled and device_type == "cuda" else ("native",)
 
 
 def _capability(platform: Any) -> int | None:

@@ -41,13 +41,17 @@ def install_priority() -> None:
     wrap_once(IrOpPriorityConfig, "set_default", _set_default)
 
 
-def install_lowering() -> None:
-    """For processes that compile: the lowering pass joins products and norms."""
-    from vllm.compilation.passes.ir.lowering_pass import VllmIRLoweringPass
-
-    wrap_once(VllmIRLoweringPass, "__init__", linear_pass.wrap_init)
-    wrap_once(VllmIRLoweringPass, "__call__", linear_pass.wrap_call)
-    wrap_once(VllmIRLoweringPass, "uuid", linear_pass.wrap_uuid)
+def install_passes() -> None:
+    """For workers, which compile: our pass runs after those of vLLM's manager, which all of them hang on. It needs
+    nothing of what they leave, so the hook does not depend on vLLM's IR."""
+    try:
+        from vllm.compilation.passes.pass_manager import PostGradPassManager
+    except ImportError as error:
+        warn_once(f"products and norms stay apart: this vLLM keeps its graph passes elsewhere ({error})")
+        return
+    wrap_once(PostGradPassManager, "configure", linear_pass.wrap_configure)
+    wrap_once(PostGradPassManager, "__call__", linear_pass.wrap_call)
+    wrap_once(PostGradPassManager, "uuid", linear_pass.wrap_uuid)
     if linear_pass.tell not in product_splits.on_found:
         product_splits.on_found.append(linear_pass.tell)
 
@@ -75,10 +79,7 @@ def _default_priority(original: Callable[..., Any]) -> Callable[..., Any]:
 def _set_default(original: Callable[..., Any]) -> Callable[..., Any]:
     def set_default(self: Any) -> None:
         original(self)
-        try:
-            install_lowering()  # here, in the worker: it imports Inductor
-        except ImportError as error:
-            warn_once(f"products and norms stay apart: this vLLM lowers its graphs elsewhere ({error})")
+        install_passes()  # here, in the worker: it imports Inductor
         from vllm.config import get_current_vllm_config_or_none
 
         vllm_config = get_current_vllm_config_or_none()
