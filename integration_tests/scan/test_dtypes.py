@@ -61,7 +61,8 @@ def test_norms_behind_modules_in_float32_are_served(tmp_path: Path) -> None:
 
 
 def test_no_call_of_such_a_model_falls_back(tmp_path: Path, repository: Path) -> None:
-    """Adds of a float16 and a float32 tensor among them."""
+    """Adds of a float16 and a float32 tensor among them. Five norms run alone: the first of each stack, and those of
+    the first blocks, which read a clamped float16 sum."""
     pytest.importorskip("triton")
     t5(tmp_path, torch.float16)
     done = subprocess.run(
@@ -74,7 +75,7 @@ def test_no_call_of_such_a_model_falls_back(tmp_path: Path, repository: Path) ->
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found == {"close": True, "fallen_back": 0, "alone": 4, "handed_over": 8, "apart": {}}
+    assert found == {"close": True, "fallen_back": 0, "alone": 5, "handed_over": 7, "apart": {}}
 
 
 class HalfTypes(nn.Module):

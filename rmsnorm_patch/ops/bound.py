@@ -71,6 +71,10 @@ def bind_fused_add_rms_norm_(spec: NormSpec, backend: Backend = "auto", enable_p
 
 def bind(op: str, spec: NormSpec, backend: str = "auto", enable_pdl: bool | None = None) -> Bound:
     """The callable of a plain op by its name (`numerics.contract`): one object for each variant, backend and mode."""
+    if op not in PLAIN_OPS:
+        raise ValueError(f"op: got {op!r}; allowed: {', '.join(map(repr, PLAIN_OPS))}")
+    if not isinstance(spec, NormSpec):
+        raise ValueError(f"spec: got {spec!r}; allowed: a NormSpec")
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}; allowed: {', '.join(map(repr, BACKENDS))}")
     key = (op, spec.variant, backend, launch_mode.dependent(enable_pdl))
@@ -130,7 +134,7 @@ class Bound:
                 if name == "cuda":
                     raise
                 return other(*args)
-        if self.backend == "reference" or (self.backend == "auto" and not x.is_cuda):
+        if self.backend == "reference" or (self.backend == "auto" and not (x.is_cuda or _is_forced(x))):
             return self._reference(*args)
         return self._route(x, args[-2], residual)[1](*args)
 
@@ -148,7 +152,7 @@ class Bound:
         self, x: torch.Tensor, weight: torch.Tensor | None = None, residual: torch.Tensor | None = None
     ) -> str:
         """ "reference", "triton" or "cuda": what a call with `x` runs (in eager mode)."""
-        if self.backend == "reference" or (self.backend == "auto" and not x.is_cuda):
+        if self.backend == "reference" or (self.backend == "auto" and not (x.is_cuda or _is_forced(x))):
             return "reference"
         return self._route(x, weight, residual)[0]
 
@@ -185,6 +189,11 @@ class Bound:
     def __repr__(self) -> str:
         plain = "" if self.dependent else ", enable_pdl=False"
         return f"Bound({self.op!r}, {self.spec!r}, backend={self.backend!r}{plain})"
+
+
+def _is_forced(x: torch.Tensor) -> bool:
+    """Whether RMSNORM_PATCH_BACKEND names a backend for CPU tensors too."""
+    return bool(os.environ.get(dispatch.BACKEND_VARIABLE)) and x.device.type == "cpu"
 
 
 def _needs_grad(args: tuple[Any, ...]) -> bool:
