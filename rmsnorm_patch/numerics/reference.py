@@ -48,9 +48,10 @@ def fused_add_rms_norm(
     spec: NormSpec,
     eps: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(norm(x + residual), x + residual); the sum is rounded to x.dtype, the norm reads it as `spec.sum` says."""
+    """(norm(x + residual), x + residual); the sum is rounded to the dtype that PyTorch gives it (x's, or fp32 where the
+    two differ), the norm reads it as `spec.sum` says."""
     total = x + residual
-    if spec.sum == "rounded" or x.dtype == torch.float32:
+    if spec.sum == "rounded" or total.dtype == torch.float32:
         return rms_norm(total, weight, spec, eps), total
     eps = spec.resolve_eps(x.dtype) if eps is None else eps
     h = x.to(torch.float32) + residual.to(torch.float32)

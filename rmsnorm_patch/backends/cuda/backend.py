@@ -159,6 +159,13 @@ class BoundOp:
             raise UnsupportedInput(
                 self.op, f"x on {x.device}", "CUDA tensors for backend='cuda'", "use backend='auto' or 'reference'"
             )
+        if self.fused and others[0] is not None and others[0].dtype is not x.dtype:
+            raise UnsupportedInput(
+                self.op,
+                f"residual of dtype {others[0].dtype} and x of dtype {x.dtype}",
+                "equal dtypes for backend='cuda'",
+                "cast one of them, or use backend='auto', which takes Triton here",
+            )
 
     def _through_copies(self, x: torch.Tensor, residual: Any, weight: torch.Tensor | None, eps: float) -> None:
         normed, total = bind(FUSED_ADD.name, self.spec, self.dependent)(x, residual, weight, eps)

@@ -122,6 +122,7 @@ class Layout:
         weight_dtype: torch.dtype | None,
         target: Target,
     ) -> None:
+        """dtype: of x, or of the sum where x is added to a residual of another dtype."""
         self.columns = spec.group or n
         """Elements that share one rstd: what the kernels call a row."""
         plain, halves = not PLAIN_OPS[op].fused_add, dtype.itemsize == 2
@@ -175,10 +176,11 @@ class _Op:
         self.dependent = dependent
         self._layouts: dict[tuple[Any, ...], Layout] = {}
 
-    def _layout(self, x: torch.Tensor, weight: torch.Tensor | None) -> Layout:
+    def _layout(self, x: torch.Tensor, weight: torch.Tensor | None, dtype: torch.dtype) -> Layout:
+        """dtype: as in Layout."""
         weight_dtype = None if weight is None else weight.dtype
-        layout = Layout(self.op, self.spec, x.dtype, x.shape[-1], weight_dtype, Target.of(x.device, self.dependent))
-        return self._layouts.setdefault((x.dtype, x.shape[-1:], weight_dtype), layout)
+        layout = Layout(self.op, self.spec, dtype, x.shape[-1], weight_dtype, Target.of(x.device, self.dependent))
+        return self._layouts.setdefault((dtype, x.shape[-1:], weight_dtype), layout)
 
     def _launch(
         self,
@@ -199,7 +201,8 @@ class _Op:
                 return self._launch(name, layout, tensors, eps, numbers, constants)
         # What Triton specialises on: alignment (where the layout does not demand it) and the width of integers.
         aligned = layout.vec > 1 or tuple(tensor.data_ptr() % 16 == 0 for tensor in tensors)
-        variant = (device, aligned, max(numbers) > 0x7FFFFFFF, *constants.values())
+        dtypes = x.dtype, tensors[1].dtype
+        variant = (device, aligned, max(numbers) > 0x7FFFFFFF, dtypes, *constants.values())
         known = layout.compiled.get(variant)
         if known is not None:
             kernel, rest = known
@@ -229,7 +232,7 @@ class RMSNorm(_Op):
         layout = self._layouts.get((x.dtype, x.shape[-1:], None if weight is None else weight.dtype))
         if layout is None or not validate.weight_fits(x, weight):
             validate.check_rms_norm(x, weight, self.spec, self.op)
-            layout = self._layout(x, weight)
+            layout = self._layout(x, weight, x.dtype)
         y = new_result(x, layout.out_dtype)
         if not x.numel():
             return y
@@ -249,12 +252,13 @@ class FusedAddRMSNorm(_Op):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.spec.has_weight:
             weight = None
-        layout = self._layouts.get((x.dtype, x.shape[-1:], None if weight is None else weight.dtype))
+        dtype = validate.sum_dtype(x, residual)
+        layout = self._layouts.get((dtype, x.shape[-1:], None if weight is None else weight.dtype))
         if layout is None or not (validate.weight_fits(x, weight) and validate.alike(x, residual)):
-            validate.check_fused_add(x, residual, weight, self.spec, self.op)
-            layout = self._layout(x, weight)
+            validate.check_added(x, residual, weight, self.spec, self.op)
+            layout = self._layout(x, weight, dtype)
         y = new_result(x, layout.out_dtype)
-        total = new_result(x, x.dtype)
+        total = new_result(x, dtype)
         if x.numel():
             self._run(layout, x, residual, weight, (y, total), eps)
         return y, total
@@ -297,7 +301,7 @@ class FusedAddRMSNormInPlace(FusedAddRMSNorm):
             return
         layout = self._layouts.get((x.dtype, x.shape[-1:], None if weight is None else weight.dtype))
         if layout is None:
-            layout = self._layout(x, weight)
+            layout = self._layout(x, weight, x.dtype)
         if layout.schedule.streamed and self.spec.sum == "fp32":
             # The kernel would overwrite the residual before other threads have read it a second time.
             normed, total = bind(FUSED_ADD.name, self.spec, self.dependent)(x, residual, weight, eps)
