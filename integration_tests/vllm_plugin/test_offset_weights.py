@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -90,15 +88,11 @@ assert not norm._is_served(wide) and torch.equal(norm(wide), norm.forward_native
 
 
 @pytest.mark.parametrize("route", ["ir", "oot"])
-def test_the_class_computes_vllms_own_bits(route: str, environment: Callable[..., dict[str, str]]) -> None:
+def test_the_class_computes_vllms_own_bits(
+    route: str, environment: Callable[..., dict[str, str]], run_program: Callable[..., Any]
+) -> None:
     """Of the weight of the moment; it keeps its operands, as vLLM's does."""
-    done = subprocess.run(
-        [sys.executable, "-c", BITS],
-        env=environment(RMSNORM_PATCH_VLLM=route),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run_program(["-c", BITS], environment(RMSNORM_PATCH_VLLM=route))
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -113,10 +107,10 @@ assert op_registry_oot["GemmaRMSNorm"] is Foreign
 """
 
 
-def test_a_foreign_class_keeps_its_norms(environment: Callable[..., dict[str, str]]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", FOREIGN], env=environment(), capture_output=True, text=True, timeout=300
-    )
+def test_a_foreign_class_keeps_its_norms(
+    environment: Callable[..., dict[str, str]], run_program: Callable[..., Any]
+) -> None:
+    done = run_program(["-c", FOREIGN], environment())
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Foreign is registered for GemmaRMSNorm already, and serves those norms" in done.stderr + done.stdout
     assert "the vLLM plugin is off" not in done.stderr + done.stdout

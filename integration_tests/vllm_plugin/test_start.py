@@ -73,9 +73,9 @@ print("FOUND", decision.decision_for(VllmConfig()).route, sorted(op_registry_oot
     ],
 )
 def test_without_ir_only_the_route_that_was_asked_for(
-    route: str, told: str, found: str, environment: Environment
+    route: str, told: str, found: str, environment: Environment, run_program: Run
 ) -> None:
-    done = _python(WITHOUT_IR, environment(RMSNORM_PATCH_VLLM=route))
+    done = run_program(["-c", WITHOUT_IR], environment(RMSNORM_PATCH_VLLM=route))
     assert done.returncode == 0, done.stderr[-3000:]
     assert told in done.stdout + done.stderr
     assert f"FOUND {found}" in done.stdout.splitlines()
