@@ -184,7 +184,7 @@ def test_layouts_of_scales(layout: str, m: int) -> None:
     values = torch.randn(m, 384)
     scales = quantise(values, quant)[1]
     assert scales.shape == (m, 3)
-    column = {"row_major": 1, "column_major": max(m, 1), "tma_aligned": max(-(-m // 4) * 4, 1)}[layout]
+    column = {"row_major": 1, "column_major": m, "tma_aligned": -(-m // 4) * 4}[layout]
     assert scales.stride() == ((3, 1) if layout == "row_major" else (1, column))
     assert torch.equal(scales, quantise(values, QuantSpec("fp8_block"))[1])
     batched = new_scales(torch.empty(2, m, 384), quant)

@@ -151,7 +151,7 @@ def new_scales(x: torch.Tensor, quant: QuantSpec) -> torch.Tensor:
     strides = [1]
     for size in reversed(shape[1:-1]):
         strides.insert(0, strides[0] * size)
-    return x.new_empty_strided(shape, (*strides[: len(shape) - 1], max(column, 1)), dtype=torch.float32)
+    return x.new_empty_strided(shape, (*strides[: len(shape) - 1], column), dtype=torch.float32)
 
 
 def quantise(
