@@ -11,8 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from ...backends import launch_mode
-from ...backends.bindings import kept
+from ...backends.bindings import by_variant
 from ...backends.cuda import launcher
 from ...backends.cuda.kernel_set import KernelSet, configs_for
 from ...backends.cuda.rows import MAX_ALIGN, Rows, outer_stride, power_of_two, rows_of
@@ -102,12 +101,12 @@ def bound(
 ) -> BoundQuantised:
     """The kernels of one numerics variant. bounded: `given` comes with each call. both: the unquantised rows too.
     enable_pdl: as `launch_mode.dependent` takes it."""
-    return _bound(spec.variant, quant, fused_add, bounded, both, launch_mode.dependent(enable_pdl))
+    return _bound(quant, fused_add, bounded, both, spec, enable_pdl=enable_pdl)
 
 
-@kept
+@by_variant
 def _bound(
-    spec: NormSpec, quant: QuantSpec, fused_add: bool, bounded: bool, both: bool, dependent: bool
+    quant: QuantSpec, fused_add: bool, bounded: bool, both: bool, spec: NormSpec, dependent: bool
 ) -> BoundQuantised:
     return BoundQuantised(spec, quant, fused_add, bounded, both, dependent, launcher.functions())
 

@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from ...backends import launch_mode
-from ...backends.bindings import kept
+from ...backends.bindings import by_variant
 from ...backends.triton import backend, loader
 from ...numerics.contract import FUSED_ADD_IN_PLACE, RMS_NORM
 from ...numerics.quantisation import GROUP, QuantSpec
@@ -21,11 +20,11 @@ def bound(
     spec: NormSpec, quant: QuantSpec, fused_add: bool, both: bool, enable_pdl: bool | None = None
 ) -> BoundPortable:
     """As `kernel.bound`."""
-    return _bound(spec.variant, quant, fused_add, both, launch_mode.dependent(enable_pdl))
+    return _bound(quant, fused_add, both, spec, enable_pdl=enable_pdl)
 
 
-@kept
-def _bound(spec: NormSpec, quant: QuantSpec, fused_add: bool, both: bool, dependent: bool) -> BoundPortable:
+@by_variant
+def _bound(quant: QuantSpec, fused_add: bool, both: bool, spec: NormSpec, dependent: bool) -> BoundPortable:
     return BoundPortable(spec, quant, fused_add, both, dependent)
 
 
