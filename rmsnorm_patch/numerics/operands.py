@@ -129,15 +129,20 @@ def check_in_place(
             "results of x's own dtype",
             "call fused_add_rms_norm, which allocates its result",
         )
-    for name, tensor in (("x", x), ("residual", residual)):
-        if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
-            raise UnsupportedInput(
-                op,
-                f"{name} of shape {tuple(tensor.shape)} expanded with strides {tensor.stride()}",
-                "a tensor whose elements each have their own memory",
-                f"pass {name}.contiguous(), or call fused_add_rms_norm",
-            )
+    check_written("x", x, op)
+    check_written("residual", residual, op)
     check_aliasing(x, residual, weight, op)
+
+
+def check_written(name: str, tensor: torch.Tensor, op: str) -> None:
+    """Raise where elements of a tensor that is written share their memory."""
+    if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        raise UnsupportedInput(
+            op,
+            f"{name} of shape {tuple(tensor.shape)} expanded with strides {tensor.stride()}",
+            "a tensor whose elements each have their own memory",
+            f"pass {name}.contiguous(), or call fused_add_rms_norm",
+        )
 
 
 def check_aliasing(

@@ -10,7 +10,7 @@ import torch
 from .spec import NormSpec
 
 
-def _mean_square(x: torch.Tensor, spec: NormSpec) -> torch.Tensor:
+def mean_square(x: torch.Tensor, spec: NormSpec) -> torch.Tensor:
     if spec.group is not None:
         grouped = x.unflatten(-1, (-1, spec.group))
         return grouped.pow(2).mean(-1, keepdim=True).expand_as(grouped).flatten(-2)
@@ -24,7 +24,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, spec: NormSpec, eps: 
     """
     eps = spec.resolve_eps(x.dtype) if eps is None else eps
     h = x.to(torch.float32)
-    h = h * torch.rsqrt(_mean_square(h, spec) + eps)
+    h = h * torch.rsqrt(mean_square(h, spec) + eps)
     return scale(h, x.dtype, weight, spec)
 
 
@@ -55,7 +55,7 @@ def fused_add_rms_norm(
         return rms_norm(total, weight, spec, eps), total
     eps = spec.resolve_eps(x.dtype) if eps is None else eps
     h = x.to(torch.float32) + residual.to(torch.float32)
-    h = h * torch.rsqrt(_mean_square(h, spec) + eps)
+    h = h * torch.rsqrt(mean_square(h, spec) + eps)
     return scale(h, x.dtype, weight, spec), total
 
 
@@ -65,7 +65,7 @@ def rms_norm_fp64(
     """The exact value in fp64, without any intermediate rounding; the yardstick for errors of differing specs."""
     eps = spec.resolve_eps(x.dtype) if eps is None else eps
     h = x.to(torch.float64)
-    h = h * torch.rsqrt(_mean_square(h, spec) + eps)
+    h = h * torch.rsqrt(mean_square(h, spec) + eps)
     if not spec.has_weight or weight is None:
         return h
     return h * (weight.to(torch.float64) + (0.0 if spec.weight_offset == "none" else 1.0))

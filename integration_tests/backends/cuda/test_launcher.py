@@ -26,8 +26,10 @@ from rmsnorm_patch.backends.cuda.launcher import in_python as launcher_ctypes
 from rmsnorm_patch.cli import environment
 from rmsnorm_patch.errors import KernelBuildError, UnsupportedInput
 from rmsnorm_patch.fused.linear_norm import kernel as cuda_partials
+from rmsnorm_patch.fused.norm_quantised import kernel as quantised
 from rmsnorm_patch.fused.query_key_norm import kernel as cuda_pair
 from rmsnorm_patch.numerics.contract import PLAIN_OPS
+from rmsnorm_patch.numerics.quantisation import QuantSpec
 from rmsnorm_patch.numerics.spec import LLAMA
 
 N = 64
@@ -611,6 +613,7 @@ def test_every_op_with_kernels_is_bound_anew_once_all_is_forgotten(recorded, mon
         *(lambda op=op: cuda_backend.bind(op, LLAMA) for op in PLAIN_OPS),
         lambda: cuda_partials.bound(LLAMA, 2),
         lambda: cuda_pair.bind_rms_norm_pair(LLAMA),
+        lambda: quantised.bound(LLAMA, QuantSpec("fp8_token"), True, False, False),
     ]
     before = [bind() for bind in held]
     assert all(bind() is first for bind, first in zip(held, before, strict=True))
@@ -626,6 +629,7 @@ def device_of_sm_90(recorded, monkeypatch):
     monkeypatch.setattr(kernel_set, "_capability", lambda *_: 90)
     monkeypatch.setattr(kernel_set, "configs_for", lambda op, dtype, n, _: schedules.schedules(op, dtype, n, 90))
     monkeypatch.setattr(cuda_pair, "configs_for", kernel_set.configs_for)
+    monkeypatch.setattr(quantised, "configs_for", kernel_set.configs_for)
     monkeypatch.setattr(driver, "primary_context", lambda *_: CONTEXT)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     return recorded
@@ -690,6 +694,43 @@ def test_a_set_starts_the_kernel_for_queries_and_keys(device_of_sm_90, functions
     ]
     (served,) = schedules.schedules("rms_norm_pair", BF16, 128, 90)
     assert last["grid"] == -(-12 // served.rows_per_cta) + -(-3 // served.rows_per_cta)
+
+
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("scheme", ["fp8_static", "fp8_token", "fp8_block"])
+def test_a_set_starts_the_kernel_of_quantised_rows(device_of_sm_90, functions, scheme, both):
+    """Rows of a wider tensor, two levels of them; the residual's lie one after another and are written in place."""
+    quant = QuantSpec(scheme, layout="tma_aligned" if scheme == "fp8_block" else "row_major")
+    given = torch.ones(1) if scheme == "fp8_static" else None
+    bound = quantised.BoundQuantised(LLAMA, quant, True, given is not None, both, True, functions)
+    x = torch.randn(2, 7, 8192).bfloat16()[:, :6:2, :4096]
+    residual, weight = torch.randn(2, 3, 4096).bfloat16(), torch.randn(4096).bfloat16()
+    device_of_sm_90.expect(jit.source_of(quantised.SOURCE).arguments)
+    rows, scales, normed = bound(x, residual, weight, given, 1e-6)
+    last = device_of_sm_90.last
+    assert [last[name] for name in ("x", "residual", "weight", "total", "quantised")] == [
+        each.data_ptr() for each in (x, residual, weight, residual, rows)
+    ]
+    assert last["given"] == (0 if given is None else given.data_ptr())
+    assert last["scales"] == (scales.data_ptr() if scales.numel() else 0)
+    assert last["normed"] == (normed.data_ptr() if both else 0)
+    assert [last[name] for name in ("m", "x_row_stride", "inner_rows", "x_outer_stride")] == [6, 16384, 3, 7 * 8192]
+    assert [last[name] for name in ("total_row_stride", "total_outer_stride")] == [4096, 3 * 4096]
+    strides = {"fp8_static": [0, 0], "fp8_token": [1, 1], "fp8_block": [1, 8]}[scheme]
+    assert [last[f"scale_{name}_stride"] for name in ("row", "group")] == strides
+    assert last["eps"] == ctypes.c_float(1e-6).value
+
+
+def test_a_residual_that_no_kernel_can_write_is_written_through_a_copy(device_of_sm_90, functions):
+    bound = quantised.BoundQuantised(LLAMA, QuantSpec("fp8_token"), True, False, False, True, functions)
+    x = torch.randn(2, 3, 4096).bfloat16()
+    apart = torch.randn(2, 7, 4096).bfloat16()[:, :6:2]
+    device_of_sm_90.expect(jit.source_of(quantised.SOURCE).arguments)
+    before = apart._version
+    bound(x, apart, None, None, 1e-6)
+    assert device_of_sm_90.last["total"] not in (0, apart.data_ptr())
+    assert device_of_sm_90.last["total_row_stride"] == 4096
+    assert apart._version == before + 1
 
 
 def test_a_launch_that_fails_names_op_shape_and_error(device_of_sm_90, functions):

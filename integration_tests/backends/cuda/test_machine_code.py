@@ -16,6 +16,8 @@ import torch
 
 from rmsnorm_patch.backends.cuda import jit, nvrtc, schedules
 from rmsnorm_patch.fused.linear_norm import kernel as cuda_partials
+from rmsnorm_patch.fused.norm_quantised import kernel as norm_quantised
+from rmsnorm_patch.numerics.quantisation import QuantSpec
 from rmsnorm_patch.numerics.spec import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, T5, NormSpec
 
 pytest.importorskip("triton")
@@ -120,10 +122,15 @@ def every_schedule(arch):
                 shortest = max(rule.n[0], -(-rule.row_bytes[0] // x.itemsize))
                 n = -(-shortest // step) * step
                 for op in kernel.ops:
+                    if op == norm_quantised.OP and arch < norm_quantised.FP8_CAPABILITY:
+                        continue
                     if (
                         op != "fused_add_rms_norm_" and schedules.DTYPE_NAMES[x] in kernel.x_dtypes
                     ):  # in place: the same code
                         config = schedules.configure(kernel, rule, (1, 1), (), op, n, x.itemsize)
+                        if op == norm_quantised.OP:  # one scheme of them
+                            quant = QuantSpec("fp8_token")
+                            (config,) = norm_quantised.schedules((config,), (config,), quant, True, True)
                         yield in_parts(config, 4) if op == PARTIALS else config, op, n, x
 
 
@@ -316,3 +323,40 @@ def test_parts_are_served_where_the_fused_op_has_their_tree(monkeypatch):
 
 def test_the_page_is_current():
     assert kernel_table.is_current(), "docs/kernels.md is stale: python scripts/kernel_table.py"
+
+
+QUANTISED = {
+    "static": (QuantSpec("fp8_static"), LLAMA),
+    "token": (QuantSpec("fp8_token"), FP32_SUM),
+    "token from fp32": (QuantSpec("fp8_token", "fp32", "native"), FP32_WEIGHT_MULTIPLY),
+    "block": (QuantSpec("fp8_block", "rounded", "separate", "tma_aligned", True), GEMMA),
+    "int8": (QuantSpec("int8_token"), LLAMA),
+}
+
+
+def check_quantised(name, n, arch, op="fused_add_rms_norm_", both=False):
+    """Quantised rows take one store of a chunk's bytes, and the scales four bytes each."""
+    quant, spec = QUANTISED[name]
+    own = schedules.schedules(norm_quantised.OP, BF16, n, arch)
+    for config in norm_quantised.schedules(own, schedules.schedules(op, BF16, n, arch), quant, False, both):
+        machine = kernel_table.machine_code(kernel_table.build(config, spec, op != PLAIN, n, arch))
+        check(config, machine, arch)
+        wide = {16 * config.vec} if op != PLAIN or both else set()
+        # The given scale and those that are written are 32 bits wide.
+        assert set(machine.loads) <= {16 * config.vec, 32}, (config, machine)
+        assert set(machine.stores) == wide | {8 * config.vec} | ({32} if name != "static" else set()), (config, machine)
+        assert machine.gpu_fences == 0
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_quantised_rows(name):
+    check_quantised(name, 4096, 90)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_quantised_rows_everywhere(name, arch):
+    for n in (128, 8192, 16384) if arch < 100 else (128, 8192):
+        check_quantised(name, n, arch, both=True)
+    check_quantised(name, 2048, arch, PLAIN)

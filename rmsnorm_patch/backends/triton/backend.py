@@ -240,7 +240,7 @@ class RMSNorm(_Op):
         if not _is_dense(layout, x):
             (x,), (rows,) = place_rows(layout, x)
             places, nested = (rows.inner, rows.stride // layout.vec, rows.inner_stride // layout.vec), rows.inner > 1
-        tensors = (x, x if weight is None else _aligned(weight, layout), y)
+        tensors = (x, x if weight is None else aligned(weight, layout), y)
         numbers = (x.numel() // layout.columns, *places)
         self._launch(RMS_NORM.name, layout, tensors, eps, numbers, {"NESTED": nested})
         return y
@@ -279,7 +279,7 @@ class FusedAddRMSNorm(_Op):
             (x, residual), rows = place_rows(layout, x, residual)
             strides = (stride // layout.vec for placed in rows for stride in placed[1:])
             places, nested = (rows[0].inner, *strides), rows[0].inner > 1
-        tensors = (x, residual, x if weight is None else _aligned(weight, layout), *(outputs or (x, residual)))
+        tensors = (x, residual, x if weight is None else aligned(weight, layout), *(outputs or (x, residual)))
         constants = {
             "NESTED": nested,
             "ROUND_SUM": self.spec.sum == "rounded",
@@ -371,6 +371,7 @@ def _rows(x: torch.Tensor, layout: Layout) -> Rows | None:
     return Rows(1, dims[0][1] if dims else layout.columns, 0)
 
 
-def _aligned(weight: torch.Tensor, layout: Layout) -> torch.Tensor:
+def aligned(weight: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """The weight, contiguous and as aligned as the layout's vectors are: a copy where it is not."""
     weight = weight.contiguous()
     return weight.clone() if layout.vec > 1 and weight.data_ptr() % 16 else weight
