@@ -31,22 +31,23 @@ test: check record
 	$(MAKE) test-vllm
 	@echo "make test-long last passed: $$(cat $(LONG_PASSED) 2>/dev/null || echo never)"
 
-test-long: $(INSTALLED)
+test-long: $(INSTALLED) $(VLLM_VENV)/.installed
 	$(BIN)/python -m pytest -m long $(PYTEST_ARGS)
+	$(VLLM_VENV)/bin/python -m pytest -m long integration_tests/vllm_plugin $(PYTEST_ARGS)
+	$(VLLM_VENV)/bin/python -m pytest -m "not long" $(SPELLINGS_AND_KERNELS) $(PYTEST_ARGS)
 	@echo "$$(date -u +%F), commit $$(git rev-parse --short HEAD)" > $(LONG_PASSED)
 
-# One engine at a time: each takes both cores of a small machine. vLLM pins its own torch and transformers, so that the
-# pairs are tested with an older transformers too: there gradient checkpointing wraps a layer's call, in newer ones its
-# forward, and what stands between a layer and its caller decides whether a normed tensor is handed over.
+# vLLM pins its own torch and transformers, so that the pairs are tested with an older transformers too: there gradient
+# checkpointing wraps a layer's call, in newer ones its forward, and what stands between a layer and its caller decides
+# whether a normed tensor is handed over. What asks how a forward is spelled, or what a kernel computes, is asked once
+# more by `make test-long` only. Each engine takes one core: two at a time, beside the pairs.
+SPELLINGS_AND_KERNELS := $(addprefix integration_tests/,pairs/test_spellings.py rewrite/test_fused_kernels.py)
 test-vllm: $(VLLM_VENV)/.installed
-	$(VLLM_VENV)/bin/python -m pytest integration_tests/vllm_plugin -p no:cacheprovider
-	$(VLLM_VENV)/bin/python -m pytest integration_tests/rewrite integration_tests/pairs \
-		--ignore integration_tests/pairs/test_support_matrix.py -p no:cacheprovider
+	$(VLLM_VENV)/bin/python -m pytest -m "not long" integration_tests/vllm_plugin integration_tests/rewrite \
+		integration_tests/pairs $(addprefix --ignore=,$(SPELLINGS_AND_KERNELS)) \
+		--ignore=integration_tests/pairs/test_support_matrix.py -p no:cacheprovider $(PYTEST_ARGS)
 
-# Two headers wait for their next change: a comment's line breaks are part of what a GPU record proves.
-LAUNCHER := rmsnorm_patch/backends/cuda/launcher
-C_SOURCES := $(filter-out $(LAUNCHER)/launcher_pair.h $(LAUNCHER)/launcher_tensor.h, \
-	$(wildcard kernels/cuda/*.cu kernels/cuda/*.cuh $(LAUNCHER)/*.[ch]))
+C_SOURCES := $(wildcard kernels/cuda/*.cu kernels/cuda/*.cuh rmsnorm_patch/backends/cuda/launcher/*.[ch])
 
 format: $(INSTALLED)
 	$(BIN)/python -m ruff format .

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +15,7 @@ from .errors import PatchConflict, UnsupportedInput, UnsupportedModel
 from .numerics.spec import SUPPORTED_DTYPES
 from .ops import dispatch
 from .pairs.layout import Layout, layout
-from .patch_state import derives_from_patched
+from .patch_state import check_module, derives_from_patched
 from .rewrite import LOCK, applied_report, apply_plan, patched_paths, registries, revert_model
 from .rewrite.classes import install_factories
 from .rewrite.report import Report, Settings
@@ -35,8 +34,8 @@ def plan(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] =
     """What `apply` would do to `model`, and why; nothing is changed.
 
     include, exclude: `fnmatch` patterns on module paths of norms, e.g. ["model.layers.*"]; no include means all.
-    backend: "auto" chooses by device and capability at each call; "reference" is the model's own arithmetic in the
-        rewritten layers; "triton" and "cuda" force one.
+    backend: "auto" is what RMSNORM_PATCH_BACKEND names, else it chooses by device and capability at each call;
+        "reference" is the model's own arithmetic in the rewritten layers; "triton" and "cuda" force one.
     For a model that is patched with these settings it is the plan that was carried out.
     Raises UnsupportedModel (no module, no RMSNorm, a pattern that matches no norm), UnsupportedInput (backend),
     PatchConflict (patched with other settings).
@@ -91,6 +90,7 @@ def verify(model: nn.Module, inputs: Any, **options: Any) -> Any:
     """
     from .proof import verify as prove
 
+    _check_known("verify", options, ("model", "inputs", *_proof_options()))
     _check_proof(model, options)
     return prove(model, inputs, **options)
 
@@ -103,7 +103,7 @@ def status(model: nn.Module) -> Status:
     Not counted are calls inside graphs of `torch.compile` and replays of CUDA graphs. Asking runs nothing on a device.
     Raises UnsupportedModel where nothing of `model` is patched.
     """
-    _check_module(model)
+    check_module(model)
     found = status_of(model)
     if found is None:
         raise _not_patched(model)
@@ -115,7 +115,7 @@ def revert(model: nn.Module) -> None:
 
     Copies and unpickled copies of a patched model are reverted the same way, each for itself.
     """
-    _check_module(model)
+    check_module(model)
     revert_model(model)
 
 
@@ -128,7 +128,7 @@ def warmup(model: nn.Module, dtype: torch.dtype | str | None = None) -> tuple[Pr
     Raises UnsupportedModel for a model that is not patched, UnsupportedInput for a dtype that has no kernels,
     KernelBuildError where a kernel cannot be built.
     """
-    _check_module(model)
+    check_module(model)
     wanted = None if dtype is None else _dtype(dtype)
     report = applied_report(model)
     if report is None:
@@ -213,14 +213,14 @@ def _check_something_to_do(wanted: Plan) -> None:
 
 
 def _settings(model: Any, include: Sequence[str], exclude: Sequence[str], backend: Any) -> Settings:
-    _check_module(model)
+    check_module(model)
     chosen = _patterns("include", include), _patterns("exclude", exclude)
     if backend not in BACKENDS:
         raise UnsupportedInput(
             "backend", repr(backend), ", ".join(map(repr, BACKENDS)), "pass one of these; 'auto' chooses by device"
         )
     _check_backend_runs(model, backend)
-    return Settings(backend, *chosen)
+    return Settings(dispatch.requested_backend(backend), *chosen)
 
 
 def _patterns(option: str, given: Any) -> tuple[str, ...]:
@@ -244,14 +244,17 @@ def _check_backend_runs(model: nn.Module, backend: Backend) -> None:
 
 
 def check_backend(backend: Backend, device: torch.device) -> None:
-    """Raise UnsupportedInput where `backend` is forced and cannot run on `device`."""
-    why, step = dispatch.cannot_run(backend, device)
+    """Raise UnsupportedInput where `backend`, or what RMSNORM_PATCH_BACKEND puts in place of "auto", is forced and
+    cannot run on `device`."""
+    asked = dispatch.requested_backend(backend)
+    why, step = dispatch.cannot_run(asked, device)
     if why:
+        by_variable = backend != asked
         raise UnsupportedInput(
-            f"backend={backend!r}",
+            f"{dispatch.BACKEND_VARIABLE if by_variable else 'backend'}={asked!r}",
             f"a model on {device}: {why}",
             "devices on which it runs",
-            f"{step}, or pass backend='auto'",
+            f"{step}, or " + (f"unset {dispatch.BACKEND_VARIABLE}" if by_variable else "pass backend='auto'"),
         )
 
 
@@ -264,12 +267,6 @@ def _dtype(given: Any) -> torch.dtype:
     return found  # type: ignore[no-any-return]
 
 
-def _check_module(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
-        raise UnsupportedModel("model", got, "a torch.nn.Module", "pass the model object itself (pipeline.model, say)")
-
-
 def _not_patched(model: nn.Module) -> UnsupportedModel:
     return UnsupportedModel(
         type(model).__name__, "a model that is not patched", "patched models", "call apply(model) first"
@@ -278,12 +275,11 @@ def _not_patched(model: nn.Module) -> UnsupportedModel:
 
 def _check_proof(model: Any, options: dict[str, Any]) -> None:
     """What a proof cannot be made with, before the model is run."""
-    for name, least in (("seed", None), ("greedy_tokens", 0)):
-        value = options.get(name, 0)
-        if isinstance(value, bool) or not isinstance(value, Integral) or (least is not None and int(value) < least):
-            supported = "an integer" + ("" if least is None else f" of at least {least}")
-            raise UnsupportedInput(name, repr(value), supported, f"correct it, or leave {name} out")
-    weights = list(model.parameters()) if isinstance(model, nn.Module) else []
+    from .proof.options import check_options
+
+    check_module(model)
+    check_options(options)
+    weights = list(model.parameters())
     is_offloaded = any(hasattr(module, "_hf_hook") for module in model.modules()) if weights else False
     if weights and all(weight.is_meta for weight in weights) and not is_offloaded:
         raise UnsupportedModel(
@@ -296,13 +292,19 @@ def _check_proof(model: Any, options: dict[str, Any]) -> None:
 
 def _check_options(inputs: Any, options: dict[str, Any]) -> None:
     """Unknown options are refused before anything is patched."""
-    allowed = ["include", "exclude", "backend", "verify"]
-    if inputs is not None:
-        from .proof import verify as prove
+    named = ("include", "exclude", "backend", "verify")
+    _check_known("apply", options, named if inputs is None else (*named, *_proof_options()))
 
-        allowed += list(inspect.signature(prove).parameters)[2:]
+
+def _proof_options() -> tuple[str, ...]:
+    from .proof import verify as prove
+
+    return tuple(inspect.signature(prove).parameters)[2:]
+
+
+def _check_known(function: str, options: dict[str, Any], allowed: tuple[str, ...]) -> None:
     unknown = [name for name in options if name not in allowed]
     if unknown:
         raise UnsupportedInput(
-            f"apply({unknown[0]}=...)", "an unknown option", ", ".join(allowed), "correct the name, or drop it"
+            f"{function}({unknown[0]}=...)", "an unknown option", ", ".join(allowed), "correct the name, or drop it"
         )

@@ -11,6 +11,8 @@ from typing import Any
 import torch.nn as nn
 from torch.nn.modules import module as _module
 
+from .errors import UnsupportedModel
+
 FORWARDS: dict[Any, type] = {}
 """The forward of every patched class -> the class under the patch."""
 
@@ -19,6 +21,13 @@ STATE = "_rmsnorm_patch"
 removes it."""
 SLOTS = ("forward", "_old_forward")
 """Entries of a module's `__dict__` under which libraries keep its forward; accelerate's hooks use the second."""
+
+
+def check_module(model: Any) -> None:
+    """Raise UnsupportedModel for what is no module."""
+    if not isinstance(model, nn.Module):
+        got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise UnsupportedModel("model", got, "a torch.nn.Module", "pass the model object itself (pipeline.model, say)")
 
 
 def is_patched(cls: type) -> bool:

@@ -151,7 +151,7 @@ def build(
 
 def machine_code(build: jit.Build) -> MachineCode:
     """Compiled now, not taken from a cache: what is read is what the sources say."""
-    text, headers, _ = jit._sources(build.config.source)
+    text, headers, *_ = jit.source_of(build.config.source)
     options = (f"--gpu-architecture={build.architecture()}", *build.options())
     return read_machine_code(nvrtc.compile_source(build.config.source, text, headers, options))
 

@@ -5,7 +5,7 @@
 
 A library is described by a NormSpec. Where it runs on a CPU it is run, and its row says in how many elements of its own
 result it is not what the description computes. Triton's kernels run in Triton's interpreter. The others are described
-by their source, which the table names.
+by their source, which the table names with the release or the commit of it that was read.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Library:
     source: str
     run: Run | None = None
     dtype: torch.dtype = torch.bfloat16
-    held: str = "by its source, not run"
+    held: str = ""
 
 
 def operands(adds_one: bool, dtype: torch.dtype = torch.bfloat16) -> Operands:
@@ -109,6 +109,9 @@ def liger(mode: str, offset: float) -> Run:
 
 
 ON_A_GPU = "run beside vLLM by a GPU test"
+FLASHINFER, SGLANG = "by its source at 09928cf, not run", "by its source at 000fc1a, not run"
+OF_FLASHINFER = "calls FlashInfer's kernel, by its source"
+TENSORRT_LLM = "`_torch/modules/rms_norm.py`"
 FP32_SUM = replace(FP32_WEIGHT_MULTIPLY, sum="fp32")
 LIBRARIES = (
     Library(
@@ -130,6 +133,7 @@ LIBRARIES = (
         "vLLM: batch-invariant (Triton; with a residual the C++ op)",
         FP32_WEIGHT_MULTIPLY,
         "`model_executor/determinism/batch_invariant.py`",
+        held="by its source in 0.32, not run",
     ),
     Library("vLLM: native, compiled (Inductor's fusion)", FP32_SUM, "`vllm/ir/ops/layernorm.py`", held=ON_A_GPU),
     Library(
@@ -138,11 +142,14 @@ LIBRARIES = (
         "`vllm/ir/ops/layernorm.py`",
         held="run beside vLLM by a test: 0",
     ),
-    Library("SGLang: CUDA and native", FP32_SUM, "`sgl_kernel`; `srt/layers/layernorm.py`"),
-    Library("FlashInfer", FP32_SUM, "`include/flashinfer/norm.cuh`"),
-    Library("quack", FP32_SUM, "`quack/rmsnorm.py`"),
-    Library("TensorRT-LLM: with FlashInfer", FP32_SUM, "`_torch/modules/rms_norm.py`"),
-    Library("TensorRT-LLM: without", replace(LLAMA, sum="fp32"), "`_torch/modules/rms_norm.py`"),
+    Library("FlashInfer", FP32_SUM, "`include/flashinfer/norm.cuh`", held=FLASHINFER),
+    Library("SGLang: native", FP32_SUM, "`srt/layers/layernorm.py`", held=SGLANG),
+    Library("SGLang: CUDA", FP32_SUM, "`sgl-kernel/csrc/elementwise`", held=f"{OF_FLASHINFER} (48c848a)"),
+    Library("quack", FP32_SUM, "`quack/rmsnorm.py`", held="by its source at 05bce72, not run"),
+    Library("TensorRT-LLM: with FlashInfer", FP32_SUM, TENSORRT_LLM, held=f"{OF_FLASHINFER} (0419019)"),
+    Library(
+        "TensorRT-LLM: without", replace(LLAMA, sum="fp32"), TENSORRT_LLM, held="by its source at 0419019, not run"
+    ),
     Library("Liger: `llama`", LLAMA, "`ops/fused_add_rms_norm.py`", liger("LLAMA", 0.0), torch.float16),
     Library(
         "transformers: Gemma 1 to 3, Qwen3-Next",
@@ -156,9 +163,11 @@ LIBRARIES = (
         "`models/muse_spark`",
         module("muse_spark.modeling_muse_spark", "MuseSparkTextCenteredRMSNorm"),
     ),
-    Library("vLLM: `GemmaRMSNorm`", replace(GEMMA, sum="fp32"), "`layers/layernorm.py`"),
-    Library("SGLang: `GemmaRMSNorm`, native", GEMMA, "`srt/layers/layernorm.py`"),
-    Library("SGLang: `GemmaRMSNorm`, CUDA; FlashInfer", replace(GEMMA, sum="fp32"), "`include/flashinfer/norm.cuh`"),
+    Library(
+        "vLLM: `GemmaRMSNorm`", replace(GEMMA, sum="fp32"), "`layers/layernorm.py`", held="run beside vLLM by a test: 0"
+    ),
+    Library("SGLang: `GemmaRMSNorm`, native", GEMMA, "`srt/layers/layernorm.py`", held=SGLANG),
+    Library("FlashInfer: `GemmaRMSNorm`", replace(GEMMA, sum="fp32"), "`include/flashinfer/norm.cuh`", held=FLASHINFER),
     Library("Liger: `gemma`", GEMMA, "`ops/fused_add_rms_norm.py`", liger("GEMMA", 1.0), torch.float16),
 )
 

@@ -120,7 +120,7 @@ def test_a_pickle_is_a_patched_model_in_a_fresh_process(small_model, run, ids, t
     else:
         torch.save(model, path)
     torch.save((ids, expected.logits), f"{path}.expected")
-    subprocess.run([sys.executable, "-c", FRESH, mode, str(path)], check=True, timeout=300)
+    subprocess.run([sys.executable, "-c", FRESH, mode, str(path)], check=True, timeout=900)
 
 
 def test_old_pickle_protocols_work_where_they_did(small_model, run, ids):

@@ -26,7 +26,7 @@ def _wrong_eps(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(ops.Bound, "__call__", call)
-    monkeypatch.setattr(ops.Bound, "backend_for", lambda self, x, weight=None: "triton")
+    monkeypatch.setattr(ops.Bound, "backend_for", lambda self, x, weight=None, residual=None: "triton")
 
 
 @pytest.fixture

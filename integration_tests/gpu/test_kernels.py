@@ -33,7 +33,7 @@ SPECS = {
     "leading odd columns": NormSpec(width=77),
     "groups": NormSpec(group=64),
 }
-DTYPES = [(BF16, BF16), (FP16, FP16), (FP32, FP32), (BF16, FP32), (FP16, FP32), (FP32, BF16)]
+DTYPES = [(BF16, BF16), (FP16, FP16), (FP32, FP32), (BF16, FP32), (FP16, FP32), (FP32, BF16), (FP32, FP16)]
 # One length for every regime: sub-warp, warp, several warps, decode clusters, odd, 2-, 4- and 8-byte chunks, long.
 LENGTHS = [1, 7, 64, 96, 111, 128, 256, 513, 768, 769, 1024, 2048, 2052, 2880, 3584, 4096, 4098, 5120, 5125, 7168, 8192,
            9216, 12288, 16384, 20480, 24449, 24576, 32768, 65536, 131072, 262144]  # fmt: skip

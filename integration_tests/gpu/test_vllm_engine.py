@@ -32,7 +32,8 @@ CASES = [
     *[("qwen3", route, eager) for route in ("off", "ir") for eager in (True, False)],
     *[("tiny-llama-fp8", "off", False), ("tiny-llama-fp8", "auto", False)],
     ("tiny-llama-transformers", "ir", True),
-    *[("wide-llama", "ir", False), ("wide-llama-apart", "ir", False)],
+    *[("wide-llama", "ir", False), ("wide-llama-apart", "ir", False), ("wide-llama-noir", "oot", False)],
+    *[("gemma3", route, False) for route in ("off", "ir")],
 ]
 TWO_DEVICES = [("tiny-llama-tp2", route, False) for route in ("off", "auto", "ir")]
 MORE = {
@@ -40,6 +41,7 @@ MORE = {
     "tiny-llama-transformers": {"model_impl": "transformers"},
     "tiny-llama-tp2": {"tensor_parallel_size": 2},
 }
+REQUESTS = {"wide-llama-noir": {"hide_ir": True}, "tiny-llama": {"changes": ["written"]}}
 VARIABLES = {"wide-llama-apart": {"RMSNORM_PATCH_VLLM_LINEAR": "off"}}
 WIDE = {"hidden_size": 4096, "intermediate_size": 14336, "head_dim": 128, "num_attention_heads": 8}
 """Of Llama-8B's widths: few rows of its down projection are split along K, on an H100 and on an H200."""
@@ -47,7 +49,9 @@ PROMPTS = ("You may", "This program is", "Error: ", "When a")
 """On these the checkpoints' two best tokens stay 0.13 apart in an fp32 run: what differs is not a tie."""
 TOKENS = 24
 JOINS = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-"""Whether engines of route ir join products and norms here."""
+"""Whether compiled engines join products and norms here."""
+GEMMA = {"num_hidden_layers": 2, "head_dim": 64}
+"""Two layers with four norms each, and one behind them."""
 
 
 @dataclass
@@ -72,6 +76,7 @@ class Engines:
             "prompts": self.prompts,
             "max_tokens": TOKENS,
             "engine": {"gpu_memory_utilization": 0.05, **MORE.get(name, {})},
+            **REQUESTS.get(name, {}),
         }
         variables = {"RMSNORM_PATCH_VLLM": route, **VARIABLES.get(name, {})}
         answer: dict[str, Any] = self.processes.run_engine(request, work, work / "cache", **variables)
@@ -97,6 +102,7 @@ def engines(
     work = tmp_path_factory.mktemp("engines")
     # Its attention norms q and k.
     random_checkpoint(work / "qwen3", "qwen3", std=0.08, head_dim=64, num_hidden_layers=LAYERS["qwen3"])
+    random_checkpoint(work / "gemma3", "gemma3_text", std=0.08, **GEMMA)
     random_checkpoint(work / "wide-llama", "llama", std=0.02, num_hidden_layers=LAYERS["wide-llama"], **WIDE)
     with _started(work, CASES, vllm_processes) as started:
         yield started
@@ -132,7 +138,7 @@ def test_one_plain_and_two_fused_calls_a_layer(name: str, route: str, eager: boo
         calls = _counts(answer["trace_at_start"] + answer["trace"], _width(answer))
         assert calls["fused_add_rms_norm"] == 2 * layers * calls["rms_norm"] > 0
         assert {(line["sum"], line["round_before_weight"]) for line in answer["trace_at_start"]} == {("fp32", "none")}
-        joined = {"fused_add_rms_norm"} if route == "ir" and JOINS else set()
+        joined = {"fused_add_rms_norm"} if JOINS else set()
         assert all(line["dependent"] for line in answer["trace_at_start"] if line["op"] not in joined)
     heads = sum(line["shape"][-1] == 64 for line in answer["trace"])
     assert heads == (2 * layers * forwards if name == "qwen3" and eager else 0)
@@ -151,7 +157,11 @@ def test_same_tokens_and_logprobs_as_stock(name: str, route: str, eager: bool, e
     stock, patched = engines(name, "off", eager), engines(name, route, eager)
     assert stock["trace"] == stock["trace_at_start"] == []
     assert stock["kernels"] == {}
-    if name != "qwen3":  # random weights have ties
+    _check_same(patched, stock, tokens=name != "qwen3")  # random weights have ties
+
+
+def _check_same(patched: dict[str, Any], stock: dict[str, Any], tokens: bool) -> None:
+    if tokens:
         assert patched["tokens"] == stock["tokens"]
     for ours, theirs, got, want in zip(
         patched["logprobs"], stock["logprobs"], patched["tokens"], stock["tokens"], strict=True
@@ -159,6 +169,32 @@ def test_same_tokens_and_logprobs_as_stock(name: str, route: str, eager: bool, e
         same = next((i for i, pair in enumerate(zip(got, want, strict=True)) if pair[0] != pair[1]), len(got))
         assert same > 0
         assert ours[:same] == pytest.approx(theirs[:same], abs=LOGPROB_TOLERANCE)
+
+
+@pytest.mark.parametrize(("route", "eager"), [("ir", True), ("ir", False), ("oot", True), ("oot", False)])
+def test_the_next_step_reads_weights_that_were_written(route: str, eager: bool, engines: Engines) -> None:
+    """In the graphs that were captured with the old values, too. (Halved, all of them, the norms change the logits.)"""
+    stock, patched = engines("tiny-llama", "off", eager), engines("tiny-llama", route, eager)
+    assert patched["after"]["written"]["logprobs"] != patched["logprobs"]
+    _check_same(patched["after"]["written"], stock["after"]["written"], tokens=False)
+
+
+def test_norms_with_fp32_weights_are_served(engines: Engines) -> None:
+    """Gemma 3's `1 + w`: in every forward the device ran a kernel for each norm but those over heads."""
+    stock, patched = engines("gemma3", "off", False), engines("gemma3", "ir", False)
+    layers = GEMMA["num_hidden_layers"]
+    assert sum(patched["kernels"].values()) == (1 + 4 * layers) * patched["forwards"]
+    assert stock["kernels"] == {}
+    assert patched["norms"] == ["PatchedGemmaRMSNorm"]
+    _check_same(patched, stock, tokens=False)
+
+
+@pytest.mark.skipif(not JOINS, reason="measured on sm_90, off elsewhere")
+def test_without_ir_the_device_runs_the_same_kernels(engines: Engines) -> None:
+    ir, oot = engines("wide-llama", "ir", False), engines("wide-llama-noir", "oot", False)
+    assert oot["kernels"] == ir["kernels"]
+    assert oot["kernels"]["rms_norm_partials"] >= LAYERS["wide-llama"] * (TOKENS - 1)
+    assert (oot["tokens"], oot["logprobs"]) == (ir["tokens"], ir["logprobs"])
 
 
 @pytest.mark.skipif(not JOINS, reason="measured on sm_90, off elsewhere")

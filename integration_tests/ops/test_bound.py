@@ -158,7 +158,7 @@ def test_what_the_cuda_backend_cannot_build_goes_to_the_next_backend(monkeypatch
         return "cuda"
 
     routes = {64: ("cuda", cuda), 200: ("triton", lambda x, weight, eps: "triton"), 300: ("cuda", cuda)}
-    monkeypatch.setattr(ops.Bound, "_new_route", lambda self, x, weight: routes[x.shape[-1]])
+    monkeypatch.setattr(ops.Bound, "_new_route", lambda self, x, weight, added: routes[x.shape[-1]])
     bound._device_call = cuda
     assert [bound(OnDevice(n), None, 0.0) for n in (64, 200, 64)] == ["cuda", "triton", "cuda"]
     with pytest.raises(KernelBuildError):

@@ -265,7 +265,8 @@ def test_every_selected_schedule_is_the_one_that_was_measured():
 
 def test_shipped_schedules_read_as_tables(repository):
     """One line a rule, no wider than a screen; what is shipped is in the place where it is looked for."""
-    files = [*(repository / "kernels/cuda/schedules").glob("*"), *(repository / "kernels/tuned").glob("*")]
+    folders = ("cuda/schedules", "triton/schedules", "tuned")
+    files = [file for folder in folders for file in (repository / "kernels" / folder).glob("*")]
     assert len(files) > 8
     for file in files:
         lines = file.read_text().splitlines()

@@ -37,7 +37,7 @@ def printed(codes: list[str]) -> list[str]:
     script = f"\nprint({MARK!r}, end='')\n".join(codes)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     ended = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
     )
     assert ended.returncode == 0, ended.stderr
     return ended.stdout.split(MARK)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import random
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +21,7 @@ PINNED = {
     "norms fused": 119,
     "in_layer": 101,
     "cross_layer": 97,
-    "final": 106,
+    "final": 107,
     "norm_add": 17,
 }
 """For transformers 5.24, without optional packages. A drop is a regression; a rise is a new pin."""
@@ -47,13 +48,15 @@ def test_bits_stay_in_fp32(rows: list) -> None:
     assert [row.model_type for row in rows if not row.identical and not row.unbuilt] == []
 
 
-def test_bits_stay_in_bf16(matrix: ModuleType, rows: list) -> None:
+@pytest.mark.parametrize("share", [4, pytest.param(1, marks=pytest.mark.long, id="all")])
+def test_bits_stay_in_bf16(matrix: ModuleType, rows: list, share: int) -> None:
+    """Rewriting does not look at a dtype: the short form takes a seeded quarter of the types that fp32 has proved."""
+    types = [row.model_type for row in rows if row.has_norms]
     wrong = []
-    for row in rows:
-        if row.has_norms:
-            half = matrix.survey(row.model_type, torch.bfloat16)
-            if not half.identical and not half.unbuilt:
-                wrong.append(row.model_type)
+    for model_type in random.Random(0).sample(types, len(types) // share):
+        half = matrix.survey(model_type, torch.bfloat16)
+        if not half.identical and not half.unbuilt:
+            wrong.append(model_type)
     assert wrong == []
 
 

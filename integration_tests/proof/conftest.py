@@ -24,6 +24,6 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable], None]:
             return function(self.op, self.spec, x, args[1] if len(args) == 4 else None, weight, eps)
 
         monkeypatch.setattr(ops.Bound, "__call__", call)
-        monkeypatch.setattr(ops.Bound, "backend_for", lambda self, x, weight=None: "triton")
+        monkeypatch.setattr(ops.Bound, "backend_for", lambda self, x, weight=None, residual=None: "triton")
 
     return install

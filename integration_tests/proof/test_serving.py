@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 from proof_models import apply_as_kernel, as_kernel, build, honest, prompts
 
-from rmsnorm_patch import VerificationFailed, apply, verify
+from rmsnorm_patch import UnsupportedInput, VerificationFailed, apply, verify
 from rmsnorm_patch.patch_state import is_patched
 from rmsnorm_patch.proof.replica import replica
 from rmsnorm_patch.rewrite import observe
@@ -107,8 +107,8 @@ def test_a_red_proof_and_an_exception_half_way_leave_the_answers_alone(kernel: C
     with served([forward(bad, number) for number in range(4)]) as wrong:
         with pytest.raises(VerificationFailed):
             verify(bad, prompts())
-        with pytest.raises(IndexError):
-            verify(bad, torch.tensor([[3, 100_000]]))
+        with pytest.raises(UnsupportedInput, match="the unpatched model raises"):
+            verify(bad, {"input_ids": torch.tensor([[3, 4]]), "attention_mask": torch.ones(1, 1, 1, 1, 2)})
 
         def stop(step: str) -> None:
             if "driven" in step:

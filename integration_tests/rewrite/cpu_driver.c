@@ -3,10 +3,12 @@
 #include <math.h>
 #include <stdint.h>
 
+/* Of kernels/cuda/plain_ops.cuh. */
 typedef struct {
     const float *x, *residual, *weight;
     float *normed, *total;
-    int64_t m, x_row_stride, residual_row_stride, normed_row_stride, words[12];
+    int64_t m, x_row_stride, residual_row_stride, normed_row_stride, total_row_stride;
+    int64_t inner_rows, x_outer_stride, residual_outer_stride;
     float eps;
 } Args;
 

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from rmsnorm_patch.backends.cuda import backend as cuda_backend
-from rmsnorm_patch.backends.cuda import launcher
+from rmsnorm_patch.backends.cuda import jit, launcher
 from rmsnorm_patch.numerics.spec import NormSpec
 
 FUNCTION, CONTEXT = 0x7000, 1
+PLAIN = jit.source_of("rms_norm_rows.cu").arguments
 
 
 class Driver:
@@ -37,9 +38,9 @@ class Driver:
 
 def table_of(op: Any, spec: NormSpec, n: int) -> Any:
     """launcher.c's table of `op`, with a plan for fp32 rows of `n` columns."""
-    bound, _ = cuda_backend._bound(op, spec.variant, True)
+    bound, _ = cuda_backend._bound(op, spec, enable_pdl=True)
     functions, fp32 = bound.functions, torch.float32
-    handle = functions.new_kernel(FUNCTION, CONTEXT, n, 2**63 - 1, 1, 1, 32, 0, 4, 4, 0)
+    handle = functions.new_kernel(FUNCTION, CONTEXT, n, 2**63 - 1, 1, 1, 32, 0, 4, 4, 0, PLAIN)
     code = launcher.dlpack_code(fp32)
     functions.add_plan(bound.table, handle, 0, fp32, fp32, fp32, n, 0, 4, 4, 1e-6, code, code)
     return bound.table

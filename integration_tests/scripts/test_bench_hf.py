@@ -16,8 +16,11 @@ SMALL = ("--shape", "tiny", "--layers", "2", "--tokens", "3", "--rounds", "2", "
 def bench(root: Path, *options: str) -> subprocess.CompletedProcess[str]:
     words = [sys.executable, str(root / "scripts" / "bench_hf.py"), *SMALL, *options]
     environment = {**os.environ, "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(words, cwd=root, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run(words, cwd=root, env=environment, capture_output=True, text=True, check=False, timeout=900)
 
+
+MARKS = {"compiled": [pytest.mark.slow, pytest.mark.long], "compiled reduce-overhead with ops": pytest.mark.slow}
+"""Both flags together ask what each asks: the short form has no run with the first alone."""
 
 MODES = {
     "eager": (),
@@ -26,7 +29,7 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("mode", [m if m == "eager" else pytest.param(m, marks=pytest.mark.slow) for m in MODES])
+@pytest.mark.parametrize("mode", [pytest.param(mode, marks=MARKS.get(mode, [])) for mode in MODES])
 def test_every_column_is_checked_timed_and_written(repository: Path, tmp_path: Path, mode: str) -> None:
     target = tmp_path / "out.json"
     ended = bench(repository, "--batch", "1", "2", "--json", str(target), *MODES[mode])

@@ -23,7 +23,8 @@ def test_the_page_has_what_the_script_finds() -> None:
 
 def test_every_library_that_ran_is_as_it_is_described() -> None:
     page = (ROOT / "docs" / "numerics.md").read_text()
-    ran = re.findall(r"^\| ([^|]+) \|(?:[^|]*\|){3} (\d+)(?: \(fp16\))? \|", page, re.MULTILINE)
+    libraries = page.partition("\n| library | rounds ")[2].partition("\n\n")[0]
+    ran = re.findall(r"^\| ([^|]+) \|(?:[^|]*\|){3} (\d+)(?: \(fp16\))? \|", libraries, re.MULTILINE)
     assert len(ran) >= 8
     assert [name for name, count in ran if count != "0"] == []
 

@@ -1,35 +1,65 @@
-"""Engines of these tests: child processes of the interpreter that runs the tests, on the CPU, one at a time."""
+"""Engines of these tests: child processes on the CPU. What one test asked another finds answered, also where tests run
+in several workers (`-n 2`): answers, checkpoints and compiled graphs lie in one folder of the session."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable
-from functools import cache
+import os
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
-
-
-@pytest.fixture(scope="session")
-def environment(vllm_processes: Any) -> Callable[..., dict[str, str]]:
-    """`environment(NAME="value")`: that of a child."""
-    made: Callable[..., dict[str, str]] = vllm_processes.environment
-    return made
+from filelock import FileLock
 
 
 @pytest.fixture(scope="session")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("vllm")
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "vllm"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache(work: Path) -> Path:
+    """VLLM_CACHE_ROOT of the session. What vLLM finds out of its model classes, in a process of its own for each, it
+    keeps by the hash of their files: that stays with the environment."""
+    classes = Path(sys.prefix, "modelinfos")
+    classes.mkdir(exist_ok=True)
+    folder = work / "cache"
+    folder.mkdir(exist_ok=True)
+    with FileLock(work / "cache.lock"):
+        if not (folder / "modelinfos").exists():
+            (folder / "modelinfos").symlink_to(classes)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def environment(vllm_processes: Any, cache: Path) -> Callable[..., dict[str, str]]:
+    """`environment(NAME="value")`: that of a child."""
+    return lambda **variables: vllm_processes.environment(**{"VLLM_CACHE_ROOT": str(cache), **variables})
+
+
+@pytest.fixture(scope="session")
+def run_program(vllm_processes: Any) -> Iterator[Callable[..., Any]]:
+    """`run_program(["-c", code], env, cwd)`: as `python -c code`, in a fork of a process that has imported vLLM.
+    `vllm_processes.run_program` does it in a new interpreter, where that is what a test asks."""
+    with vllm_processes.starter() as starter:
+        yield starter.run
 
 
 @pytest.fixture(scope="session")
 def checkpoints(work: Path, random_checkpoint: Callable[..., Path]) -> Callable[[str], Path]:
     """`checkpoints("qwen3")`: a folder with a random two-layer model of that type, made once."""
 
-    @cache
     def make(model_type: str) -> Path:
-        return random_checkpoint(work / f"random-{model_type}", model_type, std=0.2, head_dim=32)
+        folder = work / f"random-{model_type}"
+        with FileLock(f"{folder}.lock"):
+            return folder if folder.exists() else random_checkpoint(folder, model_type, std=0.2, head_dim=32)
 
     return make
 
@@ -38,9 +68,8 @@ Run = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="session")
-def run_engine(work: Path, vllm_processes: Any) -> Run:
+def run_engine(work: Path, cache: Path, vllm_processes: Any, run_program: Callable[..., Any]) -> Run:
     """`run_engine(model, enforce_eager=..., route="ir", op_form=False)` -> the answer of engine.py; cached."""
-    answers: dict[str, dict[str, Any]] = {}
 
     def run(model: Path, enforce_eager: bool, route: str, op_form: bool = False, **request: Any) -> dict[str, Any]:
         op_form = op_form and not enforce_eager  # it has no meaning in eager mode: share the answer
@@ -51,11 +80,15 @@ def run_engine(work: Path, vllm_processes: Any) -> Run:
             "max_tokens": 8,
             **request,
         }
-        key = json.dumps([wanted, route, op_form], sort_keys=True)
-        if key not in answers:
-            variables = {"RMSNORM_PATCH_VLLM": route, **({"RMSNORM_PATCH_COMPILE": "op"} if op_form else {})}
-            folder = work / f"engine{len(answers)}"
-            answers[key] = vllm_processes.run_engine(wanted, folder, work / "cache", **variables)
-        return answers[key]
+        key = hashlib.sha256(json.dumps([wanted, route, op_form], sort_keys=True).encode()).hexdigest()[:16]
+        kept = work / f"answer-{key}.json"
+        with FileLock(f"{kept}.lock"):  # whoever asks meanwhile waits for this engine
+            if not kept.exists():
+                variables = {"RMSNORM_PATCH_VLLM": route, **({"RMSNORM_PATCH_COMPILE": "op"} if op_form else {})}
+                folder = work / f"engine-{uuid4().hex}"
+                answer = vllm_processes.run_engine(wanted, folder, cache, run_program, **variables)
+                kept.write_text(json.dumps(answer))
+        answered: dict[str, Any] = json.loads(kept.read_text())
+        return answered
 
     return run

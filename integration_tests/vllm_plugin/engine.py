@@ -1,10 +1,13 @@
 """One vLLM engine in this process, driven by a JSON request in argv[1]; writes a JSON answer to argv[2].
 
-Request: model (folder), enforce_eager, prompts (lists of token ids), max_tokens; `engine` (further LLM
-arguments) and `vllm_version` (what vLLM shall say it is).
+Request: model (folder), enforce_eager, prompts (lists of token ids), max_tokens; and, where wanted, `engine` (further
+LLM arguments), `variables` (of the environment), `vllm_version` (what vLLM shall say it is), `whole_compiler` (on the
+CPU, compile as on a GPU), `hide_ir` (no providers for vLLM's IR ops) and `changes` (generate once more after each:
+"written" norm weights, in their memory, while the engine runs; "replaced" ones, by others in another memory).
 Answer: tokens and logprobs of every prompt, the number of forwards while they were generated, the lines of our call
 trace that belong to them and those from the start (where a CUDA graph's calls are captured), the classes of the model's
-norms, and whether CUDA was initialised. On a GPU: which of our kernels the device ran while the tokens were generated.
+norms, and whether CUDA was initialised. On a GPU: which of our kernels the device ran while the tokens were generated;
+on the CPU with the whole compiler: which ops ran, and how often.
 With several workers, which are processes of their own, only tokens, logprobs and the lines of each worker.
 """
 
@@ -17,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import whole_compiler
 
 
 def trace_lines() -> list[dict[str, Any]]:
@@ -39,14 +43,20 @@ def told(outputs: list[Any]) -> dict[str, Any]:
     }
 
 
-def generate(llm: Any, prompts: list[Any], sampling: Any) -> tuple[list[Any], dict[str, int]]:
-    """The outputs, and kernel -> launches of it, replays of a CUDA graph included."""
-    if not torch.cuda.is_available():
+def generate(llm: Any, prompts: list[Any], sampling: Any, watched: bool) -> tuple[list[Any], dict[str, int]]:
+    """The outputs, and kernel -> launches of it, replays of a CUDA graph included; on the CPU op -> calls."""
+    if not torch.cuda.is_available() and not watched:
         return llm.generate(prompts, sampling, use_tqdm=False), {}
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    on_a_gpu = torch.cuda.is_available()
+    activity = torch.profiler.ProfilerActivity.CUDA if on_a_gpu else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profile:
         outputs = llm.generate(prompts, sampling, use_tqdm=False)
-        torch.cuda.synchronize()
-    return outputs, {row.key: row.count for row in profile.key_averages() if row.key in KERNELS}
+        if on_a_gpu:
+            torch.cuda.synchronize()
+    rows = profile.key_averages()
+    if on_a_gpu:
+        return outputs, {row.key: row.count for row in rows if row.key in KERNELS}
+    return outputs, {row.key: row.count for row in rows if row.key.startswith(("aten::", "rmsnorm_patch::"))}
 
 
 def lines_of_workers() -> dict[str, list[dict[str, Any]]]:
@@ -55,11 +65,24 @@ def lines_of_workers() -> dict[str, list[dict[str, Any]]]:
     return {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in folder.glob("*.jsonl")}
 
 
+def change_norms(model: torch.nn.Module, how: str) -> None:
+    for name, parameter in model.named_parameters():
+        if "norm" in name and how == "written":
+            parameter.data.mul_(0.5)
+        elif "norm" in name:
+            parameter.data = parameter.data.flip(0)
+
+
 def main(request: dict[str, Any]) -> dict[str, Any]:
+    os.environ.update(request.get("variables", {}))
     import vllm
 
     if "vllm_version" in request:
         vllm.__version__ = request["vllm_version"]
+    if request.get("hide_ir"):
+        whole_compiler.hide_ir()
+    if request.get("whole_compiler"):
+        whole_compiler.install()
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -90,11 +113,16 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
 
     model.compute_logits = counted
     at_start = trace_lines()
-    outputs, kernels = generate(llm, prompts, sampling)
+    outputs, kernels = generate(llm, prompts, sampling, watched=request.get("whole_compiler", False))
+    lines, counted_forwards, after = trace_lines()[len(at_start) :], forwards, dict[str, Any]()
+    for how in request.get("changes", ()):
+        change_norms(model, how)
+        after[how] = told(llm.generate(prompts, sampling, use_tqdm=False))
     return {
         **told(outputs),
-        "forwards": forwards,
-        "trace": trace_lines()[len(at_start) :],
+        "after": after,
+        "forwards": counted_forwards,
+        "trace": lines,
         "trace_at_start": at_start,
         "kernels": kernels,
         "norms": sorted({type(m).__name__ for m in model.modules() if "RMSNorm" in type(m).__name__}),

@@ -8,29 +8,33 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 HERE = Path(__file__).resolve().parent
 PROMPT = "The licence"
-START_SECONDS = 300
+START_SECONDS = 900
+"""A guard against a hang, several times what busy cores have needed."""
 
 COMMON = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",  # a pool of compiling processes would import torch once more each
 }
 ON_THE_CPU = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
-ON_A_GPU = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+ON_A_GPU = {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
 REMOVED = ("RMSNORM_PATCH_VLLM", "RMSNORM_PATCH_BACKEND", "RMSNORM_PATCH_COMPILE", "VLLM_PLUGINS")
 
 
@@ -40,22 +44,70 @@ def environment(**variables: str) -> dict[str, str]:
     return {**kept, **COMMON, **(ON_A_GPU if torch.cuda.is_available() else ON_THE_CPU), **variables}
 
 
-def run_engine(request: dict[str, Any], folder: Path, cache: Path, **variables: str) -> dict[str, Any]:
-    """The answer of engine.py to `request`, with its log; folder: new, for what the engine writes."""
+Done = subprocess.CompletedProcess[str]
+Run = Callable[..., Done]
+
+
+def run_program(words: list[str], env: dict[str, str], cwd: Path | None = None, timeout: float = 1500) -> Done:
+    """`python *words` in an interpreter of its own."""
+    command = [sys.executable, *words]
+    return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=timeout)
+
+
+@dataclass
+class Starter:
+    """starter.py: runs what `run_program` runs, in forks of a process that has imported vLLM."""
+
+    process: subprocess.Popen[str]
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def run(self, words: list[str], env: dict[str, str], cwd: Path | None = None, timeout: float = 1500) -> Done:
+        """One at a time: a second thread waits."""
+        with self.lock, TemporaryDirectory() as folder:
+            files = {name: str(Path(folder, name)) for name in ("stdout", "stderr")}
+            request = {"words": words, "env": env, "cwd": str(cwd or Path.cwd()), **files}
+            assert self.process.stdin is not None
+            print(json.dumps(request), file=self.process.stdin, flush=True)
+            child = self._answer()
+            late = threading.Timer(timeout, os.killpg, (child, signal.SIGKILL))
+            late.start()
+            try:
+                status = self._answer()
+            finally:
+                late.cancel()
+            told = [Path(name).read_text() if Path(name).exists() else "" for name in files.values()]
+        return subprocess.CompletedProcess(words, status, *told)
+
+    def _answer(self) -> int:
+        assert self.process.stdout is not None
+        return int(self.process.stdout.readline())
+
+
+@contextmanager
+def starter() -> Iterator[Starter]:
+    command = [sys.executable, str(HERE / "starter.py")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment(), text=True, **pipes) as process:
+        started = Starter(process)
+        assert started._answer() == process.pid
+        yield started
+        assert process.stdin is not None
+        process.stdin.close()  # it ends
+
+
+def run_engine(
+    request: dict[str, Any], folder: Path, cache: Path, run: Run = run_program, **variables: str
+) -> dict[str, Any]:
+    """The answer of engine.py to `request`, with its log; folder: new, for what the engine writes. run: what starts
+    it, `run_program` or a starter's `run`."""
     folder.mkdir()
     own = {
         "RMSNORM_PATCH_VLLM_TRACE": str(folder / "trace"),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CACHE_ROOT": str(cache),
     }
-    done = subprocess.run(
-        [sys.executable, str(HERE / "engine.py"), json.dumps(request), str(folder / "answer.json")],
-        env=environment(**{**own, **variables}),
-        capture_output=True,
-        text=True,
-        timeout=600,
-        cwd=folder,
-    )
+    words = [str(HERE / "engine.py"), json.dumps(request), str(folder / "answer.json")]
+    done = run(words, environment(**{**own, **variables}), folder)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return {**json.loads((folder / "answer.json").read_text()), "log": done.stdout + done.stderr}
 
@@ -136,7 +188,7 @@ def serve(model: Path, folder: Path, env: dict[str, str], *more: str) -> Iterato
         _wait(server)
         yield server
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) in (0, -signal.SIGINT, 130)
+        assert process.wait(timeout=300) in (0, -signal.SIGINT, 130)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

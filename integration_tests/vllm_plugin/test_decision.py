@@ -11,7 +11,7 @@ import pytest
 from rmsnorm_patch import vllm_plugin
 from rmsnorm_patch.errors import UnsupportedInput
 from rmsnorm_patch.vllm_plugin import huggingface, settings
-from rmsnorm_patch.vllm_plugin.decision import SPECS, Facts, decide
+from rmsnorm_patch.vllm_plugin.decision import SPECS, Facts, _incumbents_without_ir, decide
 
 CUDA = Facts("auto", "0.26.0", has_ir=True, has_oot=True, device_type="cuda", compiled=True)
 
@@ -23,7 +23,10 @@ CUDA = Facts("auto", "0.26.0", has_ir=True, has_oot=True, device_type="cuda", co
         ({"compiled": False, "incumbents": ("vllm_c", "native")}, "ir", "rmsnorm_patch_c"),
         ({"compiled": False, "device_type": "cpu"}, "ir", "rmsnorm_patch_native"),
         ({"requested": "oot"}, "oot", "rmsnorm_patch"),
-        ({"has_ir": False}, "oot", "rmsnorm_patch"),
+        ({"requested": "oot", "has_ir": False}, "oot", "rmsnorm_patch"),
+        ({"version": "0.34.0", "tried": "0.34"}, "ir", "rmsnorm_patch"),
+        ({"version": "0.34.0rc1", "tried": "0.34", "has_ir": False}, "oot", "rmsnorm_patch"),
+        ({"version": "dev", "tried": "dev", "has_ir": False}, "oot", "rmsnorm_patch"),
         ({"incumbents": ("rmsnorm_patch", "native")}, "ir", "rmsnorm_patch"),
         ({"quantization": "awq"}, "ir", "rmsnorm_patch"),
         ({"quantization": "fp8", "compiled": False, "incumbents": ("vllm_c",)}, "ir", "rmsnorm_patch_c"),
@@ -45,8 +48,12 @@ def test_served(changes: dict, route: str, provider: str) -> None:
     [
         ({"requested": "off"}, "RMSNORM_PATCH_VLLM=off", False),
         ({"version": "0.25.1"}, "outside the supported range 0.26 to 0.33", True),
-        ({"version": "0.34.0rc1"}, "outside the supported range", True),
-        ({"version": "dev"}, "outside the supported range", True),
+        ({"version": "0.34.0rc1"}, "0.26 to 0.33; RMSNORM_PATCH_VLLM_RELEASE=0.34 tries it all the same", True),
+        ({"version": "0.35.1", "tried": "0.34"}, "RMSNORM_PATCH_VLLM_RELEASE=0.35 tries it", True),
+        ({"version": "dev"}, "0.26 to 0.33; RMSNORM_PATCH_VLLM_RELEASE=dev tries it all the same", True),
+        ({"version": "0.25.1", "tried": "0.25"}, "outside the supported range 0.26 to 0.33", True),
+        ({"has_ir": False}, "has no IR ops, and every release from 0.26 to 0.33 has them", True),
+        ({"has_ir": False}, "RMSNORM_PATCH_VLLM=oot tries it all the same", True),
         ({"requested": "ir", "has_ir": False}, "does not offer the 'ir' route", True),
         ({"requested": "oot", "has_oot": False}, "does not offer the 'oot' route", True),
         ({"device_type": "tpu"}, "no kernels for device type 'tpu'", False),
@@ -78,6 +85,9 @@ JOINS = "norms add up the parts of split products"
         ({"capability": 80}, False),
         ({"capability": 89}, False),
         ({"capability": 100}, False),
+        ({"requested": "oot"}, True),
+        ({"requested": "oot", "has_ir": False}, True),
+        ({"version": "0.34.0", "tried": "0.34", "has_ir": False}, True),
         ({"capability": None}, False),
         ({"device_type": "cpu"}, False),
         ({"device_type": "cpu", "capability": None}, False),
@@ -86,19 +96,61 @@ JOINS = "norms add up the parts of split products"
         ({"batch_invariant": True}, False),
         ({"batch_invariant": True, "linear": "reorder"}, False),
         ({"captures": False}, False),
-        ({"requested": "oot"}, False),
-        ({"has_ir": False}, False),
+        ({"requested": "oot", "tensor_parallel": 2}, False),
         ({"compiled": False}, False),
         ({"quantization": "fp8"}, False),
         ({"requested": "off"}, False),
     ],
 )
 def test_products_are_joined_with_norms(changes: dict, linear: bool) -> None:
-    """In compiled graphs of the IR route, on the GPU where it was measured, unless it is turned off."""
+    """In compiled graphs of both routes, on the GPU where it was measured, unless it is turned off."""
     decision = decide(replace(CUDA, **{"capability": 90, **changes}))
     assert decision.linear is linear
     assert (JOINS in decision.reason) is linear
     assert (JOINS in str(decision)) is linear
+
+
+@pytest.mark.parametrize(
+    ("changes", "offset"),
+    [
+        ({}, True),
+        ({"requested": "oot"}, True),
+        ({"requested": "oot", "has_ir": False}, True),
+        ({"compiled": False, "tensor_parallel": 2, "incumbents": ("vllm_c",)}, True),
+        ({"requested": "ir", "tensor_parallel": 2}, False),
+        ({"quantization": "fp8"}, False),
+        ({"batch_invariant": True}, True),
+        ({"requested": "off"}, False),
+    ],
+)
+def test_norms_with_fp32_weights_are_served_on_both_routes(changes: dict, offset: bool) -> None:
+    """But where their class would hide them from the all-reduce fusion."""
+    assert decide(replace(CUDA, **changes)).offset is offset
+
+
+def test_an_uncompiled_engine_with_cuda_graphs_gets_the_eager_numerics() -> None:
+    """vLLM's breakable CUDA graphs capture a forward that nothing compiled: vLLM's CUDA op is what runs in it."""
+    breakable = replace(CUDA, compiled=False, captures=True, capability=90, incumbents=("vllm_c", "native"))
+    for requested in ("ir", "oot"):
+        decision = decide(replace(breakable, requested=requested))
+        assert (decision.route, decision.provider) == (requested, "rmsnorm_patch_c")
+        assert (decision.linear, decision.offset) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("custom_ops", "device_type", "first"),
+    [
+        (["none"], "cuda", "native"),
+        (["none", "+rms_norm"], "cuda", "vllm_c"),
+        (["all"], "cuda", "vllm_c"),
+        (["all", "-rms_norm"], "cuda", "native"),
+        (["all"], "cpu", "native"),
+    ],
+)
+def test_without_priorities_the_list_of_custom_ops_says_what_is_replaced(
+    custom_ops: list[str], device_type: str, first: str
+) -> None:
+    assert _incumbents_without_ir(custom_ops, device_type)[0] == first
 
 
 def test_joining_changes_nothing_else_of_a_decision() -> None:
@@ -167,6 +219,26 @@ def test_description(variables: dict, route: str, reason: str, monkeypatch: pyte
     assert reason in found.reason
 
 
+@pytest.mark.parametrize(
+    ("version", "tried", "route", "reason"),
+    [
+        ("0.34.0", "", "none", "RMSNORM_PATCH_VLLM_RELEASE=0.34 tries it all the same"),
+        ("0.34.0", "0.34", "oot", "RMSNORM_PATCH_VLLM_RELEASE tries it"),
+        ("0.33.0", "0.34", "ir", "the worker's log"),
+    ],
+)
+def test_description_of_a_release_that_was_not_run(
+    version: str, tried: str, route: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RMSNORM_PATCH_VLLM", "RMSNORM_PATCH_VLLM_LINEAR", "VLLM_PLUGINS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RMSNORM_PATCH_VLLM_RELEASE", tried)
+    monkeypatch.setattr(vllm_plugin, "installed", lambda: version)
+    found = vllm_plugin.describe()
+    assert found.route == route
+    assert reason in found.reason
+
+
 def test_importing_and_registering_load_nothing_of_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Importing the plugin is free; without vLLM so is `register`, which then imports no more than itself."""
     code = (
@@ -182,4 +254,4 @@ def test_importing_and_registering_load_nothing_of_vllm(monkeypatch: pytest.Monk
         "assert 'vllm' not in sys.modules and 'triton' not in sys.modules\n"
         "assert p.describe().reason == 'vLLM is not installed'\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=600)

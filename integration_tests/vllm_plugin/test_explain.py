@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -18,30 +16,29 @@ pytestmark = pytest.mark.slow
 DATA = Path(__file__).resolve().parent.parent / "data"
 
 
-@pytest.fixture
-def explained(environment: Callable[..., dict[str, str]]) -> Callable[..., dict[str, Any]]:
-    def explain(model: Path, *arguments: str, **variables: str) -> dict[str, Any]:
-        options = [f"--vllm-arg={argument}" for argument in ("--dtype=bfloat16", *arguments)]
-        done = subprocess.run(
-            [sys.executable, "-m", "rmsnorm_patch", "env", "--json", "--vllm-model", str(model), *options],
-            env=environment(**variables),
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        engine: dict[str, Any] = json.loads(done.stdout)["engine"]
-        return engine
+Explained = Callable[..., dict[str, Any]]
 
-    return explain
+
+def explain(run: Callable[..., Any], env: dict[str, str], model: Path, *arguments: str) -> dict[str, Any]:
+    options = [f"--vllm-arg={argument}" for argument in ("--dtype=bfloat16", *arguments)]
+    done = run(["-m", "rmsnorm_patch", "env", "--json", "--vllm-model", str(model), *options], env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    engine: dict[str, Any] = json.loads(done.stdout)["engine"]
+    return engine
+
+
+@pytest.fixture
+def explained(environment: Callable[..., dict[str, str]], run_program: Callable[..., Any]) -> Explained:
+    return lambda model, *arguments, **variables: explain(run_program, environment(**variables), model, *arguments)
 
 
 def _served(engine: dict[str, Any]) -> Counter[str]:
     return Counter(served for *_, served in engine["norms"])
 
 
-def test_a_llama(explained: Callable[..., dict[str, Any]]) -> None:
-    compiled = explained(DATA / "tiny-llama")
+def test_a_llama(explained: Explained, environment: Any, vllm_processes: Any) -> None:
+    compiled = explain(vllm_processes.run_program, environment(), DATA / "tiny-llama")  # as a user's shell starts it
+    assert explained(DATA / "tiny-llama") == compiled
     assert (compiled["route"], compiled["provider"], compiled["error"]) == ("ir", "rmsnorm_patch", "")
     assert _served(compiled) == {"rmsnorm_patch (rmsnorm_patch)": 9}
     assert ["model.layers.3.input_layernorm", "RMSNorm", 192, "rmsnorm_patch (rmsnorm_patch)"] in compiled["norms"]
@@ -53,7 +50,7 @@ def test_a_llama(explained: Callable[..., dict[str, Any]]) -> None:
     assert off["reason"] == "RMSNORM_PATCH_VLLM=off"
 
 
-def test_a_plugin_that_does_not_come_first(explained: Callable[..., dict[str, Any]]) -> None:
+def test_a_plugin_that_does_not_come_first(explained: Explained) -> None:
     kept_out = explained(DATA / "tiny-llama", VLLM_PLUGINS="other")
     assert "VLLM_PLUGINS" in kept_out["reason"]
     assert (kept_out["route"], _served(kept_out)) == ("none", {"vLLM's own norm": 9})
@@ -62,18 +59,18 @@ def test_a_plugin_that_does_not_come_first(explained: Callable[..., dict[str, An
     assert _served(asked) == {"vLLM's own norm: the IR priority was set to begin with 'native'": 9}
 
 
-def test_norms_over_heads_are_the_compilers(explained: Callable[..., dict[str, Any]], checkpoints: Any) -> None:
+def test_norms_over_heads_are_the_compilers(explained: Explained, checkpoints: Any) -> None:
     heads = "the compiler: a norm over heads is fused with its neighbours"
     assert _served(explained(checkpoints("qwen3"))) == {"rmsnorm_patch (rmsnorm_patch)": 5, heads: 4}
     oot = explained(checkpoints("qwen3"), RMSNORM_PATCH_VLLM="oot")
     assert _served(oot) == {"rmsnorm_patch (rmsnorm_patch)": 5, heads: 4}
 
 
-def test_a_weight_of_another_dtype_is_named(explained: Callable[..., dict[str, Any]], checkpoints: Any) -> None:
+def test_a_weight_of_another_dtype_is_named(explained: Explained, checkpoints: Any) -> None:
     assert _served(explained(checkpoints("gemma"))) == {"vLLM's own norm: its class, dtype or weight is not served": 5}
 
 
-def test_what_vllm_refuses_is_told(explained: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_what_vllm_refuses_is_told(explained: Explained, tmp_path: Path) -> None:
     engine = explained(tmp_path)
     assert engine["norms"] == []
     assert engine["error"]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -22,12 +20,15 @@ HERE = Path(__file__).resolve().parent
 PROMPTS = [[5, 70, 101, 108, 111], [40, 98, 105, 32, 97, 32, 110]]
 NORMS = {"llama": 5, "qwen3": 9, "mistral": 5, "gemma3_text": 13, "olmo2": 9}
 """Of two layers, q and k norms included."""
-EAGER = [
+Case = tuple[str, str, bool]
+EAGER = (
     *[(kind, "huggingface", True) for kind in NORMS],
     *[(kind, "engine", True) for kind in ("gemma3_text", "olmo2")],
-]
-"""In this order: the backend that serves olmo2 rewrites transformers' classes of the process."""
-COMPILED = [("qwen3", "huggingface", False), ("gemma3_text", "huggingface", False)]
+)
+"""Type of the model, numerics, enforce_eager. In this order: the backend that serves olmo2 rewrites transformers'
+classes of the process."""
+BY_CLASS = (("qwen3", "huggingface", True), ("gemma3_text", "huggingface", True))
+COMPILED = (("qwen3", "huggingface", False), ("gemma3_text", "huggingface", False))
 
 Calls = list[tuple[str, dict[str, torch.Tensor]]]
 
@@ -44,14 +45,16 @@ def _calls(file: Path) -> Calls:
 
 @pytest.fixture(scope="module")
 def run(
-    work: Path, checkpoints: Callable[[str], Path], environment: Callable[..., dict[str, str]]
-) -> Callable[[tuple[tuple[str, str, bool], ...]], tuple[dict[tuple[str, str, bool], Calls], str]]:
+    tmp_path_factory: pytest.TempPathFactory,
+    checkpoints: Callable[[str], Path],
+    environment: Callable[..., dict[str, str]],
+    run_program: Callable[..., Any],
+) -> Callable[[tuple[Case, ...], str], tuple[dict[Case, Calls], str]]:
     """The calls of each engine, and the log: all of them in one child, one after another."""
 
     @cache
-    def run_all(wanted: tuple[tuple[str, str, bool], ...]) -> tuple[dict[tuple[str, str, bool], Calls], str]:
-        folder = work / f"operands{len(wanted)}"
-        folder.mkdir()
+    def run_all(wanted: tuple[Case, ...], route: str) -> tuple[dict[Case, Calls], str]:
+        folder = tmp_path_factory.mktemp("operands")
         files = {case: folder / f"{i}.safetensors" for i, case in enumerate(wanted)}
         requests = [
             {
@@ -64,13 +67,10 @@ def run(
             }
             for case, file in files.items()
         ]
-        done = subprocess.run(
-            [sys.executable, str(HERE / "norm_operands.py"), json.dumps(requests), str(folder / "answer.json")],
-            env=environment(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CACHE_ROOT=str(work / "cache")),
-            capture_output=True,
-            text=True,
-            timeout=1200,
-            cwd=folder,
+        done = run_program(
+            [str(HERE / "norm_operands.py"), json.dumps(requests), str(folder / "answer.json")],
+            environment(VLLM_ENABLE_V1_MULTIPROCESSING="0", RMSNORM_PATCH_VLLM=route),
+            folder,
         )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         return {case: _calls(file) for case, file in files.items()}, done.stdout + done.stderr
@@ -100,7 +100,7 @@ def differing(checkpoints: Callable[[str], Path]) -> Callable[[str, Calls], int]
 
 def test_every_norm_of_an_engine_has_the_bits_of_transformers(run: Any, differing: Any) -> None:
     """One test, so that one process of the tests starts the engines."""
-    engines, log = run(tuple(EAGER))
+    engines, log = run(EAGER, "ir")
     found = {case: differing(case[0], calls) for case, calls in engines.items()}
     assert [case for case, count in found.items() if (count == 0) is not (case[1] == "huggingface")] == []
     for (kind, _, _), calls in engines.items():
@@ -109,14 +109,23 @@ def test_every_norm_of_an_engine_has_the_bits_of_transformers(run: Any, differin
     for count in set(NORMS.values()):
         assert f"{count} of {count} norms compute what transformers' do" in log
     assert "is not served" not in log
+    assert "keep other numerics" not in log
+
+
+def test_by_the_classes_of_route_oot_too(run: Any, differing: Any) -> None:
+    engines, log = run(BY_CLASS, "oot")
+    for (kind, _, _), calls in engines.items():
+        assert len(calls) >= 4 * NORMS[kind]
+        assert differing(kind, calls) == 0
+        assert f"{NORMS[kind]} of {NORMS[kind]} norms compute what transformers' do" in log
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["qwen3", "gemma3_text"])
 def test_in_compiled_graphs_too(kind: str, run: Any, differing: Any) -> None:
     """The calls of the ops in the graph, which stand in the order of the modules' in eager mode."""
-    paths = list(dict.fromkeys(path for path, _ in run(tuple(EAGER))[0][kind, "huggingface", True]))
-    calls = run(tuple(COMPILED))[0][kind, "huggingface", False]
+    paths = list(dict.fromkeys(path for path, _ in run(BY_CLASS, "oot")[0][kind, "huggingface", True]))
+    calls = run(COMPILED, "ir")[0][kind, "huggingface", False]
     assert len(calls) >= 4 * NORMS[kind]
     named = [(paths[i % len(paths)], tensors) for i, (_, tensors) in enumerate(calls)]
     assert differing(kind, named) == 0
@@ -153,6 +162,7 @@ def test_what_cannot_be_known_is_refused(
     tmp_path: Path,
     tiny_llama: Path,
     environment: Any,
+    run_program: Any,
 ) -> None:
     """The engine's numerics then, which the decision says; a fusion that is on by default is turned off."""
     for file in tiny_llama.iterdir():
@@ -160,13 +170,8 @@ def test_what_cannot_be_known_is_refused(
     if architecture is not None:
         config = json.loads((tmp_path / "config.json").read_text())
         (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": [architecture]}))
-    done = subprocess.run(
-        [sys.executable, "-c", REFUSED, str(tmp_path), json.dumps(engine)],
-        env=environment(RMSNORM_PATCH_VLLM_NUMERICS="huggingface"),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    words = ["-c", REFUSED, str(tmp_path), json.dumps(engine)]
+    done = run_program(words, environment(RMSNORM_PATCH_VLLM_NUMERICS="huggingface"))
     assert done.returncode == 0, done.stderr[-3000:]
     said = dict(line.split(" ", 1) for line in done.stdout.splitlines() if line[:5] in ("DECIS", "PRIOR", "FUSES"))
     got = json.loads(said["DECISION"])
@@ -174,3 +179,64 @@ def test_what_cannot_be_known_is_refused(
     assert refused in got[2]
     assert bool(got[1]) is not bool(got[2])
     assert said["FUSES"] == ("True" if "compilation_config" in engine else "False")
+
+
+COUNTED = """
+import sys
+from dataclasses import replace
+import torch
+from vllm.model_executor.custom_op import CustomOp
+from vllm.model_executor.layers import layernorm
+class Foreign(layernorm.GemmaRMSNorm): pass
+CustomOp.register_oot(Foreign, name="GemmaRMSNorm")
+class OwnRMSNorm(torch.nn.Module): weight = torch.ones(64)
+from rmsnorm_patch import vllm_plugin
+vllm_plugin.register()
+from vllm.config import set_current_vllm_config
+from vllm.engine.arg_utils import EngineArgs
+from rmsnorm_patch.vllm_plugin import counterparts, huggingface
+from rmsnorm_patch.vllm_plugin.decision import decision_for
+config = EngineArgs(model=sys.argv[1], dtype="bfloat16").create_engine_config()
+decision, known = decision_for(config), huggingface.numerics_of(config.model_config.hf_config)
+n = config.model_config.get_hidden_size()
+torch.set_default_dtype(torch.bfloat16)
+with set_current_vllm_config(config):
+    norms = {
+        "served": layernorm.RMSNorm(n, eps=3e-3),
+        "full": layernorm.RMSNorm(n, dtype=torch.float32),
+        "other": layernorm.RMSNorm(n - 1),
+        "gemma": layernorm.GemmaRMSNorm(n),
+        "own": OwnRMSNorm(),
+    }
+model = torch.nn.ModuleDict(norms)
+counterparts.align(model, known, decision, config)
+print("EPS", norms["served"].variance_epsilon == known.norms[0][1].eps, norms["full"].variance_epsilon)
+once = huggingface.ROUNDED_ONCE
+gemma = replace(known, provider=once, norms=(("gemma", huggingface.Norm("G", n, 1e-6, True)),))
+def again(known, decision, *paths):
+    counterparts.align(torch.nn.ModuleDict({path: norms[path] for path in paths}), known, decision, config)
+again(gemma, replace(decision, provider=once), "gemma")
+again(gemma, decision, "served")
+config.kernel_config.ir_op_priority.fused_add_rms_norm.insert(0, "native")
+again(known, decision, "served")
+"""
+
+
+def test_only_what_is_served_is_counted(tiny_llama: Path, environment: Any, run_program: Any) -> None:
+    """Norms of other dtypes, lengths, classes and priorities than the provider's, and a draft's of another model."""
+    done = run_program(["-c", COUNTED, str(tiny_llama)], environment(RMSNORM_PATCH_VLLM_NUMERICS="huggingface"))
+    log = done.stdout + done.stderr
+    assert done.returncode == 0, log[-3000:]
+    assert "EPS True 1e-06" in log
+    assert "1 of 5 norms compute what transformers' do, 1 of them with its eps in place of vLLM's" in log
+    assert log.count("0 of 1 norms") == 3
+    for why in (
+        "full (RMSNorm: a weight of torch.float32 for rows of torch.bfloat16)",
+        "other (RMSNorm: no norm of that path, or of that length, in transformers' model)",
+        "gemma (Foreign: transformers' LlamaRMSNorm computes no 1 + w)",
+        "own (OwnRMSNorm: a class with arithmetic of its own)",
+        "gemma (Foreign: somebody else's class is registered)",
+        "served (RMSNorm: the engine has rmsnorm_patch_hf_llama; ",
+        "served (RMSNorm: the IR priority was set to begin with 'native')",
+    ):
+        assert why in log

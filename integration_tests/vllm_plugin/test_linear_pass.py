@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 from torch import fx
+from torch._higher_order_ops.auto_functionalize import auto_functionalized
 from torch._inductor import config as inductor
 
 from rmsnorm_patch import ops
 from rmsnorm_patch.fused.linear_norm import op as linear_ops
 from rmsnorm_patch.fused.linear_norm import splits as product_splits
+from rmsnorm_patch.numerics.spec import GEMMA
 from rmsnorm_patch.vllm_plugin import linear_pass, log
 from rmsnorm_patch.vllm_plugin.decision import SPECS, Decision
 
@@ -29,7 +31,7 @@ M, N, K = 5, 64, 96
 
 
 class Layer:
-    """A graph as vLLM's lowering leaves it, each node with its value's shape. tensors: what it can be called with."""
+    """A graph as vLLM's manager leaves it, each node with its value's shape. tensors: what it can be called with."""
 
     def __init__(self) -> None:
         self.graph = fx.Graph()
@@ -369,8 +371,8 @@ def test_not_joined(build: Callable[[Layer], Layer]) -> None:
     made.graph.lint()
 
 
-class Lowering:
-    """vLLM's pass, as far as our hooks see it: the norms are in the graph once it was called."""
+class Manager:
+    """vLLM's manager of passes, as far as our hooks see it: the norms are in the graph once it was called."""
 
     def __init__(self, linear: bool = True, splits: str = "") -> None:
         self.rmsnorm_patch_linear = linear
@@ -381,42 +383,42 @@ class Lowering:
         self.found.append(str(graph))
 
     def uuid(self) -> str:
-        return "lowering"
+        return "manager"
 
 
-call = linear_pass.wrap_call(Lowering.__call__)
+call = linear_pass.wrap_call(Manager.__call__)
 
 
-def test_the_pass_joins_after_the_lowering() -> None:
-    made, lowering = layer(with_clone=True), Lowering()
+def test_the_pass_joins_after_the_manager() -> None:
+    made, manager = layer(with_clone=True), Manager()
     before = str(made.graph)
-    call(lowering, made.graph)
-    assert lowering.found == [before]
+    call(manager, made.graph)
+    assert manager.found == [before]
     assert len(made.joined()) == 1
 
 
 def test_the_pass_does_not_join_where_that_is_off() -> None:
-    made, lowering = layer(with_clone=True), Lowering(linear=False)
-    call(lowering, made.graph)
-    assert len(lowering.found) == 1
+    made, manager = layer(with_clone=True), Manager(linear=False)
+    call(manager, made.graph)
+    assert len(manager.found) == 1
     assert not made.joined()
 
 
 def test_a_pass_that_was_made_before_the_hooks_joins_nothing() -> None:
-    made, lowering = layer(with_clone=True), Lowering()
-    del lowering.rmsnorm_patch_linear, lowering.rmsnorm_patch_splits
-    call(lowering, made.graph)
+    made, manager = layer(with_clone=True), Manager()
+    del manager.rmsnorm_patch_linear, manager.rmsnorm_patch_splits
+    call(manager, made.graph)
     assert not made.joined()
-    assert linear_pass.wrap_uuid(Lowering.uuid)(lowering).startswith("lowering")
+    assert linear_pass.wrap_uuid(Manager.uuid)(manager).startswith("manager")
 
 
 @pytest.mark.parametrize("option", ["max_autotune", "max_autotune_gemm"])
 def test_the_pass_leaves_products_that_the_compiler_tunes(option: str) -> None:
     made = layer(with_clone=True)
     with inductor.patch(**{option: True}):
-        call(Lowering(), made.graph)
+        call(Manager(), made.graph)
     assert not made.joined()
-    call(Lowering(), made.graph)
+    call(Manager(), made.graph)
     assert len(made.joined()) == 1
 
 
@@ -430,12 +432,12 @@ def test_a_failure_leaves_a_right_graph_and_one_warning(caplog: pytest.LogCaptur
     made.norm(second, made.residual)
     made.made(second)
     del square.meta["val"]
-    before, lowering = made.run(), Lowering()
+    before, manager = made.run(), Manager()
     log.warn_once.cache_clear()
     logging.getLogger("vllm").propagate = True
     with caplog.at_level(logging.WARNING, logger=log.logger.name):
         for _ in range(2):
-            call(lowering, made.graph)
+            call(manager, made.graph)
     assert [record.getMessage() for record in caplog.records] == [
         "rmsnorm_patch: not every product is joined with its norm: KeyError: 'val'"
     ]
@@ -446,22 +448,99 @@ def test_a_failure_leaves_a_right_graph_and_one_warning(caplog: pytest.LogCaptur
 
 
 def test_the_pass_has_another_cache_key_where_it_joins() -> None:
-    uuid = linear_pass.wrap_uuid(Lowering.uuid)
-    on, off = uuid(Lowering(linear=True)), uuid(Lowering(linear=False))
-    others = [uuid(Lowering(splits=splits)) for splits in ("ahead 1 8", "ahead 1 8 reorder")]
+    uuid = linear_pass.wrap_uuid(Manager.uuid)
+    on, off = uuid(Manager(linear=True)), uuid(Manager(linear=False))
+    others = [uuid(Manager(splits=splits)) for splits in ("ahead 1 8", "ahead 1 8 reorder")]
     assert len({on, off, *others}) == 4
-    assert all(key.startswith("lowering") for key in (on, off, *others))
+    assert all(key.startswith("manager") for key in (on, off, *others))
 
 
 def test_each_engines_settings_reach_its_ops() -> None:
     """Two engines of one process: their graphs name their own settings, whichever of the arguments before are there."""
     for splits in ("ahead 1 8", "reorder", ""):
         made = layer(with_clone=True)
-        call(Lowering(splits=splits), made.graph)
+        call(Manager(splits=splits), made.graph)
         (joined,) = made.joined()
         named = joined.args[13:]
         assert named == ((splits,) if splits else ())
         assert linear_ops._bound(True, *joined.args[5:])[-1] is product_splits.finder_of(splits)
+
+
+PLAIN = torch.ops.rmsnorm_patch.fused_add_rms_norm.default
+OFFSET_ARGS = ops.spec_args(GEMMA)[:4]
+
+
+def functional(made: Layer, x: fx.Node, residual: fx.Node, form: str) -> tuple[fx.Node, fx.Node]:
+    """The normed rows and the sum, of an op that writes, as torch makes a functional call of it, or of one that
+    writes nothing, with fp32 `1 + w`."""
+    if form == "plain":
+        norm = made.call(PLAIN, x, residual, made.weight, 1e-5, *OFFSET_ARGS)
+        return made.call(operator.getitem, norm, 0), made.call(operator.getitem, norm, 1)
+    names = [argument.name for argument in NORM._schema.arguments]
+    given = (x, residual, made.weight, 1e-5, *ops.spec_args(SPECS["rmsnorm_patch"]))
+    norm = made.graph.call_function(auto_functionalized, (NORM,), dict(zip(names, given, strict=True)))
+    norm.meta["val"] = (None, x.meta["val"], residual.meta["val"])
+    return made.call(operator.getitem, norm, 1), made.call(operator.getitem, norm, 2)
+
+
+def functional_layer(form: str, read_later: str = "") -> Layer:
+    """Two products with a norm behind each. read_later: which operand of the first norm somebody reads after it."""
+    made = Layer()
+    square = made.input("square", N, N)
+    residual = made.call(aten.relu.default, made.residual)
+    x = made.product(made.rows, made.matrix)
+    normed, total = functional(made, x, residual, form)
+    second, second_total = functional(made, made.product(normed, square), total, form)
+    later = {"x": x, "residual": residual, "": second}[read_later]
+    return made.made(second, second_total, made.call(aten.relu.default, later))
+
+
+def joined_calls(made: Layer) -> list[fx.Node]:
+    return [node for node in made.graph.nodes if node.target is auto_functionalized and node.args == (JOINED,)]
+
+
+@pytest.mark.parametrize("form", ["written", "plain"])
+def test_a_functional_norm_and_its_product_become_one_functional_op(form: str) -> None:
+    made = functional_layer(form)
+    before = made.run()
+    assert linear_pass.join(made.graph, "ahead 1 8") == 2
+    made.graph.lint()
+    first, second = joined_calls(made)
+    assert (first.kwargs["rows"], first.kwargs["matrix"]) == (made.rows, made.matrix)
+    assert {call.kwargs["splits"] for call in (first, second)} == {"ahead 1 8"}
+    assert {call.kwargs["weight_offset"] for call in (first, second)} == {"fp32" if form == "plain" else "none"}
+    assert [value.shape for value in first.meta["val"]] == [(M, N), (M, N)]
+    assert not {aten.mm.default, aten.permute.default, PLAIN} & set(made.targets())
+    assert same_bits(made.run(), before)
+
+
+@pytest.mark.parametrize(
+    ("form", "read_later", "joined"),
+    [("written", "x", 1), ("plain", "x", 1), ("written", "residual", 2), ("plain", "residual", 1)],
+)
+def test_operands_that_are_read_after_a_functional_norm(form: str, read_later: str, joined: int) -> None:
+    """A product that others read stays one. A residual that nobody gave up is not written; that of an op which writes
+    is copied where it must be, with its product or without."""
+    made = functional_layer(form, read_later)
+    before = made.run()
+    assert linear_pass.join(made.graph) == joined
+    made.graph.lint()
+    assert same_bits(made.run(), before)
+
+
+@pytest.mark.parametrize(("form", "joined"), [("written", 1), ("plain", 0)])
+def test_a_residual_that_is_the_graphs_input(form: str, joined: int) -> None:
+    made = Layer()
+    made.made(*functional(made, made.product(made.rows, made.matrix), made.residual, form))
+    assert linear_pass.join(made.graph) == joined
+
+
+def test_a_functional_norm_whose_results_go_on_as_a_pair_is_left() -> None:
+    made = Layer()
+    residual = made.call(aten.relu.default, made.residual)
+    norm = made.call(PLAIN, made.product(made.rows, made.matrix), residual, made.weight, 1e-5)
+    made.made(norm)
+    assert linear_pass.join(made.graph) == 0
 
 
 def test_what_an_engine_looks_at_ahead() -> None:

@@ -1,17 +1,20 @@
-"""The path of a GPU's default mode, taken on the CPU: vLLM's own lowering pass puts our op into Inductor's graph."""
+"""The path of a GPU's default mode, taken on the CPU: vLLM's own passes put our ops into Inductor's graph."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed in this environment; `make test-vllm` builds one")
 pytestmark = pytest.mark.slow
 
-IMPORTS = """
+HERE = Path(__file__).resolve().parent
+IMPORTS = f"""
+import sys
+sys.path.insert(0, {str(HERE)!r})
 import torch
 from rmsnorm_patch import vllm_plugin
 from rmsnorm_patch.vllm_plugin import calls
@@ -25,16 +28,15 @@ from vllm.config.utils import Range
 """
 
 
-def run(script: str, environment: Callable[..., dict[str, str]]) -> None:
+@pytest.fixture
+def run(environment: Callable[..., dict[str, str]], run_program: Callable[..., Any]) -> Callable[[str], None]:
     """In a process of its own: vLLM keeps global state."""
-    done = subprocess.run(
-        [sys.executable, "-c", IMPORTS + script],
-        env=environment(RMSNORM_PATCH_COMPILE="op"),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]
+
+    def run(script: str) -> None:
+        done = run_program(["-c", IMPORTS + script], environment(RMSNORM_PATCH_COMPILE="op"))
+        assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]
+
+    return run
 
 
 LOWERED = """
@@ -77,10 +79,10 @@ with set_current_vllm_config(vllm_config), torch.no_grad(), pass_context(Range(1
 """
 
 
-def test_the_lowering_pass_selects_and_inserts_our_ops(environment: Callable[..., dict[str, str]]) -> None:
+def test_the_lowering_pass_selects_and_inserts_our_ops(run: Callable[[str], None]) -> None:
     """Fused add, weightless with variance_size: ours; an fp32 weight: vLLM's; a strided 3-D head norm: the compiler's,
     and ours with a right, contiguous result where that rule is taken away."""
-    run(LOWERED, environment)
+    run(LOWERED)
 
 
 JOINED = """
@@ -89,7 +91,10 @@ from collections import Counter
 from dataclasses import replace
 import torch.nn.functional as F
 from rmsnorm_patch.vllm_plugin import decision, hooks, settings
-from vllm.compilation.passes.ir.clone_elimination import UnsafeCloneEliminationPass
+from vllm.compilation.passes.pass_manager import PostGradPassManager
+from whole_compiler import FUSIONS, _name_missing_ops
+
+_name_missing_ops()
 
 def config(linear):
     os.environ[settings.LINEAR_VARIABLE] = linear
@@ -101,10 +106,12 @@ elsewhere = dict(device_type="cuda", capability=90, captures=True)
 hooks.facts_of = decision.facts_of = lambda *args: replace(of_this_engine(*args), **elsewhere)
 assert config("auto").compute_hash() != config("off").compute_hash()
 
-class Watched(VllmIRLoweringPass):
+class Watched(PostGradPassManager):
     def __init__(self, vllm_config):
-        super().__init__(vllm_config)
-        self.eliminate_clones = UnsafeCloneEliminationPass(vllm_config)
+        super().__init__()
+        for fusion in FUSIONS:
+            setattr(vllm_config.compilation_config.pass_config, fusion, False)
+        self.configure(vllm_config)
 
     def __call__(self, graph):
         super().__call__(graph)
@@ -113,8 +120,6 @@ class Watched(VllmIRLoweringPass):
         self.targets = Counter(str(node.target).removesuffix(".default") for node in nodes)
         op = torch.ops.rmsnorm_patch.linear_fused_add_rms_norm_.default
         self.joined = [(*node.args[1].meta["val"].shape,) for node in nodes if node.target is op]
-        self.eliminate_clones(graph)
-        graph.lint()
 
 def layers(x, residual, weight, o, gate_up, down, bias):
     def norm(x, residual):
@@ -144,7 +149,7 @@ def compiled(linear):
                 given = x.clone(), residual.clone()
                 results += call(*given, weight, *matrices, bias)
                 assert torch.equal(given[0], x) and torch.equal(given[1], residual)
-        return results, watched, VllmIRLoweringPass(vllm_config).uuid()
+            return results, watched, watched.uuid()
 
 apart, off, key_off = compiled("off")
 together, on, key_on = compiled("auto")
@@ -158,7 +163,7 @@ assert key_on != key_off
 """
 
 
-def test_the_lowering_pass_joins_products_and_norms(environment: Callable[..., dict[str, str]]) -> None:
+def test_vllms_passes_are_followed_by_ours_which_joins_products_and_norms(run: Callable[[str], None]) -> None:
     """Those of o and down; not one that is read elsewhere, has a bias, or has a computed matrix. The GPU is pretended,
     in the facts of the decision and nowhere else: the variable, the decision, the passes and the keys are real."""
-    run(JOINED, environment)
+    run(JOINED)

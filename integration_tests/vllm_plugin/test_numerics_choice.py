@@ -14,7 +14,7 @@ from rmsnorm_patch import vllm_plugin
 from rmsnorm_patch.errors import UnsupportedInput
 from rmsnorm_patch.numerics.spec import GEMMA, LLAMA, T5
 from rmsnorm_patch.scan.plan import NormSite
-from rmsnorm_patch.vllm_plugin import calls, huggingface, settings, trial
+from rmsnorm_patch.vllm_plugin import calls, huggingface, oot_route, settings
 from rmsnorm_patch.vllm_plugin.decision import Facts, decide
 
 FAMILIES = {
@@ -157,13 +157,21 @@ def test_a_bad_value_names_the_two(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told in vllm_plugin.describe().reason
 
 
-def test_a_weight_of_another_dtype_only_where_transformers_has_it_too() -> None:
-    """vLLM hands 1 + w as fp32; a rounding before a product in fp32 would give fp32 rows in transformers."""
-    x, half, full = torch.zeros(2, 8).bfloat16(), torch.ones(8).bfloat16(), torch.ones(8)
-    for provider in ("rmsnorm_patch", "rmsnorm_patch_native", "rmsnorm_patch_c", "rmsnorm_patch_hf_llama"):
-        assert calls.takes_weight(provider, x, half)
-        assert not calls.takes_weight(provider, x, full)
-    assert calls.takes_weight("rmsnorm_patch_hf_olmo", x, full)
-    spec = calls.spec_of("rmsnorm_patch_hf_olmo", True, None)
-    assert "weight of torch.float32" in trial.declined(x, full, spec, "rms_norm")
-    assert trial.declined(x, full, spec, "rms_norm", takes_weight=True) == ""
+@pytest.mark.parametrize("parallel", [1, 2])
+@pytest.mark.parametrize(
+    ("provider", "served"),
+    [("rmsnorm_patch_hf_olmo", "rmsnorm_patch_hf_olmo"), ("rmsnorm_patch_hf_llama", "rmsnorm_patch")],
+)
+def test_the_class_of_1_plus_w_follows_where_its_provider_computes_that(
+    provider: str, served: str, parallel: int
+) -> None:
+    """Else it has the engine's numerics, and is no norm of transformers in the count. The all-reduce fusion, for which
+    the class stands aside with the engine's numerics, is turned off."""
+    decision = decide(replace(CUDA, transformers=replace(KNOWN, provider=provider), tensor_parallel=parallel))
+    norm = object.__new__(oot_route._OffsetNorm)
+    assert norm._provider_of(decision) == served
+    spec = calls.spec_of(norm._provider_of(decision), True, None, norm.rmsnorm_patch_offset)
+    assert (spec.round_before_weight, spec.weight_offset) == ("none", "fp32")
+    assert spec.sum == ("fp32" if served == "rmsnorm_patch" else "rounded")
+    engines = decide(replace(CUDA, requested="ir", tensor_parallel=parallel))
+    assert engines.offset is (parallel == 1)

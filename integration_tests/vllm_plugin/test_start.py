@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,7 @@ pytestmark = pytest.mark.slow
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parent / "data"
 Environment = Callable[..., dict[str, str]]
-
-
-def _python(code: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
+Run = Callable[..., Any]
 
 
 @pytest.mark.parametrize(
@@ -28,15 +23,12 @@ def _python(code: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
     [("RMSNORM_PATCH_VLLM", "auto, ir, oot, off"), ("RMSNORM_PATCH_VLLM_LINEAR", "auto, reorder, off")],
 )
 def test_a_bad_value_stops_the_start_before_weights_load(
-    variable: str, allowed: str, tmp_path: Path, environment: Environment
+    variable: str, allowed: str, tmp_path: Path, environment: Environment, run_program: Run
 ) -> None:
     request = {"model": str(DATA / "tiny-llama"), "enforce_eager": True, "prompts": [[1]], "max_tokens": 1}
-    done = subprocess.run(
-        [sys.executable, str(HERE / "engine.py"), json.dumps(request), str(tmp_path / "answer")],
-        env=environment(**{variable: "fast"}, RMSNORM_PATCH_VLLM_TRACE=str(tmp_path / "trace")),
-        capture_output=True,
-        text=True,
-        timeout=300,
+    done = run_program(
+        [str(HERE / "engine.py"), json.dumps(request), str(tmp_path / "answer")],
+        environment(**{variable: "fast"}, RMSNORM_PATCH_VLLM_TRACE=str(tmp_path / "trace")),
     )
     assert done.returncode != 0
     assert f"{variable}: got 'fast'; supported: {allowed}" in done.stderr
@@ -44,11 +36,49 @@ def test_a_bad_value_stops_the_start_before_weights_load(
 
 
 def test_an_unsupported_release_serves_with_its_own_norms(run_engine: Any) -> None:
-    answer = run_engine(DATA / "tiny-llama", True, "auto", vllm_version="0.40.0")
+    answer = run_engine(DATA / "tiny-llama", True, "auto", vllm_version="0.34.0")
     assert (answer["trace"], answer["priority"], answer["norms"]) == ([], ["native"], ["RMSNorm"])
     warnings = [line for line in answer["log"].splitlines() if "outside the supported range 0.26 to 0.33" in line]
     assert len(warnings) == 1
+    assert "; RMSNORM_PATCH_VLLM_RELEASE=0.34 tries it all the same; vLLM serves with its own norms" in warnings[0]
     assert answer["tokens"] == run_engine(DATA / "tiny-llama", True, "off")["tokens"]
+
+
+WITHOUT_IR = """
+import os
+import vllm.kernels
+from vllm.ir.op import IrOp
+del IrOp.register_impl
+from rmsnorm_patch import vllm_plugin
+from rmsnorm_patch.vllm_plugin import decision
+vllm_plugin.register()
+from vllm import ir
+from vllm.config import VllmConfig
+from vllm.model_executor.custom_op import op_registry_oot
+assert not any("rmsnorm_patch" in name for name in ir.ops.rms_norm.impls)
+print("FOUND", decision.decision_for(VllmConfig()).route, sorted(op_registry_oot))
+"""
+
+
+@pytest.mark.parametrize(
+    ("route", "told", "found"),
+    [
+        (
+            "auto",
+            "has no IR ops, and every release from 0.26 to 0.33 has them; RMSNORM_PATCH_VLLM=oot tries it",
+            "none []",
+        ),
+        ("ir", "RMSNORM_PATCH_VLLM=ir cannot be served", "none []"),
+        ("oot", "", "oot ['GemmaRMSNorm', 'RMSNorm']"),
+    ],
+)
+def test_without_ir_only_the_route_that_was_asked_for(
+    route: str, told: str, found: str, environment: Environment, run_program: Run
+) -> None:
+    done = run_program(["-c", WITHOUT_IR], environment(RMSNORM_PATCH_VLLM=route))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert told in done.stdout + done.stderr
+    assert f"FOUND {found}" in done.stdout.splitlines()
 
 
 PROCESSES = """
@@ -73,28 +103,26 @@ if __name__ == "__main__":
         queue = context.Queue()
         process = context.Process(target=register_here, args=(queue,))
         process.start()
-        process.join(200)
-        assert process.exitcode == 0 and queue.get(timeout=5) == "ok", method
+        process.join(900)
+        assert process.exitcode == 0 and queue.get(timeout=60) == "ok", method
     register_here()
     context = multiprocessing.get_context("fork")
     process = context.Process(target=register_here)
     process.start()
-    process.join(200)
+    process.join(900)
     assert process.exitcode == 0
 """
 
 
 @pytest.mark.parametrize("route", ["ir", "oot"])
-def test_register_twice_forked_and_spawned(route: str, tmp_path: Path, environment: Environment) -> None:
+def test_register_twice_forked_and_spawned(
+    route: str, tmp_path: Path, environment: Environment, run_program: Run, vllm_processes: Any
+) -> None:
+    """With route ir none of the processes has imported vLLM before; with oot all have but the spawned one."""
     script = tmp_path / "processes.py"
     script.write_text(PROCESSES)
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        env=environment(RMSNORM_PATCH_VLLM=route),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    run = vllm_processes.run_program if route == "ir" else run_program
+    done = run([str(script)], environment(RMSNORM_PATCH_VLLM=route))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "rmsnorm_patch: the vLLM plugin is off" not in done.stderr + done.stdout
 
@@ -111,17 +139,17 @@ print("KEYS", first, VllmConfig().compute_hash())
 """
 
 
-def test_the_compile_cache_key_sees_the_route_and_our_version(environment: Environment) -> None:
+def test_the_compile_cache_key_sees_the_route_and_our_version(environment: Environment, run_program: Run) -> None:
     keys = {}
     for route in ("off", "ir", "oot"):
-        done = _python(KEYS, environment(RMSNORM_PATCH_VLLM=route))
+        done = run_program(["-c", KEYS], environment(RMSNORM_PATCH_VLLM=route))
         assert done.returncode == 0, done.stderr[-3000:]
         keys[route] = next(line for line in done.stdout.splitlines() if line.startswith("KEYS")).split()[1:]
     assert keys["off"][0] == keys["off"][1]
     assert len({keys["off"][0], *keys["ir"], *keys["oot"]}) == 5
 
 
-def test_a_foreign_out_of_tree_norm_is_left_in_place(environment: Environment) -> None:
+def test_a_foreign_out_of_tree_norm_is_left_in_place(environment: Environment, run_program: Run) -> None:
     code = (
         "from vllm.model_executor.custom_op import CustomOp, op_registry_oot\n"
         "from vllm.model_executor.layers.layernorm import RMSNorm\n"
@@ -131,23 +159,23 @@ def test_a_foreign_out_of_tree_norm_is_left_in_place(environment: Environment) -
         "vllm_plugin.register()\n"
         "assert op_registry_oot['RMSNorm'] is Foreign\n"
     )
-    done = _python(code, environment(RMSNORM_PATCH_VLLM="oot"))
+    done = run_program(["-c", code], environment(RMSNORM_PATCH_VLLM="oot"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "is registered for RMSNorm already" in done.stderr + done.stdout
 
 
-def test_the_op_keeps_its_name_for_custom_ops(environment: Environment) -> None:
+def test_the_op_keeps_its_name_for_custom_ops(environment: Environment, run_program: Run) -> None:
     code = (
         "from rmsnorm_patch import vllm_plugin\n"
         "vllm_plugin.register()\n"
         "from vllm.model_executor.custom_op import op_registry_oot\n"
         "assert op_registry_oot['RMSNorm'].name == 'rms_norm'\n"
     )
-    done = _python(code, environment(RMSNORM_PATCH_VLLM="oot"))
+    done = run_program(["-c", code], environment(RMSNORM_PATCH_VLLM="oot"))
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_calls_of_other_kinds_are_served_or_declined(environment: Environment) -> None:
+def test_calls_of_other_kinds_are_served_or_declined(environment: Environment, run_program: Run) -> None:
     """variance_size and weightless calls are served bit for bit; an fp32 weight for bf16 rows is left to vLLM."""
     code = (
         "import torch\n"
@@ -173,11 +201,11 @@ def test_calls_of_other_kinds_are_served_or_declined(environment: Environment) -
         "    assert torch.equal(x, before[0]) and torch.equal(r, before[1])\n"
         "assert not ours.supports_args(x, r.float(), w, 1e-6)\n"
     )
-    done = _python(code, environment())
+    done = run_program(["-c", code], environment())
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_in_a_batch_invariant_engine_the_norm_calls_the_ir_ops(environment: Environment) -> None:
+def test_in_a_batch_invariant_engine_the_norm_calls_the_ir_ops(environment: Environment, run_program: Run) -> None:
     """vLLM's own passes by them, on CUDA and with VLLM_BATCH_INVARIANT; so it does where another provider is first."""
     code = (
         "import torch\n"
@@ -201,5 +229,5 @@ def test_in_a_batch_invariant_engine_the_norm_calls_the_ir_ops(environment: Envi
         "    except NotImplementedError: pass\n"
         "    else: raise AssertionError('ours, though another was asked for')\n"
     )
-    done = _python(code, environment(VLLM_BATCH_INVARIANT="1"))
+    done = run_program(["-c", code], environment(VLLM_BATCH_INVARIANT="1"))
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,4 +1,4 @@
-// The contract between the host (rmsnorm_patch/backends/cuda/backend.py, launcher.c) and every kernel in this folder.
+// The contract between the host (rmsnorm_patch/backends/cuda) and every kernel in this folder.
 //
 // COMPILATION. One translation unit per (kernel, configuration), by NVRTC, for the exact architecture, `-std=c++17`,
 // no include path: only the `.cuh` files of this folder can be included (by their bare name), no CUDA or C++ headers.
@@ -14,8 +14,7 @@
 //                    `total` is rounded to X_T in both cases
 //   WIDTH            columns that enter the variance (== N: all; the mean divides by WIDTH)
 //   WEIGHT_ROWS      1, or the rows of the weight [WEIGHT_ROWS, N]: row r uses weight row r % WEIGHT_ROWS. A grouped
-//   norm
-//                    (NormSpec.group) is launched as N = group, WEIGHT_ROWS = groups per row, m = rows * groups; a
+//                    norm (NormSpec.group) is launched as N = group, WEIGHT_ROWS = groups per row, m = rows * groups; a
 //                    strided x with STRIDE2, inner_rows = groups, row stride = group, outer stride = the row stride
 //   VEC              elements of one logical chunk: thread t of a row owns whole chunks. The reduction tree may depend
 //   on
@@ -45,6 +44,12 @@
 //
 // ENTRY. `extern "C" __global__ void <entry>(const __grid_constant__ Args args)`, its name is in the schedules.
 //
+// ARGUMENTS. Each kernel declares one `struct Args`, in its `.cu` or in a `.cuh` that it includes: pointers, i64, int
+// and float fields. The host reads the declaration (rmsnorm_patch/backends/cuda/arguments.py) and fills it by name;
+// what it read is asserted in each translation unit, field by field. So a field is added, moved or renamed here and
+// where the op's host side fills it, and nowhere else. What the launcher's hot path can fill is listed in
+// plain_ops.cuh.
+//
 // GRID. gridDim.x = CLUSTER * ceil(m / ROWS_PER_CTA), m > 0. Shared memory is static.
 //
 // DEPENDENT LAUNCH. On sm_90+ the launch carries programmatic stream serialization, unless the op was bound for plain
@@ -65,32 +70,3 @@
 #define DT_F16 2
 
 typedef long long i64;
-
-// Strides in elements. Two-level rows (STRIDE2): row r of x starts at
-//   x + (r / inner_rows) * x_outer_stride + (r % inner_rows) * x_row_stride
-// and likewise residual. normed and total always have one level.
-struct Args {
-    const void* x;         // X_T   [m, N]
-    const void* residual;  // X_T   [m, N] or null
-    const void* weight;    // W_T   [N] or null
-    void* normed;          // OUT_T [m, N]
-    void* total;           // X_T   [m, N] or null
-    i64 m;
-    i64 x_row_stride;
-    i64 residual_row_stride;
-    i64 normed_row_stride;
-    i64 total_row_stride;
-    i64 inner_rows;             // STRIDE2 only
-    i64 x_outer_stride;         // STRIDE2 only
-    i64 residual_outer_stride;  // STRIDE2 only
-    // PAIR kernels (q and k norm in one launch): a second, independent rms_norm of m2 rows of the same N and dtypes.
-    const void* x2;
-    const void* weight2;
-    void* normed2;
-    i64 m2;
-    i64 x2_row_stride;
-    i64 normed2_row_stride;
-    i64 inner_rows2;
-    i64 x2_outer_stride;
-    float eps;
-};

@@ -140,25 +140,25 @@ __device__ __forceinline__ void wait_for_open_cluster() {
                      : "memory");
 }
 
-// Writes `value` to the place of `here` (a shared variable) in the CTA of that rank.
-__device__ __forceinline__ void send_to_cta(const float* here, u32 rank, float value) {
+// Writes `value` to the place of `here` (a shared variable) in the CTA of that rank, whose barrier `arrived` counts it.
+__device__ __forceinline__ void send_to_cta(const void* here, const u64* arrived, u32 rank, u32 value) {
     u32 there, barrier;
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(here)), "r"(rank));
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(barrier) : "r"(shared_address(&sums_arrived)), "r"(rank));
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(there),
-                 "r"(__float_as_uint(value)), "r"(barrier)
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(barrier) : "r"(shared_address(arrived)), "r"(rank));
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(there), "r"(value),
+                 "r"(barrier)
                  : "memory");
 }
 
-// A CTA may exit after this: all that was sent to it has arrived.
-__device__ __forceinline__ void wait_for_sums() {
+// A CTA may exit after this: all that was sent to it and that `arrived` counts is there.
+__device__ __forceinline__ void wait_for_arrival(const u64* arrived) {
     asm volatile(
         "{\n"
         ".reg .pred done;\n"
         "again:\n"
         "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n"
         "@!done bra again;\n"
-        "}" ::"r"(shared_address(&sums_arrived))
+        "}" ::"r"(shared_address(arrived))
         : "memory");
 }
 #endif
@@ -199,10 +199,11 @@ __device__ __forceinline__ void sum_rows(const float (&partial)[ROWS * SUMS_PER_
 #pragma unroll
             for (int rank = 0; rank < CLUSTER; rank += 32 / PADDED) {
                 const int to = rank + lane % (32 / PADDED);
-                if (CLUSTER % (32 / PADDED) == 0 || to < CLUSTER) send_to_cta(here, to, sum);
+                if (CLUSTER % (32 / PADDED) == 0 || to < CLUSTER)
+                    send_to_cta(here, &sums_arrived, to, __float_as_uint(sum));
             }
         }
-        wait_for_sums();
+        wait_for_arrival(&sums_arrived);
 #else
         if (has_sum && lane % (32 / PADDED) == 0) *here = sum;
         row_group_barrier(slot);

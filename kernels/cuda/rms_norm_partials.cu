@@ -2,14 +2,28 @@
 // whose inner dimension was split leaves them. The kernel that would add them up, round and write x, and the read of x,
 // are gone.
 //
-// args.x: fp32 [PARTIALS, m, N], args.x_row_stride from row to row and args.x_outer_stride from part to part. The parts
-// are added in their order and the sum is rounded to X_T before the residual is added, as the product's own rounding
-// would be.
+// The parts are added in their order and the sum is rounded to X_T before the residual is added, as the product's own
+// rounding would be. In place: total may be residual.
 
 #include "rows.cuh"
 
 static_assert(FUSED_ADD && X_T != DT_F32 && !STRIDE2 && ROWS_PER_CTA == 1 && N % VEC == 0 && VEC == 8,
               "few rows of 16-byte chunks");
+
+// Strides in elements. The grid has a CTA, or a cluster, for each of m rows.
+struct Args {
+    const void* parts;     // fp32  [PARTIALS, m, N]
+    const void* residual;  // X_T   [m, N]
+    const void* weight;    // W_T   [N] or null
+    void* normed;          // OUT_T [m, N]
+    void* total;           // X_T   [m, N]
+    i64 parts_row_stride;
+    i64 residual_row_stride;
+    i64 normed_row_stride;
+    i64 total_row_stride;
+    i64 part_stride;
+    float eps;
+};
 
 __device__ __forceinline__ void add_parts(const u32 (&parts)[PARTIALS][VEC], u32 (&x)[X_WORDS]) {
 #pragma unroll
@@ -24,9 +38,26 @@ __device__ __forceinline__ void add_parts(const u32 (&parts)[PARTIALS][VEC], u32
     }
 }
 
+// x: row by row of one part; x_outer_stride: from part to part.
+__device__ __forceinline__ Rows rows_of(const Args& args) {
+    return {(const char*)args.parts,
+            (const char*)args.residual,
+            (const char*)args.weight,
+            (char*)args.normed,
+            (char*)args.total,
+            0,
+            args.parts_row_stride,
+            args.residual_row_stride,
+            args.normed_row_stride,
+            args.total_row_stride,
+            0,
+            args.part_stride,
+            0};
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS_PER_ROW, 1) rms_norm_partials(const __grid_constant__ Args args) {
     constexpr int K = CHUNKS_PER_THREAD, X_SIZE = size_of(X_T), W_SIZE = size_of(W_T);
-    const Rows rows = first_rows(args);
+    const Rows rows = rows_of(args);
     const i64 row = blockIdx.x / CLUSTER;
     const int thread = threadIdx.x;
 #if CLUSTER > 1

@@ -1,7 +1,7 @@
 // Rows too long for the registers of one multiprocessor, where there are no clusters (before sm_90): two passes over
 // the row. The second reads x and residual again, mostly from L2, because in place the first must not overwrite them.
 
-#include "rows.cuh"
+#include "plain_ops.cuh"
 
 static_assert(ROWS_PER_CTA == 1 && CLUSTER == 1 && TREE_THREADS, "one row per CTA, each thread adds up its own chunks");
 
@@ -21,7 +21,7 @@ __device__ __forceinline__ void load_sum(const char* x_row, const char* residual
 
 extern "C" __global__ void __launch_bounds__(THREADS_PER_ROW, MIN_CTAS)
     rms_norm_stream(const __grid_constant__ Args args) {
-    const Rows rows = first_rows(args);
+    const Rows rows = rows_of(args);
     const i64 row = blockIdx.x;
     const char* x_row =
         rows.x + row_offset(row, rows.inner_rows, rows.x_outer_stride, rows.x_row_stride) * size_of(X_T);

@@ -120,7 +120,7 @@ __device__ __forceinline__ void store_wide_chunk(char* p, const u32* w, int thre
     store_piece<16>(chunk + 32, second);
 }
 
-// A set of rows with one weight.
+// A set of rows with one weight, strides in elements; two-level rows (STRIDE2) as in plain_ops.cuh.
 struct Rows {
     const char* x;
     const char* residual;
@@ -130,16 +130,6 @@ struct Rows {
     i64 m, x_row_stride, residual_row_stride, normed_row_stride, total_row_stride;
     i64 inner_rows, x_outer_stride, residual_outer_stride;
 };
-
-__device__ __forceinline__ Rows first_rows(const Args& args) {
-    return {(const char*)args.x,       (const char*)args.residual,
-            (const char*)args.weight,  (char*)args.normed,
-            (char*)args.total,         args.m,
-            args.x_row_stride,         args.residual_row_stride,
-            args.normed_row_stride,    args.total_row_stride,
-            args.inner_rows,           args.x_outer_stride,
-            args.residual_outer_stride};
-}
 
 __device__ __forceinline__ int valid_elements(int chunk) { return N % VEC == 0 ? VEC : smaller(VEC, N - chunk * VEC); }
 
@@ -180,51 +170,81 @@ __device__ __forceinline__ void prefetch_weight(const char* weight, i64 first_ro
 #endif
 }
 
-// Rows [first, first + ROWS_PER_CTA) of `rows`.
-__device__ __forceinline__ void norm_rows(const Rows& rows, i64 first, float eps) {
-    constexpr int K = CHUNKS_PER_THREAD, U = ROWS_PER_THREAD;
-    constexpr int X_SIZE = size_of(X_T), OUT_SIZE = size_of(OUT_T), W_SIZE = size_of(W_T);
-    const int slot = SLOTS == 1 ? 0 : threadIdx.x / TPR;
-    const int thread = SLOTS == 1 ? threadIdx.x : threadIdx.x % TPR;
+// Which chunks a thread has of its rows: chunk j is number first_chunk + j * TPR.
+struct Share {
+    int slot, thread, first_of_cta, first_chunk;
+
+    // Chunk j exists: known at compile time for all but the last, in a cluster where its CTAs have equal parts.
+    static constexpr __device__ __forceinline__ bool in_every_cta(int j) {
+        return CLUSTER == 1 ? (j + 1) * TPR <= CHUNKS : CHUNKS == TPR * CHUNKS_PER_THREAD * CLUSTER;
+    }
+    __device__ __forceinline__ bool exists(int j) const {
+        return in_every_cta(j) ? true : first_chunk + j * TPR < CHUNKS;
+    }
+};
+
+// In a cluster the caller opened it.
+__device__ __forceinline__ Share share_of_thread() {
+    Share share;
+    share.slot = SLOTS == 1 ? 0 : threadIdx.x / TPR;
+    share.thread = SLOTS == 1 ? threadIdx.x : threadIdx.x % TPR;
 #if CLUSTER > 1
-    open_cluster();
-    const int first_of_cta = cluster_rank() * (TPR * K);
+    share.first_of_cta = cluster_rank() * (TPR * CHUNKS_PER_THREAD);
 #else
-    const int first_of_cta = 0;
+    share.first_of_cta = 0;
 #endif
-    const int first_chunk = first_of_cta + thread;
-    if constexpr (LAUNCH_AT == 0) launch_next_kernel();
+    share.first_chunk = share.first_of_cta + share.thread;
+    return share;
+}
 
-    // Chunk j of this thread exists: known at compile time for all but the last, in a cluster where its CTAs have equal
-    // parts.
-    auto in_every_cta = [](int j) { return CLUSTER == 1 ? (j + 1) * TPR <= CHUNKS : CHUNKS == TPR * K * CLUSTER; };
-    auto exists = [&](int j) { return in_every_cta(j) ? true : first_chunk + j * TPR < CHUNKS; };
+// From the reduction on a few chunks' weights at a time, so that those of a long row do not all need registers at once;
+// with WEIGHT_WHEN == 3 a group is on its way while the one before is used.
+constexpr int GROUP_WORDS = WEIGHT_WHEN == 3 && CHUNKS_PER_THREAD < 16 ? 8 : 16;
+constexpr int GROUP_OF_WEIGHTS =
+    WEIGHT_WHEN < 2 ? CHUNKS_PER_THREAD : smaller(CHUNKS_PER_THREAD, ceil_div(GROUP_WORDS, CHUNK_WORDS<W_T>));
+constexpr int WEIGHTS_HELD = WEIGHT_WHEN == 3 ? smaller(CHUNKS_PER_THREAD, 2 * GROUP_OF_WEIGHTS) : GROUP_OF_WEIGHTS;
+static_assert(WEIGHT_WHEN != 3 || ROWS_PER_THREAD == 1, "the weights of one row");
 
-    // From the reduction on a few chunks' weights at a time, so that those of a long row do not all need registers at
-    // once; with WEIGHT_WHEN == 3 a group is on its way while the one before is used.
-    constexpr int GROUP_WORDS = WEIGHT_WHEN == 3 && K < 16 ? 8 : 16;
-    constexpr int GROUP_OF_WEIGHTS = WEIGHT_WHEN < 2 ? K : smaller(K, ceil_div(GROUP_WORDS, CHUNK_WORDS<W_T>));
-    constexpr int WEIGHTS_HELD = WEIGHT_WHEN == 3 ? smaller(K, 2 * GROUP_OF_WEIGHTS) : GROUP_OF_WEIGHTS;
-    static_assert(WEIGHT_WHEN != 3 || U == 1, "the weights of one row");
-    Weights weights[WEIGHTS_HELD];
-    auto load_weights = [&](i64 row, int from) {
-        const char* weight = rows.weight;
-        if constexpr (WEIGHT_ROWS > 1) weight += row % WEIGHT_ROWS * (i64)(N * W_SIZE);
+// The weights of chunks [from, from + GROUP_OF_WEIGHTS) of a thread.
+__device__ __forceinline__ void load_weights(const Rows& rows, const Share& share, Weights (&weights)[WEIGHTS_HELD],
+                                             i64 row, int from) {
+    constexpr int W_SIZE = size_of(W_T);
+    const char* weight = rows.weight;
+    if constexpr (WEIGHT_ROWS > 1) weight += row % WEIGHT_ROWS * (i64)(N * W_SIZE);
 #pragma unroll
-        for (int j = from; j < smaller(from + GROUP_OF_WEIGHTS, K); ++j) {
-            int chunk = first_chunk + j * TPR;
-            if (HAS_WEIGHT && exists(j))
-                load_chunk<W_T, W_ALIGN>(weights[j % WEIGHTS_HELD].word, weight + (i64)chunk * (VEC * W_SIZE),
-                                         valid_elements(chunk));
-        }
-    };
-    if constexpr (PREFETCH) prefetch_rows(rows, first, slot, thread, first_of_cta * VEC * X_SIZE);
-    prefetch_weight(rows.weight, first, first_of_cta);
-    wait_for_previous_kernel();
-    if constexpr (LAUNCH_AT == 1) launch_next_kernel();
-    if constexpr (WEIGHT_WHEN == 0) load_weights(0, 0);
+    for (int j = from; j < smaller(from + GROUP_OF_WEIGHTS, CHUNKS_PER_THREAD); ++j) {
+        int chunk = share.first_chunk + j * TPR;
+        if (HAS_WEIGHT && share.exists(j))
+            load_chunk<W_T, W_ALIGN>(weights[j % WEIGHTS_HELD].word, weight + (i64)chunk * (VEC * W_SIZE),
+                                     valid_elements(chunk));
+    }
+}
 
-    u32 held[U * K][HELD_WORDS];
+// Before chunk j of a row is normalised: the weights that it needs, or that a later one needs, where they come late.
+__device__ __forceinline__ void load_late_weights(const Rows& rows, const Share& share,
+                                                  Weights (&weights)[WEIGHTS_HELD], i64 row, int j) {
+    if (WEIGHT_WHEN == 2 && j % GROUP_OF_WEIGHTS == 0) load_weights(rows, share, weights, row, j);
+    if (WEIGHT_WHEN == 3 && j % GROUP_OF_WEIGHTS == 0) load_weights(rows, share, weights, row, j + GROUP_OF_WEIGHTS);
+}
+
+// The first half: waits for the kernel in front, reads rows [first, first + ROWS_PER_CTA), adds and stores the sum,
+// reduces. Out: what the norm reads, [row of the thread][chunk], each row's sum of squares, the weights where they come
+// early. `read_more()` stands below the wait, for what else a kernel reads.
+template <typename ReadMore>
+__device__ __forceinline__ void read_rows(const Rows& rows, const Share& share, i64 first,
+                                          u32 (&held)[ROWS_PER_THREAD * CHUNKS_PER_THREAD][HELD_WORDS],
+                                          float (&sums)[ROWS_PER_THREAD], Weights (&weights)[WEIGHTS_HELD],
+                                          ReadMore read_more) {
+    constexpr int K = CHUNKS_PER_THREAD, U = ROWS_PER_THREAD;
+    constexpr int X_SIZE = size_of(X_T);
+    const int slot = share.slot, thread = share.thread, first_chunk = share.first_chunk;
+    if constexpr (PREFETCH) prefetch_rows(rows, first, slot, thread, share.first_of_cta * VEC * X_SIZE);
+    prefetch_weight(rows.weight, first, share.first_of_cta);
+    wait_for_previous_kernel();
+    read_more();
+    if constexpr (LAUNCH_AT == 1) launch_next_kernel();
+    if constexpr (WEIGHT_WHEN == 0) load_weights(rows, share, weights, 0, 0);
+
     // A few chunks at a time are loaded, then added: that bounds the registers of long rows.
 #pragma unroll
     for (int stage = 0; stage < U * K; stage += STAGE) {
@@ -235,7 +255,7 @@ __device__ __forceinline__ void norm_rows(const Rows& rows, i64 first, float eps
             const i64 row = first + slot + i / K * SLOTS;
             const int chunk = first_chunk + i % K * TPR;
             const i64 offset = (i64)chunk * (VEC * X_SIZE);
-            if (is_row(row, rows.m) && exists(i % K)) {
+            if (is_row(row, rows.m) && share.exists(i % K)) {
                 const char* x_row =
                     rows.x + row_offset(row, rows.inner_rows, rows.x_outer_stride, rows.x_row_stride) * X_SIZE;
                 load_chunk<X_T, ALIGN>(x[i - stage], x_row + offset, valid_elements(chunk));
@@ -253,7 +273,7 @@ __device__ __forceinline__ void norm_rows(const Rows& rows, i64 first, float eps
         if constexpr (LAUNCH_AT == 2)
             if (stage + STAGE >= U * K) launch_next_kernel();
         if constexpr (WEIGHT_WHEN == 1)
-            if (stage + STAGE >= U * K) load_weights(0, 0);
+            if (stage + STAGE >= U * K) load_weights(rows, share, weights, 0, 0);
 #pragma unroll
         for (int i = stage; i < smaller(stage + STAGE, U * K); ++i) {
             if constexpr (FUSED_ADD) {
@@ -262,7 +282,7 @@ __device__ __forceinline__ void norm_rows(const Rows& rows, i64 first, float eps
                 u32 total[X_WORDS];
                 add_chunk(x[i - stage], residual[i - stage], held[i], total);
                 char* total_row = rows.total + row * rows.total_row_stride * X_SIZE;
-                if (is_row(row, rows.m) && exists(i % K))
+                if (is_row(row, rows.m) && share.exists(i % K))
                     store_chunk<X_T, ALIGN>(total_row + (i64)chunk * (VEC * X_SIZE), total, valid_elements(chunk));
             } else {
 #pragma unroll
@@ -271,7 +291,7 @@ __device__ __forceinline__ void norm_rows(const Rows& rows, i64 first, float eps
         }
     }
 
-    float partial[U * SUMS_PER_THREAD], sums[U];
+    float partial[U * SUMS_PER_THREAD];
 #pragma unroll
     for (int i = 0; i < U * K; ++i) {
         float sum = sum_of_squares(held[i], (first_chunk + i % K * TPR) * VEC);
@@ -281,7 +301,7 @@ __device__ __forceinline__ void norm_rows(const Rows& rows, i64 first, float eps
             partial[i] = sum;
         }
     }
-    if constexpr (WEIGHT_WHEN == 3) load_weights(0, 0);
+    if constexpr (WEIGHT_WHEN == 3) load_weights(rows, share, weights, 0, 0);
     sum_rows<U>(partial, sums, slot, thread);
     if constexpr (LAUNCH_AT == 3) launch_next_kernel();
     // Without this the compiler keeps the unpacked fp32 values across the reduction: twice the registers.
@@ -290,24 +310,42 @@ __device__ __forceinline__ void norm_rows(const Rows& rows, i64 first, float eps
 #pragma unroll
         for (int word = 0; word < HELD_WORDS; ++word) asm volatile("" : "+r"(held[i][word]));
     }
+}
+
+__device__ __forceinline__ float reciprocal_rms(float sum_of_squares, float eps) {
+    return rsqrtf(__fadd_rn(__fmul_rn(sum_of_squares, 1.0f / WIDTH), eps));
+}
+
+// Rows [first, first + ROWS_PER_CTA) of `rows`.
+__device__ __forceinline__ void norm_rows(const Rows& rows, i64 first, float eps) {
+    constexpr int K = CHUNKS_PER_THREAD, U = ROWS_PER_THREAD;
+    constexpr int OUT_SIZE = size_of(OUT_T);
+#if CLUSTER > 1
+    open_cluster();
+#endif
+    const Share share = share_of_thread();
+    if constexpr (LAUNCH_AT == 0) launch_next_kernel();
+    Weights weights[WEIGHTS_HELD];
+    u32 held[U * K][HELD_WORDS];
+    float sums[U];
+    read_rows(rows, share, first, held, sums, weights, [] {});
 
 #pragma unroll
     for (int u = 0; u < U; ++u) {
-        const i64 row = first + slot + u * SLOTS;
+        const i64 row = first + share.slot + u * SLOTS;
         if (!is_row(row, rows.m)) continue;
-        const float rstd = rsqrtf(__fadd_rn(__fmul_rn(sums[u], 1.0f / WIDTH), eps));
+        const float rstd = reciprocal_rms(sums[u], eps);
         char* normed_row = rows.normed + row * rows.normed_row_stride * OUT_SIZE;
 #pragma unroll
         for (int j = 0; j < K; ++j) {
-            if (WEIGHT_WHEN == 2 && j % GROUP_OF_WEIGHTS == 0) load_weights(row, j);
-            if (WEIGHT_WHEN == 3 && j % GROUP_OF_WEIGHTS == 0) load_weights(row, j + GROUP_OF_WEIGHTS);
-            const int chunk = first_chunk + j * TPR;
-            if (!exists(j)) continue;
+            load_late_weights(rows, share, weights, row, j);
+            const int chunk = share.first_chunk + j * TPR;
+            if (!share.exists(j)) continue;
             u32 normed[CHUNK_WORDS<OUT_T>];
             normalise_chunk(held[u * K + j], rstd, weights[j % WEIGHTS_HELD], normed);
             char* place = normed_row + (i64)chunk * (VEC * OUT_SIZE);
-            if (WIDE_OUTPUT && in_every_cta(j)) {
-                store_wide_chunk(place, normed, thread);
+            if (WIDE_OUTPUT && Share::in_every_cta(j)) {
+                store_wide_chunk(place, normed, share.thread);
             } else {
                 store_chunk<OUT_T, OUT_ALIGN>(place, normed, valid_elements(chunk));
             }

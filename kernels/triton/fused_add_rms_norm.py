@@ -3,7 +3,8 @@
 Every program handles ROWS whole rows, in CHUNKS chunks of BLOCK columns. The last chunks of a row stay in registers
 from the sum of squares to the result; of the first STREAMED ones, in rows too long for that, the sum is written and
 read back (from L2). The schedule depends on N and the dtypes, never on the number of rows. IN_PLACE: total goes to
-`residual` and y to `x`, with their strides; else both are contiguous.
+`residual` and y to `x`, with their strides; else both are contiguous. x and residual may differ in dtype: the sum
+then has that of `total_ptr`, which the schedule is made for.
 """
 
 # ruff: noqa: RUF005 - Triton knows `xs + (x,)` and not `(*xs, x)`
@@ -107,7 +108,7 @@ def fused_add_rms_norm(
                 at = (first + c) * BLOCK + cols
                 h = xs[c].to(tl.float32) + residuals[c].to(tl.float32)
                 if ROUND_SUM:
-                    total = h.to(x_ptr.dtype.element_ty)
+                    total = h.to(total_ptr.dtype.element_ty)
                     h = total.to(tl.float32)
                     tl.store(total_row + at, total)
                 squares += square(h, at, WIDTH, N)
@@ -128,7 +129,7 @@ def fused_add_rms_norm(
                 launch_dependents()
         for c in tl.static_range(first, min(first + BATCH, CHUNKS)):
             h = xs[c - first].to(tl.float32) + residuals[c - first].to(tl.float32)
-            total = h.to(x_ptr.dtype.element_ty)
+            total = h.to(total_ptr.dtype.element_ty)
             if ROUND_SUM:
                 h = total.to(tl.float32)
                 kept = kept + (total,)
@@ -166,7 +167,7 @@ def fused_add_rms_norm(
             for c in tl.static_range(UNROLL):
                 at = (first + c) * BLOCK + cols
                 if not ROUND_SUM:
-                    tl.store(total_row + at, hs[c].to(x_ptr.dtype.element_ty))
+                    tl.store(total_row + at, hs[c].to(total_ptr.dtype.element_ty))
                 w = 0.0
                 if HAS_WEIGHT:
                     w = tl.load(weight + at)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from . import launch_mode
+
+T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., object])
 _KEPT: list[Callable[[], None]] = []
 
@@ -15,6 +18,18 @@ def kept(function: F) -> F:
     cached = cache(function)
     forgotten_with(cached.cache_clear)
     return cached  # type: ignore[return-value]
+
+
+def by_variant(make: Callable[..., T]) -> Callable[..., T]:
+    """`make(..., spec, dependent)`, kept, as f(..., spec, enable_pdl=None): specs of one variant share what is bound.
+    enable_pdl: as `launch_mode.dependent` takes it."""
+    made = kept(make)
+
+    def bound(*which: Any, enable_pdl: bool | None = None) -> T:
+        *others, spec = which
+        return made(*others, spec.variant, launch_mode.dependent(enable_pdl))
+
+    return bound
 
 
 def forgotten_with(clear: Callable[[], None]) -> None:

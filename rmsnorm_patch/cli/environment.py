@@ -50,6 +50,7 @@ VARIABLES: dict[str, Callable[[], object]] = {
     settings.VARIABLE: settings.read,
     settings.LINEAR_VARIABLE: settings.read_linear,
     settings.NUMERICS_VARIABLE: settings.read_numerics,
+    settings.RELEASE_VARIABLE: settings.read_tried,
     settings.TRACE_VARIABLE: lambda: None,
 }
 """Every variable that the package reads -> what raises for a value that means nothing."""

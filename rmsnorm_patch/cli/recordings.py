@@ -14,32 +14,15 @@ def check_files(record: Path | None, compare: Path | None) -> None:
     if record is not None:
         if compare is not None and os.path.realpath(record) == os.path.realpath(compare):
             raise _refused("--record", f"the file of --compare ({record})", "two files", "name another file")
-        _check_writable(record)
+        from ..proof.options import check_writable
+
+        check_writable("--record", record)
     if compare is not None:
         _check_recording(compare)
 
 
 def _refused(option: str, got: str, supported: str, step: str) -> UnsupportedInput:
     return UnsupportedInput(option, got, supported, step)
-
-
-def _check_writable(path: Path) -> None:
-    """A file is opened there, and taken away again if it is new."""
-    try:
-        made = [folder for folder in path.parents if not folder.exists()]
-        is_new = not path.exists()
-        if not is_new and not path.is_file():
-            raise OSError("no regular file")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab"):
-            pass
-        if is_new:
-            path.unlink()
-        for folder in made:
-            folder.rmdir()
-    except OSError as error:
-        got = f"{path}, which cannot be written ({error.strerror or error})"
-        raise _refused("--record", got, "a file in a folder that you may write to", "name another file") from error
 
 
 def _check_recording(path: Path) -> None:

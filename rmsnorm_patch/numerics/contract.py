@@ -77,7 +77,8 @@ def _fake_rms_norm(x: torch.Tensor, weight: torch.Tensor | None, spec: NormSpec)
 def _fake_fused_add(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, spec: NormSpec
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _fake_rms_norm(x, weight, spec), x.new_empty(x.shape)
+    total = x.new_empty(x.shape, dtype=operands.sum_dtype(x, residual))
+    return _fake_rms_norm(total, weight, spec), total
 
 
 def _fake_in_place(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, spec: NormSpec) -> None:
@@ -100,7 +101,7 @@ FUSED_ADD = PlainOp(
     schema=f"(Tensor x, Tensor residual, Tensor? weight, {SPEC_ARGUMENTS}) -> (Tensor, Tensor)",
     operands=2,
     in_place=False,
-    check=operands.check_fused_add,
+    check=operands.check_added,
     reference=_fused_add,
     fake=_fake_fused_add,
 )

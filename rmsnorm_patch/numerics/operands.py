@@ -56,6 +56,11 @@ def weight_fits(x: torch.Tensor, weight: torch.Tensor | None) -> bool:
     return weight is None or (weight.shape == x.shape[-1:] and _together(x, weight))
 
 
+def sum_dtype(x: torch.Tensor, residual: torch.Tensor) -> torch.dtype:
+    """dtype of x + residual: that of both, or fp32."""
+    return x.dtype if x.dtype is residual.dtype else torch.promote_types(x.dtype, residual.dtype)
+
+
 def alike(x: torch.Tensor, residual: torch.Tensor) -> bool:
     """The per-call part of `check_fused_add`: equal shapes, dtypes and devices."""
     return residual.shape == x.shape and residual.dtype == x.dtype and _together(x, residual)
@@ -74,6 +79,21 @@ def check_fused_add(
     op: str = "fused_add_rms_norm",
 ) -> None:
     """The checks of `check_rms_norm`, and that `residual` matches x in shape, dtype and device."""
+    check_added(x, residual, weight, spec, op)
+    if residual.dtype != x.dtype:
+        raise UnsupportedInput(
+            op, f"residual of dtype {residual.dtype} and x of dtype {x.dtype}", "equal dtypes", "cast one of them"
+        )
+
+
+def check_added(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    spec: NormSpec,
+    op: str = "fused_add_rms_norm",
+) -> None:
+    """The checks of `check_rms_norm`, and that `residual` is of a supported dtype, and of x's shape and device."""
     check_rms_norm(x, weight, spec, op)
     if residual.shape != x.shape:
         raise UnsupportedInput(
@@ -82,9 +102,9 @@ def check_fused_add(
             "equal shapes (no broadcasting)",
             "expand or reshape before the call",
         )
-    if residual.dtype != x.dtype:
+    if residual.dtype not in SUPPORTED_DTYPES:
         raise UnsupportedInput(
-            op, f"residual of dtype {residual.dtype} and x of dtype {x.dtype}", "equal dtypes", "cast one of them"
+            op, f"residual of dtype {residual.dtype}", f"a residual of dtype {_DTYPES}", "cast the residual"
         )
     if residual.device != x.device:
         raise UnsupportedInput(
@@ -109,15 +129,20 @@ def check_in_place(
             "results of x's own dtype",
             "call fused_add_rms_norm, which allocates its result",
         )
-    for name, tensor in (("x", x), ("residual", residual)):
-        if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
-            raise UnsupportedInput(
-                op,
-                f"{name} of shape {tuple(tensor.shape)} expanded with strides {tensor.stride()}",
-                "a tensor whose elements each have their own memory",
-                f"pass {name}.contiguous(), or call fused_add_rms_norm",
-            )
+    check_written("x", x, op)
+    check_written("residual", residual, op)
     check_aliasing(x, residual, weight, op)
+
+
+def check_written(name: str, tensor: torch.Tensor, op: str) -> None:
+    """Raise where elements of a tensor that is written share their memory."""
+    if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        raise UnsupportedInput(
+            op,
+            f"{name} of shape {tuple(tensor.shape)} expanded with strides {tensor.stride()}",
+            "a tensor whose elements each have their own memory",
+            f"pass {name}.contiguous(), or call fused_add_rms_norm",
+        )
 
 
 def check_aliasing(

@@ -10,7 +10,7 @@ import torch
 from .spec import NormSpec
 
 
-def _mean_square(x: torch.Tensor, spec: NormSpec) -> torch.Tensor:
+def mean_square(x: torch.Tensor, spec: NormSpec) -> torch.Tensor:
     if spec.group is not None:
         grouped = x.unflatten(-1, (-1, spec.group))
         return grouped.pow(2).mean(-1, keepdim=True).expand_as(grouped).flatten(-2)
@@ -24,7 +24,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, spec: NormSpec, eps: 
     """
     eps = spec.resolve_eps(x.dtype) if eps is None else eps
     h = x.to(torch.float32)
-    h = h * torch.rsqrt(_mean_square(h, spec) + eps)
+    h = h * torch.rsqrt(mean_square(h, spec) + eps)
     return scale(h, x.dtype, weight, spec)
 
 
@@ -48,13 +48,14 @@ def fused_add_rms_norm(
     spec: NormSpec,
     eps: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(norm(x + residual), x + residual); the sum is rounded to x.dtype, the norm reads it as `spec.sum` says."""
+    """(norm(x + residual), x + residual); the sum is rounded to the dtype that PyTorch gives it (x's, or fp32 where the
+    two differ), the norm reads it as `spec.sum` says."""
     total = x + residual
-    if spec.sum == "rounded" or x.dtype == torch.float32:
+    if spec.sum == "rounded" or total.dtype == torch.float32:
         return rms_norm(total, weight, spec, eps), total
     eps = spec.resolve_eps(x.dtype) if eps is None else eps
     h = x.to(torch.float32) + residual.to(torch.float32)
-    h = h * torch.rsqrt(_mean_square(h, spec) + eps)
+    h = h * torch.rsqrt(mean_square(h, spec) + eps)
     return scale(h, x.dtype, weight, spec), total
 
 
@@ -64,7 +65,7 @@ def rms_norm_fp64(
     """The exact value in fp64, without any intermediate rounding; the yardstick for errors of differing specs."""
     eps = spec.resolve_eps(x.dtype) if eps is None else eps
     h = x.to(torch.float64)
-    h = h * torch.rsqrt(_mean_square(h, spec) + eps)
+    h = h * torch.rsqrt(mean_square(h, spec) + eps)
     if not spec.has_weight or weight is None:
         return h
     return h * (weight.to(torch.float64) + (0.0 if spec.weight_offset == "none" else 1.0))

@@ -68,8 +68,12 @@ class NormSpec:
             if value not in allowed:
                 raise ValueError(f"NormSpec.{name}: got {value!r}; allowed: {', '.join(map(repr, allowed))}")
         for name, size in (("width", self.width), ("group", self.group)):
-            if size is not None and size < 1:
-                raise ValueError(f"NormSpec.{name}: got {size}; allowed: None or a positive number of columns")
+            if size is not None and (not isinstance(size, int) or size < 1):
+                raise ValueError(f"NormSpec.{name}: got {size!r}; allowed: None or a positive number of columns")
+        if self.eps is not None and not (isinstance(self.eps, (int, float)) and self.eps >= 0.0):
+            raise ValueError(f"NormSpec.eps: got {self.eps!r}; allowed: None or a number of at least 0")
+        if not isinstance(self.has_weight, bool):
+            raise ValueError(f"NormSpec.has_weight: got {self.has_weight!r}; allowed: True, False")
 
     @property
     def variant(self) -> NormSpec:

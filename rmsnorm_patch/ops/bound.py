@@ -71,6 +71,10 @@ def bind_fused_add_rms_norm_(spec: NormSpec, backend: Backend = "auto", enable_p
 
 def bind(op: str, spec: NormSpec, backend: str = "auto", enable_pdl: bool | None = None) -> Bound:
     """The callable of a plain op by its name (`numerics.contract`): one object for each variant, backend and mode."""
+    if op not in PLAIN_OPS:
+        raise ValueError(f"op: got {op!r}; allowed: {', '.join(map(repr, PLAIN_OPS))}")
+    if not isinstance(spec, NormSpec):
+        raise ValueError(f"spec: got {spec!r}; allowed: a NormSpec")
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}; allowed: {', '.join(map(repr, BACKENDS))}")
     key = (op, spec.variant, backend, launch_mode.dependent(enable_pdl))
@@ -87,6 +91,7 @@ class Bound:
     """
 
     __slots__ = (
+        "_adds",
         "_args",
         "_device_call",
         "_in_place",
@@ -107,6 +112,7 @@ class Bound:
         """Whether its kernels are launched dependently, on devices that know such launches."""
         self._args = spec_args(spec, backend, dependent)
         self._in_place = PLAIN_OPS[op].in_place
+        self._adds = PLAIN_OPS[op].fused_add
         self._reference = _reference_function(op, spec)
         self._routes: dict[tuple[Any, ...], tuple[str, Callable[..., Any]]] = {}
         self._device_call: Callable[..., Any] | None = None
@@ -119,18 +125,18 @@ class Bound:
         if _is_compiling():
             return self._traced(*args)
         call = self._device_call
-        if call is not None and args[0].is_cuda:
+        x, residual = args[0], args[1] if self._adds else None
+        if call is not None and x.is_cuda and (residual is None or residual.dtype is x.dtype):
             try:
                 return call(*args)
             except KernelBuildError:
-                name, other = self._route(args[0], args[-2])
+                name, other = self._route(x, args[-2], residual)
                 if name == "cuda":
                     raise
                 return other(*args)
-        x = args[0]
-        if self.backend == "reference" or (self.backend == "auto" and not x.is_cuda):
+        if self.backend == "reference" or (self.backend == "auto" and not (x.is_cuda or _is_forced(x))):
             return self._reference(*args)
-        return self._route(x, args[-2])[1](*args)
+        return self._route(x, args[-2], residual)[1](*args)
 
     def _traced(self, *args: Any) -> Any:
         x, weight, eps = args[0], args[-2], args[-1]
@@ -142,24 +148,31 @@ class Bound:
             weight = None
         return getattr(torch.ops.rmsnorm_patch, self.op).default(*args[:-2], weight, eps, *self._args)
 
-    def backend_for(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> str:
+    def backend_for(
+        self, x: torch.Tensor, weight: torch.Tensor | None = None, residual: torch.Tensor | None = None
+    ) -> str:
         """ "reference", "triton" or "cuda": what a call with `x` runs (in eager mode)."""
-        if self.backend == "reference" or (self.backend == "auto" and not x.is_cuda):
+        if self.backend == "reference" or (self.backend == "auto" and not (x.is_cuda or _is_forced(x))):
             return "reference"
-        return self._route(x, weight)[0]
+        return self._route(x, weight, residual)[0]
 
-    def _route(self, x: torch.Tensor, weight: torch.Tensor | None) -> tuple[str, Callable[..., Any]]:
-        """Choose for this (dtype, N, weight dtype, device), never by the number of rows: a row's result must not
-        depend on its batch."""
-        key = (x.dtype, x.shape[-1:], None if weight is None else weight.dtype, x.device)
+    def _route(
+        self, x: torch.Tensor, weight: torch.Tensor | None, residual: torch.Tensor | None = None
+    ) -> tuple[str, Callable[..., Any]]:
+        """Choose for these (dtypes, N, device), never by the number of rows: a row's result must not depend on its
+        batch. residual: where it is given, it may have another dtype than x."""
+        added = x.dtype if residual is None else residual.dtype
+        key = (x.dtype, added, x.shape[-1:], None if weight is None else weight.dtype, x.device)
         route = self._routes.get(key)
         if route is None:
-            route = self._routes[key] = self._new_route(x, weight)
+            route = self._routes[key] = self._new_route(x, weight, added)
         return route
 
-    def _new_route(self, x: torch.Tensor, weight: torch.Tensor | None) -> tuple[str, Callable[..., Any]]:
+    def _new_route(
+        self, x: torch.Tensor, weight: torch.Tensor | None, added: torch.dtype
+    ) -> tuple[str, Callable[..., Any]]:
         operands.check_rms_norm(x, weight, self.spec, self.op)
-        name = self.backend if self.backend != "auto" else _choose(self.op, self.spec, x, weight)
+        name = self.backend if self.backend != "auto" else _choose(self.op, self.spec, x, weight, added)
         if name == "reference":
             return name, self._reference
         if name == "cuda" and not x.is_cuda:
@@ -178,14 +191,20 @@ class Bound:
         return f"Bound({self.op!r}, {self.spec!r}, backend={self.backend!r}{plain})"
 
 
+def _is_forced(x: torch.Tensor) -> bool:
+    """Whether RMSNORM_PATCH_BACKEND names a backend for CPU tensors too."""
+    return bool(os.environ.get(dispatch.BACKEND_VARIABLE)) and x.device.type == "cpu"
+
+
 def _needs_grad(args: tuple[Any, ...]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
 
 
-def _choose(op: str, spec: NormSpec, x: torch.Tensor, weight: torch.Tensor | None) -> str:
+def _choose(op: str, spec: NormSpec, x: torch.Tensor, weight: torch.Tensor | None, added: torch.dtype) -> str:
     weight_dtype = None if weight is None else weight.dtype
     m = x.numel() // x.shape[-1]
-    return dispatch.choose(op, spec, x.dtype, weight_dtype, m, x.shape[-1], device=x.device).backend
+    n = x.shape[-1]
+    return dispatch.choose(op, spec, x.dtype, weight_dtype, m, n, residual_dtype=added, device=x.device).backend
 
 
 def _reference_function(op: str, spec: NormSpec) -> Callable[..., Any]:

@@ -76,6 +76,7 @@ def choose(
     n: int,
     capability: int | tuple[int, int] | None = None,
     *,
+    residual_dtype: torch.dtype | None = None,
     device: torch.device | None = None,
     device_name: str | None = None,
     cuda_unavailable: str = "",
@@ -83,6 +84,7 @@ def choose(
 ) -> Choice:
     """The kernel for `m` rows of `n` columns on `device`, or on a device of this compute capability (None: no GPU).
 
+    residual_dtype: of what is added to x; None: x's.
     cuda_unavailable: why CUDA kernels cannot be built here ("" if they can); asked of the backend for a `device`.
     A forced `backend` that cannot serve the call raises KernelBuildError; "auto" is what RMSNORM_PATCH_BACKEND says, or
     falls back and says why.
@@ -104,6 +106,8 @@ def choose(
     configs: tuple[Config, ...] = ()
     if capability is None:
         refused = refused or "not an NVIDIA GPU"
+    elif residual_dtype not in (None, x_dtype):
+        refused = refused or f"x of {x_dtype} and a residual of {residual_dtype}: CUDA kernels add equal dtypes"
     elif not refused:
         configs = schedules(op, x_dtype, n, capability, device_name)
         if not configs:

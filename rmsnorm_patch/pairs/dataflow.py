@@ -199,6 +199,13 @@ def _only_argument(call: ast.Call) -> ast.expr | None:
     return given[0]
 
 
+def _tuple_in_front(expression: ast.expr) -> ast.Tuple | None:
+    """The tuple that `expression` is, or begins with: `(a, b)`, `(a,) + others[1:]`."""
+    while isinstance(expression, ast.BinOp) and isinstance(expression.op, ast.Add):
+        expression = expression.left
+    return expression if isinstance(expression, ast.Tuple) and expression.elts else None
+
+
 class _Reader:
     def __init__(self, tree: ast.FunctionDef, norm_attributes: frozenset[str], sums: frozenset[str]) -> None:
         arguments = [*tree.args.posonlyargs, *tree.args.args]
@@ -245,8 +252,8 @@ class _Reader:
             value = Value("other")
             if statement.value is not None:
                 value = self._expression(statement.value, statement, block, unconditional)
-                if isinstance(statement.value, ast.Tuple) and statement.value.elts:
-                    value = self._first_of(statement.value)
+                if (several := _tuple_in_front(statement.value)) is not None:
+                    value = self._first_of(several)
             self.returned.append(value)
         elif isinstance(statement, ast.Expr):
             self._expression(statement.value, statement, block, unconditional)
@@ -321,8 +328,8 @@ class _Reader:
 
     def _bind(self, target: ast.expr, value: Value, expression: ast.expr) -> None:
         if isinstance(target, ast.Name):
-            if isinstance(expression, ast.Tuple) and expression.elts:
-                value = Value("tuple", expression, source=self._first_of(expression))
+            if (several := _tuple_in_front(expression)) is not None:
+                value = Value("tuple", expression, source=self._first_of(several))
             self.environment[target.id] = value
         elif isinstance(target, (ast.Tuple, ast.List)):
             self._forget({n.id for n in ast.walk(target) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)})
@@ -369,7 +376,7 @@ class _Reader:
 
     def _sides(self, node: ast.AST) -> tuple[ast.expr, ast.expr] | None:
         """What `node` adds, where it is `a + b` or `torch.add(a, b)`."""
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add) and _tuple_in_front(node) is None:
             return node.left, node.right
         if isinstance(node, ast.Call) and len(node.args) == 2 and not node.keywords:
             left, right = node.args

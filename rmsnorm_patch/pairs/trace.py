@@ -130,9 +130,18 @@ def _run(
         returned = source.function(stand_in, *arguments, **named)
     except Exception as error:  # the model's own code on proxies: anything can happen
         raise NoSource(f"its forward could not be traced ({type(error).__name__}: {str(error)[:120]})") from error
-    if isinstance(returned, (tuple, list)) and returned:
-        returned = returned[0]
-    return recorder, arguments[0], returned
+    return recorder, arguments[0], _first_of(returned)
+
+
+def _first_of(returned: Any) -> Any:
+    """The hidden states of what was returned: itself, or the first of a tuple, which may have been put in front of
+    another module's results: `(hidden_states,) + attention[1:]`."""
+    while isinstance(returned, Proxy) and returned.node.target is operator.add:
+        first = returned.node.args[0]
+        if not isinstance(first, tuple) or not first or not isinstance(first[0], torch.fx.Node):
+            break
+        returned = returned.tracer.proxy(first[0])
+    return returned[0] if isinstance(returned, (tuple, list)) and returned else returned
 
 
 def _arguments(recorder: _Recorder, source: Source, optional: bool) -> tuple[list[Proxy], dict[str, Proxy]]:

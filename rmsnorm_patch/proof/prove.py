@@ -18,14 +18,14 @@ from ..rewrite import applied_report, observe
 from ..scan.plan import NormSite, Plan
 from . import driven, flow, logits, memory, wide
 from .calls import judge as judge_calls
-from .recorded import compare_logits, record_logits
+from .options import check_options
+from .recorded import check_recording, compare_logits, record_logits
 from .replica import replica
 from .report import FlowProof, GreedyProof, LogitProof, Proof, versions
-from .runs import FORWARD, GREEDY, Inputs, Run, can_generate, device_of, dtype_of, normalise
+from .runs import FORWARD, GREEDY, Inputs, Run, can_generate, checked, device_of, dtype_of, normalise
 from .sites import SiteWatcher
 
 Reference = Literal["auto", "wide", "original"]
-REFERENCES: tuple[Reference, ...] = ("auto", "wide", "original")
 DEFAULT_SPACE = 2 << 30
 _log = logging.getLogger(__name__)
 
@@ -74,9 +74,15 @@ def verify(
     `proof` is the report, where something is red; NothingProved, one of its kind, where nothing is and nothing could
     have been: NaN or Inf in the original's logits, a mask of zeros, no site judged.
     """
-    _check_choice("reference", reference, REFERENCES)
+    options: dict[str, Any] = dict(
+        sites=sites, seed=seed, reference=reference, greedy_tokens=greedy_tokens, strict=strict
+    )
+    options |= dict(record=record, compare=compare, save_failure=save_failure, raise_on_failure=raise_on_failure)
+    check_options({**options, "space": space, "source": source, "arguments": arguments, "progress": progress})
     plan, prefix = applied_plan(model)
     items = normalise(inputs, model)
+    if compare is not None:
+        check_recording(model, compare)
     standing = replica(model)  # the model of this moment, whatever other threads do to it from now on
     work = _Work(standing, plan, prefix, seed, strict, space, _Steps(progress or _log.info), sites)
     proof = work.proof(items, reference, greedy_tokens, source)
@@ -250,7 +256,7 @@ class _Work:
         for run in everything:
             self.step(f"original: {run.name}")
             with flow.counting(norms) as (calls, order):
-                self.seen.original.append(run(original))
+                self.seen.original.append(checked(run, original))
             if not run.tokens:
                 self.seen.calls.update(calls)
                 self.seen.orders[0].extend(order)
@@ -393,8 +399,3 @@ def _embedding(model: nn.Module) -> nn.Module | None:
         return model.get_input_embeddings()  # type: ignore[operator, no-any-return]
     except (AttributeError, NotImplementedError, TypeError):
         return None
-
-
-def _check_choice(option: str, got: object, allowed: Sequence[str]) -> None:
-    if got not in allowed:
-        raise UnsupportedInput(option, repr(got), ", ".join(map(repr, allowed)), "pass one of these")

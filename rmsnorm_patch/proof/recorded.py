@@ -13,10 +13,12 @@ import torch.nn as nn
 
 from ..errors import NothingProved, UnsupportedInput, UnsupportedModel, VerificationFailed
 from ..numerics.tolerances import LOGIT_ERROR_RATIO
+from ..patch_state import check_module
 from . import flow, logits, wide
+from .options import check_path
 from .replica import replica
 from .report import versions
-from .runs import FORWARD, Inputs, Run, device_of, dtype_of, normalise
+from .runs import FORWARD, Inputs, Run, checked, device_of, dtype_of, normalise
 
 FORMAT = "rmsnorm_patch logits 1"
 _VOLATILE = ("_name_or_path", "transformers_version", "_attn_implementation", "dtype", "torch_dtype", "use_cache")
@@ -69,10 +71,12 @@ def record_logits(model: nn.Module, inputs: Inputs, path: str | Path) -> None:
     """
     from safetensors.torch import save_file
 
+    check_module(model)
+    check_path("path", path)
     items = normalise(inputs, model)
     runs = [Run(f"{FORWARD} {number}", item) for number, item in enumerate(items)]
     running = replica(model)
-    outputs = [run(running)[0] for run in runs]
+    outputs = [checked(run, running)[0] for run in runs]
     _check_defined(str(path), runs, outputs)
     own = _own_error(model, runs, outputs)
     tensors = {f"logits.{number}": output.contiguous().clone() for number, output in enumerate(outputs)}
@@ -101,6 +105,8 @@ def compare_logits(model: nn.Module, path: str | Path, raise_on_failure: bool = 
     Raises UnsupportedInput (no such file, not such a file, truncated), UnsupportedModel (another class, configuration,
     dtype or other weights), VerificationFailed (its `proof` is the Comparison) unless `raise_on_failure` is False.
     """
+    check_module(model)
+    check_path("path", path)
     described, tensors = _load(Path(path))
     _check_model(model, path, described)
     numbers = sorted(int(name.split(".")[1]) for name in tensors if name.startswith("logits."))
@@ -143,6 +149,11 @@ def compare_logits(model: nn.Module, path: str | Path, raise_on_failure: bool = 
             result,
         )
     return result
+
+
+def check_recording(model: nn.Module, path: str | Path) -> None:
+    """Raise what `compare_logits` would raise before it runs `model`."""
+    _check_model(model, path, _load(Path(path))[0])
 
 
 def config_digest(model: nn.Module) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from ..errors import NothingProved, UnsupportedInput
+from ..errors import NothingProved, RMSNormPatchError, UnsupportedInput
 
 Inputs = Mapping[str, Any] | torch.Tensor | Sequence["Mapping[str, Any] | torch.Tensor"]
 FORWARD = "forward"
@@ -45,7 +45,7 @@ def normalise(inputs: Inputs, model: nn.Module) -> list[dict[str, Any]]:
     item: Any
     for item in given if isinstance(given, Sequence) else [given]:
         if isinstance(item, torch.Tensor):
-            item = {"input_ids": item if item.dim() > 1 else item.unsqueeze(0)}
+            item = {"input_ids": item if item.dim() != 1 else item.unsqueeze(0)}
         if not hasattr(item, "keys") or not any(isinstance(item[name], torch.Tensor) for name in item.keys()):  # noqa: SIM118
             raise UnsupportedInput(
                 "inputs",
@@ -54,11 +54,69 @@ def normalise(inputs: Inputs, model: nn.Module) -> list[dict[str, Any]]:
                 "pass tokenizer(text, return_tensors='pt')",
             )
         _check_positions(item)
+        _check_ids(item, model)
         moved = {n: item[n].to(device) if isinstance(item[n], torch.Tensor) else item[n] for n in item.keys()}  # noqa: SIM118
         made.append({name: value for name, value in moved.items() if name != "labels"})
     if not made:
         raise UnsupportedInput("inputs", "an empty list", "at least one input", "pass one prompt")
     return made
+
+
+_IDS = ("input_ids", "decoder_input_ids")
+
+
+def _check_ids(item: Any, model: nn.Module) -> None:
+    """Ids that no row of the embedding has stop a GPU, and with it the process's other work. Where other tensors than
+    ids and masks are given, an id may stand for an image."""
+    tensors = {name: item[name] for name in item.keys() if isinstance(item[name], torch.Tensor)}  # noqa: SIM118
+    only_text = all(not value.is_floating_point() or name.endswith("mask") for name, value in tensors.items())
+    for name in _IDS:
+        ids = tensors.get(name)
+        if ids is None:
+            continue
+        if ids.dtype not in (torch.int64, torch.int32) or ids.dim() != 2:
+            raise UnsupportedInput(
+                f"inputs: {name}",
+                f"a tensor of {ids.dtype}, shape {tuple(ids.shape)}",
+                "ids of int64 or int32, [batch, sequence]",
+                "pass tokenizer(text, return_tensors='pt')",
+            )
+        rows = _embedding_rows(model, name)
+        if rows is None or ids.is_meta or not only_text:
+            continue
+        least, most = int(ids.min()), int(ids.max())
+        if least < 0 or most >= rows:
+            raise UnsupportedInput(
+                f"inputs: {name}",
+                f"the id {least if least < 0 else most}",
+                f"ids from 0 to {rows - 1}, the rows of the model's embedding",
+                "use the tokenizer that belongs to this checkpoint",
+            )
+
+
+def _embedding_rows(model: Any, name: str) -> int | None:
+    """How many ids the model knows for this input; None where that cannot be asked."""
+    try:
+        part = model.get_decoder() if name.startswith("decoder") else model
+        found = part.get_input_embeddings()
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
+    return found.num_embeddings if type(found) is nn.Embedding else None
+
+
+def checked(run: Run, model: nn.Module) -> tuple[torch.Tensor, ...]:
+    """`run` of the unpatched model. Raises UnsupportedInput where the model itself does not take the inputs."""
+    try:
+        return run(model)
+    except (RMSNormPatchError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the model's own code on inputs that nobody has looked at
+        raise UnsupportedInput(
+            "inputs",
+            f"inputs on which the unpatched model raises {type(error).__name__}: {str(error)[:200]}",
+            f"inputs that {type(model).__name__} runs on",
+            "try them on the unpatched model: model(**inputs)",
+        ) from error
 
 
 def _check_positions(item: Any) -> None:

@@ -44,7 +44,7 @@ def servable(x: torch.Tensor, weight: torch.Tensor | None) -> bool:
         return not ((_is_grad_enabled() and x.requires_grad) or ambient())
     return (
         type(weight) in _PLAIN
-        and (weight.dtype is dtype or weight.dtype is _float32)
+        and (weight.dtype is dtype or weight.dtype is _float32 or (dtype is _float32 and weight.dtype in _DTYPES))
         and weight.get_device() == x.get_device()
         and not weight.is_meta  # as a CPU tensor, it has device index -1
         and weight.dim() == 1
@@ -84,7 +84,8 @@ def traceable(x: torch.Tensor, weight: torch.Tensor | None) -> bool:
         return False
     return weight is None or (
         type(weight) in (torch.Tensor, Parameter)
-        and (weight.dtype == x.dtype or weight.dtype == torch.float32)
+        and (x.dtype == torch.float32 or weight.dtype in (x.dtype, torch.float32))
+        and weight.dtype in SUPPORTED_DTYPES
         and weight.device == x.device
         and weight.shape == x.shape[-1:]
     )
@@ -105,7 +106,8 @@ def reason(x: torch.Tensor, weight: torch.Tensor | None) -> str:
     if weight is not None:
         if type(weight) not in _PLAIN:
             return f"weight is a {type(weight).__name__}"
-        if weight.dtype is not x.dtype and weight.dtype is not _float32:
+        halves = x.dtype is not _float32 and weight.dtype is not _float32
+        if weight.dtype not in _DTYPES or (halves and weight.dtype is not x.dtype):
             return f"weight dtype {weight.dtype} for input dtype {x.dtype}"
         if weight.device != x.device:
             return f"weight on {weight.device}, input on {x.device}"

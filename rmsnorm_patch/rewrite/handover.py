@@ -21,11 +21,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn as nn
 
-from ..pairs.source import NoSource, read_forward
 from ..patch_state import STATE
 from . import observe
 from .counts import calls_of
-from .places import Place, Places
+from .places import Passage, Passages, Place, Places, forward_of
 
 CARRIED = "_rmsnorm_patch_normed"
 """Attribute of a sum tensor that holds its Carry."""
@@ -105,7 +104,7 @@ def take(norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor | None:
     carried.link.untaken = 0
     calls_of(norm).handed_over += 1
     if observe.active:
-        backend = carried.kernel.backend(hidden_states, carried.weight)
+        backend = carried.kernel.backend(hidden_states, carried.weight, hidden_states)
         observe.report(observe.Event("taken", norm, (hidden_states,), carried.normed, None, backend))
     return carried.normed
 
@@ -180,19 +179,49 @@ class Link:
         return Link, ()
 
 
+class LinkThrough(Link):
+    """A link whose sum passes through the forward of other modules, `passages`, on its way.
+
+    loop: None while one of them has another forward or a hook that may edit. launcher_pair.h asks for it too.
+    """
+
+    __slots__ = ("_code", "passages")
+
+    def __init__(
+        self,
+        norm: nn.Module,
+        receiver: nn.Module | None,
+        loop: CodeType | None,
+        passive: bool,
+        places: tuple[Place, ...],
+        passages: tuple[Passage, ...],
+    ) -> None:
+        self.passages = Passages(passages)
+        super().__init__(norm, receiver, loop, passive, places)
+
+    @property
+    def loop(self) -> CodeType | None:  # type: ignore[override]
+        return self._code if self.passages.unchanged() else None
+
+    @loop.setter
+    def loop(self, code: CodeType | None) -> None:
+        self._code = code
+
+
 def _gone() -> None:
     return None
 
 
 class Step(NamedTuple):
     """One hand-over: the layer whose last add it is, the norm, the layer that calls the norm (None: the model), and
-    where they stand."""
+    where they stand; passages: the modules in between that only pass the sum on."""
 
     layer: nn.Module
     norm: nn.Module
     receiver: nn.Module | None
     passive: bool
     places: tuple[Place, ...] = ()
+    passages: tuple[Passage, ...] = ()
 
 
 class Chain:
@@ -206,7 +235,7 @@ class Chain:
         read; "" reads it now. With another source (a pickle, another version of the model's code) nothing is handed
         over: what that code does with a sum was not read."""
         self.runner = runner
-        self._loop, self.digest = (None, digest) if runner is None else _loop_of(runner, digest)
+        self._loop, self.digest = (None, digest) if runner is None else forward_of(runner, digest)
         self._links = tuple((weakref.ref(step.layer), self.link(step)) for step in steps)
 
     @property
@@ -217,12 +246,14 @@ class Chain:
             layer, norm = layer_of(), link.norm()
             receiver = None if link.receiver is None else link.receiver()
             places = link.places.alive()
+            passages = link.passages.alive() if isinstance(link, LinkThrough) else ()
             if layer is not None and norm is not None and places and (receiver is not None or link.receiver is None):
-                alive.append(Step(layer, norm, receiver, link.passive, places))
+                alive.append(Step(layer, norm, receiver, link.passive, places, passages))
         return tuple(alive)
 
     def link(self, step: Step) -> Link:
-        return Link(step.norm, step.receiver, self._loop, step.passive, step.places)
+        arguments = step.norm, step.receiver, self._loop, step.passive, step.places
+        return LinkThrough(*arguments, step.passages) if step.passages else Link(*arguments)
 
     def connect(self) -> None:
         for step in self.steps:
@@ -242,13 +273,3 @@ class Chain:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["steps"], state["runner"], state["digest"])  # type: ignore[misc]
         self.connect()
-
-
-def _loop_of(runner: type, digest: str) -> tuple[CodeType | None, str]:
-    try:
-        source = read_forward(runner)
-    except NoSource:
-        return None, digest
-    if digest and source.digest != digest:
-        return None, digest
-    return source.function.__code__, source.digest

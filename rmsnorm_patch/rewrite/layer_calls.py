@@ -17,15 +17,18 @@ import torch
 import torch.nn as nn
 
 from .. import ops
+from ..numerics.spec import SUPPORTED_DTYPES
 from ..pairs.source import RENAMING
 from ..patch_state import STATE, original_class, replaced, unhooked
 from . import guards, native, observe, traced
 from .counts import CALLS, calls_of
-from .handover import CARRIED, LINK, MAX_UNTAKEN, Carry, Link, put
+from .handover import CARRIED, LINK, MAX_UNTAKEN, Carry, Link, LinkThrough, put
+from .places import edits_result
 
 _is_tracing = torch.compiler.is_dynamo_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _servable = guards.servable
+_DTYPES = frozenset(SUPPORTED_DTYPES)
 _getframe = sys._getframe
 _CALL_IMPL = nn.Module._call_impl.__code__
 _MODULE_FILE = _CALL_IMPL.co_filename
@@ -33,25 +36,25 @@ _PASSING = ("transformers.modeling_layers", *RENAMING)
 """Frames of torch's module call and of these modules lie between a layer and what called it: of `modeling_layers`
 (`GradientCheckpointingLayer`) around its `__call__` up to transformers 5.17 at least, around its `forward` in 5.23; of
 the decorators that rename arguments around its `forward` in 5.24."""
-_OUTPUT_RECORDER = "transformers.utils.output_capturing"
-"""Its forward hooks (`output_hidden_states=True`) stay on every layer once used; they keep outputs and edit nothing."""
 
 
 class NormKernel:
     """What the pair helpers need to know of one patched norm class.
 
     cls: that class. original: the norm's own forward. fused: the bound op, or None for the reference backend, which is
-    `a + b` and then `original`. on_cpu: whether CPU tensors go to `fused` too (a backend that was forced).
+    `a + b` and then `original`. on_cpu: whether CPU tensors go to `fused` too (a backend that was forced). mixes:
+    whether it adds tensors of two dtypes, as Triton does.
     implied_eps: that of a norm which has no attribute for it, or None in it.
     """
 
-    __slots__ = ("cls", "eps_attribute", "fused", "implied_eps", "on_cpu", "original", "weight_attribute")
+    __slots__ = ("cls", "eps_attribute", "fused", "implied_eps", "mixes", "on_cpu", "original", "weight_attribute")
 
     def __init__(self, cls: type) -> None:
         key: Any = cls._rmsnorm_patch_key  # type: ignore[attr-defined]
         self.cls = cls
         self.original: Callable[..., torch.Tensor] = original_class(cls).forward  # type: ignore[attr-defined]
         self.fused = None if key.backend == "reference" else ops.bind_fused_add_rms_norm(key.spec, key.backend)
+        self.mixes = key.backend != "cuda"
         self.on_cpu = key.backend not in ("auto", "reference")
         self.eps_attribute: str | None = key.eps_attribute
         constant = key.spec.eps if key.eps_attribute is None else None
@@ -87,8 +90,9 @@ class NormKernel:
             native.enroll(norm.__class__, self)
         return normed, total
 
-    def backend(self, x: torch.Tensor, weight: torch.Tensor | None) -> str:
-        return self.fused.backend_for(x, weight) if self.fused is not None and self.serves(x) else "reference"
+    def backend(self, x: torch.Tensor, weight: torch.Tensor | None, residual: torch.Tensor) -> str:
+        served = self.fused is not None and self.serves(x)
+        return self.fused.backend_for(x, weight, residual) if self.fused is not None and served else "reference"
 
 
 _KERNELS: dict[type, NormKernel] = {}
@@ -163,7 +167,7 @@ def _in_layer(norm: nn.Module, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.
         if done is not None:
             calls_of(norm).fused += 1
             if observe.active:
-                backend = kernel.backend(a, weight)
+                backend = kernel.backend(a, weight, b)
                 observe.report(observe.Event("in_layer", norm, (a, b), *done, backend))
             return done
     reason = why_not(norm, kernel, a, b)
@@ -216,7 +220,7 @@ def _tail(layer: nn.Module, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return total
     normed, total = done
     if observe.active:
-        backend = kernel.backend(a, weight)
+        backend = kernel.backend(a, weight, b)
         observe.report(observe.Event("cross_layer", norm, (a, b), normed, total, backend))
     put(normed, total, norm, weight, eps, kernel, link)
     return total
@@ -227,12 +231,15 @@ def _called_by_loop(link: Link) -> bool:
 
     The walk up the stack is done once for a link. Later calls look at two frames: the loop's, as far up as it was, and
     the one that called the layer's forward (past the wrappers that stand around it in the class), which tells a
-    wrapper that calls `layer.forward` itself.
+    wrapper that calls `layer.forward` itself. Of a module in between `LinkThrough.loop` has seen that it runs what it
+    ran when the stack was walked.
     """
+    loop = link.loop
+    through = [*(link.passages.codes or ())] if isinstance(link, LinkThrough) else []
     tail_frame = 2  # past this function and `_tail`
     try:
         if (
-            _getframe(tail_frame + link.depth).f_code is link.loop
+            _getframe(tail_frame + link.depth).f_code is loop
             and _getframe(tail_frame + link.caller).f_code is _CALL_IMPL
         ):
             return True
@@ -241,9 +248,13 @@ def _called_by_loop(link: Link) -> bool:
     depth = caller = 2  # past `tail` and the layer's own forward
     frame = _getframe(tail_frame + depth)
     passing = [getattr(sys.modules.get(module), "__file__", None) for module in _PASSING]
-    while frame.f_code is not link.loop:
+    while frame.f_code is not loop or through:
         in_passing = frame.f_code.co_filename in passing
-        if not (in_passing or frame.f_code.co_filename == _MODULE_FILE) or frame.f_back is None:
+        if through and frame.f_code is through[0]:
+            through.pop(0)
+        elif not (in_passing or frame.f_code.co_filename == _MODULE_FILE):
+            return False
+        if frame.f_back is None:
             return False
         caller += in_passing and caller == depth
         frame, depth = frame.f_back, depth + 1
@@ -256,7 +267,7 @@ def _pair_servable(kernel: NormKernel, a: torch.Tensor, b: torch.Tensor, weight:
     return (
         _servable(a, weight)
         and type(b) is torch.Tensor
-        and a.dtype is b.dtype
+        and (a.dtype is b.dtype or (b.dtype in _DTYPES and kernel.mixes))
         and a.shape == b.shape
         and a.get_device() == b.get_device()
         and b.layout is torch.strided
@@ -276,7 +287,8 @@ def why_not(norm: nn.Module, kernel: NormKernel | None, a: torch.Tensor, b: torc
     watched = guards.reason(a, None) or guards.reason(b, None)
     if watched:
         return watched
-    if type(a) is not type(b) or a.dtype is not b.dtype or a.shape != b.shape or a.device != b.device:
+    alike = a.dtype is b.dtype or (kernel.mixes and b.dtype in _DTYPES)
+    if type(a) is not type(b) or not alike or a.shape != b.shape or a.device != b.device:
         sides = (f"{type(x).__name__} {x.dtype} {tuple(x.shape)} on {x.device}" for x in (a, b))
         return f"the operands differ: {', '.join(sides)}"
     weight = kernel.weight_of(norm)
@@ -287,10 +299,9 @@ def why_not(norm: nn.Module, kernel: NormKernel | None, a: torch.Tensor, b: torc
 
 def _undisturbed(layer: nn.Module, link: Link) -> bool:
     """True where no foreign code can see the sum between the add and the norm that reads it."""
-    for hook in layer._forward_hooks.values():
-        if getattr(hook, "__module__", "") != _OUTPUT_RECORDER:
-            return False
-    if replaced(layer) or not link.places.unchanged():
+    if edits_result(layer) or replaced(layer) or not link.places.unchanged():
+        return False
+    if isinstance(link, LinkThrough) and not link.passages.unchanged():
         return False
     if link.receiver is None:
         return True

@@ -17,7 +17,7 @@ from . import handover, instance_forward, layer_calls
 from .classes import Body, patched_class, register_factory
 from .handover import Step
 from .journal import Journal
-from .places import Index, between, index_of
+from .places import Index, Passage, between, index_of
 
 ROLE = "layer"
 _HELPERS: dict[str, Callable[..., Any]] = {
@@ -82,5 +82,7 @@ def _chains(found: Layout, fused: set[tuple[str, str, str]]) -> Iterator[tuple[n
 def _step(planned: PlannedStep, index: Index) -> Step:
     """index: of the parent."""
     layer, receiver = planned.layer.module, None if planned.receiver is None else planned.receiver.module
-    places = between(planned.parent, index, layer, planned.norm, receiver)
-    return Step(layer, planned.norm, receiver, planned.passive, places)
+    places = between(planned.parent, index, layer, planned.norm, receiver, planned.leaves)
+    passages = [Passage.through(module, out=True) for module in planned.leaves]
+    passages += [Passage.through(module, out=False) for module in planned.enters]
+    return Step(layer, planned.norm, receiver, planned.passive, places, tuple(passages))

@@ -29,14 +29,16 @@ class Prepared:
 def prepare(model: nn.Module, plan: Plan, dtype: torch.dtype | None) -> tuple[Prepared, ...]:
     """Every op that `plan` will call on `model` where it is now, once; nothing for tensors on the CPU."""
     done: dict[Prepared, None] = {}
-    dtype = _common_dtype(model) if dtype is None else dtype
+    looked_at, dtype = dtype is None, _common_dtype(model) if dtype is None else dtype
     paired = {pair.norm for pair in plan.fused_pairs()}
     for site in plan.fused_norms():
         names = FUNCTIONAL if site.path in paired else (RMS_NORM.name,)
+        inputs = [getattr(torch, name) for name in site.inputs] if looked_at else []
         for op in names:
-            made = _prepare_site(model.get_submodule(site.path), site, op, plan, dtype, done)
-            if made is not None:
-                done[made] = None
+            for each in inputs or [dtype]:
+                made = _prepare_site(model.get_submodule(site.path), site, op, plan, each, done)
+                if made is not None:
+                    done[made] = None
     return tuple(done)
 
 

@@ -1,7 +1,8 @@
 """Norms whose calls no kernel can take, since modules of another dtype change that of the hidden states.
 
 transformers keeps some modules of a half precision model in float32 (`wo` of T5). What reaches a norm then depends on
-the model's code: a residual stream becomes float32, a router's result is cast back. So a copy of the model without
+the model's code: a residual stream becomes float32, a router's result is cast back. Kernels take a float32 input with a
+half precision weight, but not one half type with the other. So a copy of the model without
 memory runs on the meta device, and each norm's input is looked at. The model itself is neither called nor changed.
 """
 
@@ -41,8 +42,11 @@ def expect(model: nn.Module, sites: tuple[NormSite, ...]) -> tuple[tuple[NormSit
 
 
 def _judged(site: NormSite, inputs: Iterable[torch.dtype], other: str) -> NormSite:
-    """inputs: dtypes that `site` was called with. A kernel takes a half precision weight with an input of its dtype."""
-    refused = sorted({_name(dtype) for dtype in inputs if _name(dtype) != site.weight_dtype})
+    """inputs: dtypes that `site` was called with. A kernel takes a half precision weight with an input of its dtype or
+    of float32."""
+    names = tuple(sorted({_name(dtype) for dtype in inputs}))
+    site = replace(site, inputs=names)
+    refused = [name for name in names if name not in (site.weight_dtype, "float32")]
     if not refused:
         return site
     why = f"its input is {' or '.join(refused)} because of {other}, its weight {site.weight_dtype}"

@@ -44,6 +44,7 @@ class NormSite:
     reason: why the action was chosen, in words a user can act on.
     falls_back: why calls of a norm that is fused will run the original arithmetic as the model is now; "" where nothing
         is known that would.
+    inputs: dtypes that it is called with in a model of mixed dtypes; () where nobody looked, or none came.
     """
 
     path: str
@@ -57,6 +58,7 @@ class NormSite:
     shared_paths: tuple[str, ...] = ()
     weight_attribute: str | None = None
     falls_back: str = ""
+    inputs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

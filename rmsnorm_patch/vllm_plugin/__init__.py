@@ -50,24 +50,29 @@ def _register(version: str) -> None:
     requested = settings.read()
     if requested == "off":
         return
-    if why := settings.unsupported_release(_vllm_version()):
+    tried, has_ir = settings.read_tried(), decision.has_ir()
+    if why := settings.unsupported_release(_vllm_version(), tried):
+        warn_once(f"{why}; vLLM serves with its own norms")
+        return
+    if requested == "auto" and not has_ir and (why := settings.unknown_without_ir(_vllm_version(), tried)):
         warn_once(f"{why}; vLLM serves with its own norms")
         return
     calls.read_forms()
-    route = requested if requested != "auto" else "ir" if decision.has_ir() else "oot"
-    if route == "ir" and not decision.has_ir():
+    route = requested if requested != "auto" else "ir" if has_ir else "oot"
+    if route == "ir" and not has_ir:
         warn_once(f"vLLM {version} has no IR ops for norms, {settings.VARIABLE}=ir cannot be served")
         return
     hooks.install()
-    if decision.has_ir():
+    from . import oot_route
+
+    if has_ir:
         from . import ir_route
 
         ir_route.register()
         hooks.install_priority()
     if route == "oot":
-        from . import oot_route
-
         oot_route.register()
+    oot_route.register_offset()
     if folder := os.environ.get(settings.TRACE_VARIABLE):
         from . import trace
 
@@ -94,11 +99,15 @@ def describe() -> Description:
         why = "vLLM is not installed"
     elif route == "off":
         why = f"{settings.VARIABLE}=off"
+    elif why := settings.unsupported_release(version, settings.read_tried()):
+        pass
     elif not _is_allowed():
         why = "VLLM_PLUGINS does not name rmsnorm_patch"
-    why = why or settings.unsupported_release(version or "")
-    if why:
+    if why or version is None:
         return Description(version, "none", requested, why, numerics)
+    if route == "auto" and settings.is_tried(version, settings.read_tried()):
+        why = f"{settings.RELEASE_VARIABLE} tries it; the worker's log has what each engine got"
+        return Description(version, "oot", requested, why, numerics)
     if route == "auto":
         why = "vLLM has IR ops; the worker's log has what each engine got"
         return Description(version, "ir", requested, why, numerics)

@@ -9,9 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .decision import SPECS
+from .decision import SPECS, Decision
 
 _OURS = [[provider] for provider in SPECS]
+
+
+def passes_by_ir(decision: Decision) -> bool:
+    """Whether vLLM's norm would pass by the IR ops that serve an engine."""
+    return decision.invariant and decision.route == "ir"
 
 
 def wrap_forward(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -9,11 +9,11 @@ import torch
 
 from .. import ops
 from ..numerics.contract import FUSED_ADD, FUSED_ADD_IN_PLACE, RMS_NORM
-from ..numerics.spec import NormSpec
+from ..numerics.spec import NormSpec, WeightOffset
 from . import huggingface
 from .decision import SPECS
 
-VERSION = 4
+VERSION = 5
 """Raise it when the graphs that the routes produce change: it is part of vLLM's compile-cache key."""
 
 COMPILER_HEAD = 256
@@ -21,24 +21,26 @@ COMPILER_HEAD = 256
 qkv before it and the rotary embedding behind it (measured: docs/decisions/vllm.md)."""
 
 IN_PLACE = True
-"""Whether the fused op of route "ir" writes into tensors that vLLM gave up (measured: docs/decisions/vllm.md)."""
+"""Whether the fused op writes into tensors that their caller gave up (measured: docs/decisions/vllm.md)."""
 
 
 @cache
-def spec_of(provider: str, has_weight: bool, variance_size: int | None) -> NormSpec:
+def spec_of(provider: str, has_weight: bool, variance_size: int | None, offset: WeightOffset = "none") -> NormSpec:
     base = SPECS[provider]
-    return NormSpec(0.0, base.round_before_weight, "none", has_weight, base.output, base.sum, variance_size)
+    return NormSpec(0.0, base.round_before_weight, offset, has_weight, base.output, base.sum, variance_size)
 
 
-def _spec_args(provider: str, variance_size: int | None) -> tuple[Any, ...]:
+def _spec_args(provider: str, variance_size: int | None, offset: WeightOffset) -> tuple[Any, ...]:
     """`ops.spec_args`, made of what Dynamo traces without a look-up in a cache."""
     spec = SPECS[provider]
-    return spec.round_before_weight, "none", spec.output, spec.sum, variance_size, None, "auto"
+    return spec.round_before_weight, offset, spec.output, spec.sum, variance_size, None, "auto"
 
 
 @cache
-def _eager(op: str, provider: str, has_weight: bool, variance_size: int | None) -> ops.Bound:
-    return ops.bind(op, spec_of(provider, has_weight, variance_size))
+def _eager(
+    op: str, provider: str, has_weight: bool, variance_size: int | None, offset: WeightOffset = "none"
+) -> ops.Bound:
+    return ops.bind(op, spec_of(provider, has_weight, variance_size, offset))
 
 
 def is_eager(x: torch.Tensor) -> bool:
@@ -47,12 +49,19 @@ def is_eager(x: torch.Tensor) -> bool:
 
 
 def rms_norm(
-    provider: str, x: torch.Tensor, weight: torch.Tensor | None, eps: float, variance_size: int | None
+    provider: str,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    variance_size: int | None,
+    offset: WeightOffset = "none",
 ) -> torch.Tensor:
-    """x: [..., N]; weight: [N] or None; the result is contiguous."""
+    """x: [..., N]; weight: [N] or None; offset: what is added to the weight, as in `NormSpec`; the result is
+    contiguous."""
     if is_eager(x):
-        return _eager(RMS_NORM.name, _on(provider, x), weight is not None, variance_size)(x, weight, eps)
-    spec = _spec_args(provider, variance_size)
+        bound = _eager(RMS_NORM.name, _on(provider, x, offset), weight is not None, variance_size, offset)
+        return bound(x, weight, eps)
+    spec = _spec_args(provider, variance_size, offset)
     return torch.ops.rmsnorm_patch.rms_norm.default(x, weight, eps, *spec)
 
 
@@ -63,12 +72,13 @@ def fused_add_rms_norm(
     weight: torch.Tensor | None,
     eps: float,
     variance_size: int | None,
+    offset: WeightOffset = "none",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(norm(x + residual), x + residual); x, residual: [..., N]; both results are contiguous and new."""
     if is_eager(x):
-        bound = _eager(FUSED_ADD.name, _on(provider, x), weight is not None, variance_size)
+        bound = _eager(FUSED_ADD.name, _on(provider, x, offset), weight is not None, variance_size, offset)
         return bound(x, residual, weight, eps)
-    spec = _spec_args(provider, variance_size)
+    spec = _spec_args(provider, variance_size, offset)
     return torch.ops.rmsnorm_patch.fused_add_rms_norm.default(x, residual, weight, eps, *spec)
 
 
@@ -87,26 +97,22 @@ def fused_add_rms_norm_in_place(
     if is_eager(x):
         _eager(FUSED_ADD_IN_PLACE.name, provider, weight is not None, variance_size)(x, residual, weight, eps)
         return x, residual
-    spec = _spec_args(provider, variance_size)
+    spec = _spec_args(provider, variance_size, "none")
     torch.ops.rmsnorm_patch.fused_add_rms_norm_.default(x, residual, weight, eps, *spec)
     return x, residual
 
 
-def _on(provider: str, x: torch.Tensor) -> str:
-    """Eager CPU code replaces vLLM's PyTorch norm, also where the engine was configured to compile and did not."""
-    return "rmsnorm_patch_native" if provider == "rmsnorm_patch" and x.device.type == "cpu" else provider
+def _on(provider: str, x: torch.Tensor, offset: WeightOffset) -> str:
+    """Eager CPU code replaces vLLM's PyTorch norm, also where the engine was configured to compile and did not. With
+    an offset its weight is an fp32 one, before which nothing is rounded."""
+    if provider == "rmsnorm_patch" and offset == "none" and x.device.type == "cpu":
+        return "rmsnorm_patch_native"
+    return provider
 
 
 def belongs_to_the_compiler(provider: str, x: torch.Tensor) -> bool:
     """Whether a call on [..., heads, head length] stays in the graph as vLLM's own arithmetic."""
     return provider == "rmsnorm_patch" and x.dim() > 2 and x.shape[-1] <= COMPILER_HEAD
-
-
-def takes_weight(provider: str, x: torch.Tensor, weight: torch.Tensor | None) -> bool:
-    """Whether a provider has numerics for a weight of this dtype."""
-    if weight is None or weight.dtype == x.dtype:
-        return True
-    return weight.dtype == torch.float32 and huggingface.takes_fp32_weight(provider)
 
 
 def keeps_op(provider: str, x: torch.Tensor) -> bool:

@@ -11,64 +11,93 @@ from typing import Any
 
 import torch
 
-from .decision import decision_for
-from .huggingface import Numerics, numerics_of
+from ..numerics.contract import FUNCTIONAL
+from . import calls, settings, trial
+from .decision import Decision, decision_for
+from .huggingface import Norm, Numerics, numerics_of
 from .log import logger, warn_once
 
 
 def wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Of vLLM's model loader."""
+    """Of vLLM's model loaders. A draft model has a configuration of its own, and the providers of its engine."""
 
-    def load_model(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
-        model = original(self, vllm_config, *args, **kwargs)
-        if decision_for(vllm_config).numerics:
-            align(model, numerics_of(vllm_config.model_config.hf_config))
+    def load_model(self: Any, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any) -> Any:
+        decision = decision_for(vllm_config)
+        if decision.refused:
+            asked = f"{settings.NUMERICS_VARIABLE}=huggingface is not served, norms have the engine's numerics"
+            warn_once(f"{asked}: {decision.refused}")
+        model = original(self, vllm_config, model_config, *args, **kwargs)
+        if decision.numerics:
+            align(model, numerics_of(model_config.hf_config), decision, vllm_config)
         return model
 
     return load_model
 
 
-def align(model: torch.nn.Module, numerics: Numerics) -> None:
+def align(model: torch.nn.Module, numerics: Numerics, decision: Decision, vllm_config: Any) -> None:
     """Give each norm the eps of its counterpart; one line says how many have one, a warning which have none."""
     served, corrected, others = 0, 0, []
     for path, norm in _norms(model):
-        why = _why_not(path, norm, numerics)
-        if why:
+        found, why = _counterpart(path, norm, numerics, decision)
+        why = why or _vllms_own(norm, decision, vllm_config)
+        if found is None or why:
             others.append(f"{path} ({type(norm).__name__}: {why})")
             continue
         served += 1
-        eps = _counterpart(path, norm, numerics).eps
-        if norm.variance_epsilon != eps:
+        if norm.variance_epsilon != found.eps:
             corrected += 1
-            norm.variance_epsilon = eps
+            norm.variance_epsilon = found.eps
     text = f"{served} of {served + len(others)} norms compute what transformers' do"
     if corrected:
         text += f", {corrected} of them with its eps in place of vLLM's"
     logger.info("rmsnorm_patch: worker %d: %s", os.getpid(), text)
     if others:
         listed = ", ".join(others[:4]) + (f" and {len(others) - 4} more" if len(others) > 4 else "")
-        warn_once(f"{len(others)} norms keep the engine's numerics: {listed}")
+        warn_once(f"{len(others)} norms keep other numerics: {listed}")
 
 
 def _norms(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """vLLM's classes, those registered in their place, and what a name says to be one."""
+    from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
+
     for path, module in model.named_modules():
-        if "RMSNorm" in type(module).__name__ and not list(module.children()):
+        is_norm = isinstance(module, (RMSNorm, GemmaRMSNorm)) or "RMSNorm" in type(module).__name__
+        if is_norm and not list(module.children()):
             yield path, module
 
 
-def _counterpart(path: str, norm: Any, numerics: Numerics) -> Any:
-    has_weight = getattr(norm, "has_weight", True)
-    return numerics.of(path, norm.weight.shape[-1], has_weight)
-
-
-def _why_not(path: str, norm: Any, numerics: Numerics) -> str:
+def _counterpart(path: str, norm: Any, numerics: Numerics, decision: Decision) -> tuple[Norm | None, str]:
+    """(transformers' norm, "") or (None, why the engine's provider does not compute what that does)."""
     from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 
     if not isinstance(norm, (RMSNorm, GemmaRMSNorm)):
-        return "a class with arithmetic of its own"
-    found = _counterpart(path, norm, numerics)
+        return None, "a class with arithmetic of its own"
+    if numerics.provider != decision.provider:
+        return None, f"the engine has {decision.provider}; {numerics.reason}"
+    found = numerics.of(path, norm.weight.shape[-1], getattr(norm, "has_weight", True))
     if found is None:
-        return "no norm of that path, or of that length, in transformers' model"
+        return None, "no norm of that path, or of that length, in transformers' model"
     if found.adds_one != isinstance(norm, GemmaRMSNorm):
-        return f"transformers' {found.class_name} computes " + ("1 + w" if found.adds_one else "no 1 + w")
-    return ""
+        return None, f"transformers' {found.class_name} computes " + ("1 + w" if found.adds_one else "no 1 + w")
+    return found, ""
+
+
+def _vllms_own(norm: Any, decision: Decision, vllm_config: Any) -> str:
+    """Why vLLM's own arithmetic serves a norm all the same, or ""."""
+    from vllm.model_executor.layers.layernorm import GemmaRMSNorm
+
+    dtype = vllm_config.model_config.dtype
+    if norm.weight.dtype != dtype:
+        return f"a weight of {norm.weight.dtype} for rows of {dtype}"
+    if decision.route == "oot" or isinstance(norm, GemmaRMSNorm):
+        if not getattr(norm, "is_rmsnorm_patch", False):
+            return "somebody else's class is registered"
+        return "" if norm._provider == decision.provider else "its kernel was declined"
+    priority = vllm_config.kernel_config.ir_op_priority
+    for first in (getattr(priority, op)[0] for op in FUNCTIONAL):
+        if first != decision.provider:
+            return f"the IR priority was set to begin with {first!r}"
+    x = torch.empty(0, norm.weight.shape[-1], dtype=dtype, device=norm.weight.device)
+    weight = norm.weight if norm.has_weight else None
+    spec = calls.spec_of(decision.provider, norm.has_weight, norm.variance_size_override)
+    return "its kernel was declined" if any(trial.declined(x, weight, spec, op) for op in FUNCTIONAL) else ""

@@ -8,6 +8,7 @@ The arithmetic follows what is replaced, which vLLM decides by its IR priority a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -36,10 +37,10 @@ WEIGHT_ONLY = frozenset({"awq", "awq_marlin", "gptq", "gptq_marlin", "bitsandbyt
 
 @dataclass(frozen=True)
 class Facts:
-    """What a decision rests on. incumbents: vLLM's default IR priority for rms_norm, () where it has no IR; capability:
-    90 for sm_90, None without an NVIDIA GPU; captures: whether CUDA graphs are; linear: `settings.read_linear()`;
-    transformers: what its modules compute, where that was asked for; fusions: passes of vLLM that may take norms into
-    kernels of their own."""
+    """What a decision rests on. incumbents: vLLM's default IR priority for rms_norm; capability: 90 for sm_90, None
+    without an NVIDIA GPU; captures: whether CUDA graphs are; linear: `settings.read_linear()`; tried:
+    `settings.read_tried()`; transformers: what its modules compute, where that was asked for; fusions: passes of vLLM
+    that may take norms into kernels of their own."""
 
     requested: settings.Route
     version: str
@@ -54,6 +55,7 @@ class Facts:
     capability: int | None = None
     captures: bool = True
     linear: settings.Linear = "auto"
+    tried: str = ""
     transformers: huggingface.Numerics | None = None
     fusions: tuple[str, ...] = ()
 
@@ -61,9 +63,10 @@ class Facts:
 @dataclass(frozen=True)
 class Decision:
     """route "none" stands aside; provider names the numerics (a key of SPECS), "" with route "none". linear: a product
-    and the fused norm that reads it become one op (`linear_pass`), reorder: whose product may have other bits.
-    numerics: the classes of transformers that its norms compute as, "" for the engine's own numerics; refused: why
-    these although transformers' were asked for; invariant: it is a batch-invariant engine."""
+    and the fused norm that reads it become one op (`linear_pass`), reorder: whose product may have other bits. offset:
+    norms with fp32 `1 + w` weights are served too, by their class (`oot_route`). numerics: the classes of transformers
+    that its norms compute as, "" for the engine's own numerics; refused: why these although transformers' were asked
+    for; invariant: it is a batch-invariant engine."""
 
     route: Chosen
     provider: str
@@ -71,6 +74,7 @@ class Decision:
     warning: bool = False
     linear: bool = False
     reorder: bool = False
+    offset: bool = False
     numerics: str = ""
     refused: str = ""
     invariant: bool = False
@@ -95,10 +99,12 @@ def decide(facts: Facts) -> Decision:
 def _decide(facts: Facts) -> Decision:
     if facts.requested == "off":
         return _aside(f"{settings.VARIABLE}=off")
-    if why := settings.unsupported_release(facts.version):
+    if why := settings.unsupported_release(facts.version, facts.tried):
         return _aside(why, warning=True)
     route = facts.requested
     if route == "auto":
+        if not facts.has_ir and (why := settings.unknown_without_ir(facts.version, facts.tried)):
+            return _aside(why, warning=True)
         route = "ir" if facts.has_ir else "oot"
     if (route == "ir" and not facts.has_ir) or (route == "oot" and not facts.has_oot):
         return _aside(f"vLLM {facts.version} does not offer the {route!r} route", warning=True)
@@ -120,7 +126,7 @@ def _decide(facts: Facts) -> Decision:
         provider = facts.transformers.provider
     reason = f"{asked}; numerics of {numerics or _NAMES[provider]}"
     measured = facts.device_type == "cuda" and facts.capability in product_splits.MEASURED
-    linear = route == "ir" and facts.compiled and facts.captures and measured and facts.linear != "off"
+    linear = facts.compiled and facts.captures and measured and facts.linear != "off"
     linear = linear and not facts.batch_invariant  # how a product is split depends on its rows
     reorder = linear and facts.linear == "reorder"
     if linear:
@@ -129,9 +135,10 @@ def _decide(facts: Facts) -> Decision:
         reason += f", and of products that are split for them ({settings.LINEAR_VARIABLE}=reorder)"
     if facts.batch_invariant:
         reason += "; batch-invariant: a row's bits follow from it and its length alone"
-    return Decision(
-        route, provider, reason, linear=linear, reorder=reorder, numerics=numerics, invariant=facts.batch_invariant
-    )
+    # With tensor parallel a class would hide its norms from vLLM's fusion with the all-reduce, which numerics turn off.
+    offset = bool(numerics) or not (facts.compiled and facts.tensor_parallel > 1)
+    invariant = facts.batch_invariant
+    return Decision(route, provider, reason, False, linear, reorder, offset, numerics, invariant=invariant)
 
 
 _NAMES = {
@@ -182,6 +189,7 @@ def facts_of(vllm_config: Any, incumbents: tuple[str, ...]) -> Facts:
         capability=_capability(current_platform),
         captures=compilation.cudagraph_mode != CUDAGraphMode.NONE,
         linear=settings.read_linear(),
+        tried=settings.read_tried(),
         transformers=huggingface.asked_of(model),
         fusions=tuple(name for name in FUSIONS if getattr(compilation.pass_config, name, None)),
     )
@@ -191,13 +199,20 @@ def decision_for(vllm_config: Any) -> Decision:
     """What this engine's norms get; raises UnsupportedInput for a bad variable."""
     from vllm.platforms import current_platform
 
-    incumbents: tuple[str, ...] = ("native",)
     default = getattr(type(current_platform), "get_default_ir_op_priority", None)
-    if default is not None:
+    if default is None:
+        incumbents = _incumbents_without_ir(vllm_config.compilation_config.custom_ops, current_platform.device_type)
+    else:
         original = original_of(default)
         found = default(vllm_config) if original is None else original(type(current_platform), vllm_config)
         incumbents = tuple(found.rms_norm)
     return decide(facts_of(vllm_config, incumbents))
+
+
+def _incumbents_without_ir(custom_ops: Sequence[str], device_type: str) -> tuple[str, ...]:
+    """What serves a norm where no priority does: vLLM's CUDA op, if the list of custom ops lets it."""
+    enabled = "+rms_norm" in custom_ops or ("all" in custom_ops and "-rms_norm" not in custom_ops)
+    return ("vllm_c", "native") if enabled and device_type == "cuda" else ("native",)
 
 
 def _capability(platform: Any) -> int | None:

@@ -39,7 +39,8 @@ def explain(arguments: list[str]) -> dict[str, Any]:
     return {
         "route": decision.route,
         "provider": decision.provider,
-        "reason": decision.reason,
+        "reason": decision.reason
+        + (f"; numerics of transformers refused: {decision.refused}" if decision.refused else ""),
         "compile_mode": getattr(compiled.mode, "name", str(compiled.mode)),
         "norms": norms,
     }
@@ -87,12 +88,12 @@ def _serving(norm: torch.nn.Module, columns: int, config: Any, decision: Decisio
     over_heads = columns == config.model_config.get_head_size() != config.model_config.get_hidden_size()
     shape = (2, 3, columns) if over_heads else (2, columns)
     x = torch.empty(shape, dtype=config.model_config.dtype, device="meta")
-    on_class = decision.route == "oot"
+    on_class = decision.route == "oot" or getattr(norm, "is_rmsnorm_patch", False)
     first = None if on_class else config.kernel_config.ir_op_priority.rms_norm[0]
     if first is not None and first not in SPECS:
         return f"vLLM's own norm: the IR priority was set to begin with {first!r}"
     provider = getattr(norm, "_provider", "") if on_class else _chosen_provider(norm, x, config)
-    if provider in SPECS and not calls.belongs_to_the_compiler(provider, x):
+    if provider in SPECS and not calls.belongs_to_the_compiler(decision.provider, x):
         return f"rmsnorm_patch ({provider})"
     if over_heads and decision.provider == "rmsnorm_patch":
         return "the compiler: a norm over heads is fused with its neighbours"

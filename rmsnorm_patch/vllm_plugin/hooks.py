@@ -30,6 +30,11 @@ def install() -> None:
     wrap_once(VllmConfig, "compute_hash", _compute_hash)
     if arg_utils := sys.modules.get("vllm.engine.arg_utils"):  # the process that configures the engine
         wrap_once(arg_utils.EngineArgs, "create_engine_config", _create_engine_config)
+    if settings.asks_transformers():
+        from vllm.model_executor.model_loader import BaseModelLoader
+
+        for loader in (BaseModelLoader, *BaseModelLoader.__subclasses__()):  # some have a load_model of their own
+            wrap_once(loader, "load_model", counterparts.wrap_load)
 
 
 def install_priority() -> None:
@@ -41,13 +46,17 @@ def install_priority() -> None:
     wrap_once(IrOpPriorityConfig, "set_default", _set_default)
 
 
-def install_lowering() -> None:
-    """For processes that compile: the lowering pass joins products and norms."""
-    from vllm.compilation.passes.ir.lowering_pass import VllmIRLoweringPass
-
-    wrap_once(VllmIRLoweringPass, "__init__", linear_pass.wrap_init)
-    wrap_once(VllmIRLoweringPass, "__call__", linear_pass.wrap_call)
-    wrap_once(VllmIRLoweringPass, "uuid", linear_pass.wrap_uuid)
+def install_passes() -> None:
+    """For workers, which compile: our pass runs after those of vLLM's manager, which all of them hang on. It needs
+    nothing of what they leave, so the hook does not depend on vLLM's IR."""
+    try:
+        from vllm.compilation.passes.pass_manager import PostGradPassManager
+    except ImportError as error:
+        warn_once(f"products and norms stay apart: this vLLM keeps its graph passes elsewhere ({error})")
+        return
+    wrap_once(PostGradPassManager, "configure", linear_pass.wrap_configure)
+    wrap_once(PostGradPassManager, "__call__", linear_pass.wrap_call)
+    wrap_once(PostGradPassManager, "uuid", linear_pass.wrap_uuid)
     if linear_pass.tell not in product_splits.on_found:
         product_splits.on_found.append(linear_pass.tell)
 
@@ -64,9 +73,9 @@ def _default_priority(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_default_ir_op_priority(cls: Any, vllm_config: Any) -> Any:
         priority = original(cls, vllm_config)
         decision = decide(facts_of(vllm_config, tuple(priority.rms_norm)))
+        if decision.numerics:
+            _keep_norms_apart(vllm_config)
         if decision.route == "ir":
-            if decision.numerics:
-                _keep_norms_apart(vllm_config)
             for name in FUNCTIONAL:
                 setattr(priority, name, [decision.provider, *getattr(priority, name)])
         return priority
@@ -85,30 +94,17 @@ def _keep_norms_apart(vllm_config: Any) -> None:
 def _set_default(original: Callable[..., Any]) -> Callable[..., Any]:
     def set_default(self: Any) -> None:
         original(self)
-        try:
-            install_lowering()  # here, in the worker: it imports Inductor
-        except ImportError as error:
-            warn_once(f"products and norms stay apart: this vLLM lowers its graphs elsewhere ({error})")
+        install_passes()  # here, in the worker: it imports Inductor
         from vllm.config import get_current_vllm_config_or_none
 
         vllm_config = get_current_vllm_config_or_none()
-        if vllm_config is not None:
-            _install_for(decision_for(vllm_config))
+        if vllm_config is not None and batch_invariant.passes_by_ir(decision_for(vllm_config)):
+            from vllm.model_executor.layers.layernorm import RMSNorm
+
+            wrap_once(RMSNorm, "forward_cuda", batch_invariant.wrap_forward)
         log(vllm_config, self)
 
     return set_default
-
-
-def _install_for(decision: Decision) -> None:
-    """What only some engines need, in the worker and before its model is built."""
-    if decision.invariant and decision.route == "ir":
-        from vllm.model_executor.layers.layernorm import RMSNorm
-
-        wrap_once(RMSNorm, "forward_cuda", batch_invariant.wrap_forward)
-    if decision.numerics:
-        from vllm.model_executor.model_loader.base_loader import BaseModelLoader
-
-        wrap_once(BaseModelLoader, "load_model", counterparts.wrap_load)
 
 
 def _compute_hash(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -132,15 +128,10 @@ def fingerprint(decision: Decision, splits: str) -> str:
 
 def log(vllm_config: Any, priority: Any = None) -> None:
     """One line per worker: what was selected and why."""
-    if vllm_config is None:
-        return
-    decision = decision_for(vllm_config)
-    if decision.refused:
-        asked = f"{settings.NUMERICS_VARIABLE}=huggingface is not served, norms have the engine's numerics"
-        warn_once(f"{asked}: {decision.refused}")
-    if os.getpid() in _LOGGED:
+    if vllm_config is None or os.getpid() in _LOGGED:
         return
     _LOGGED.add(os.getpid())
+    decision = decision_for(vllm_config)
     if decision.warning:
         warn_once(decision.reason + "; the engine serves with its own kernels")
         return

@@ -29,8 +29,8 @@ SPECS = {
     ROUNDED_BEFORE: NormSpec(eps=0.0, round_before_weight="input", output="input", sum="rounded"),
     ROUNDED_ONCE: NormSpec(eps=0.0, round_before_weight="none", output="input", sum="rounded"),
 }
-"""Provider -> its numerics. In both the norm reads the sum as transformers stores it. A `1 + w` reaches the second one
-as an fp32 weight, the way in which vLLM computes it."""
+"""Provider -> its numerics. In both the norm reads the sum as transformers stores it. The second one's are those of a
+`1 + w` in fp32 too, with the weight offset that `oot_route` adds."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class Numerics:
         return alike[0] if len({(norm.eps, norm.adds_one) for norm in alike}) == 1 else None
 
 
-def takes_fp32_weight(provider: str) -> bool:
-    """Whether rows of a half type with an fp32 weight (vLLM's `1 + w`) have the numerics of transformers."""
+def computes_offset(provider: str) -> bool:
+    """Whether a norm with an fp32 `1 + w` weight has transformers' numerics with this provider."""
     return provider == ROUNDED_ONCE
 
 

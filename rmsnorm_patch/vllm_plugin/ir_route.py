@@ -56,9 +56,9 @@ def _rms_norm_serves(provider: str) -> Callable[..., bool]:
         if calls.belongs_to_the_compiler(provider, x):
             return False
         if x.device.type == "cpu":  # Dynamo traces through this on the CPU: no caches, no logging
-            return calls.takes_weight(provider, x, weight)
+            return weight is None or weight.dtype == x.dtype
         spec = calls.spec_of(provider, weight is not None, variance_size)
-        return not trial.declined(x, weight, spec, RMS_NORM.name, calls.takes_weight(provider, x, weight))
+        return not trial.declined(x, weight, spec, RMS_NORM.name)
 
     return serves
 
@@ -70,8 +70,8 @@ def _fused_add_serves(provider: str) -> Callable[..., bool]:
         if x_residual.dtype != x.dtype or x_residual.shape != x.shape:
             return False
         if x.device.type == "cpu":
-            return calls.takes_weight(provider, x, weight)
+            return weight is None or weight.dtype == x.dtype
         spec = calls.spec_of(provider, weight is not None, variance_size)
-        return not trial.declined(x, weight, spec, FUSED_ADD.name, calls.takes_weight(provider, x, weight))
+        return not trial.declined(x, weight, spec, FUSED_ADD.name)
 
     return serves

@@ -1,19 +1,27 @@
-"""A change of vLLM's lowered graph: a product and the fused norm that reads it become one op (`linear_norm`).
+"""A change of vLLM's graph after all of its passes: a product and the fused norm that reads it become one op
+(`linear_norm`).
 
 Only this graph shows which product a norm reads. In a layer these are the output projection of attention and the down
 projection, as long as nothing lies between: with tensor parallel an all-reduce does, and the graph stays as it is.
+
+The pass starts from our own ops and knows none of vLLM's. They come in three forms: written in place (route "ir", whose
+providers vLLM lowers so), the same as a functional call (route "oot": what torch makes of an op that writes), and the
+op that writes nothing. Of the last two the joined op is a functional call too, and Inductor decides where it writes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import fx
+from torch._higher_order_ops.auto_functionalize import auto_functionalized
 
 from ..fused.linear_norm import op as linear_ops
 from ..fused.linear_norm import splits as product_splits
+from ..numerics.contract import FUSED_ADD, FUSED_ADD_IN_PLACE
 from .decision import Decision, decision_for
 from .log import logger, warn_once
 
@@ -32,44 +40,102 @@ def _transposes(node: Any) -> bool:
 
 
 def join(graph: fx.Graph, splits: str = "") -> int:
-    """Join every fused norm of a lowered graph with its product; returns how many were. splits: as `splits_of` gives
-    it for the engine."""
+    """Join every fused norm of a graph with its product; returns how many were. splits: as `splits_of` gives it for
+    the engine."""
+    return _join_in_place(graph, splits) + _join_functional(graph, splits)
+
+
+def _joined_op() -> Any:
+    return getattr(torch.ops.rmsnorm_patch, linear_ops.NAME).default
+
+
+def _join_in_place(graph: fx.Graph, splits: str) -> int:
     norm_op = torch.ops.rmsnorm_patch.fused_add_rms_norm_.default
-    op = getattr(torch.ops.rmsnorm_patch, linear_ops.NAME).default
     count = 0
     norm: Any  # of a node's arguments mypy knows nothing
-    for norm in [node for node in graph.nodes if node.target is norm_op]:
+    for norm in [node for node in graph.nodes if node.target is norm_op and not node.kwargs]:
         x, residual, weight, *rest = norm.args
-        product = _product_of(x, norm)
+        product = _product_of(x, residual, norm)
         if product is None:
             continue
         rows, transposed = product.args
         if splits:
             rest += [*linear_ops.DEFAULTS[len(rest) - 1 : -1], splits]
         with graph.inserting_before(norm):
-            joined = graph.call_function(op, (rows, transposed.args[0], residual, weight, *rest))
+            joined = graph.call_function(_joined_op(), (rows, transposed.args[0], residual, weight, *rest))
         joined.meta.update(x.meta)
         x.replace_all_uses_with(joined, delete_user_cb=lambda user, norm=norm: user is not norm)
-        for node in dict.fromkeys((norm, x, product)):
-            graph.erase_node(node)
-        if not transposed.users:
-            graph.erase_node(transposed)
+        _erase(graph, norm, x, product, transposed)
         count += 1
     return count
 
 
-def _product_of(x: Any, norm: fx.Node) -> Any:
-    """The product that x, which the norm reads and overwrites, holds, if it can be computed where the norm stands.
+def _join_functional(graph: fx.Graph, splits: str) -> int:
+    count = 0
+    for norm, given, results in list(_functional_norms(graph)):
+        x, residual = given.pop("x"), given.pop("residual")
+        product = _product_of(x, residual, norm)
+        if product is None or len(x.users) > 1 or len(product.users) > 1:
+            continue
+        rows, transposed = product.args
+        operands = {"rows": rows, "matrix": transposed.args[0], "residual": residual}
+        with graph.inserting_before(norm):
+            joined = graph.call_function(auto_functionalized, (_joined_op(),), {**operands, **given, "splits": splits})
+        joined.meta["val"] = x.meta["val"], residual.meta["val"]
+        for user in list(norm.users):
+            user.args = (joined, results.index(user.args[1]))
+        _erase(graph, norm, x, product, transposed)
+        count += 1
+    return count
+
+
+def _functional_norms(graph: fx.Graph) -> Iterator[tuple[Any, dict[str, Any], tuple[int, int]]]:
+    """Each fused norm that is a functional call, its arguments by name, and which of its results are the normed rows
+    and the sum."""
+    plain, written = (
+        getattr(torch.ops.rmsnorm_patch, name).default for name in (FUSED_ADD.name, FUSED_ADD_IN_PLACE.name)
+    )
+    places = {node: place for place, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        if node.target is auto_functionalized and node.args == (written,):
+            given, results = dict(node.kwargs), (1, 2)  # before what an op wrote is what it returned, here nothing
+        elif node.target is plain:
+            given, results = _by_name(node), (0, 1)
+            # Nobody gave this residual up. Where it is read later, or is not the graph's own, writing it costs a copy.
+            residual = given["residual"]
+            if residual.op == "placeholder" or max(places[user] for user in residual.users) > places[node]:
+                continue
+        else:
+            continue
+        if all(user.target is operator.getitem and user.args[1] in results for user in node.users):
+            yield node, given, results
+
+
+def _by_name(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an op's call, those that it left out included."""
+    parameters = node.target._schema.arguments  # type: ignore[union-attr]
+    given = dict(zip((parameter.name for parameter in parameters), node.args, strict=False))
+    return {**{parameter.name: parameter.default_value for parameter in parameters}, **given, **node.kwargs}
+
+
+def _erase(graph: fx.Graph, norm: fx.Node, x: fx.Node, product: fx.Node, transposed: fx.Node) -> None:
+    for node in dict.fromkeys((norm, x, product)):
+        graph.erase_node(node)
+    if not transposed.users:
+        graph.erase_node(transposed)
+
+
+def _product_of(x: Any, residual: Any, norm: fx.Node) -> Any:
+    """The product that x, which the norm reads and may overwrite, holds, if it can be computed where the norm stands.
 
     x may be vLLM's clone of it, for nobody else's sake. Whatever lies between must not read x or write to anything.
     """
     product = x
     if isinstance(x, fx.Node) and x.target is aten.clone.default and len(x.all_input_nodes[0].users) == 1:
         product = x.args[0]
-    if not isinstance(product, fx.Node) or product.target is not aten.mm.default or norm.kwargs:
+    if not isinstance(product, fx.Node) or product.target is not aten.mm.default:
         return None
     transposed: Any = product.args[1]
-    residual = norm.args[1]
     if not _transposes(transposed):
         return None
     rows, matrix = product.args[0], transposed.args[0]
@@ -89,6 +155,8 @@ def _product_of(x: Any, norm: fx.Node) -> Any:
 
 def _writes(target: Any) -> bool:
     """Whether an op may change a tensor that it is given; what is no op with a schema counts as one that may."""
+    if target is auto_functionalized:
+        return False
     schema = getattr(target, "_schema", None)
     return getattr(target, "__name__", "") != "getitem" and (schema is None or schema.is_mutable)
 
@@ -113,16 +181,16 @@ def splits_of(vllm_config: Any, decision: Decision) -> str:
     return product_splits.settings_of(sizes, decision.reorder)
 
 
-def wrap_init(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Of vLLM's lowering pass: it learns whether and how its engine joins products and norms."""
+def wrap_configure(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Of vLLM's manager of passes: it learns whether and how its engine joins products and norms."""
 
-    def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, vllm_config, *args, **kwargs)
-        decision = decision_for(vllm_config)
+    def configure(self: Any, config: Any) -> None:
+        original(self, config)
+        decision = decision_for(config)
         self.rmsnorm_patch_linear = decision.linear
-        self.rmsnorm_patch_splits = splits_of(vllm_config, decision)
+        self.rmsnorm_patch_splits = splits_of(config, decision)
 
-    return init
+    return configure
 
 
 def wrap_call(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -145,7 +213,7 @@ def _tunes_products() -> bool:
 
 
 def wrap_uuid(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The pass is part of the key of Inductor's own cache, which engines of different settings may share."""
+    """The passes are part of the key of Inductor's own cache, which engines of different settings may share."""
 
     def uuid(self: Any) -> str:
         return f"{original(self)}|rmsnorm_patch linear {_joins(self)} {_splits(self)}"
@@ -153,10 +221,10 @@ def wrap_uuid(original: Callable[..., Any]) -> Callable[..., Any]:
     return uuid
 
 
-def _joins(lowering: Any) -> bool:
-    """What `wrap_init` has told a pass; one that was made before leaves products alone."""
-    return getattr(lowering, "rmsnorm_patch_linear", False)
+def _joins(manager: Any) -> bool:
+    """What `wrap_configure` has told a manager; one that was configured before leaves products alone."""
+    return getattr(manager, "rmsnorm_patch_linear", False)
 
 
-def _splits(lowering: Any) -> str:
-    return getattr(lowering, "rmsnorm_patch_splits", "")
+def _splits(manager: Any) -> str:
+    return getattr(manager, "rmsnorm_patch_splits", "")

@@ -1,4 +1,8 @@
-"""Route "oot": an out-of-tree class that vLLM instantiates in place of its RMSNorm.
+"""Out-of-tree classes that vLLM instantiates in place of its own: of RMSNorm, which is route "oot", and on both routes
+of GemmaRMSNorm, whose weight is `1 + w` in fp32.
+
+vLLM computes that weight before its norm, so a provider of the IR op would get a tensor of another dtype than its
+input, and a launch or two in front of it. The class has the weight itself: the kernels add the 1 (`weight_offset`).
 
 The forward is replaced as a whole: which of forward_native, forward_cuda or forward_cpu vLLM would call depends on
 the compile mode and on `custom_ops`, and overriding only one of them is a silent no-op in the other modes.
@@ -11,63 +15,116 @@ from typing import Any
 import torch
 
 from ..numerics.contract import FUNCTIONAL
-from . import calls, hooks, trial
-from .decision import decision_for
+from ..numerics.spec import WeightOffset
+from . import calls, hooks, huggingface, trial
+from .decision import Decision, decision_for
+from .log import warn_once
 
 
 def register() -> None:
     """Register our class for the name "RMSNorm", unless somebody already did."""
-    from vllm.model_executor import custom_op
     from vllm.model_executor.layers.layernorm import RMSNorm
 
-    standing: Any = custom_op.op_registry_oot.get("RMSNorm")
+    if foreign := _register(RMSNorm, _Norm):
+        raise RuntimeError(foreign)
+
+
+def register_offset() -> None:
+    """Register our class for the name "GemmaRMSNorm", unless somebody already did."""
+    from vllm.model_executor.layers.layernorm import GemmaRMSNorm
+
+    if foreign := _register(GemmaRMSNorm, _OffsetNorm):
+        warn_once(f"{foreign}, and serves those norms")
+
+
+def _register(norm: Any, ours: type) -> str:
+    """Who holds the class's name, or ""."""
+    from vllm.model_executor import custom_op
+
+    name = norm.__name__
+    standing: Any = custom_op.op_registry_oot.get(name)
     if standing is not None:
-        if not getattr(standing, "is_rmsnorm_patch", False):
-            raise RuntimeError(f"{standing.__module__}.{standing.__qualname__} is registered for RMSNorm already")
-        return
-    custom_op.CustomOp.register_oot(_make_class(RMSNorm), name="RMSNorm")
+        is_ours = getattr(standing, "is_rmsnorm_patch", False)
+        return "" if is_ours else f"{standing.__module__}.{standing.__qualname__} is registered for {name} already"
+    made = type(f"Patched{name}", (ours, norm), {"__doc__": f"vLLM's {name} with our kernels."})
+    custom_op.CustomOp.register_oot(made, name=name)
     # register_oot writes the class name over the op's name, which `custom_ops=["+rms_norm"]` refers to.
-    custom_op.op_registry_oot["RMSNorm"].name = RMSNorm.name
+    custom_op.op_registry_oot[name].name = norm.name
+    return ""
 
 
-def _make_class(rms_norm: type) -> type:
-    class PatchedRMSNorm(rms_norm):  # type: ignore[misc, valid-type]
-        """vLLM's RMSNorm with our kernels; what they do not serve takes vLLM's own forward."""
+class _Norm:
+    """In front of vLLM's RMSNorm among the bases of a class. What our kernels do not serve takes vLLM's own forward.
 
-        is_rmsnorm_patch = True
+    Each call reads the weight of that moment: it may be written or replaced while the engine runs.
+    """
 
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            self._provider = self._choose()
+    is_rmsnorm_patch = True
+    rmsnorm_patch_offset: WeightOffset = "none"
+    weight: torch.Tensor
+    variance_epsilon: float
+    has_weight: bool = True
+    variance_size_override: int | None = None
 
-        def _choose(self) -> str:
-            from vllm.config import get_current_vllm_config
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._provider = self._choose()
 
-            decision = decision_for(get_current_vllm_config())
+    def _provider_of(self, decision: Decision) -> str:
+        return decision.provider if decision.route == "oot" else ""
+
+    def _choose(self) -> str:
+        from vllm.config import get_current_vllm_config
+
+        decision = decision_for(get_current_vllm_config())
+        provider = self._provider_of(decision)
+        if decision.route == "oot":
+            hooks.install_passes()  # a worker is what builds a model
             hooks.log(get_current_vllm_config())
-            if decision.route != "oot":
-                return ""
-            x = torch.empty(0, self.weight.shape[0], dtype=self.weight.dtype, device=self.weight.device)
-            spec = calls.spec_of(decision.provider, self.has_weight, self.variance_size_override)
-            weight = self.weight if self.has_weight else None
-            if any(trial.declined(x, weight, spec, op) for op in FUNCTIONAL):
-                return ""
+        if not provider:
+            return ""
+        x = torch.empty(0, self.weight.shape[0], dtype=self.weight.dtype, device=self.weight.device)
+        spec = calls.spec_of(provider, self.has_weight, self.variance_size_override, self.rmsnorm_patch_offset)
+        weight = self.weight if self.has_weight else None
+        return "" if any(trial.declined(x, weight, spec, op) for op in FUNCTIONAL) else provider
+
+    def _is_served(self, x: torch.Tensor) -> bool:
+        if self._provider == "" or (self.has_weight and x.dtype != self.weight.dtype):
+            return False
+        if calls.is_eager(x):
+            return True
+        return calls.keeps_op(self._provider, x) and not calls.belongs_to_the_compiler(self._provider, x)
+
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        if not self._is_served(x):
+            return super().forward(x, residual)  # type: ignore[misc, no-any-return]
+        eps, width = self.variance_epsilon, self.variance_size_override
+        if residual is None:
+            weight = self.weight.data if getattr(self, "pass_weight", self.has_weight) else None
+            return calls.rms_norm(self._provider, x, weight, eps, width)
+        weight = self.weight.data if getattr(self, "pass_weight_add", self.has_weight) else None
+        return calls.fused_add_rms_norm_in_place(self._provider, x, residual, weight, eps, width)
+
+
+class _OffsetNorm(_Norm):
+    """In front of vLLM's GemmaRMSNorm, which rounds once, at the end, eager and compiled, and keeps its operands.
+    transformers' norms of that kind read the sum as it is stored, and are the same otherwise."""
+
+    rmsnorm_patch_offset = "fp32"
+
+    def _provider_of(self, decision: Decision) -> str:
+        if decision.numerics and huggingface.computes_offset(decision.provider):
             return decision.provider
+        return "rmsnorm_patch" if decision.offset else ""
 
-        def forward(
-            self, x: torch.Tensor, residual: torch.Tensor | None = None
-        ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-            served = self._provider != "" and (not self.has_weight or x.dtype == self.weight.dtype)
-            if not served or calls.belongs_to_the_compiler(self._provider, x):
-                return super().forward(x, residual)
-            if not calls.is_eager(x) and not calls.keeps_op(self._provider, x):
-                return super().forward(x, residual)
-            weight = self.weight.data if self.has_weight else None
-            if residual is None:
-                return calls.rms_norm(self._provider, x, weight, self.variance_epsilon, self.variance_size_override)
-            return calls.fused_add_rms_norm(
-                self._provider, x, residual, weight, self.variance_epsilon, self.variance_size_override
-            )
-
-    PatchedRMSNorm.__name__ = PatchedRMSNorm.__qualname__ = "PatchedRMSNorm"
-    return PatchedRMSNorm
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        if not self._is_served(x):
+            return super(_Norm, self).forward(x, residual)  # type: ignore[misc, no-any-return]
+        weight, eps, offset = self.weight.data, self.variance_epsilon, self.rmsnorm_patch_offset
+        if residual is None:
+            return calls.rms_norm(self._provider, x, weight, eps, None, offset)
+        return calls.fused_add_rms_norm(self._provider, x, residual, weight, eps, None, offset)

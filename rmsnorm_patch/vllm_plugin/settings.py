@@ -18,6 +18,7 @@ LINEAR_VARIABLE = "RMSNORM_PATCH_VLLM_LINEAR"
 Numerics = Literal["engine", "huggingface"]
 NUMERICS: tuple[Numerics, ...] = get_args(Numerics)
 NUMERICS_VARIABLE = "RMSNORM_PATCH_VLLM_NUMERICS"
+RELEASE_VARIABLE = "RMSNORM_PATCH_VLLM_RELEASE"
 TRACE_VARIABLE = "RMSNORM_PATCH_VLLM_TRACE"
 
 OLDEST, NEWEST = (0, 26), (0, 33)
@@ -37,6 +38,11 @@ def read_linear() -> Linear:
 def read_numerics() -> Numerics:
     """Whose arithmetic `RMSNORM_PATCH_VLLM_NUMERICS` asks for: that of the engine, or of transformers' modules."""
     return _one_of(NUMERICS_VARIABLE, NUMERICS)
+
+
+def asks_transformers() -> bool:
+    """Whether transformers' numerics are asked for; a value that means nothing asks for none here."""
+    return os.environ.get(NUMERICS_VARIABLE, "").strip().lower() == "huggingface"
 
 
 def check() -> None:
@@ -69,10 +75,38 @@ def release(version: str) -> tuple[int, int] | None:
     return (int(match[1]), int(match[2])) if match else None
 
 
-def unsupported_release(version: str) -> str:
-    """Why this vLLM is left alone, or "" if it is served."""
+def read_tried() -> str:
+    """The release newer than those that were run which `RMSNORM_PATCH_VLLM_RELEASE` names, to be served all the same:
+    "0.34", or a whole version as vLLM gives it; "" for none."""
+    return os.environ.get(RELEASE_VARIABLE, "").strip()
+
+
+def is_tried(version: str, tried: str) -> bool:
+    """Whether `tried` names this vLLM."""
+    found = release(version)
+    return tried != "" and tried in (version, "" if found is None else _text(found))
+
+
+def unsupported_release(version: str, tried: str = "") -> str:
+    """Why this vLLM is left alone, or "" if it is served. tried: as `read_tried` gives it."""
     found = release(version)
     if found is not None and OLDEST <= found <= NEWEST:
         return ""
-    oldest, newest = (".".join(map(str, bound)) for bound in (OLDEST, NEWEST))
-    return f"vLLM {version} is outside the supported range {oldest} to {newest}"
+    outside = f"vLLM {version} is outside the supported range {_text(OLDEST)} to {_text(NEWEST)}"
+    if found is not None and found < OLDEST:
+        return outside
+    if is_tried(version, tried):
+        return ""
+    return f"{outside}; {RELEASE_VARIABLE}={version if found is None else _text(found)} tries it all the same"
+
+
+def unknown_without_ir(version: str, tried: str = "") -> str:
+    """Why route "auto" leaves a vLLM alone that has no IR ops, or ""."""
+    if is_tried(version, tried):
+        return ""
+    run = f"every release from {_text(OLDEST)} to {_text(NEWEST)} has them"
+    return f"vLLM {version} has no IR ops, and {run}; {VARIABLE}=oot tries it all the same"
+
+
+def _text(release: tuple[int, int]) -> str:
+    return ".".join(map(str, release))

@@ -28,41 +28,27 @@ def is_trial() -> bool:
     return bool(_trials)
 
 
-def declined(x: torch.Tensor, weight: torch.Tensor | None, spec: NormSpec, op: str, takes_weight: bool = False) -> str:
-    """Why a call with tensors like these is left to vLLM, or "". x and weight may be fake tensors. takes_weight: also
-    with a weight of another dtype."""
-    weight_dtype = None if weight is None else weight.dtype
-    return _declined(x.dtype, x.shape[-1], weight_dtype, spec, op, x.device, takes_weight)
+def declined(x: torch.Tensor, weight: torch.Tensor | None, spec: NormSpec, op: str) -> str:
+    """Why a call with tensors like these is left to vLLM, or "". x and weight may be fake tensors."""
+    return _declined(x.dtype, x.shape[-1], None if weight is None else weight.dtype, spec, op, x.device)
 
 
 @cache
 def _declined(
-    dtype: torch.dtype,
-    n: int,
-    weight_dtype: torch.dtype | None,
-    spec: NormSpec,
-    op: str,
-    device: torch.device,
-    takes_weight: bool,
+    dtype: torch.dtype, n: int, weight_dtype: torch.dtype | None, spec: NormSpec, op: str, device: torch.device
 ) -> str:
-    why = _why(dtype, n, weight_dtype, spec, op, device, takes_weight)
+    why = _why(dtype, n, weight_dtype, spec, op, device)
     if why:
         warn_once(f"{op} of {n} columns keeps vLLM's own norm: {why}")
     return why
 
 
 def _why(
-    dtype: torch.dtype,
-    n: int,
-    weight_dtype: torch.dtype | None,
-    spec: NormSpec,
-    op: str,
-    device: torch.device,
-    takes_weight: bool,
+    dtype: torch.dtype, n: int, weight_dtype: torch.dtype | None, spec: NormSpec, op: str, device: torch.device
 ) -> str:
     if dtype not in SUPPORTED_DTYPES:
         return f"dtype {dtype} is not one of {', '.join(map(str, SUPPORTED_DTYPES))}"
-    if weight_dtype not in (None, dtype) and not takes_weight:
+    if weight_dtype not in (None, dtype):
         return f"weight of {weight_dtype} for input of {dtype}: vLLM's compiler fuses the weight's own arithmetic"
     if device.type == "cuda":
         _trials.append(op)
@@ -83,7 +69,7 @@ def _trial(
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
-    weight = None if weight_dtype is None else normal(n).to(weight_dtype)
+    weight = None if weight_dtype is None else normal(n)
     row = PLAIN_OPS[op]
     for rows in ROWS:
         tensors = tuple(normal(rows, n) for _ in range(row.operands))

@@ -17,6 +17,11 @@ from rmsnorm_patch.kernel_files import kernels_dir
 from rmsnorm_patch.numerics.spec import LLAMA
 
 KERNEL = """#include "abi.cuh"
+struct Args {
+    const void* x;
+    void* normed;
+    float eps;
+};
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) scale_rows(const __grid_constant__ Args args) {
     const float* x = (const float*)args.x;
     for (int i = threadIdx.x; i < N; i += THREADS) ((float*)args.normed)[i] = x[i] * args.eps;
@@ -44,9 +49,9 @@ def kernel_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copy(kernels_dir() / "cuda" / "abi.cuh", folder / "cuda")
     (folder / "cuda" / "scale_rows.cu").write_text(KERNEL)
     monkeypatch.setattr(jit, "kernels_dir", lambda: folder)
-    jit._sources.cache_clear()
+    jit.source_of.cache_clear()
     yield folder
-    jit._sources.cache_clear()
+    jit.source_of.cache_clear()
 
 
 def small_config(**changes: Any) -> Config:

@@ -14,16 +14,15 @@ typedef struct {
     unsigned count;
 } Config;
 
-static int64_t words[21];
-static float eps;
+static char arguments[4096];
+static int argument_bytes;
 static unsigned grid, block, shared_bytes, count;
 static Attribute attributes[2];
 static void *stream, *function, *current = (void *)1;
 static int launches, pushes, result;
 
 int cuLaunchKernelEx(const Config *config, void *f, void **parameters, void **extra) {
-    memcpy(words, parameters[0], sizeof words);
-    memcpy(&eps, (char *)parameters[0] + sizeof words, sizeof eps);
+    memcpy(arguments, parameters[0], argument_bytes);
     grid = config->grid[0];
     block = config->block[0];
     shared_bytes = config->shared_bytes;
@@ -48,8 +47,9 @@ int cuGetErrorName(int code, const char **name) {
     return 0;
 }
 
-int64_t recorded_word(int i) { return words[i]; }
-float recorded_eps(void) { return eps; }
+const char *recorded_arguments(void) { return arguments; }
+/* What a kernel takes: a launch does not say. */
+void expect(int bytes) { argument_bytes = bytes; }
 int64_t recorded(int i) {
     int64_t values[] = {grid, block, shared_bytes, count, attributes[0].id, attributes[0].value[0], attributes[1].id,
                         attributes[1].value[0], (int64_t)stream, (int64_t)function, launches, pushes};

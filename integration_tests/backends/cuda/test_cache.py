@@ -220,7 +220,7 @@ def test_changed_source_with_an_older_time_stamp_is_rebuilt(cache_dir, kernel_fo
     source = kernel_folder / "cuda" / "scale_rows.cu"
     source.write_text(source.read_text().replace("x[i] * args.eps", "x[i] + args.eps"))
     os.utime(source, (0, 0))
-    jit._sources.cache_clear()
+    jit.source_of.cache_clear()
     assert jit.machine_code(build()) != before
     assert compiles() == 2
 
@@ -229,7 +229,7 @@ def test_changed_header_is_rebuilt(cache_dir, kernel_folder, build, compiles):
     jit.machine_code(build())
     header = kernel_folder / "cuda" / "abi.cuh"
     header.write_text(header.read_text() + "\n#define UNUSED 1\n")
-    jit._sources.cache_clear()
+    jit.source_of.cache_clear()
     jit.machine_code(build())
     assert compiles() == 2
 

@@ -39,7 +39,8 @@ def test_arch_suffix_is_passed_on(build, config):
 
 
 def test_compile_error_shows_log_options_and_next_step(cache_dir, kernel_folder, build):
-    (kernel_folder / "cuda" / "scale_rows.cu").write_text("#error not today\n")
+    source = kernel_folder / "cuda" / "scale_rows.cu"
+    source.write_text("#error not today\n" + source.read_text())
     with pytest.raises(KernelBuildError) as caught:
         jit.machine_code(build(n=4096))
     message = str(caught.value)
@@ -76,7 +77,8 @@ def test_broken_library_is_named(monkeypatch, tmp_path):
 
 def test_headers_of_the_machine_are_not_seen(cache_dir, kernel_folder, build):
     """A kernel that needs an include path would build here and fail at a user's."""
-    (kernel_folder / "cuda" / "scale_rows.cu").write_text("#include <cuda_bf16.h>\n")
+    source = kernel_folder / "cuda" / "scale_rows.cu"
+    source.write_text("#include <cuda_bf16.h>\n" + source.read_text())
     with pytest.raises(KernelBuildError, match="cuda_bf16"):
         jit.machine_code(build())
 

@@ -1,6 +1,6 @@
-"""The launcher's decisions and the words it hands to the driver, on CPU tensors with a driver that writes them down.
+"""The launcher's decisions and what it hands to the driver, on CPU tensors with a driver that writes it down.
 
-What the kernels make of these words is tested on a GPU; here: every field of the launch, what is served without
+What the kernels make of it is tested on a GPU; here: every field of the launch, what is served without
 Python and what goes to the slow path, and that nothing leaks.
 """
 
@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,23 +20,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rmsnorm_patch import ops
+from rmsnorm_patch.backends.cuda import arguments, cache, driver, jit, kernel_set, launcher, schedules
 from rmsnorm_patch.backends.cuda import backend as cuda_backend
-from rmsnorm_patch.backends.cuda import cache, driver, kernel_set, launcher, schedules
 from rmsnorm_patch.backends.cuda.launcher import in_python as launcher_ctypes
 from rmsnorm_patch.cli import environment
 from rmsnorm_patch.errors import KernelBuildError, UnsupportedInput
 from rmsnorm_patch.fused.linear_norm import kernel as cuda_partials
+from rmsnorm_patch.fused.norm_quantised import kernel as quantised
 from rmsnorm_patch.fused.query_key_norm import kernel as cuda_pair
 from rmsnorm_patch.numerics.contract import PLAIN_OPS
+from rmsnorm_patch.numerics.quantisation import QuantSpec
 from rmsnorm_patch.numerics.spec import LLAMA
 
 N = 64
 BF16 = torch.bfloat16
-WORDS = (  # noqa: SIM905
-    "x residual weight normed total m x_row_stride residual_row_stride normed_row_stride total_row_stride "
-    "inner_rows x_outer_stride residual_outer_stride x2 weight2 normed2 m2 x2_row_stride normed2_row_stride "
-    "inner_rows2 x2_outer_stride"
-).split()
+PLAIN = jit.source_of("rms_norm_rows.cu").arguments
+PAIR = jit.source_of("rms_norm_pair.cu").arguments
+PARTIALS = jit.source_of("rms_norm_partials.cu").arguments
 LAUNCH = "grid block shared_bytes count id0 value0 id1 value1 stream function launches pushes".split()  # noqa: SIM905
 STREAM, FUNCTION, CONTEXT = 0x5000, 0x7000, 1
 CLUSTER, PROGRAMMATIC = 4, 6
@@ -47,15 +48,19 @@ class Driver:
 
     def __init__(self, path: Path) -> None:
         self.library = ctypes.CDLL(str(path))
-        self.library.recorded_word.restype = self.library.recorded.restype = ctypes.c_int64
-        self.library.recorded_eps.restype = ctypes.c_float
+        self.library.recorded.restype = ctypes.c_int64
+        self.library.recorded_arguments.restype = ctypes.c_void_p
         self.library.set_context.argtypes = [ctypes.c_int64]
+
+    def expect(self, taken: arguments.Arguments) -> None:
+        """What the kernels that are launched from now on declare."""
+        self.arguments = taken
+        self.library.expect(taken.size)
 
     @property
     def last(self) -> dict[str, float]:
-        found: dict[str, float] = {name: self.library.recorded_word(i) for i, name in enumerate(WORDS)}
-        found.update({name: self.library.recorded(i) for i, name in enumerate(LAUNCH)})
-        return {**found, "eps": self.library.recorded_eps()}
+        found = self.arguments.unpack(ctypes.string_at(self.library.recorded_arguments(), self.arguments.size))
+        return {**found, **{name: self.library.recorded(i) for i, name in enumerate(LAUNCH)}}
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +85,7 @@ def recorded(driver_path: Path, compiled: Path, monkeypatch: pytest.MonkeyPatch)
     found = Driver(driver_path)
     found.library.set_result(0)
     found.library.set_context(CONTEXT)
+    found.expect(PLAIN)
     yield found
     driver.library.cache_clear()
     launcher.functions.cache_clear()
@@ -90,7 +96,7 @@ def functions(request: pytest.FixtureRequest, recorded: Driver) -> launcher.Func
     return launcher.functions() if request.param == "c" else launcher.python_functions("asked for")
 
 
-def kernel(functions: launcher.Functions, **changes: int) -> int:
+def kernel(functions: launcher.Functions, **changes: Any) -> int:
     values = {
         "function": FUNCTION,
         "context": CONTEXT,
@@ -103,6 +109,7 @@ def kernel(functions: launcher.Functions, **changes: int) -> int:
         "align": 16,
         "weight_align": 16,
         "next": 0,
+        "arguments": PLAIN,
     }
     return functions.new_kernel(*{**values, **changes}.values())
 
@@ -155,53 +162,101 @@ def test_launcher_is_compiled_once_and_kept(recorded, compiled):
     assert path.stat().st_mtime_ns == before
 
 
-def test_launch_words(functions, recorded):
-    code = functions.launch(kernel(functions), STREAM, 1e-6, 1, 2, 3, 4, 5, 9)
-    last = recorded.last
-    assert code == 0
-    assert [last[name] for name in WORDS] == [1, 2, 3, 4, 5, 9, N, N, N, N] + [0] * 11
-    assert last["eps"] == ctypes.c_float(1e-6).value
-    assert (last["grid"], last["block"], last["stream"], last["function"]) == (3, 256, STREAM, FUNCTION)
-    assert (last["count"], last["id0"], last["value0"]) == (1, PROGRAMMATIC, 1)
+ZEROS = PLAIN.pack(**dict.fromkeys(PLAIN.names, 0))
 
 
-def test_launch_passes_every_word(functions, recorded):
-    functions.launch(kernel(functions), STREAM, 0.5, *range(1, 22))
-    last = recorded.last
-    assert [last[name] for name in WORDS] == list(range(1, 22))
-    assert last["grid"] == -(-6 // 4) + -(-17 // 4)
+def test_a_launch_starts_the_bytes_that_it_is_given(functions, recorded):
+    for taken in (PLAIN, PAIR, PARTIALS):
+        recorded.expect(taken)
+        values = {name: i + 1 for i, name in enumerate(taken.names)} | {"eps": 0.5}
+        assert functions.launch(kernel(functions, arguments=taken), STREAM, 3, taken.pack(**values)) == 0
+        last = recorded.last
+        assert {name: last[name] for name in taken.names} == values
+        assert (last["grid"], last["block"], last["stream"], last["function"]) == (3, 256, STREAM, FUNCTION)
+        assert (last["count"], last["id0"], last["value0"]) == (1, PROGRAMMATIC, 1)
+
+
+def test_arguments_of_another_kernel_are_not_started(functions, recorded):
+    before = recorded.last["launches"]
+    with pytest.raises(TypeError, match="another size"):
+        functions.launch(kernel(functions, arguments=PAIR), STREAM, 3, ZEROS)
+    assert recorded.last["launches"] == before
 
 
 def test_launch_attributes(functions, recorded):
-    handle = kernel(functions, cluster=8)
-    functions.launch(handle, STREAM, 0.5, 1, 2, 3, 4, 5, 8)
+    functions.launch(kernel(functions, cluster=8), STREAM, 2, ZEROS)
     last = recorded.last
     assert (last["grid"], last["shared_bytes"]) == (16, 0)
     assert [last[name] for name in ("count", "id0", "value0", "id1", "value1")] == [2, CLUSTER, 8, PROGRAMMATIC, 1]
-    functions.launch(kernel(functions, cluster=8, dependent=0), STREAM, 0.5, 1, 2, 3, 4, 5, 8)
+    functions.launch(kernel(functions, cluster=8, dependent=0), STREAM, 2, ZEROS)
     assert (recorded.last["count"], recorded.last["id0"]) == (1, CLUSTER)
-    functions.launch(kernel(functions, dependent=0), STREAM, 0.5, 1, 2, 3, 4, 5, 8)
+    functions.launch(kernel(functions, dependent=0), STREAM, 2, ZEROS)
     assert recorded.last["count"] == 0
 
 
 def test_no_rows_no_launch_and_too_many_rows_are_said(functions, recorded):
     before = recorded.last["launches"]
-    handle = kernel(functions, rows_per_cta=1)
-    assert functions.launch(handle, STREAM, 0.5, 1, 2, 3, 4, 5, 0) == 0
-    assert functions.launch(handle, STREAM, 0.5, 1, 2, 3, 4, 5, 2**31) == launcher.TOO_MANY_ROWS
+    handle = kernel(functions, cluster=2)
+    assert functions.launch(handle, STREAM, 0, ZEROS) == 0
+    assert functions.launch(handle, STREAM, 2**30, ZEROS) == launcher.TOO_MANY_ROWS
     assert recorded.last["launches"] == before
 
 
 def test_another_context_is_pushed(functions, recorded):
     before = recorded.last["pushes"]
     recorded.library.set_context(99)
-    functions.launch(kernel(functions), STREAM, 0.5, 1, 2, 3, 4, 5, 8)
+    functions.launch(kernel(functions), STREAM, 2, ZEROS)
     assert recorded.last["pushes"] == before + 1
 
 
 def test_driver_error_is_returned(functions, recorded):
     recorded.library.set_result(719)
-    assert functions.launch(kernel(functions), STREAM, 0.5, 1, 2, 3, 4, 5, 8) == 719
+    assert functions.launch(kernel(functions), STREAM, 2, ZEROS) == 719
+
+
+def shuffled(*more: str, without: str = "") -> arguments.Arguments:
+    """The plain ops' arguments with a gap of four bytes, in the opposite order; `more` i64 fields, `without` one."""
+    types = {name: "float" if name == "eps" else "i64" for name in reversed(PLAIN.names) if name != without}
+    return arguments.Arguments("shuffled.cu", types | dict.fromkeys(more, "i64"))
+
+
+@pytest.mark.parametrize("without", ["", "inner_rows"])
+def test_a_plain_call_fills_the_fields_wherever_the_kernel_has_them(functions, recorded, without):
+    x, residual, w = rows(6), rows(6), weight()
+    found = []
+    for taken in (shuffled(without=without), PLAIN):
+        recorded.expect(taken)
+        op = Op(functions, "fused_add_rms_norm", kernel=kernel(functions, arguments=taken))
+        normed, total = op.call(x, residual, w, 0.5)
+        assert not op.slow_calls
+        last = recorded.last
+        assert [last["normed"], last["total"]] == [normed.data_ptr(), total.data_ptr()]
+        found.append({name: last[name] for name in PLAIN.names if name not in ("normed", "total", without)})
+    assert found[0] == found[1]
+    assert found[0]["x"] == x.data_ptr()
+    assert found[0]["m"] == 6
+
+
+def test_a_field_that_a_plain_call_cannot_fill_is_left_to_python(functions, recorded):
+    """Also in a kernel for more rows, and for rows of two levels."""
+    other, plain = kernel(functions, arguments=shuffled("scale", without="inner_rows")), kernel(functions)
+    before = recorded.last["launches"]
+    for plan in ({"kernel": other}, {"kernel": kernel(functions, m_max=8, next=other)}):
+        op = Op(functions, "rms_norm", **plan)
+        assert op.call(rows(4), weight(), 1e-6) == "slow"
+    if functions.kind == "c":
+        op = Op(functions, "rms_norm", kernel=plain, two_level=other)
+        assert op.call(rows(4), weight(), 1e-6) == "slow"
+    assert recorded.last["launches"] == before
+
+
+def test_every_kernel_of_a_plain_op_is_served_without_python(functions):
+    sources = {each.source for each in schedules.registered_kernels() if set(each.ops) & set(PLAIN_OPS)}
+    assert sources >= {"rms_norm_rows.cu", "rms_norm_stream.cu"}
+    for source in sources:
+        taken = kernel(functions, arguments=jit.source_of(source).arguments)
+        op = Op(functions, "rms_norm", kernel=taken)
+        assert op.call(rows(4), weight(), 1e-6) != "slow", source
 
 
 @pytest.mark.parametrize("shape", [(8,), (2, 3), (1,), (), (2, 1, 3)])
@@ -211,7 +266,7 @@ def test_plain_fused_add(functions, recorded, shape):
     normed, total = op.call(x, residual, w, 1e-5)
     last = recorded.last
     pointers = [tensor.data_ptr() for tensor in (x, residual, w, normed, total)]
-    assert [last[name] for name in WORDS[:5]] == pointers
+    assert [last[name] for name in ("x", "residual", "weight", "normed", "total")] == pointers
     assert last["m"] == x.numel() // N
     assert last["eps"] == ctypes.c_float(1e-5).value
     assert (normed.shape, total.shape, normed.dtype, normed.stride()) == (x.shape, x.shape, BF16, x.stride())
@@ -345,7 +400,7 @@ def test_strided_rows_without_python(recorded):
 
 
 def addressed(last: dict[str, float], name: str) -> list[int]:
-    """Where the kernel finds the rows of x or residual, from the words of the launch (abi.cuh, row_offset)."""
+    """Where the kernel finds the rows of x or residual, from the arguments of the launch (memory.cuh, row_offset)."""
     stride, outer, inner = (int(last[n]) for n in (f"{name}_row_stride", f"{name}_outer_stride", "inner_rows"))
     rows = range(int(last["m"]))
     offsets = [row // inner * outer + row % inner * stride if inner else row * stride for row in rows]
@@ -509,10 +564,12 @@ def test_the_switch_reaches_the_kernels_of_every_op(functions, recorded, monkeyp
     monkeypatch.setattr(driver, "primary_context", lambda *_: CONTEXT)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (arch // 10, arch % 10))
     single = cuda_backend.BoundOp("fused_add_rms_norm_", LLAMA, dependent, functions)
-    configs, x = schedules.schedules("fused_add_rms_norm_", BF16, 4096, arch), torch.empty(2, 4096, dtype=BF16)
+    x = torch.empty(2, 4096, dtype=BF16)
     for op in (single, cuda_partials.BoundPartials(LLAMA, 2, dependent, functions)):
-        for _, handle in op.kernels._build(configs, x, BF16, 16, 16, False).kernels:
-            functions.launch(handle, STREAM, 1e-6, 1, 2, 3, 4, 5, 8)
+        configs = schedules.schedules(op.kernels.op, BF16, 4096, arch)
+        for loaded in op.kernels._build(configs, x, BF16, 16, 16, False).kernels:
+            recorded.expect(loaded.arguments)
+            functions.launch(loaded.handle, STREAM, 2, bytes(loaded.arguments.size))
             last = recorded.last
             assert (PROGRAMMATIC in [last[f"id{i}"] for i in range(last["count"])]) == (dependent and arch >= 90)
 
@@ -556,6 +613,7 @@ def test_every_op_with_kernels_is_bound_anew_once_all_is_forgotten(recorded, mon
         *(lambda op=op: cuda_backend.bind(op, LLAMA) for op in PLAIN_OPS),
         lambda: cuda_partials.bound(LLAMA, 2),
         lambda: cuda_pair.bind_rms_norm_pair(LLAMA),
+        lambda: quantised.bound(LLAMA, QuantSpec("fp8_token"), True, False, False),
     ]
     before = [bind() for bind in held]
     assert all(bind() is first for bind, first in zip(held, before, strict=True))
@@ -571,6 +629,7 @@ def device_of_sm_90(recorded, monkeypatch):
     monkeypatch.setattr(kernel_set, "_capability", lambda *_: 90)
     monkeypatch.setattr(kernel_set, "configs_for", lambda op, dtype, n, _: schedules.schedules(op, dtype, n, 90))
     monkeypatch.setattr(cuda_pair, "configs_for", kernel_set.configs_for)
+    monkeypatch.setattr(quantised, "configs_for", kernel_set.configs_for)
     monkeypatch.setattr(driver, "primary_context", lambda *_: CONTEXT)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     return recorded
@@ -599,13 +658,17 @@ def test_a_set_starts_the_kernel_for_parts(device_of_sm_90, functions):
     bound = cuda_partials.BoundPartials(LLAMA, 2, True, functions)
     parts, residual, weight, normed = (torch.randn(shape) for shape in ((2, 3, 4096), (3, 4096), 4096, (3, 4096)))
     residual, weight, normed = residual.bfloat16(), weight.bfloat16(), normed.bfloat16()
+    device_of_sm_90.expect(PARTIALS)
     for _ in range(2):
         bound(parts, residual, weight, 1e-6, normed)
         last = device_of_sm_90.last
-        assert [last[name] for name in ("x", "residual", "weight", "normed", "total")] == [
+        assert [last[name] for name in ("parts", "residual", "weight", "normed", "total")] == [
             each.data_ptr() for each in (parts, residual, weight, normed, residual)
         ]
-        assert [last[name] for name in ("m", "x_row_stride", "inner_rows", "x_outer_stride")] == [3, 4096, 3, 3 * 4096]
+        assert [last[f"{name}_row_stride"] for name in ("parts", "residual", "normed", "total")] == [4096] * 4
+        assert (last["part_stride"], last["eps"]) == (3 * 4096, ctypes.c_float(1e-6).value)
+        few, _ = schedules.schedules(bound.kernels.op, BF16, 4096, 90)
+        assert (last["grid"], few.cluster > 1) == (3 * few.cluster, True)
     assert len(bound.kernels._chains) == 1
 
 
@@ -614,6 +677,7 @@ def test_a_set_starts_the_kernel_for_queries_and_keys(device_of_sm_90, functions
     packed = torch.randn(3, 6, 128).bfloat16()
     q, k = packed[:, :4], packed[:, 4:5]
     q_weight, k_weight = torch.randn(128).bfloat16(), torch.randn(128).bfloat16()
+    device_of_sm_90.expect(PAIR)
     normed = bound._launch_pair(q, k, q_weight, k_weight, 1e-6)
     last = device_of_sm_90.last
     assert [last[name] for name in ("x", "weight", "normed", "m", "x_row_stride", "inner_rows", "x_outer_stride")] == [
@@ -628,11 +692,50 @@ def test_a_set_starts_the_kernel_for_queries_and_keys(device_of_sm_90, functions
         3,
         128,
     ]
+    (served,) = schedules.schedules("rms_norm_pair", BF16, 128, 90)
+    assert last["grid"] == -(-12 // served.rows_per_cta) + -(-3 // served.rows_per_cta)
+
+
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("scheme", ["fp8_static", "fp8_token", "fp8_block"])
+def test_a_set_starts_the_kernel_of_quantised_rows(device_of_sm_90, functions, scheme, both):
+    """Rows of a wider tensor, two levels of them; the residual's lie one after another and are written in place."""
+    quant = QuantSpec(scheme, layout="tma_aligned" if scheme == "fp8_block" else "row_major")
+    given = torch.ones(1) if scheme == "fp8_static" else None
+    bound = quantised.BoundQuantised(LLAMA, quant, True, given is not None, both, True, functions)
+    x = torch.randn(2, 7, 8192).bfloat16()[:, :6:2, :4096]
+    residual, weight = torch.randn(2, 3, 4096).bfloat16(), torch.randn(4096).bfloat16()
+    device_of_sm_90.expect(jit.source_of(quantised.SOURCE).arguments)
+    rows, scales, normed = bound(x, residual, weight, given, 1e-6)
+    last = device_of_sm_90.last
+    assert [last[name] for name in ("x", "residual", "weight", "total", "quantised")] == [
+        each.data_ptr() for each in (x, residual, weight, residual, rows)
+    ]
+    assert last["given"] == (0 if given is None else given.data_ptr())
+    assert last["scales"] == (scales.data_ptr() if scales.numel() else 0)
+    assert last["normed"] == (normed.data_ptr() if both else 0)
+    assert [last[name] for name in ("m", "x_row_stride", "inner_rows", "x_outer_stride")] == [6, 16384, 3, 7 * 8192]
+    assert [last[name] for name in ("total_row_stride", "total_outer_stride")] == [4096, 3 * 4096]
+    strides = {"fp8_static": [0, 0], "fp8_token": [1, 1], "fp8_block": [1, 8]}[scheme]
+    assert [last[f"scale_{name}_stride"] for name in ("row", "group")] == strides
+    assert last["eps"] == ctypes.c_float(1e-6).value
+
+
+def test_a_residual_that_no_kernel_can_write_is_written_through_a_copy(device_of_sm_90, functions):
+    bound = quantised.BoundQuantised(LLAMA, QuantSpec("fp8_token"), True, False, False, True, functions)
+    x = torch.randn(2, 3, 4096).bfloat16()
+    apart = torch.randn(2, 7, 4096).bfloat16()[:, :6:2]
+    device_of_sm_90.expect(jit.source_of(quantised.SOURCE).arguments)
+    before = apart._version
+    bound(x, apart, None, None, 1e-6)
+    assert device_of_sm_90.last["total"] not in (0, apart.data_ptr())
+    assert device_of_sm_90.last["total_row_stride"] == 4096
+    assert apart._version == before + 1
 
 
 def test_a_launch_that_fails_names_op_shape_and_error(device_of_sm_90, functions):
     bound = cuda_partials.BoundPartials(LLAMA, 2, True, functions)
     operands = torch.randn(2, 3, 4096), torch.randn(3, 4096).bfloat16(), None, 1e-6, torch.randn(3, 4096).bfloat16()
     device_of_sm_90.library.set_result(719)
-    with pytest.raises(KernelBuildError, match=r"fused_add_rms_norm_: launch on cpu, x \(3, 4096\) torch.bfloat16"):
+    with pytest.raises(KernelBuildError, match=r"rms_norm_partials: launch on cpu, x \(3, 4096\) torch.bfloat16"):
         bound(*operands)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
+import random
 import re
 import sys
 from dataclasses import replace
@@ -14,6 +16,8 @@ import torch
 
 from rmsnorm_patch.backends.cuda import jit, nvrtc, schedules
 from rmsnorm_patch.fused.linear_norm import kernel as cuda_partials
+from rmsnorm_patch.fused.norm_quantised import kernel as norm_quantised
+from rmsnorm_patch.numerics.quantisation import QuantSpec
 from rmsnorm_patch.numerics.spec import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, T5, NormSpec
 
 pytest.importorskip("triton")
@@ -29,7 +33,7 @@ sys.modules["kernel_table"] = kernel_table
 _SPEC.loader.exec_module(kernel_table)
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-FUSED, PLAIN = "fused_add_rms_norm", "rms_norm"
+FUSED, PLAIN, PARTIALS = "fused_add_rms_norm", "rms_norm", "rms_norm_partials"
 ARCHS = (89, 90, 100, 103, 120)
 LENGTHS = (128, 1024, 4096, 16384)
 FP32_SUM = NormSpec(round_before_weight="none", output="input", sum="fp32")
@@ -84,16 +88,25 @@ def test_variants_do_not_spill(name):
             check(config, machine, 90)
 
 
+EVERYWHERE = (128, 2880, 8192)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("lengths", [1, pytest.param(len(EVERYWHERE), marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("arch", ARCHS)
-def test_variants_everywhere(name, arch):
+def test_variants_everywhere(name, arch, lengths):
+    """The short form: one of the lengths for each variant and architecture, drawn by their names."""
     spec, x, weight = VARIANTS[name]
-    for n in (128, 2880, 8192):
+    for n in random.Random(f"{name} {arch}").sample(EVERYWHERE, lengths):
         for op in (FUSED, PLAIN) if spec.sum == "rounded" else (FUSED,):
             which = configurations(op, n, arch, x)[-1]
             config, machine = code(op, n, arch, which, spec, x, weight)
             check(config, machine, arch)
+
+
+def in_parts(config, parts):
+    return replace(config, defines=(*config.defines, ("PARTIALS", parts)))
 
 
 def every_schedule(arch):
@@ -109,8 +122,16 @@ def every_schedule(arch):
                 shortest = max(rule.n[0], -(-rule.row_bytes[0] // x.itemsize))
                 n = -(-shortest // step) * step
                 for op in kernel.ops:
-                    if op != "fused_add_rms_norm_":  # the same code
-                        yield schedules.configure(kernel, rule, (1, 1), (), op, n, x.itemsize), op, n, x
+                    if op == norm_quantised.OP and arch < norm_quantised.FP8_CAPABILITY:
+                        continue
+                    if (
+                        op != "fused_add_rms_norm_" and schedules.DTYPE_NAMES[x] in kernel.x_dtypes
+                    ):  # in place: the same code
+                        config = schedules.configure(kernel, rule, (1, 1), (), op, n, x.itemsize)
+                        if op == norm_quantised.OP:  # one scheme of them
+                            quant = QuantSpec("fp8_token")
+                            (config,) = norm_quantised.schedules((config,), (config,), quant, True, True)
+                        yield in_parts(config, 4) if op == PARTIALS else config, op, n, x
 
 
 def kernels_on(arch):
@@ -120,7 +141,7 @@ def kernels_on(arch):
 
 def around_the_wait(build):
     """The kernel's PTX above its dependency wait and below it."""
-    text, headers, _ = jit._sources(build.config.source)
+    text, headers, *_ = jit.source_of(build.config.source)
     options = (f"--gpu-architecture=compute_{build.arch}", *build.options())
     ptx = nvrtc.compile_source(build.config.source, text, headers, options).decode()
     above, *below = ptx.split("griddepcontrol.wait;")
@@ -138,16 +159,11 @@ def test_no_schedule_reads_anything_before_the_previous_kernel_has_ended(arch):
     """Not even the weight: the kernel in front may have written it, and ours may start before that can be seen."""
     seen = set()
     for config, op, n, x in every_schedule(arch):
-        above, below = loads_around_the_wait(kernel_table.build(config, LLAMA, op == FUSED, n, arch, x, x))
+        above, below = loads_around_the_wait(kernel_table.build(config, LLAMA, op in (FUSED, PARTIALS), n, arch, x, x))
         assert not above, (config, op, n, above)
         assert below
         seen.add(config.kernel)
     assert seen == kernels_on(arch)
-    for n in IN_PARTS if arch == 90 else ():  # the kernel for parts has the tree of sm_90's fused op
-        for config in schedules_in_parts(n, 4, arch):
-            above, below = loads_around_the_wait(kernel_table.build(config, LLAMA, True, n, arch))
-            assert not above, (config, n, above)
-            assert below
 
 
 @pytest.mark.parametrize("arch", [90, 100, 103, 120])
@@ -158,7 +174,7 @@ def test_the_assembler_leaves_every_kind_of_kernel_so(arch):
         if x == BF16:
             kinds[config.kernel, dict(config.defines)["WEIGHT_AT"]] = config, op, n
     for config, op, n in kinds.values():
-        machine = kernel_table.machine_code(kernel_table.build(config, LLAMA, op == FUSED, n, arch))
+        machine = kernel_table.machine_code(kernel_table.build(config, LLAMA, op in (FUSED, PARTIALS), n, arch))
         assert (machine.waits, machine.loads_before_wait) == (1, 0), config
     assert {kernel for kernel, _ in kinds} == kernels_on(arch)
 
@@ -211,9 +227,8 @@ IN_PARTS = (2048, 2880, 4096, 5120, 8192, 16384)
 PARTS = (2, 4, 8)
 
 
-def schedules_in_parts(n, parts, arch, x=BF16, clusters=True):
-    fused = schedules.schedules("fused_add_rms_norm_", x, n, arch)[0]
-    return cuda_partials.schedules(fused, n, parts, clusters)
+def schedules_in_parts(n, parts, arch, x=BF16):
+    return [in_parts(config, parts) for config in schedules.schedules(PARTIALS, x, n, arch)]
 
 
 @cache
@@ -247,29 +262,101 @@ def test_a_product_in_parts(n, parts, spec, x):
 @pytest.mark.parametrize("n", IN_PARTS)
 def test_a_product_in_parts_without_clusters(n, parts, spec):
     for arch in (80, 89):
-        for config in schedules_in_parts(n, parts, arch, clusters=False):
+        for config in schedules_in_parts(n, parts, arch):
             assert config.cluster == 1
             check_in_parts(config, n, parts, arch, spec, BF16)
 
 
-@pytest.mark.parametrize("clusters", [True, False])
-@pytest.mark.parametrize("n", IN_PARTS)
-def test_schedules_of_products_in_parts(n, clusters):
+@pytest.mark.parametrize("arch", [80, 89, 90])
+@pytest.mark.parametrize("n", [8, 248, 256, *IN_PARTS, 32768])
+def test_schedules_of_products_in_parts(n, arch):
     """Whole warps that fit a CTA, equal shares of a cluster's CTAs, every row count once, the fused op's tree."""
-    for parts in PARTS:
-        configs = schedules_in_parts(n, parts, 90, clusters=clusters)
-        rows = [m for config in configs for m in range(config.m[0], config.m[1] + 1)]
-        assert rows == list(range(1, cuda_partials.MOST_ROWS + 1))
-        for config in configs:
-            assert config.threads % 32 == 0
-            assert config.threads <= 512
-            assert config.cluster == 1 or (clusters and n % (config.cluster * config.threads * config.vec) == 0)
-            assert (config.vec, config.rows_per_cta) == (8, 1)
-            assert dict(config.defines)["PARTIALS"] == parts
-        trees = {config.tree for config in schedules.schedules("fused_add_rms_norm_", BF16, n, 90)}
-        assert {config.tree for config in configs} == trees == {"lanes-8"}
-    assert any(config.cluster > 1 for config in configs) is (clusters and n != 2880)
+    configs = schedules.schedules(PARTIALS, BF16, n, arch)
+    assert configs[0].m[0] == 1
+    assert all(before.m[1] + 1 == after.m[0] for before, after in itertools.pairwise(configs))
+    assert configs[-1].m[1] >= cuda_partials.MOST_ROWS
+    for config in configs:
+        assert config.threads % 32 == 0
+        assert config.threads <= 512
+        assert config.cluster == 1 or (arch >= 90 and n % (config.cluster * config.threads * config.vec) == 0)
+        assert (config.vec, config.rows_per_cta) == (8, 1)
+    trees = {config.tree for config in schedules.schedules("fused_add_rms_norm_", BF16, n, arch)}
+    assert {config.tree for config in configs} == trees == {"lanes-8"}
+    assert any(config.cluster > 1 for config in configs) is (arch >= 90 and n not in (8, 248, 256, 2880))
+
+
+@pytest.mark.parametrize(
+    ("n", "arch", "m", "expected"),
+    [  # (CTAs a row, threads of each)
+        (2048, 90, 1, (4, 64)),
+        (4096, 90, 32, (4, 128)),
+        (4096, 90, 33, (2, 256)),
+        (2880, 90, 1, (1, 384)),
+        (5120, 90, 1, (4, 160)),
+        (5120, 89, 1, (1, 320)),
+        (16384, 90, 1, (4, 512)),
+        (16384, 90, 64, (2, 512)),
+        (32768, 80, 1, (1, 512)),
+        (8, 90, 1, (1, 32)),
+    ],
+)
+def test_how_many_share_a_row_of_parts(n, arch, m, expected):
+    serving = next(each for each in schedules.schedules(PARTIALS, BF16, n, arch) if m <= each.m[1])
+    assert (serving.cluster, serving.threads) == expected
+
+
+def test_parts_are_served_where_the_fused_op_has_their_tree(monkeypatch):
+    """Not on sm_100, whose chunks are longer, unless a row has no whole number of them."""
+    for arch, n, x, served in (
+        (90, 4096, BF16, True),
+        (89, 4096, FP16, True),
+        (90, 4096, FP32, False),
+        (90, 4097, BF16, False),
+        (90, 65536, BF16, False),
+        (100, 4096, BF16, False),
+        (100, 4104, BF16, True),
+    ):
+        monkeypatch.setattr(cuda_partials, "configs_for", lambda op, x, n, _, a=arch: schedules.schedules(op, x, n, a))
+        assert cuda_partials.serves(LLAMA, x, n, 0) is served, (arch, n, x)
+        assert not cuda_partials.serves(NormSpec(group=128), x, n, 0)
 
 
 def test_the_page_is_current():
     assert kernel_table.is_current(), "docs/kernels.md is stale: python scripts/kernel_table.py"
+
+
+QUANTISED = {
+    "static": (QuantSpec("fp8_static"), LLAMA),
+    "token": (QuantSpec("fp8_token"), FP32_SUM),
+    "token from fp32": (QuantSpec("fp8_token", "fp32", "native"), FP32_WEIGHT_MULTIPLY),
+    "block": (QuantSpec("fp8_block", "rounded", "separate", "tma_aligned", True), GEMMA),
+    "int8": (QuantSpec("int8_token"), LLAMA),
+}
+
+
+def check_quantised(name, n, arch, op="fused_add_rms_norm_", both=False):
+    """Quantised rows take one store of a chunk's bytes, and the scales four bytes each."""
+    quant, spec = QUANTISED[name]
+    own = schedules.schedules(norm_quantised.OP, BF16, n, arch)
+    for config in norm_quantised.schedules(own, schedules.schedules(op, BF16, n, arch), quant, False, both):
+        machine = kernel_table.machine_code(kernel_table.build(config, spec, op != PLAIN, n, arch))
+        check(config, machine, arch)
+        wide = {16 * config.vec} if op != PLAIN or both else set()
+        # The given scale and those that are written are 32 bits wide.
+        assert set(machine.loads) <= {16 * config.vec, 32}, (config, machine)
+        assert set(machine.stores) == wide | {8 * config.vec} | ({32} if name != "static" else set()), (config, machine)
+        assert machine.gpu_fences == 0
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_quantised_rows(name):
+    check_quantised(name, 4096, 90)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_quantised_rows_everywhere(name, arch):
+    for n in (128, 8192, 16384) if arch < 100 else (128, 8192):
+        check_quantised(name, n, arch, both=True)
+    check_quantised(name, 2048, arch, PLAIN)

@@ -12,7 +12,9 @@ import torch
 from rmsnorm_patch import ops
 from rmsnorm_patch.backends.triton import backend as triton_backend
 from rmsnorm_patch.backends.triton import loader as triton_loader
-from rmsnorm_patch.errors import UnsupportedInput
+from rmsnorm_patch.backends.triton import schedules
+from rmsnorm_patch.errors import KernelBuildError, UnsupportedInput
+from rmsnorm_patch.kernel_files import kernels_dir
 from rmsnorm_patch.numerics.contract import PLAIN_OPS
 from rmsnorm_patch.numerics.spec import LLAMA
 
@@ -79,13 +81,12 @@ def test_warmup_compiles_by_running(monkeypatch: pytest.MonkeyPatch) -> None:
         assert key in layouts
 
 
-@pytest.mark.parametrize("inputs", [1, 2])
+@pytest.mark.parametrize("kernel", ["rms_norm", "fused_add_rms_norm"])
 @pytest.mark.parametrize("itemsize", [2, 4])
-def test_schedules_cover_every_length_without_a_whole_chunk_to_spare(itemsize: int, inputs: int) -> None:
-    schedules = triton_loader.load("schedule", interpreted=False)
+def test_schedules_cover_every_length_without_a_whole_chunk_to_spare(itemsize: int, kernel: str) -> None:
     for warp_size in (32, 64):
         for n in (*range(1, 2000), 2880, 5120, 7168, 24449, 32768, 65536, 262144):
-            found = schedules.schedule(n, itemsize, inputs, warp_size)
+            found = schedules.schedule(kernel, n, itemsize, warp_size)
             assert found.block * found.chunks >= n > found.block * (found.chunks - 1)
             assert found.block & (found.block - 1) == 0
             assert found.num_warps * warp_size <= 1024
@@ -95,3 +96,47 @@ def test_schedules_cover_every_length_without_a_whole_chunk_to_spare(itemsize: i
             vec = schedules.vector_elements(n, itemsize)
             assert n % vec == 0
             assert vec * itemsize <= 16
+
+
+# (rows, block, chunks, warps, streamed, batch, ahead, prefetch, prefetch of the weight, late launch)
+CHOSEN = {
+    ("rms_norm", 128, 2, False): (8, 128, 1, 4, 0, 1, 1, False, True, False),
+    ("rms_norm", 1024, 2, False): (4, 512, 2, 8, 0, 2, 2, False, True, False),
+    ("rms_norm", 4096, 2, False): (1, 2048, 2, 8, 0, 2, 2, False, True, False),
+    ("rms_norm", 8192, 2, False): (1, 4096, 2, 16, 0, 2, 1, True, True, False),
+    ("rms_norm", 4096, 4, False): (1, 2048, 2, 16, 0, 2, 1, True, True, False),
+    ("rms_norm", 16384, 2, False): (1, 8192, 2, 32, 0, 2, 1, True, True, False),
+    ("rms_norm", 131072, 2, False): (1, 8192, 16, 32, 8, 16, 1, False, True, False),
+    ("fused_add_rms_norm", 128, 2, False): (8, 128, 1, 4, 0, 1, 1, False, False, False),
+    ("fused_add_rms_norm", 2048, 2, False): (1, 2048, 1, 8, 0, 1, 1, False, True, True),
+    ("fused_add_rms_norm", 4096, 2, False): (1, 4096, 1, 16, 0, 1, 1, False, False, True),
+    ("fused_add_rms_norm", 8192, 2, False): (1, 8192, 1, 32, 0, 1, 1, True, False, False),
+    ("fused_add_rms_norm", 65536, 2, True): (1, 8192, 8, 32, 4, 2, 1, True, False, False),
+    ("fused_add_rms_norm", 131072, 2, False): (1, 8192, 16, 32, 8, 2, 1, False, False, False),
+}
+
+
+@pytest.mark.parametrize("asked", CHOSEN)
+def test_what_is_chosen(asked: tuple[str, int, int, bool]) -> None:
+    kernel, n, itemsize, wide_sum = asked
+    assert tuple(schedules.schedule(kernel, n, itemsize, wide_sum=wide_sum)) == CHOSEN[asked]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("[[1, 1024], ", "[[1, 1000], ", "row_bytes"),
+        ("[131073], ", "[131073, 200000], ", "row_bytes"),
+        ("128,  1,   ", "100,  1,   ", r"rules\[2\].threads"),
+        ("0, 1, 0],", "2, 1, 0],", r"rules\[0\].PREFETCH"),
+        ('"threads"', '"warps"', r"rules\[0\].threads"),
+        ("schema = 1", "schema = 2", "schema"),
+    ],
+)
+def test_a_mistake_in_a_file_is_named(tmp_path: Path, old: str, new: str, named: str) -> None:
+    text = (kernels_dir() / "triton" / "schedules" / "rms_norm.toml").read_text()
+    assert old in text
+    file = tmp_path / "rms_norm.toml"
+    file.write_text(text.replace(old, new, 1))
+    with pytest.raises(KernelBuildError, match=named):
+        schedules.read_rules(file)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from rmsnorm_patch import ops
 from rmsnorm_patch.backends.triton import backend as triton_backend
+from rmsnorm_patch.errors import UnsupportedInput
 from rmsnorm_patch.numerics import reference
 from rmsnorm_patch.numerics.spec import (
     FP32_WEIGHT_MULTIPLY,
@@ -23,6 +24,7 @@ from rmsnorm_patch.numerics.spec import (
     T5,
     WEIGHT_OFFSETS,
     NormSpec,
+    SumRounding,
 )
 from rmsnorm_patch.numerics.tolerances import SITE
 from rmsnorm_patch.proof.difference import compare
@@ -95,6 +97,26 @@ def test_fp32_inputs_and_crossed_weight_dtypes(spec: NormSpec) -> None:
     for x_dtype, weight_dtype in ((torch.float32,) * 2, (torch.float32, HALVES[0]), tuple(HALVES), (*HALVES[::-1],)):
         x, residual = rand(5, 96, dtype=x_dtype, seed=1), rand(5, 96, dtype=x_dtype, seed=2)
         check_all_ops(x, residual, rand(96, dtype=weight_dtype, seed=3), spec)
+
+
+@pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rounded_sum", SUM_ROUNDINGS)
+def test_a_residual_of_another_dtype(weight_dtype: torch.dtype, rounded_sum: SumRounding) -> None:
+    """The sum has the dtype that PyTorch gives it, fp32. Lengths in registers, ragged, and read twice."""
+    spec = replace(T5, sum=rounded_sum)
+    for x_dtype, residual_dtype in ((torch.float32, torch.float16), (torch.bfloat16, torch.float32), tuple(HALVES)):
+        for n in (96, 111, 40000) if weight_dtype is torch.float16 else (96,):
+            x, residual = rand(3, n, dtype=x_dtype, seed=1), rand(3, n, dtype=residual_dtype, seed=2)
+            weight = rand(n, dtype=weight_dtype, seed=3)
+            normed, total = ops.bind_fused_add_rms_norm(spec, "triton")(x, residual, weight, EPS)
+            assert total.dtype == torch.float32
+            assert torch.equal(total, x + residual)
+            check(normed, reference.rms_norm(x + residual, weight, spec, EPS), total, weight_dtype)
+
+
+def test_a_residual_of_another_dtype_is_not_written() -> None:
+    with pytest.raises(UnsupportedInput, match=r"residual of dtype torch\.float16 and x of dtype torch\.float32"):
+        ops.bind_fused_add_rms_norm_(T5, "triton")(rand(2, 96).float(), rand(2, 96).half(), rand(96).half(), EPS)
 
 
 @pytest.mark.parametrize("n", [96, 1600, 40000])

@@ -18,8 +18,7 @@ from ...errors import UnsupportedInput
 from ...numerics import operands as validate
 from ...numerics.contract import FUSED_ADD, PLAIN_OPS
 from ...numerics.spec import NormSpec
-from .. import launch_mode
-from ..bindings import kept
+from ..bindings import by_variant
 from . import launcher, nvrtc
 from .kernel_set import Chain, KernelSet
 from .rows import MAX_ALIGN, Rows, outer_stride, power_of_two, rows_of
@@ -51,18 +50,18 @@ def bind(op: Op, spec: NormSpec, enable_pdl: bool | None = None) -> Callable[...
     x, residual: [..., N], fp16/bf16/fp32 on one CUDA device, any strides; weight: [N] or None. Raises
     UnsupportedInput for what cannot be served and KernelBuildError where a kernel cannot be built or launched.
     """
-    return _bound(op, spec.variant, launch_mode.dependent(enable_pdl))[1]
+    return _bound(op, spec, enable_pdl=enable_pdl)[1]
 
 
 def table(op: Op, spec: NormSpec, enable_pdl: bool | None = None) -> object | None:
     """What launcher.c knows of the op, for `rewrite.native`; None where it is not launcher.c that serves."""
-    bound, _ = _bound(op, spec.variant, launch_mode.dependent(enable_pdl))
+    bound, _ = _bound(op, spec, enable_pdl=enable_pdl)
     return bound.table if bound.functions.kind == "c" else None
 
 
 def started_from_python(op: Op, spec: NormSpec) -> str:
     """Why it is not launcher.c that serves the op; "" if it is."""
-    functions = _bound(op, spec.variant, launch_mode.dependent())[0].functions
+    functions = _bound(op, spec)[0].functions
     return functions.reason if functions.kind == "python" else ""
 
 
@@ -78,12 +77,12 @@ def warmup(
     """Compile and load every kernel that `op` uses for contiguous rows of `n` columns; launches nothing."""
     x = torch.empty(1, n, dtype=dtype, device=device)
     weight = None if weight_dtype is None or not spec.has_weight else torch.empty(n, dtype=weight_dtype, device=device)
-    bound, _ = _bound(op, spec.variant, launch_mode.dependent(enable_pdl))
+    bound, _ = _bound(op, spec, enable_pdl=enable_pdl)
     validate.check_rms_norm(x, weight, spec, op)
     bound.prepare(x, weight)
 
 
-@kept
+@by_variant
 def _bound(op: Op, spec: NormSpec, dependent: bool) -> tuple[BoundOp, Callable[..., Any]]:
     empty_strided = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)  # Inductor's: skips the dispatcher
     exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
@@ -160,6 +159,13 @@ class BoundOp:
             raise UnsupportedInput(
                 self.op, f"x on {x.device}", "CUDA tensors for backend='cuda'", "use backend='auto' or 'reference'"
             )
+        if self.fused and others[0] is not None and others[0].dtype is not x.dtype:
+            raise UnsupportedInput(
+                self.op,
+                f"residual of dtype {others[0].dtype} and x of dtype {x.dtype}",
+                "equal dtypes for backend='cuda'",
+                "cast one of them, or use backend='auto', which takes Triton here",
+            )
 
     def _through_copies(self, x: torch.Tensor, residual: Any, weight: torch.Tensor | None, eps: float) -> None:
         normed, total = bind(FUSED_ADD.name, self.spec, self.dependent)(x, residual, weight, eps)
@@ -212,21 +218,25 @@ class BoundOp:
         align = power_of_two(*offsets)
         weight_align = power_of_two(weight.data_ptr()) if weight is not None else MAX_ALIGN
         chain = self.chain(x, weight, align, weight_align, two_level)
-        arguments = [
-            rows.tensor.data_ptr(),
-            0 if other is None else other.tensor.data_ptr(),
-            0 if weight is None else weight.data_ptr(),
-            normed.data_ptr(),
-            0 if total is None else total.data_ptr(),
-            m,
-            rows.stride,
-            0 if other is None else other.stride,
-            strides[0],
-            strides[1],
-        ]
-        if two_level:
-            arguments += [inner, outer_stride(rows, inner), 0 if other is None else outer_stride(other, inner)]
-        self.kernels.launch(chain, m, x, eps, *arguments)
+        self.kernels.launch(
+            chain,
+            (m,),
+            x,
+            x=rows.tensor.data_ptr(),
+            residual=0 if other is None else other.tensor.data_ptr(),
+            weight=0 if weight is None else weight.data_ptr(),
+            normed=normed.data_ptr(),
+            total=0 if total is None else total.data_ptr(),
+            m=m,
+            x_row_stride=rows.stride,
+            residual_row_stride=0 if other is None else other.stride,
+            normed_row_stride=strides[0],
+            total_row_stride=strides[1],
+            inner_rows=inner if two_level else 0,
+            x_outer_stride=outer_stride(rows, inner) if two_level else 0,
+            residual_outer_stride=outer_stride(other, inner) if two_level and other is not None else 0,
+            eps=eps,
+        )
 
     def chain(
         self, x: torch.Tensor, weight: torch.Tensor | None, align: int, weight_align: int, two_level: bool
@@ -248,8 +258,8 @@ class BoundOp:
         """Let launcher.c serve such calls from now on, rows as aligned as contiguous ones are."""
         weight_dtype = None if weight is None else weight.dtype
         # A two-level kernel belongs to the plan of contiguous rows.
-        handle = chain.kernels[0][1]
-        one_level = self.prepare(x, weight).kernels[0][1] if two_level else handle
+        handle = chain.kernels[0].handle
+        one_level = self.prepare(x, weight).kernels[0].handle if two_level else handle
         self.functions.add_plan(
             self.table,
             one_level,

@@ -6,6 +6,7 @@ import hashlib
 import struct
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -13,6 +14,7 @@ from ...backends.cuda.schedules import Config
 from ...kernel_files import kernels_dir
 from ...numerics.spec import NormSpec
 from . import cache, nvrtc
+from .arguments import Arguments, declared
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _OFFSETS = {"none": 0, "fp32": 1, "weight_dtype": 2}
@@ -83,21 +85,33 @@ class Build:
         )
 
 
+class Source(NamedTuple):
+    """One kernel file. text: with assertions that the compiler sees the arguments as they were read. headers: the texts
+    that it can include, by name. digest: over both. arguments: what it declares as its launch arguments."""
+
+    text: str
+    headers: dict[str, str]
+    digest: str
+    arguments: Arguments
+
+
 @lru_cache(maxsize=64)
-def _sources(source: str) -> tuple[str, dict[str, str], str]:
-    """(text, headers by name, digest over both) of one kernel file, read once per process."""
+def source_of(name: str) -> Source:
+    """The kernel file `name`, read once per process. Errors as `arguments.declared`."""
     folder = kernels_dir() / "cuda"
-    text = (folder / source).read_text(encoding="utf-8")
+    text = (folder / name).read_text(encoding="utf-8")
     headers = {path.name: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.cuh"))}
+    arguments = declared(name, text, headers)
+    text = f"{text}\n{arguments.assertions()}"
     digest = hashlib.sha256(text.encode())
-    for name, header in headers.items():
-        digest.update(f"\0{name}\0{header}".encode())
-    return text, headers, digest.hexdigest()
+    for header, content in headers.items():
+        digest.update(f"\0{header}\0{content}".encode())
+    return Source(text, headers, digest.hexdigest(), arguments)
 
 
 def machine_code(build: Build) -> bytes:
     """The kernel's cubin (or PTX): from memory, the disk cache, or compiled now."""
-    text, headers, digest = _sources(build.config.source)
+    text, headers, digest, _ = source_of(build.config.source)
     compiler = nvrtc.find()
     options = build.options()
     key = cache.key_of(

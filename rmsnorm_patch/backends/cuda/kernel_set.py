@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,19 +13,32 @@ from ...errors import KernelBuildError
 from ...numerics.spec import NormSpec
 from ..bindings import kept
 from . import driver, jit, launcher
+from .arguments import Arguments
 from .rows import MAX_ALIGN, power_of_two
 from .schedules import Config, Op, schedules, sm
 
 
+class Loaded(NamedTuple):
+    """One kernel on its device. m_max: the largest number of rows that it serves."""
+
+    m_max: int
+    handle: int
+    rows_per_cta: int
+    arguments: Arguments
+
+
 @dataclass(frozen=True)
 class Chain:
-    """Launcher handles with the largest number of rows that each serves, ascending: kernels of one reduction tree."""
+    """Kernels of one reduction tree, ascending by the numbers of rows that they serve."""
 
-    kernels: tuple[tuple[int, int], ...]
+    kernels: tuple[Loaded, ...]
 
-    def handle(self, m: int) -> int:
+    def serving(self, m: int) -> Loaded:
         """The kernel for `m` rows."""
-        return next((handle for last, handle in self.kernels if m <= last), self.kernels[-1][1])
+        for kernel in self.kernels:
+            if m <= kernel.m_max:
+                break
+        return kernel
 
 
 class KernelSet:
@@ -93,9 +106,10 @@ class KernelSet:
         two_level: bool,
     ) -> Chain:
         index, n = x.get_device(), self.spec.group or x.shape[-1]
-        kernels: list[tuple[int, int]] = []
+        kernels: list[Loaded] = []
         following = 0
         for config in reversed(configs if self._select is None else self._select(configs, x)):
+            arguments = jit.source_of(config.source).arguments
             build = jit.Build(
                 config=config,
                 spec=self.spec,
@@ -121,16 +135,22 @@ class KernelSet:
                 align,
                 weight_align,
                 following,
+                arguments,
             )
-            kernels.insert(0, (config.m[1], following))
+            kernels.insert(0, Loaded(config.m[1], following, config.rows_per_cta, arguments))
         return Chain(tuple(kernels))
 
-    def launch(self, chain: Chain, m: int, x: torch.Tensor, eps: float, *arguments: int) -> None:
-        """Start the kernel for `m` rows on the current stream of `x`'s device; arguments: as abi.cuh orders them."""
-        stream = torch._C._cuda_getCurrentRawStream(x.get_device())
-        code = self.functions.launch(chain.handle(m), stream, eps, *arguments)
+    def launch(self, chain: Chain, rows: tuple[int, ...], on: torch.Tensor, /, **arguments: float) -> None:
+        """Start the kernel for that many rows, on the current stream of the device that the tensor is `on`.
+
+        rows: of each set that has CTAs of its own; most ops have one. arguments: the fields that the kernel declares.
+        """
+        kernel = chain.serving(sum(rows))
+        groups = sum(-(-m // kernel.rows_per_cta) for m in rows)
+        stream = torch._C._cuda_getCurrentRawStream(on.get_device())
+        code = self.functions.launch(kernel.handle, stream, groups, kernel.arguments.pack(**arguments))
         if code:
-            raise self._launch_error(code, x)
+            raise self._launch_error(code, on)
 
     def _launch_error(self, code: int, x: torch.Tensor) -> KernelBuildError:
         got = f"M={x.numel() // x.shape[-1]} rows" if code == launcher.TOO_MANY_ROWS else driver.error_name(code)

@@ -23,26 +23,19 @@ from __future__ import annotations
 
 import itertools
 import re
-import sys
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ...errors import KernelBuildError
 from ...kernel_files import kernels_dir
 from ...numerics.contract import PLAIN_OPS
+from ..rule_table import UNBOUNDED, Range, Table, content_of
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-OPS = (*PLAIN_OPS, "rms_norm_pair")
-"""rms_norm_pair: two plain norms of one spec and N, each with its own rows and weight, in one launch (q and k)."""
+OPS = (*PLAIN_OPS, "rms_norm_pair", "rms_norm_partials", "rms_norm_quantised")
+"""rms_norm_pair: two plain norms of one spec and N, each with its own rows and weight, in one launch (q and k).
+rms_norm_partials: fused_add_rms_norm_ of a product that comes in parts.
+rms_norm_quantised: the norm, with or without an add, that writes quantised rows."""
 DTYPES = ("fp32", "bf16", "fp16")
-UNBOUNDED = 2**63 - 1
-Range = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -111,103 +104,16 @@ TUNABLE = (
 )
 
 
-class _Table:
-    """One table of a file: typed reads that leave nothing unread."""
-
-    def __init__(self, file: Path, where: str, values: object) -> None:
-        self.file, self.where = file, where
-        if not isinstance(values, dict):
-            raise self.error(where, values, "a table")
-        self.values: dict[str, Any] = dict(values)
-
-    def error(self, key: str, got: object, allowed: str) -> KernelBuildError:
-        return KernelBuildError(
-            site=f"{self.file}: {key}", got=repr(got), supported=allowed, next_step="correct this key or remove it"
-        )
-
-    def _key(self, key: str) -> str:
-        return f"{self.where}.{key}" if self.where else key
-
-    def text(self, key: str, default: str | None = None, allowed: Collection[str] | None = None) -> str:
-        value = self.values.pop(key, default)
-        if not isinstance(value, str) or (allowed is not None and value not in allowed):
-            raise self.error(self._key(key), value, "one of " + ", ".join(allowed) if allowed else "a string")
-        return value
-
-    def texts(self, key: str, allowed: tuple[str, ...], default: tuple[str, ...] | None = None) -> tuple[str, ...]:
-        value = self.values.pop(key, default)
-        if not isinstance(value, list | tuple) or not value or any(item not in allowed for item in value):
-            raise self.error(self._key(key), value, "a list out of " + ", ".join(allowed))
-        return tuple(value)
-
-    def integer(self, key: str, default: int | None, allowed: Collection[int] | None = None, low: int = 1) -> int:
-        value = self.values.pop(key, default)
-        wrong = type(value) is not int or value < low or (allowed is not None and value not in allowed)
-        if wrong:
-            raise self.error(self._key(key), value, f"one of {tuple(allowed)}" if allowed else f"an integer >= {low}")
-        return value  # type: ignore[return-value]
-
-    def span(self, key: str, default: Range | None, low: int = 1) -> Range:
-        value = self.values.pop(key, default)
-        if type(value) is int:
-            value = (value, UNBOUNDED)
-        allowed = f"[min] or [min, max], integers, {low} <= min <= max"
-        if not isinstance(value, list | tuple) or len(value) not in (1, 2) or any(type(v) is not int for v in value):
-            raise self.error(self._key(key), value, allowed)
-        first, last = value[0], value[1] if len(value) == 2 else UNBOUNDED
-        if not low <= first <= last:
-            raise self.error(self._key(key), value, allowed)
-        return first, last
-
-    def itemsizes(self) -> tuple[int, ...]:
-        value = self.values.pop("itemsize", [2, 4])
-        if not isinstance(value, list) or not value or any(v not in (2, 4) for v in value):
-            raise self.error(self._key("itemsize"), value, "a list out of 2, 4 (bytes of one element of x)")
-        return tuple(value)
-
-    def rules(self) -> list[_Table]:
-        """The rules by the names of their columns: only what they say, with the reason spelled out."""
-        columns, rules = self.values.pop("columns", None), self.values.pop("rules", None)
-        if not isinstance(columns, list) or not columns or len(set(map(str, columns))) < len(columns):
-            raise self.error("columns", columns, "a list of different names")
-        if not isinstance(rules, list) or not rules:
-            raise self.error("rules", rules, "a list of rules")
-        reasons = self.values.pop("reasons", {})
-        if not isinstance(reasons, dict) or any(not isinstance(text, str) for text in reasons.values()):
-            raise self.error("reasons", reasons, "a table of number = text")
-        found, unused = [], set(reasons)
-        for i, cells in enumerate(rules):
-            where = f"rules[{i}]"
-            if not isinstance(cells, list) or len(cells) != len(columns):
-                raise self.error(where, cells, f"{len(columns)} cells: {', '.join(map(str, columns))}")
-            values = {str(column): cell for column, cell in zip(columns, cells, strict=True) if cell != "-"}
-            if "reason" in values:
-                number = str(values["reason"])
-                if number not in reasons:
-                    raise self.error(f"{where}.reason", values["reason"], f"a key of reasons: {', '.join(reasons)}")
-                values["reason"] = reasons[number]
-                unused.discard(number)
-            found.append(_Table(self.file, where, values))
-        if unused:
-            raise self.error("reasons", sorted(unused), "reasons that a rule names")
-        return found
-
-    def done(self, known: str) -> None:
-        if self.values:
-            key = next(iter(self.values))
-            raise self.error(self._key(key), self.values[key], f"only the keys {known}")
-
-
-def _launch_values(table: _Table, key: str, default: int | None) -> int:
+def _launch_values(table: Table, key: str, default: int | None) -> int:
     allowed = {"vec_bytes": (2, 4, 8, 16, 32), "cluster": (1, 2, 4, 8, 16), "threads_per_row": None}.get(key)
     return table.integer(key, default, allowed)
 
 
-def _optional(table: _Table, key: str) -> int | None:
+def _optional(table: Table, key: str) -> int | None:
     return _launch_values(table, key, None) if key in table.values else None
 
 
-def _rule(table: _Table) -> Rule:
+def _rule(table: Table) -> Rule:
     explicit = "threads_per_row" in table.values
     if explicit == ("chunks_per_thread" in table.values):
         raise table.error(table.where, sorted(table.values), "exactly one of threads_per_row, chunks_per_thread")
@@ -219,7 +125,7 @@ def _rule(table: _Table) -> Rule:
         capability=table.span("capability", (0, UNBOUNDED), low=0),
         itemsize=table.itemsizes(),
         row_bytes=table.span("row_bytes", (1, UNBOUNDED)),
-        row_bytes_multiple_of=table.integer("row_bytes_multiple_of", 1, (1, 2, 4, 8, 16, 32)),
+        row_bytes_multiple_of=table.integer("row_bytes_multiple_of", 1, tuple(1 << bit for bit in range(17))),
         vec_bytes=_launch_values(table, "vec_bytes", 16),
         threads_per_row=_launch_values(table, "threads_per_row", None) if explicit else None,
         chunks_per_thread=None if explicit else _launch_values(table, "chunks_per_thread", None),
@@ -239,7 +145,7 @@ def _rule(table: _Table) -> Rule:
 
 def read_kernel(file: Path) -> Kernel:
     """One kernel's schedules; KernelBuildError naming file, key and what is allowed."""
-    table = _Table(file, "", _content(file, "reinstall rmsnorm_patch"))
+    table = Table(file, "", content_of(file, "reinstall rmsnorm_patch"))
     table.integer("schema", None, (1,))
     kernel = Kernel(
         order=table.integer("order", None),
@@ -283,13 +189,6 @@ def replaced(kernels: tuple[Kernel, ...], path: Path) -> tuple[Kernel, ...]:
     return tuple(sorted({kernel.name: kernel for kernel in (*kernels, *others)}.values(), key=lambda each: each.order))
 
 
-def _content(file: Path, next_step: str) -> dict[str, Any]:
-    try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise KernelBuildError(str(file), str(error), "a readable TOML file", next_step) from error
-
-
 def gpu_slug(device_name: str) -> str:
     """File name of a GPU's tuning: "NVIDIA H200" -> "nvidia_h200"."""
     return re.sub(r"[^a-z0-9]+", "_", device_name.lower()).strip("_")
@@ -300,7 +199,7 @@ def read_tuned(device_name: str, folder: Path | None = None) -> tuple[Override, 
     file = (folder or kernels_dir() / "tuned") / f"{gpu_slug(device_name)}.toml"
     if not file.is_file():
         return ()
-    table = _Table(file, "", _content(file, "correct it, or remove it to use the schedules' own rules"))
+    table = Table(file, "", content_of(file, "correct it, or remove it to use the schedules' own rules"))
     table.integer("schema", None, (1,))
     table.text("device")
     overrides = tuple(_override(item) for item in table.rules())
@@ -308,7 +207,7 @@ def read_tuned(device_name: str, folder: Path | None = None) -> tuple[Override, 
     return overrides
 
 
-def _override(table: _Table) -> Override:
+def _override(table: Table) -> Override:
     chosen = tuple((key, _launch_values(table, key, None)) for key in TUNABLE if key in table.values)
     if not chosen:
         raise table.error(table.where, sorted(table.values), "one or more of " + ", ".join(TUNABLE))

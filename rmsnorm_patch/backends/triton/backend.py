@@ -16,9 +16,9 @@ from ...errors import UnsupportedInput
 from ...numerics import operands as validate
 from ...numerics.contract import FUSED_ADD, IMPLIED_EPS, PLAIN_OPS, RMS_NORM
 from ...numerics.spec import NormSpec
-from .. import launch_mode
-from ..bindings import kept
+from ..bindings import by_variant
 from . import loader as triton_loader
+from . import schedules
 
 MINIMUM_CAPABILITY = (8, 0)
 
@@ -50,11 +50,11 @@ def available(device: torch.device | str) -> tuple[bool, str]:
 def bind(op: str, spec: NormSpec, enable_pdl: bool | None = None) -> Callable[..., Any]:
     """The callable for `op`, the name of a row of `numerics.contract`, with the numerics of `spec`. enable_pdl: as
     `launch_mode.dependent` takes it."""
-    return _bind(op, spec.variant, launch_mode.dependent(enable_pdl))
+    return _bound(op, spec, enable_pdl=enable_pdl)
 
 
-@kept
-def _bind(op: str, spec: NormSpec, dependent: bool) -> Callable[..., Any]:
+@by_variant
+def _bound(op: str, spec: NormSpec, dependent: bool) -> Callable[..., Any]:
     row = PLAIN_OPS[op]
     fused = FusedAddRMSNormInPlace if row.in_place else FusedAddRMSNorm
     return (fused if row.fused_add else RMSNorm)(op, spec, dependent)
@@ -122,12 +122,13 @@ class Layout:
         weight_dtype: torch.dtype | None,
         target: Target,
     ) -> None:
-        schedules = triton_loader.load("schedule", interpreted=False)
+        """dtype: of x, or of the sum where x is added to a residual of another dtype."""
         self.columns = spec.group or n
         """Elements that share one rstd: what the kernels call a row."""
         plain, halves = not PLAIN_OPS[op].fused_add, dtype.itemsize == 2
         wide_sum = halves and not plain and spec.sum == "fp32"
-        self.schedule = schedules.schedule(self.columns, dtype.itemsize, 1 if plain else 2, target.warp_size, wide_sum)
+        kernel = (RMS_NORM if plain else FUSED_ADD).name
+        self.schedule = schedules.schedule(kernel, self.columns, dtype.itemsize, target.warp_size, wide_sum)
         self.vec = schedules.vector_elements(self.columns, dtype.itemsize)
         self.groups = n // self.columns
         dense = (self.columns // self.vec, 0)
@@ -175,10 +176,11 @@ class _Op:
         self.dependent = dependent
         self._layouts: dict[tuple[Any, ...], Layout] = {}
 
-    def _layout(self, x: torch.Tensor, weight: torch.Tensor | None) -> Layout:
+    def _layout(self, x: torch.Tensor, weight: torch.Tensor | None, dtype: torch.dtype) -> Layout:
+        """dtype: as in Layout."""
         weight_dtype = None if weight is None else weight.dtype
-        layout = Layout(self.op, self.spec, x.dtype, x.shape[-1], weight_dtype, Target.of(x.device, self.dependent))
-        return self._layouts.setdefault((x.dtype, x.shape[-1:], weight_dtype), layout)
+        layout = Layout(self.op, self.spec, dtype, x.shape[-1], weight_dtype, Target.of(x.device, self.dependent))
+        return self._layouts.setdefault((dtype, x.shape[-1:], weight_dtype), layout)
 
     def _launch(
         self,
@@ -199,7 +201,8 @@ class _Op:
                 return self._launch(name, layout, tensors, eps, numbers, constants)
         # What Triton specialises on: alignment (where the layout does not demand it) and the width of integers.
         aligned = layout.vec > 1 or tuple(tensor.data_ptr() % 16 == 0 for tensor in tensors)
-        variant = (device, aligned, max(numbers) > 0x7FFFFFFF, *constants.values())
+        dtypes = x.dtype, tensors[1].dtype
+        variant = (device, aligned, max(numbers) > 0x7FFFFFFF, dtypes, *constants.values())
         known = layout.compiled.get(variant)
         if known is not None:
             kernel, rest = known
@@ -229,7 +232,7 @@ class RMSNorm(_Op):
         layout = self._layouts.get((x.dtype, x.shape[-1:], None if weight is None else weight.dtype))
         if layout is None or not validate.weight_fits(x, weight):
             validate.check_rms_norm(x, weight, self.spec, self.op)
-            layout = self._layout(x, weight)
+            layout = self._layout(x, weight, x.dtype)
         y = new_result(x, layout.out_dtype)
         if not x.numel():
             return y
@@ -237,7 +240,7 @@ class RMSNorm(_Op):
         if not _is_dense(layout, x):
             (x,), (rows,) = place_rows(layout, x)
             places, nested = (rows.inner, rows.stride // layout.vec, rows.inner_stride // layout.vec), rows.inner > 1
-        tensors = (x, x if weight is None else _aligned(weight, layout), y)
+        tensors = (x, x if weight is None else aligned(weight, layout), y)
         numbers = (x.numel() // layout.columns, *places)
         self._launch(RMS_NORM.name, layout, tensors, eps, numbers, {"NESTED": nested})
         return y
@@ -249,12 +252,13 @@ class FusedAddRMSNorm(_Op):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.spec.has_weight:
             weight = None
-        layout = self._layouts.get((x.dtype, x.shape[-1:], None if weight is None else weight.dtype))
+        dtype = validate.sum_dtype(x, residual)
+        layout = self._layouts.get((dtype, x.shape[-1:], None if weight is None else weight.dtype))
         if layout is None or not (validate.weight_fits(x, weight) and validate.alike(x, residual)):
-            validate.check_fused_add(x, residual, weight, self.spec, self.op)
-            layout = self._layout(x, weight)
+            validate.check_added(x, residual, weight, self.spec, self.op)
+            layout = self._layout(x, weight, dtype)
         y = new_result(x, layout.out_dtype)
-        total = new_result(x, x.dtype)
+        total = new_result(x, dtype)
         if x.numel():
             self._run(layout, x, residual, weight, (y, total), eps)
         return y, total
@@ -269,12 +273,13 @@ class FusedAddRMSNorm(_Op):
         eps: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Launch; in place where `outputs` is None. Returns x and residual, or the copies that were taken of them."""
-        places, nested = layout.dense[1], False
+        places: tuple[int, ...] = layout.dense[1]
+        nested = False
         if not (_is_dense(layout, x) and _is_dense(layout, residual)):
             (x, residual), rows = place_rows(layout, x, residual)
             strides = (stride // layout.vec for placed in rows for stride in placed[1:])
             places, nested = (rows[0].inner, *strides), rows[0].inner > 1
-        tensors = (x, residual, x if weight is None else _aligned(weight, layout), *(outputs or (x, residual)))
+        tensors = (x, residual, x if weight is None else aligned(weight, layout), *(outputs or (x, residual)))
         constants = {
             "NESTED": nested,
             "ROUND_SUM": self.spec.sum == "rounded",
@@ -296,7 +301,7 @@ class FusedAddRMSNormInPlace(FusedAddRMSNorm):
             return
         layout = self._layouts.get((x.dtype, x.shape[-1:], None if weight is None else weight.dtype))
         if layout is None:
-            layout = self._layout(x, weight)
+            layout = self._layout(x, weight, x.dtype)
         if layout.schedule.streamed and self.spec.sum == "fp32":
             # The kernel would overwrite the residual before other threads have read it a second time.
             normed, total = bind(FUSED_ADD.name, self.spec, self.dependent)(x, residual, weight, eps)
@@ -366,6 +371,7 @@ def _rows(x: torch.Tensor, layout: Layout) -> Rows | None:
     return Rows(1, dims[0][1] if dims else layout.columns, 0)
 
 
-def _aligned(weight: torch.Tensor, layout: Layout) -> torch.Tensor:
+def aligned(weight: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """The weight, contiguous and as aligned as the layout's vectors are: a copy where it is not."""
     weight = weight.contiguous()
     return weight.clone() if layout.vec > 1 and weight.data_ptr() % 16 else weight

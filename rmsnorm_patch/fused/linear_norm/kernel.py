@@ -11,8 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from ...backends import launch_mode
-from ...backends.bindings import kept
+from ...backends.bindings import by_variant
 from ...backends.cuda import launcher
 from ...backends.cuda.kernel_set import KernelSet, configs_for
 from ...backends.cuda.rows import power_of_two
@@ -20,34 +19,33 @@ from ...backends.cuda.schedules import Config, Op
 from ...numerics.contract import FUSED_ADD_IN_PLACE
 from ...numerics.spec import NormSpec
 
-OP: Op = FUSED_ADD_IN_PLACE.name
-"""The op whose place the kernel takes."""
+OP: Op = "rms_norm_partials"
 MOST_ROWS = 256
 """A CTA, or a cluster, for each row: more rows are better off with a reduction that fills the device."""
 MOST_PARTS = 8
 """A thread asks for one chunk of every part at once."""
-MOST_THREADS = 512
-"""Of a CTA. From about 832 on there are no registers for a chunk of 8 parts at once."""
-_CLUSTERED_ROWS = 32
-"""Up to here four CTAs share a row, beyond two: all rows together fill the device's multiprocessors."""
 
 
 def bound(spec: NormSpec, parts: int, enable_pdl: bool | None = None) -> BoundPartials:
     """The kernels of one numerics variant and number of parts. enable_pdl: as `launch_mode.dependent` takes it."""
-    return _bound(spec.variant, parts, launch_mode.dependent(enable_pdl))
+    return _bound(parts, spec, enable_pdl=enable_pdl)
 
 
-@kept
-def _bound(spec: NormSpec, parts: int, dependent: bool) -> BoundPartials:
+@by_variant
+def _bound(parts: int, spec: NormSpec, dependent: bool) -> BoundPartials:
     return BoundPartials(spec, parts, dependent, launcher.functions())
 
 
 def serves(spec: NormSpec, dtype: torch.dtype, n: int, device: int) -> bool:
-    """Whether there is a kernel for rows of `n` columns: 16-bit elements, whole chunks of 16 bytes, sums in lanes."""
-    if dtype.itemsize != 2 or spec.group is not None:
+    """Whether there is a kernel for rows of `n` columns, whose bits are those of the op that it takes the place of."""
+    if spec.group is not None:
         return False
-    configs = configs_for(OP, dtype, n, device)
-    return bool(configs) and n % 8 == 0 and configs[0].tree == "lanes-8"
+    return _alike(configs_for(OP, dtype, n, device), configs_for(FUSED_ADD_IN_PLACE.name, dtype, n, device))
+
+
+def _alike(mine: tuple[Config, ...], fused: tuple[Config, ...]) -> bool:
+    """Both have schedules, of one reduction tree."""
+    return bool(mine and fused) and mine[0].tree == fused[0].tree
 
 
 class BoundPartials:
@@ -57,7 +55,8 @@ class BoundPartials:
     """
 
     def __init__(self, spec: NormSpec, parts: int, dependent: bool, functions: launcher.Functions) -> None:
-        self.op = OP
+        self.op = FUSED_ADD_IN_PLACE.name
+        """The op whose place the kernel takes."""
         self.spec = spec
         self.parts = parts
         self.dependent = dependent
@@ -67,8 +66,8 @@ class BoundPartials:
         return f"BoundPartials({self.spec!r}, parts={self.parts}, dependent={self.dependent})"
 
     def _select(self, configs: tuple[Config, ...], x: torch.Tensor) -> tuple[Config, ...]:
-        clusters = torch.cuda.get_device_capability(x.device) >= (9, 0)
-        return schedules(configs[0], x.shape[-1], self.parts, clusters)
+        """The schedules with the number of parts, which the kernel is compiled for."""
+        return tuple(replace(config, defines=(*config.defines, ("PARTIALS", self.parts))) for config in configs)
 
     def __call__(
         self,
@@ -84,41 +83,17 @@ class BoundPartials:
         chain, _ = self.kernels.chain(residual, weight, align, power_of_two(address), False)
         self.kernels.launch(
             chain,
-            m,
+            (m,),
             residual,
-            eps,
-            *(parts.data_ptr(), residual.data_ptr(), address, normed.data_ptr(), residual.data_ptr()),
-            *(m, n, n, n, n),
-            *(m, m * n, 0),
+            parts=parts.data_ptr(),
+            residual=residual.data_ptr(),
+            weight=address,
+            normed=normed.data_ptr(),
+            total=residual.data_ptr(),
+            part_stride=m * n,
+            parts_row_stride=n,
+            residual_row_stride=n,
+            normed_row_stride=n,
+            total_row_stride=n,
+            eps=eps,
         )
-
-
-def schedules(config: Config, n: int, parts: int, clusters: bool) -> tuple[Config, ...]:
-    """The kernel's schedules for rows of `n` columns, with the tree of `config`, a schedule of the fused op.
-
-    One chunk a thread, more of long rows, in as many CTAs a row as have whole warps: with P parts a chunk is 2 P + 1
-    loads.
-    """
-    chunks = n // config.vec
-
-    def shared_by(most: int) -> Config:
-        fitting = (c for c in (4, 2) if clusters and c <= most and chunks % (32 * c) == 0 and chunks // c >= 64)
-        cluster = next(fitting, 1)
-        per_cta = -(-chunks // cluster)
-        per_thread = -(-per_cta // MOST_THREADS)
-        threads = -(-per_cta // (32 * per_thread)) * 32
-        return replace(
-            config,
-            kernel="fused_add_partials",
-            source="rms_norm_partials.cu",
-            entry="rms_norm_partials",
-            threads_per_row=threads,
-            rows_per_cta=1,
-            rows_per_thread=1,
-            cluster=cluster,
-            min_ctas=1,
-            defines=tuple((dict(config.defines) | {"PARTIALS": parts, "LAUNCH_AT": 2}).items()),
-        )
-
-    few = replace(shared_by(4), m=(1, _CLUSTERED_ROWS))
-    return few, replace(shared_by(2), m=(_CLUSTERED_ROWS + 1, MOST_ROWS))

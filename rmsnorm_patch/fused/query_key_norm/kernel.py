@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from ...backends import launch_mode
-from ...backends.bindings import kept
+from ...backends.bindings import by_variant
 from ...backends.cuda import launcher
 from ...backends.cuda.backend import bind, default_eps
 from ...backends.cuda.kernel_set import KernelSet, configs_for
@@ -21,7 +20,7 @@ from ...numerics.spec import NormSpec
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-@kept
+@by_variant
 def _bound(spec: NormSpec, dependent: bool) -> BoundPair:
     return BoundPair(spec, dependent, launcher.functions())
 
@@ -33,7 +32,7 @@ def bind_rms_norm_pair(spec: NormSpec, enable_pdl: bool | None = None) -> Callab
     Operands that do not share N, dtypes or device, and rows longer than 2 KiB, are normed by a launch each.
     enable_pdl: as `launch_mode.dependent` takes it.
     """
-    return _bound(spec.variant, launch_mode.dependent(enable_pdl))
+    return _bound(spec, enable_pdl=enable_pdl)
 
 
 class BoundPair:
@@ -91,12 +90,25 @@ class BoundPair:
         )
         self.kernels.launch(
             chain,
-            m + m2,
+            (m, m2),
             q,
-            eps,
-            *(sets[0].tensor.data_ptr(), 0, addresses[0], normed[0].data_ptr(), 0, m, first, 0, n, 0),
-            *(inner, outer, 0),
-            *(sets[1].tensor.data_ptr(), addresses[1], normed[1].data_ptr(), m2, second, n, inner2, outer2),
+            x=sets[0].tensor.data_ptr(),
+            weight=addresses[0],
+            normed=normed[0].data_ptr(),
+            m=m,
+            x_row_stride=first,
+            normed_row_stride=n,
+            inner_rows=inner,
+            x_outer_stride=outer,
+            x2=sets[1].tensor.data_ptr(),
+            weight2=addresses[1],
+            normed2=normed[1].data_ptr(),
+            m2=m2,
+            x2_row_stride=second,
+            normed2_row_stride=n,
+            inner_rows2=inner2,
+            x2_outer_stride=outer2,
+            eps=eps,
         )
         return normed[0], normed[1]
 

@@ -6,15 +6,15 @@ A launch takes about twice the time of one from C; its structures are prepared o
 from __future__ import annotations
 
 import ctypes
-import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from .. import driver
+from ..arguments import Arguments
 
 TOO_MANY_ROWS = 1000001
 _FUSED_ADD_IN_PLACE = 2
@@ -36,19 +36,26 @@ class _Config(ctypes.Structure):
 
 
 _CLUSTER, _PROGRAMMATIC = 4, 6
-_WORDS = struct.Struct("=21Qfxxxx")
+_VALUES = {
+    *("x", "residual", "weight", "normed", "total", "m"),
+    *("x_row_stride", "residual_row_stride", "normed_row_stride", "total_row_stride"),
+    *("inner_rows", "x_outer_stride", "residual_outer_stride", "eps"),
+}
+"""What a plain call knows, by the names that kernels/cuda/plain_ops.cuh gives the fields."""
 
 
 class _Kernel:
     """One kernel with its launch structures; `lock` makes them safe to share between threads."""
 
-    def __init__(self, values: tuple[int, ...]) -> None:
+    def __init__(self, values: tuple[int, ...], arguments: Arguments) -> None:
         (self.function, self.context, self.n, self.m_max, self.rows_per_cta, self.cluster, threads) = values[:7]
         self.dependent, self.align, self.weight_align, self.next = values[7:]
+        self.arguments = arguments
+        self.plain = set(arguments.names) <= _VALUES
         self.handle = 0
         self.lock = threading.Lock()
-        self.args = ctypes.create_string_buffer(_WORDS.size)
-        self.params = (ctypes.c_void_p * 1)(ctypes.addressof(self.args))
+        self.bytes = ctypes.create_string_buffer(arguments.size)
+        self.params = (ctypes.c_void_p * 1)(ctypes.addressof(self.bytes))
         self.attributes = (_Attribute * 2)()
         self.config = _Config(attributes=self.attributes)
         self.config.grid[:] = (1, 1, 1)
@@ -65,9 +72,6 @@ class _Kernel:
         attribute.id = identity
         attribute.value[: len(value)] = value
         self.config.count += 1
-
-    def groups(self, m: int, m2: int) -> int:
-        return -(-m // self.rows_per_cta) + -(-m2 // self.rows_per_cta)
 
 
 @dataclass(frozen=True)
@@ -124,17 +128,24 @@ class PlainCall:
             return self.slow(*operands)
         normed = torch.empty_like(x, dtype=plan.out_dtype)
         total = torch.empty_like(x) if self.fused else None
-        code = self.launch(
-            kernel.handle,
-            torch._C._cuda_getCurrentRawStream(device),
-            plan.default_eps if eps is None else float(eps),
-            x.data_ptr(),
-            residual.data_ptr() if self.fused else 0,
-            address,
-            normed.data_ptr(),
-            0 if total is None else total.data_ptr(),
-            rows,
-        )
+        values = {
+            "x": x.data_ptr(),
+            "residual": residual.data_ptr() if self.fused else 0,
+            "weight": address,
+            "normed": normed.data_ptr(),
+            "total": 0 if total is None else total.data_ptr(),
+            "m": rows,
+            "x_row_stride": kernel.n,
+            "residual_row_stride": kernel.n,
+            "normed_row_stride": kernel.n,
+            "total_row_stride": kernel.n,
+            "inner_rows": 0,
+            "x_outer_stride": 0,
+            "residual_outer_stride": 0,
+            "eps": plan.default_eps if eps is None else float(eps),
+        }
+        stream, groups = torch._C._cuda_getCurrentRawStream(device), -(-rows // kernel.rows_per_cta)
+        code = self.launch(kernel.handle, stream, groups, kernel.arguments.pick(values))
         if code:
             return self.slow(*operands)
         return normed if total is None else (normed, total)
@@ -144,34 +155,40 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _kernels: list[_Kernel] = []
 
 
+def _followed(handle: int) -> Iterator[_Kernel]:
+    """The kernel and those for more rows."""
+    while handle:
+        yield (kernel := _kernels[handle - 1])
+        handle = kernel.next
+
+
 def functions() -> tuple[Callable[..., Any], ...]:
     """(new_kernel, launch, make_callable, add_plan), as launcher.c has them."""
     library = driver.library()
     launch_kernel, get_context = library.cuLaunchKernelEx, library.cuCtxGetCurrent
     push, pop = library.cuCtxPushCurrent_v2, library.cuCtxPopCurrent_v2
 
-    def new_kernel(*values: int) -> int:
-        _kernels.append(_Kernel(values))
+    def new_kernel(*values: Any) -> int:
+        *integers, arguments = values
+        _kernels.append(_Kernel(tuple(integers), arguments))
         _kernels[-1].handle = len(_kernels)
         return len(_kernels)
 
-    def launch(handle: int, stream: int, eps: float, *words: int) -> int:
+    def launch(handle: int, stream: int, groups: int, arguments: bytes) -> int:
         kernel = _kernels[handle - 1]
-        if len(words) == 6:
-            words = (*words, kernel.n, kernel.n, kernel.n, kernel.n)
-        words = words + (0,) * (21 - len(words))
-        groups = kernel.groups(words[5], words[16])
         if groups == 0:
             return 0
         if groups * kernel.cluster > 2**31 - 1:
             return TOO_MANY_ROWS
+        if len(arguments) != kernel.arguments.size:
+            raise TypeError("the kernel's arguments have another size")
         current = ctypes.c_void_p()
         get_context(ctypes.byref(current))
         pushed = current.value != kernel.context
         if pushed and (code := push(ctypes.c_void_p(kernel.context))):
             return int(code)
         with kernel.lock:
-            _WORDS.pack_into(kernel.args, 0, *words, eps)
+            ctypes.memmove(kernel.bytes, arguments, len(arguments))
             kernel.config.stream = stream
             kernel.grid_x[0] = groups * kernel.cluster
             code = launch_kernel(*kernel.call)
@@ -197,6 +214,8 @@ def functions() -> tuple[Callable[..., Any], ...]:
         default_eps: float,
         *codes: int,
     ) -> int:
+        if not all(kernel.plain for kernel in _followed(handle)):
+            return 0
         table.plans.setdefault((dtype, weight_dtype, n, device), _Plan(handle, out_dtype, default_eps))
         return 1
 

@@ -5,10 +5,11 @@
  * headers are needed and one binary serves every Python from 3.10 on. Loaded by ctypes; `rp_functions` returns its
  * Python functions.
  *
- * new_kernel(...) -> address of a Kernel; launch(kernel, ...) starts one; make_callable(op, has_weight, slow, torch...)
- * returns the op itself: it takes tensors, checks what must be checked in every call, allocates the results and
- * launches the plan that add_plan registered for (dtype, weight dtype, N, device). Whatever it is not sure of goes to
- * `slow`. launcher_pair.h has what a patched model's layers call.
+ * new_kernel(...) -> address of a Kernel; launch(kernel, ...) starts one on arguments that are bytes to it, so that an
+ * op whose host side is Python needs nothing here; make_callable(op, has_weight, slow, torch...) returns a plain op
+ * itself: it takes tensors, checks what must be checked in every call, allocates the results and launches the plan that
+ * add_plan registered for (dtype, weight dtype, N, device). Whatever it is not sure of goes to `slow`. launcher_pair.h
+ * has what a patched model's layers call.
  */
 #include "launcher_start.h"
 #include "launcher_tensor.h"
@@ -75,8 +76,8 @@ static PyObject *fast(Table *table, PyObject *const *a, int *sure) {
     PyObject *x_object = a[0], *residual_object = fused ? a[1] : 0, *eps_object = a[2 + fused];
     PyObject *weight_object = table->has_weight ? a[1 + fused] : NONE;
     Tensor x, residual, weight;
-    Args args;
-    memset(&args, 0, sizeof args);
+    Values values;
+    memset(&values, 0, sizeof values);
     *sure = 0;
 
     if (!is_type(x_object, table->tensor_type, table->parameter_type) || table->exchange->look(x_object, &x))
@@ -109,10 +110,10 @@ static PyObject *fast(Table *table, PyObject *const *a, int *sure) {
     int packed = is_contiguous(&x);
     if (!packed && (columns != n || !strided_rows(&x, &x_rows)))
         return 0;
-    args.x = address_of(&x);
-    uint64_t addresses = args.x | (uint64_t)((x_rows.stride | x_rows.outer) * plan->itemsize);
+    values.x = address_of(&x);
+    uint64_t addresses = values.x | (uint64_t)((x_rows.stride | x_rows.outer) * plan->itemsize);
     if (residual_object == x_object) {
-        args.residual = args.x;
+        values.residual = values.x;
         residual_rows = x_rows;
     } else if (fused) {
         if (!is_type(residual_object, table->tensor_type, table->parameter_type) ||
@@ -124,14 +125,14 @@ static PyObject *fast(Table *table, PyObject *const *a, int *sure) {
             if (columns != n || !strided_rows(&residual, &residual_rows))
                 return 0;
         }
-        args.residual = address_of(&residual);
-        addresses |= args.residual | (uint64_t)((residual_rows.stride | residual_rows.outer) * plan->itemsize);
+        values.residual = address_of(&residual);
+        addresses |= values.residual | (uint64_t)((residual_rows.stride | residual_rows.outer) * plan->itemsize);
     }
     if (weight_object != NONE) {
         if (!same_sizes(&weight, &n, 1) || weight.device_type != x.device_type || weight.device != x.device ||
             !is_contiguous(&weight))
             return 0;
-        args.weight = address_of(&weight);
+        values.weight = address_of(&weight);
     }
     double eps = plan->default_eps;
     if (eps_object != NONE) {
@@ -144,21 +145,22 @@ static PyObject *fast(Table *table, PyObject *const *a, int *sure) {
         kernel = plan->two_level;
         if (!kernel || in_place || (x_rows.inner && residual_rows.inner && x_rows.inner != residual_rows.inner))
             return 0;
-        args.inner_rows = x_rows.inner ? x_rows.inner : residual_rows.inner;
-        args.x_outer_stride = x_rows.inner ? x_rows.outer : x_rows.stride * args.inner_rows;
-        args.residual_outer_stride = residual_rows.inner ? residual_rows.outer : residual_rows.stride * args.inner_rows;
+        values.inner_rows = x_rows.inner ? x_rows.inner : residual_rows.inner;
+        values.x_outer_stride = x_rows.inner ? x_rows.outer : x_rows.stride * values.inner_rows;
+        values.residual_outer_stride =
+            residual_rows.inner ? residual_rows.outer : residual_rows.stride * values.inner_rows;
     }
     rows *= n / columns;
     while (rows > kernel->m_max && kernel->next)
         kernel = kernel->next;
-    if ((addresses & kernel->mask) || (args.weight & kernel->weight_mask))
+    if ((addresses & kernel->mask) || (values.weight & kernel->weight_mask))
         return 0;
     if (in_place && packed) {
         uint64_t bytes = (uint64_t)(rows * columns * plan->itemsize);
         uint64_t weight_bytes = (uint64_t)(n * plan->weight_itemsize);
-        if (overlap(args.x, bytes, args.residual, bytes) ||
-            (weight_object != NONE && (overlap(args.x, bytes, args.weight, weight_bytes) ||
-                                       overlap(args.residual, bytes, args.weight, weight_bytes))))
+        if (overlap(values.x, bytes, values.residual, bytes) ||
+            (weight_object != NONE && (overlap(values.x, bytes, values.weight, weight_bytes) ||
+                                       overlap(values.residual, bytes, values.weight, weight_bytes))))
             return 0;
     } else if (in_place) {
         return 0; /* whether strided tensors overlap takes a closer look */
@@ -169,24 +171,24 @@ static PyObject *fast(Table *table, PyObject *const *a, int *sure) {
 
     /* From here on the call is ours: errors are raised, not handed to the slow path. */
     *sure = 1;
-    args.m = rows;
-    args.x_row_stride = x_rows.stride;
-    args.residual_row_stride = residual_rows.stride;
-    args.normed_row_stride = args.total_row_stride = columns;
-    args.eps = (float)eps;
+    values.m = rows;
+    values.x_row_stride = x_rows.stride;
+    values.residual_row_stride = residual_rows.stride;
+    values.normed_row_stride = values.total_row_stride = columns;
+    values.eps = (float)eps;
     PyObject *normed = 0, *total = 0;
     if (in_place) {
-        args.normed = args.x;
-        args.total = args.residual;
+        values.normed = values.x;
+        values.total = values.residual;
     } else {
         if (!(plan->size && same_sizes(&x, plan->sizes, plan->dims)) && !remember_shape(plan, x.sizes, x.dims))
             return 0;
         PyObject *size = plan->size, *strides = plan->strides;
         Py_IncRef(size);
         Py_IncRef(strides);
-        normed = allocate(table, size, strides, plan->out_dtype, &args.normed);
+        normed = allocate(table, size, strides, plan->out_dtype, &values.normed);
         if (normed && fused)
-            total = allocate(table, size, strides, plan->dtype, &args.total);
+            total = allocate(table, size, strides, plan->dtype, &values.total);
         Py_DecRef(size);
         Py_DecRef(strides);
         if (!normed || (fused && !total)) {
@@ -195,7 +197,7 @@ static PyObject *fast(Table *table, PyObject *const *a, int *sure) {
             return 0;
         }
     }
-    int error = start(kernel, stream, &args);
+    int error = start_plain(kernel, stream, &values);
     if (error) { /* the slow path repeats the launch and words the error */
         if (normed)
             Py_DecRef(normed);
@@ -273,8 +275,8 @@ static PyObject *make_callable(PyObject *self, PyObject *const *a, Py_ssize_t co
 }
 
 /* add_plan(table, kernel, two_level kernel or 0, dtype, weight_dtype, out_dtype, n, device, itemsize, weight_itemsize,
- * default_eps, code of dtype, code of weight_dtype) -> 1, or 0 if the table is full (the slow path then serves these
- * calls). Again with the same key: sets the two-level kernel. Codes: launcher.dlpack_code. */
+ * default_eps, code of dtype, code of weight_dtype) -> 1, or 0 if the table is full or a kernel is not plain (the slow
+ * path then serves these calls). Again with the same key: sets the two-level kernel. Codes: launcher.dlpack_code. */
 static PyObject *add_plan(PyObject *self, PyObject *const *a, Py_ssize_t count) {
     if (count != 13) {
         PyErr_SetString(PyExc_TypeError, "add_plan takes 13 arguments");
@@ -298,6 +300,12 @@ static PyObject *add_plan(PyObject *self, PyObject *const *a, Py_ssize_t count) 
     plan.weight_code = (uint32_t)PyLong_AsLongLong(a[12]);
     if (PyErr_Occurred())
         return 0;
+    for (const Kernel *kernel = plan.kernel; kernel; kernel = kernel->next)
+        if (!kernel->plain)
+            return PyLong_FromLongLong(0);
+    for (const Kernel *kernel = plan.two_level; kernel; kernel = kernel->next)
+        if (!kernel->plain)
+            return PyLong_FromLongLong(0);
     for (int i = 0; i < table->count; i++) {
         Plan *known = &table->plans[i];
         if (known->x_code == plan.x_code && known->weight_code == plan.weight_code && known->n == plan.n &&

@@ -2,6 +2,7 @@
  * either is needed. */
 #pragma once
 #include <dlfcn.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -32,6 +33,8 @@ extern long long PyLong_AsLongLong(PyObject *);
 extern unsigned long long PyLong_AsUnsignedLongLong(PyObject *);
 extern double PyFloat_AsDouble(PyObject *);
 extern PyObject *PyUnicode_InternFromString(const char *);
+extern int PyUnicode_CompareWithASCIIString(PyObject *, const char *);
+extern int PyBytes_AsStringAndSize(PyObject *, char **, Py_ssize_t *);
 extern PyObject *PyObject_GetAttr(PyObject *, PyObject *);
 extern PyObject *PyObject_CallMethodObjArgs(PyObject *, PyObject *, ...);
 extern PyObject *PyObject_CallFunctionObjArgs(PyObject *, ...);
@@ -55,6 +58,36 @@ extern PyObject _Py_NoneStruct, _Py_FalseStruct, _Py_TrueStruct, PyFloat_Type;
 extern void *PyEval_SaveThread(void);
 extern void PyEval_RestoreThread(void *);
 #define NONE ((PyObject *)&_Py_NoneStruct)
+
+static PyObject *own(PyObject *object) {
+    if (object)
+        Py_IncRef(object);
+    return object;
+}
+
+static PyObject *attribute(PyObject *object, const char *text) {
+    PyObject *name = PyUnicode_InternFromString(text), *value = name ? PyObject_GetAttr(object, name) : 0;
+    if (name)
+        Py_DecRef(name);
+    return value;
+}
+
+static int is_attribute(PyObject *object, PyObject *name, PyObject *expected) {
+    PyObject *value = PyObject_GetAttr(object, name);
+    if (!value)
+        return 0;
+    Py_DecRef(value);
+    return value == expected;
+}
+
+static int is_true_call(PyObject *function) {
+    PyObject *value = PyObject_CallNoArgs(function);
+    if (!value)
+        return -1;
+    int result = PyObject_IsTrue(value);
+    Py_DecRef(value);
+    return result;
+}
 
 /* The driver's launch structures (cuda.h); each attribute is 8 bytes of header and a 64-byte value. */
 typedef struct {

@@ -38,23 +38,6 @@ static PyObject *s_forward, *s_training, *s_parameters, *s_buffers, *s_modules, 
     *s_norm, *s_untaken, *s_places, *s_all_places, *s_receiver, *s_passive, *s_depth, *s_caller, *s_loop, *s_f_code,
     *s_version, *s_is_inference, *s_hooks[4], *zero;
 
-static int is_attribute(PyObject *object, PyObject *name, PyObject *expected) {
-    PyObject *value = PyObject_GetAttr(object, name);
-    if (!value)
-        return 0;
-    Py_DecRef(value);
-    return value == expected;
-}
-
-static int is_true_call(PyObject *function) {
-    PyObject *value = PyObject_CallNoArgs(function);
-    if (!value)
-        return -1;
-    int result = PyObject_IsTrue(value);
-    Py_DecRef(value);
-    return result;
-}
-
 /* Whether no mode, transform, autocast, tracer or gradient may have to see the ops (guards.ambient). */
 static int nothing_watches(void) {
     for (Py_ssize_t i = 0; i < PyTuple_Size(around.unwatched); i++)
@@ -91,12 +74,6 @@ static Norm *norm_of(PyObject *classes, PyObject *module) {
     PyObject *capsule = classes ? PyDict_GetItem(classes, type) : 0;
     Py_DecRef(type);
     return capsule ? PyCapsule_GetPointer(capsule, "rmsnorm_patch.norm") : 0;
-}
-
-static PyObject *own(PyObject *object) {
-    if (object)
-        Py_IncRef(object);
-    return object;
 }
 
 /* New references to the weight (None: weightless) and eps that the norm has now; 0 where they are not where they were.
@@ -237,7 +214,8 @@ static int runs_above(PyObject *link, PyObject *up, PyObject *code) {
     return same;
 }
 
-/* No foreign code can see the sum between the add and the norm that reads it (layer_calls._undisturbed, _called_by_loop).
+/* No foreign code can see the sum between the add and the norm that reads it (layer_calls._undisturbed,
+ * _called_by_loop).
  */
 static int undisturbed(PyObject *layer_state, PyObject *link, int inference) {
     if (!is_empty(layer_state, s_hooks[0]) || PyDict_GetItem(layer_state, s_forward))

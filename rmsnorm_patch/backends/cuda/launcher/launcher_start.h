@@ -1,16 +1,40 @@
-/* A loaded kernel with its launch constants, and starting it. */
+/* A loaded kernel with its launch constants, and starting it. What its arguments mean is not known here: they are
+ * bytes, which Python made, or which `plain_arguments` puts together from the values of a plain call. */
 #pragma once
 #include "launcher_abi.h"
 
-/* `struct Args` of kernels/cuda/abi.cuh. */
+/* What a plain call knows, by the names that kernels/cuda/plain_ops.cuh gives the fields. */
 typedef struct {
     uint64_t x, residual, weight, normed, total;
     i64 m, x_row_stride, residual_row_stride, normed_row_stride, total_row_stride;
     i64 inner_rows, x_outer_stride, residual_outer_stride;
-    uint64_t x2, weight2, normed2;
-    i64 m2, x2_row_stride, normed2_row_stride, inner_rows2, x2_outer_stride;
     float eps;
-} Args;
+} Values;
+
+#define VALUE(name) {#name, offsetof(Values, name), sizeof(((Values *)0)->name)}
+static const struct {
+    const char *name;
+    size_t offset, size;
+} known_values[] = {VALUE(x),
+                    VALUE(residual),
+                    VALUE(weight),
+                    VALUE(normed),
+                    VALUE(total),
+                    VALUE(m),
+                    VALUE(x_row_stride),
+                    VALUE(residual_row_stride),
+                    VALUE(normed_row_stride),
+                    VALUE(total_row_stride),
+                    VALUE(inner_rows),
+                    VALUE(x_outer_stride),
+                    VALUE(residual_outer_stride),
+                    VALUE(eps)};
+enum { KNOWN_VALUES = sizeof known_values / sizeof *known_values, MAX_PLAIN_BYTES = KNOWN_VALUES * 8 };
+
+/* `size` bytes of Values that go to the arguments as they lie. */
+typedef struct {
+    size_t to, from, size;
+} Run;
 
 typedef struct Kernel {
     void *function, *context;
@@ -19,15 +43,15 @@ typedef struct Kernel {
     int dependent; /* launched with programmatic stream serialization */
     uint64_t mask, weight_mask;
     struct Kernel *next; /* the kernel for more than m_max rows; same reduction tree */
+    size_t argument_bytes;
+    int plain; /* its arguments are made of a plain call's values, by `runs` */
+    int run_count;
+    Run runs[KNOWN_VALUES];
 } Kernel;
 
 #define TOO_MANY_ROWS 1000001
 
-static int start(const Kernel *kernel, void *stream, Args *args) {
-    i64 groups = (args->m + args->m2 + kernel->rows_per_cta - 1) / kernel->rows_per_cta;
-    if (args->m2) /* a CTA of a pair kernel works on one of its two problems only */
-        groups = (args->m + kernel->rows_per_cta - 1) / kernel->rows_per_cta +
-                 (args->m2 + kernel->rows_per_cta - 1) / kernel->rows_per_cta;
+static int start(const Kernel *kernel, void *stream, i64 groups, void *arguments) {
     if (groups == 0)
         return 0;
     if (groups * kernel->cluster > 2147483647LL)
@@ -45,7 +69,7 @@ static int start(const Kernel *kernel, void *stream, Args *args) {
         attribute->id = ATTRIBUTE_PROGRAMMATIC_SERIALIZATION;
         attribute->value.flag = 1;
     }
-    void *parameters[] = {args};
+    void *parameters[] = {arguments};
     void *current = 0;
     cuCtxGetCurrent(&current);
     int pushed = current != kernel->context;
@@ -63,15 +87,60 @@ static int start(const Kernel *kernel, void *stream, Args *args) {
     return error;
 }
 
-/* new_kernel(function, context, n, m_max, rows_per_cta, cluster, threads, dependent, align, weight_align,
- *            next) -> address. Lives as long as the process, as its module does. */
+/* Starts a `plain` kernel on the values of a call. */
+static int start_plain(const Kernel *kernel, void *stream, const Values *values) {
+    uint64_t arguments[KNOWN_VALUES];
+    for (int i = 0; i < kernel->run_count; i++) {
+        const Run *run = &kernel->runs[i];
+        memcpy((char *)arguments + run->to, (const char *)values + run->from, run->size);
+    }
+    return start(kernel, stream, (values->m + kernel->rows_per_cta - 1) / kernel->rows_per_cta, arguments);
+}
+
+/* Where each field of the kernel's `struct Args` comes from; `plain` where all are known. Fields that lie as in Values
+ * are one run: one copy where a kernel keeps the order. arguments: an arguments.Arguments. */
+static void find_values(Kernel *kernel, PyObject *arguments) {
+    PyObject *bytes = attribute(arguments, "size"), *fields = attribute(arguments, "fields");
+    kernel->argument_bytes = bytes ? (size_t)PyLong_AsLongLong(bytes) : 0;
+    const Py_ssize_t count = fields ? PyTuple_Size(fields) : 0;
+    int known = 0;
+    for (Py_ssize_t i = 0; i < count && known < KNOWN_VALUES; i++) {
+        PyObject *field = PyTuple_GetItem(fields, i); /* (name, offset, size) */
+        PyObject *name = PyTuple_GetItem(field, 0);
+        const size_t to = (size_t)PyLong_AsLongLong(PyTuple_GetItem(field, 1));
+        const size_t size = (size_t)PyLong_AsLongLong(PyTuple_GetItem(field, 2));
+        known = 0;
+        while (known < KNOWN_VALUES &&
+               (PyUnicode_CompareWithASCIIString(name, known_values[known].name) || known_values[known].size != size))
+            known++;
+        if (known == KNOWN_VALUES)
+            continue;
+        const size_t from = known_values[known].offset;
+        Run *last = kernel->run_count ? &kernel->runs[kernel->run_count - 1] : 0;
+        if (last && last->to + last->size == to && last->from + last->size == from)
+            last->size += size;
+        else
+            kernel->runs[kernel->run_count++] = (Run){to, from, size};
+    }
+    /* Names are different: there are no more known fields than known values. */
+    kernel->plain = count > 0 && known < KNOWN_VALUES && kernel->argument_bytes <= MAX_PLAIN_BYTES;
+    if (bytes)
+        Py_DecRef(bytes);
+    if (fields)
+        Py_DecRef(fields);
+}
+
+/* new_kernel(function, context, n, m_max, rows_per_cta, cluster, threads, dependent, align, weight_align, next, bytes
+ * of the arguments, their fields as (name, offset, size)) -> address. Lives as long as the process, as its module does.
+ */
 static PyObject *new_kernel(PyObject *self, PyObject *const *a, Py_ssize_t count) {
-    if (count != 11) {
-        PyErr_SetString(PyExc_TypeError, "new_kernel takes 11 integers");
+    enum { INTEGERS = 11 };
+    if (count != INTEGERS + 1) {
+        PyErr_SetString(PyExc_TypeError, "new_kernel takes 11 integers and the arguments");
         return 0;
     }
-    uint64_t v[11];
-    for (int i = 0; i < 11; i++)
+    uint64_t v[INTEGERS];
+    for (int i = 0; i < INTEGERS; i++)
         v[i] = PyLong_AsUnsignedLongLong(a[i]);
     if (PyErr_Occurred())
         return 0;
@@ -87,28 +156,30 @@ static PyObject *new_kernel(PyObject *self, PyObject *const *a, Py_ssize_t count
     kernel->mask = v[8] - 1;
     kernel->weight_mask = v[9] - 1;
     kernel->next = (Kernel *)v[10];
+    find_values(kernel, a[INTEGERS]);
+    if (PyErr_Occurred()) {
+        free(kernel);
+        return 0;
+    }
     return PyLong_FromUnsignedLongLong((uint64_t)(uintptr_t)kernel);
 }
 
-/* launch(kernel, stream, eps, x, residual, weight, normed, total, m[, x_row_stride, residual_row_stride,
- *        normed_row_stride, total_row_stride[, inner_rows, x_outer_stride, residual_outer_stride[, x2, weight2,
- * normed2, m2, x2_row_stride, normed2_row_stride, inner_rows2, x2_outer_stride]]]) -> CUresult */
+/* launch(kernel, stream, groups of rows_per_cta rows, arguments as bytes) -> CUresult */
 static PyObject *launch(PyObject *self, PyObject *const *a, Py_ssize_t count) {
-    Args args;
-    memset(&args, 0, sizeof args);
-    if (count < 9 || count > 3 + 21) {
-        PyErr_SetString(PyExc_TypeError, "launch takes 9 to 24 arguments");
+    if (count != 4) {
+        PyErr_SetString(PyExc_TypeError, "launch takes 4 arguments");
         return 0;
     }
     Kernel *kernel = (Kernel *)PyLong_AsUnsignedLongLong(a[0]);
     void *stream = (void *)PyLong_AsUnsignedLongLong(a[1]);
-    args.eps = (float)PyFloat_AsDouble(a[2]);
-    uint64_t *fields = (uint64_t *)&args;
-    for (Py_ssize_t i = 3; i < count; i++)
-        fields[i - 3] = PyLong_AsUnsignedLongLong(a[i]);
-    if (PyErr_Occurred())
+    const i64 groups = PyLong_AsLongLong(a[2]);
+    char *arguments = 0;
+    Py_ssize_t size = 0;
+    if (PyErr_Occurred() || PyBytes_AsStringAndSize(a[3], &arguments, &size))
         return 0;
-    if (count == 9)
-        args.x_row_stride = args.residual_row_stride = args.normed_row_stride = args.total_row_stride = kernel->n;
-    return PyLong_FromLongLong(start(kernel, stream, &args));
+    if ((size_t)size != kernel->argument_bytes) {
+        PyErr_SetString(PyExc_TypeError, "the kernel's arguments have another size");
+        return 0;
+    }
+    return PyLong_FromLongLong(start(kernel, stream, groups, arguments));
 }

@@ -1,6 +1,6 @@
 /* What the launcher must know of a torch tensor, through the DLPack exchange API that `torch.Tensor` offers
- * (`__dlpack_c_exchange_api__`, torch 2.10 and newer; DLPack 1.2): one C call for a tensor's address, dtype, device, sizes and
- * strides, where torch's Python methods take five. Errors mean "not sure" to the caller. */
+ * (`__dlpack_c_exchange_api__`, torch 2.10 and newer; DLPack 1.2): one C call for a tensor's address, dtype, device,
+ * sizes and strides, where torch's Python methods take five. Errors mean "not sure" to the caller. */
 #pragma once
 #include "launcher_abi.h"
 
@@ -11,7 +11,7 @@ typedef struct {
     void *data;
     int32_t device_type, device;
     int32_t dims;
-    uint32_t dtype; /* code | bits << 8 | lanes << 16 */
+    uint32_t dtype;       /* code | bits << 8 | lanes << 16 */
     i64 *sizes, *strides; /* the tensor's own: valid while it lives and nobody resizes it */
     uint64_t byte_offset;
 } Tensor;

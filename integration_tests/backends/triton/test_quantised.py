@@ -1,0 +1,122 @@
+"""The Triton kernel of quantised rows: in the CPU interpreter against quantising what the Triton norms give, and
+compiled ahead of time for GPUs that are not here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from rmsnorm_patch import ops  # noqa: E402
+from rmsnorm_patch.backends.triton import loader  # noqa: E402
+from rmsnorm_patch.backends.triton.backend import Layout, Target  # noqa: E402
+from rmsnorm_patch.fused.norm_quantised import op, portable  # noqa: E402
+from rmsnorm_patch.numerics.quantisation import QuantSpec, quantise  # noqa: E402
+from rmsnorm_patch.numerics.spec import FP32_WEIGHT_MULTIPLY, LLAMA, NormSpec  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")  # NaN and 1/0 on purpose
+
+BF16, FP16 = torch.bfloat16, torch.float16
+EPS = 1e-6
+FP32_SUM = NormSpec(round_before_weight="none", output="input", sum="fp32")
+QUANTS = {
+    "static": QuantSpec("fp8_static"),
+    "static native": QuantSpec("fp8_static", "fp32", "native"),
+    "token": QuantSpec("fp8_token"),
+    "token native": QuantSpec("fp8_token", "fp32", "native"),
+    "block": QuantSpec("fp8_block"),
+    "block native": QuantSpec("fp8_block", "fp32", "native", "column_major", True),
+    "block separate": QuantSpec("fp8_block", "rounded", "separate", "tma_aligned", True),
+    "int8": QuantSpec("int8_token"),
+    "int8 separate": QuantSpec("int8_token", "fp32", "separate"),
+}
+
+
+def rows(m: int, n: int, dtype: torch.dtype) -> torch.Tensor:
+    """Zeros, infinities, NaN, tiny and huge numbers among them."""
+    values = torch.randn(m, n, generator=torch.Generator().manual_seed(n))
+    values[0] = 0
+    values[1, 5], values[2, 7] = float("inf"), float("nan")
+    values[3] *= 1e-6
+    values[4] *= 3e4
+    values[5, : n // 2] = 0
+    return values.to(dtype)
+
+
+@pytest.mark.parametrize("n", [64, 200, 384, 1003])
+@pytest.mark.parametrize("name", QUANTS)
+def test_interpreted_bits_are_those_of_quantising_the_norm(name: str, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    quant, dtype = QUANTS[name], FP16 if n == 200 else BF16
+    if quant.scheme == "fp8_static":
+        given: torch.Tensor | None = torch.tensor([0.02])
+    else:
+        given = torch.tensor([1.5]) if name == "token" else None
+    x, residual, weight = rows(7, n, dtype), rows(7, n, dtype).flip(0), torch.randn(n).to(dtype)
+    for spec in (LLAMA, FP32_SUM) if quant.value == "rounded" else (FP32_WEIGHT_MULTIPLY, FP32_SUM):
+        normed, total = ops.bind_fused_add_rms_norm(spec, "triton")(x, residual, weight, EPS)
+        values = normed
+        if quant.value == "fp32":  # an fp32 weight leaves the product unrounded
+            wide = NormSpec(round_before_weight="none", sum=spec.sum)
+            values, _ = ops.bind_fused_add_rms_norm(wide, "triton")(x, residual, weight.float(), EPS)
+        want, want_scales = quantise(values, quant, given)
+        kept = residual.clone()
+        rest = (weight, given, quant.scheme, EPS, *ops.spec_args(spec, "triton"), *op.quant_args(quant, True))
+        found, scales, second = torch.ops.rmsnorm_patch.fused_add_rms_norm_quantised_(x, kept, *rest)
+        assert torch.equal(kept.view(torch.int16), total.view(torch.int16))
+        assert torch.equal(second.nan_to_num(), normed.nan_to_num())
+        assert torch.equal(found.view(torch.uint8), want.view(torch.uint8))
+        torch.testing.assert_close(scales, want_scales, rtol=0, atol=0, equal_nan=True)
+
+
+def test_interpreted_rows_with_strides_and_a_plain_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    quant, weight = QUANTS["block separate"], torch.randn(256).to(BF16)
+    x = torch.randn(2, 6, 512).to(BF16)[:, ::2, :256]
+    rest = (weight, None, quant.scheme, EPS, *ops.spec_args(LLAMA, "triton"), *op.quant_args(quant))
+    found, scales, second = torch.ops.rmsnorm_patch.rms_norm_quantised(x, *rest)
+    want, want_scales = quantise(ops.bind_rms_norm(LLAMA, "triton")(x, weight, EPS), quant)
+    assert torch.equal(found.view(torch.uint8), want.view(torch.uint8))
+    assert torch.equal(scales, want_scales)
+    assert scales.stride() == want_scales.stride()
+    assert second.numel() == 0
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "n"),
+    [
+        (GPUTarget("cuda", 80, 32), "token", 4096),
+        (GPUTarget("cuda", 90, 32), "block separate", 7168),
+        (GPUTarget("cuda", 100, 32), "int8", 1003),
+        (GPUTarget("hip", "gfx942", 64), "block", 4096),
+    ],
+    ids=str,
+)
+def test_it_compiles_for_devices_that_are_not_here(
+    target: GPUTarget, name: str, n: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    known = Target(target.warp_size) if target.backend == "hip" else Target.nvidia(int(target.arch) // 10)
+    layout = Layout("fused_add_rms_norm_", LLAMA, BF16, n, BF16, known)
+    made: dict[str, Any] = portable.constants(layout, LLAMA, QUANTS[name], True, True)
+    made |= {"NESTED": False, "GIVEN": False}
+    kernel = getattr(loader.load(portable.MODULE, interpreted=False), portable.MODULE)
+    types = {"rows_ptr": "*u8", "scales_ptr": "*fp32", "given_ptr": "*fp32", "eps": "fp32"}
+    signature, attributes = {}, {}
+    for index, argument in enumerate(kernel.arg_names):
+        pointer = argument.endswith("_ptr")
+        plain = types.get(argument, "*bf16" if pointer else "i32")
+        signature[argument] = "constexpr" if argument in made else plain
+        if pointer:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=made, attrs=attributes)
+    compiled = triton.compile(source, target=target, options=layout.options)
+    if target.backend == "cuda":
+        waits = compiled.asm["ptx"].count("griddepcontrol.wait")
+        assert waits == (1 if int(target.arch) >= 90 else 0)

@@ -1,0 +1,73 @@
+"""A process that imports vLLM once and forks a child for each program that it is told to run.
+
+What a program imports first takes longer than an eager engine on a small model. A line of JSON on stdin asks for a
+child: `words` (as behind `python`: a script, -m module or -c code, then its arguments), `env` (the child's whole
+environment), `cwd`, `stdout` and `stderr` (files). A line on stdout answers: its process id, later its exit status.
+A child ends as an interpreter does. Our package is not among what was imported: each child loads the plugin anew.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import runpy
+import sys
+import types
+from typing import Any
+
+IMPORTED = ("vllm", "vllm.v1.engine.llm_engine", "vllm.v1.worker.cpu_worker", "vllm.model_executor.models.llama")
+
+
+def answer(value: int) -> None:
+    print(value, flush=True)
+
+
+def become(request: dict[str, Any]) -> None:
+    """This process, a new child, takes on what the request says; its own session, so that it can be ended whole."""
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(request["env"])
+    os.chdir(request["cwd"])
+    for number, (name, flags) in enumerate(
+        [(os.devnull, os.O_RDONLY), *((request[to], os.O_WRONLY | os.O_CREAT) for to in ("stdout", "stderr"))]
+    ):
+        opened = os.open(name, flags)
+        os.dup2(opened, number)
+        os.close(opened)
+
+
+def run(words: list[str]) -> None:
+    """As `python *words`."""
+    sys.argv = words
+    if words[0] == "-c":
+        code = compile(words[1], "<string>", "exec")
+        sys.argv = ["-c", *words[2:]]
+        main = sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(code, main.__dict__)
+    elif words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(words[0], run_name="__main__")
+
+
+def main() -> None:
+    for name in IMPORTED:
+        importlib.import_module(name)
+    threads = os.listdir("/proc/self/task")
+    if len(threads) > 1:
+        sys.exit(f"{len(threads)} threads after the imports: a fork would leave a lock that nobody opens")
+    answer(os.getpid())
+    for line in sys.stdin:
+        request = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            become(request)
+            return run(request["words"])
+        answer(child)
+        answer(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""A CPU engine that compiles as one on a GPU does: pieces, vLLM's manager of graph passes, Inductor.
+
+vLLM's CPU platform traces a model once and hands it to Inductor without its own passes. `install` gives the mode back,
+and says to our decision that the device is a GPU on which products and norms are joined. Everything else is real: the
+split into pieces, the passes, functionalization, Inductor's choice of what is written in place, both caches.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+FUSIONS = ("fuse_norm_quant", "fuse_act_quant", "fuse_attn_quant", "fuse_allreduce_rms")
+"""Passes that the CPU wheel has no classes for."""
+_STAND_INS: list[torch.library.Library] = []
+
+
+def install() -> None:
+    from vllm.config import CompilationMode
+    from vllm.platforms.cpu import CpuPlatform
+
+    original = CpuPlatform.check_and_update_config.__func__
+
+    def check_and_update_config(cls: Any, config: Any) -> None:
+        compilation = config.compilation_config
+        compiles = compilation.mode == CompilationMode.VLLM_COMPILE
+        original(cls, config)
+        if compiles:
+            compilation.mode, compilation.backend = CompilationMode.VLLM_COMPILE, "inductor"
+            compilation.ir_enable_torch_wrap = True
+            compilation.compile_sizes = []
+            for fusion in FUSIONS:
+                setattr(compilation.pass_config, fusion, False)
+
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
+    _name_missing_ops()
+    _pretend_a_gpu()
+
+
+def _name_missing_ops() -> None:
+    """FixFunctionalizationPass compares each functional call with ops that only a GPU's wheel has."""
+    from vllm.compilation.passes.utility import fix_functionalization
+    from vllm.platforms import current_platform
+
+    current_platform.import_kernels()  # the wheel's own ops come first
+    _STAND_INS.append(torch.library.Library("_C", "FRAGMENT"))
+    for name in set(re.findall(r"torch\.ops\._C\.(\w+)\.default", inspect.getsource(fix_functionalization))):
+        if not hasattr(torch.ops._C, name):
+            _STAND_INS[-1].define(f"{name}(Tensor x) -> ()")
+
+
+def _pretend_a_gpu() -> None:
+    from rmsnorm_patch.vllm_plugin import decision, hooks
+
+    facts_of = decision.facts_of
+
+    def facts_of_a_gpu(*args: Any) -> Any:
+        return replace(facts_of(*args), device_type="cuda", capability=90, captures=True)
+
+    decision.facts_of = hooks.facts_of = facts_of_a_gpu
+
+
+def hide_ir() -> None:
+    """vLLM without what a plugin may do with its IR: no provider can be added."""
+    import vllm.kernels  # noqa: F401  vLLM's own providers are there
+    from vllm.ir.op import IrOp
+
+    del IrOp.register_impl

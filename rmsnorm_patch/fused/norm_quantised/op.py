@@ -1,0 +1,208 @@
+"""The norm that writes quantised rows, as two ops.
+
+    rms_norm_quantised(x, weight?, given?, scheme, eps, ...)                        -> (rows, scales, normed)
+    fused_add_rms_norm_quantised_(x, residual!, weight?, given?, scheme, eps, ...)  -> (rows, scales, normed)
+
+x, residual: [..., N] of one dtype; weight: [N] or None; given: fp32 [1], the scale of fp8_static or an upper bound of
+the largest magnitude of fp8_token. The arguments after eps are `ops.spec_args` and those of a `QuantSpec`, then `both`.
+residual <- x + residual. rows: [..., N], float8_e4m3fn or int8, contiguous. scales: fp32 [..., groups], of no elements
+where the scale is given. normed: with both=True the rows as the unquantised op writes them, for a second reader; else
+of no elements.
+
+The bits are those of quantising what `rms_norm` or `fused_add_rms_norm_` gives, on the CUDA kernel, the Triton kernel
+and in plain PyTorch (`numerics.quantisation` has the definition).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ... import ops
+from ...backends.bindings import kept
+from ...backends.names import Backend
+from ...errors import KernelBuildError, UnsupportedInput
+from ...numerics import operands
+from ...numerics.contract import IMPLIED_EPS, SPEC_ARGUMENTS
+from ...numerics.quantisation import QuantSpec, rms_norm_quantised
+from ...numerics.spec import NormSpec
+from ...ops import dispatch
+from . import kernel
+
+PLAIN, FUSED = "rms_norm_quantised", "fused_add_rms_norm_quantised_"
+_QUANT_ARGUMENTS = (
+    "str value='rounded', str arithmetic='fused', str layout='row_major', bool power_of_two=False, bool both=False"
+)
+_REST = f"Tensor? weight, Tensor? given, str scheme, {SPEC_ARGUMENTS}, {_QUANT_ARGUMENTS}) -> (Tensor, Tensor, Tensor)"
+SCHEMAS = {PLAIN: f"(Tensor x, {_REST}", FUSED: f"(Tensor x, Tensor(a!) residual, {_REST}"}
+_NAMES = (
+    *("round_before_weight", "weight_offset", "output", "sum", "width", "group", "backend", "enable_pdl"),
+    *("value", "arithmetic", "layout", "power_of_two", "both"),
+)
+_DEFAULTS = (*ops.spec_args(NormSpec()), "rounded", "fused", "row_major", False, False)
+
+Results = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def quant_args(quant: QuantSpec, both: bool = False) -> tuple[str, str, str, bool, bool]:
+    """The last arguments of the ops, behind `ops.spec_args`; `quant.scheme` stands in front of eps."""
+    return quant.value, quant.arithmetic, quant.layout, quant.power_of_two, both
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a call computes, and on what."""
+
+    op: str
+    spec: NormSpec
+    quant: QuantSpec
+    both: bool
+    backend: Backend
+    enable_pdl: bool
+
+    def check(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        given: torch.Tensor | None,
+    ) -> None:
+        """Raise UnsupportedInput for operands that the op does not take."""
+        if residual is None:
+            operands.check_rms_norm(x, weight, self.spec, self.op)
+        else:
+            operands.check_fused_add(x, residual, weight, self.spec, self.op)
+            operands.check_written("residual", residual, self.op)
+            self._check_apart(residual, x=x, weight=weight, given=given)
+        if self.spec.group is not None:
+            raise UnsupportedInput(
+                self.op, f"group={self.spec.group}", "norms with one rstd a row", "norm first, then quantise"
+            )
+        self._check_given(x, given)
+
+    def _check_apart(self, residual: torch.Tensor, **read: torch.Tensor | None) -> None:
+        for name, tensor in read.items():
+            if tensor is not None and operands.share_memory(residual, tensor):
+                got = f"residual (written) overlapping {name} in memory"
+                raise UnsupportedInput(self.op, got, "tensors with memory of their own", "clone one of them")
+
+    def _check_given(self, x: torch.Tensor, given: torch.Tensor | None) -> None:
+        scheme = self.quant.scheme
+        wanted = {
+            "fp8_static": "the scale: fp32, one element, on x's device",
+            "fp8_token": "None, or an upper bound: fp32, one element, on x's device",
+        }.get(scheme, "None")
+        if given is None:
+            fits = scheme != "fp8_static"
+        else:
+            fits = scheme in ("fp8_static", "fp8_token") and given.dtype == torch.float32
+            fits = fits and given.numel() == 1 and given.device == x.device
+        if not fits:
+            got = "None" if given is None else f"{tuple(given.shape)} {given.dtype} on {given.device}"
+            raise UnsupportedInput(self.op, f"given={got} for {scheme}", wanted, "correct the argument")
+
+    def run(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        given: torch.Tensor | None,
+        eps: float,
+    ) -> Results:
+        self.check(x, residual, weight, given)
+        backend, fused = self.backend_for(x), residual is not None
+        if backend != "reference":
+            if backend == "cuda":
+                call = kernel.bound(self.spec, self.quant, fused, given is not None, self.both, self.enable_pdl)
+                results = call(x, residual, weight, given, eps)
+            else:
+                from . import portable
+
+                portable_call = portable.bound(self.spec, self.quant, fused, self.both, self.enable_pdl)
+                results = portable_call(x, residual, weight, given, eps)
+            if residual is not None and not residual.is_inference():  # autograd counts what an in-place op wrote
+                torch.autograd.graph.increment_version(residual)
+            return results
+        rows, scales, normed, total = rms_norm_quantised(x, residual, weight, self.spec, self.quant, eps, given)
+        if residual is not None:
+            residual.copy_(total)
+        return rows, scales, normed if self.both else normed.new_empty(0)
+
+    def backend_for(self, x: torch.Tensor) -> str:
+        """ "cuda", "triton" or "reference": what serves `x`. KernelBuildError where a forced backend does not."""
+        if self.backend == "reference" or (self.backend == "auto" and not x.is_cuda):
+            return "reference"
+        if self.backend != "triton":
+            runs, why = dispatch.available("cuda", x.device)
+            if runs:
+                why = kernel.serves(self.op == FUSED, self.quant, x)
+            if not why:
+                return "cuda"
+            if self.backend == "cuda":
+                raise KernelBuildError(self.op, why, "sm_80 (int8) or sm_89 (fp8) and newer", "use backend='auto'")
+        if dispatch.triton_installed():
+            runs, why = dispatch.available("triton", x.device)
+            if runs:
+                return "triton"
+        if self.backend == "triton":
+            raise KernelBuildError(self.op, why or "no Triton", "devices with Triton kernels", "use backend='auto'")
+        return "reference"
+
+
+@kept
+def _variant(op: str, scheme: str, has_weight: bool, *rest: object) -> Variant:
+    """Of the arguments after eps, of which those at the end may be missing."""
+    arguments: tuple[Any, ...] = (*rest, *_DEFAULTS[len(rest) :])
+    before, offset, output, sum_of, width, group, backend, enable_pdl, *quant, both = arguments
+    spec = NormSpec(0.0, before, offset, has_weight, output, sum_of, width, group)
+    backend = dispatch.requested_backend(backend)
+    return Variant(op, spec, QuantSpec(scheme, *quant), both, backend, enable_pdl)  # type: ignore[arg-type]
+
+
+def _variant_of(op: str, weight: object, scheme: str, rest: tuple[Any, ...], named: dict[str, Any]) -> Variant:
+    if named:
+        missing = zip(_NAMES[len(rest) :], _DEFAULTS[len(rest) :], strict=True)
+        rest += tuple(named.get(name, default) for name, default in missing)
+    return _variant(op, scheme, weight is not None, *rest)
+
+
+def _plain(x, weight, given, scheme, eps, *rest, **named):  # type: ignore[no-untyped-def]
+    variant = _variant_of(PLAIN, weight, scheme, rest, named)
+    return variant.run(x, None, weight, given, IMPLIED_EPS if eps is None else eps)
+
+
+def _fused(x, residual, weight, given, scheme, eps, *rest, **named):  # type: ignore[no-untyped-def]
+    variant = _variant_of(FUSED, weight, scheme, rest, named)
+    return variant.run(x, residual, weight, given, IMPLIED_EPS if eps is None else eps)
+
+
+def _fake(x, residual, weight, given, variant):  # type: ignore[no-untyped-def]
+    variant.check(x, residual, weight, given)
+    return kernel.new_results(x, weight, variant.spec, variant.quant, variant.both)
+
+
+def _fake_plain(x, weight, given, scheme, eps, *rest, **named):  # type: ignore[no-untyped-def]
+    return _fake(x, None, weight, given, _variant_of(PLAIN, weight, scheme, rest, named))
+
+
+def _fake_fused(x, residual, weight, given, scheme, eps, *rest, **named):  # type: ignore[no-untyped-def]
+    return _fake(x, residual, weight, given, _variant_of(FUSED, weight, scheme, rest, named))
+
+
+def _register() -> torch.library.Library:
+    library = torch.library.Library(ops.NAMESPACE, "FRAGMENT")
+    made: dict[str, tuple[Callable[..., Results], Callable[..., Results]]]
+    made = {PLAIN: (_plain, _fake_plain), FUSED: (_fused, _fake_fused)}
+    for name, (run, fake) in made.items():
+        library.define(name + SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,))
+        for key in ("CPU", "CUDA"):
+            library.impl(name, run, key)
+        torch.library.register_fake(f"{ops.NAMESPACE}::{name}", fake, lib=library)
+    return library
+
+
+_LIBRARY = _register()
+"""Kept for the life of the process: a Library takes its ops with it."""

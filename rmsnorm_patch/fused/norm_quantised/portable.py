@@ -1,0 +1,111 @@
+"""The Triton kernel: for devices without the CUDA kernel, and for CPU tensors under TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ...backends.bindings import by_variant
+from ...backends.triton import backend, loader
+from ...numerics.contract import FUSED_ADD_IN_PLACE, RMS_NORM
+from ...numerics.quantisation import GROUP, QuantSpec
+from ...numerics.spec import NormSpec
+from .kernel import new_results, scale_strides
+
+MODULE = "rms_norm_quantised"
+
+
+def bound(
+    spec: NormSpec, quant: QuantSpec, fused_add: bool, both: bool, enable_pdl: bool | None = None
+) -> BoundPortable:
+    """As `kernel.bound`."""
+    return _bound(quant, fused_add, both, spec, enable_pdl=enable_pdl)
+
+
+@by_variant
+def _bound(quant: QuantSpec, fused_add: bool, both: bool, spec: NormSpec, dependent: bool) -> BoundPortable:
+    return BoundPortable(spec, quant, fused_add, both, dependent)
+
+
+def constants(layout: backend.Layout, spec: NormSpec, quant: QuantSpec, fused_add: bool, both: bool) -> dict[str, Any]:
+    """The kernel's compile-time constants but NESTED and GIVEN."""
+    names = ("N", "WIDTH", "VEC", "ROWS", "BLOCK", "CHUNKS", "HAS_WEIGHT", "OFFSET", "ROUNDED", "PRODUCT", "OUT")
+    arithmetic = quant.arithmetics
+    n = layout.columns
+    return {
+        **{name: layout.constants[name] for name in (*names, "DEPENDENT")},
+        "ROUND_SUM": spec.sum == "rounded",
+        "FUSED_ADD": fused_add,
+        "GROUP": {"fp8_static": 0, "fp8_block": GROUP if n > GROUP else n}.get(quant.scheme, n),
+        "INT8": quant.dtype == torch.int8,
+        "LIMIT": quant.limit,
+        "STEP": arithmetic.step,
+        "NOT_A_NUMBER": arithmetic.not_a_number,
+        "LARGEST_AT_LEAST": arithmetic.largest_at_least,
+        "SCALE_AT_LEAST": arithmetic.scale_at_least,
+        "ROUNDED_SCALE_AT_LEAST": arithmetic.rounded_scale_at_least,
+        "POWER_OF_TWO": quant.power_of_two,
+        "FROM_F32": quant.value == "fp32",
+        "BOTH": both,
+    }
+
+
+class BoundPortable:
+    """f(x, residual, weight, given, eps) -> (rows, scales, normed), as `kernel.BoundQuantised`."""
+
+    def __init__(self, spec: NormSpec, quant: QuantSpec, fused_add: bool, both: bool, dependent: bool) -> None:
+        self.spec = spec
+        self.quant = quant
+        self.both = both
+        self.dependent = dependent
+        self.norm = FUSED_ADD_IN_PLACE.name if fused_add else RMS_NORM.name
+        self.fused_add = fused_add
+        self._layouts: dict[tuple[Any, ...], backend.Layout] = {}
+
+    def _layout(self, x: torch.Tensor, weight: torch.Tensor | None) -> backend.Layout:
+        dtype = None if weight is None else weight.dtype
+        key = (x.dtype, x.shape[-1], dtype, x.device)
+        if key not in self._layouts:
+            target = backend.Target.of(x.device, self.dependent)
+            self._layouts[key] = backend.Layout(self.norm, self.spec, x.dtype, x.shape[-1], dtype, target)
+        return self._layouts[key]
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        given: torch.Tensor | None,
+        eps: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        results = new_results(x, weight, self.spec, self.quant, self.both)
+        if not x.numel():
+            return results
+        layout = self._layout(x, weight)
+        (placed, total), (rows, total_rows) = backend.place_rows(layout, x, x if residual is None else residual)
+        strides = (stride // layout.vec for where in (rows, total_rows) for stride in where[1:])
+        quantised, scales, normed = results
+        function = getattr(loader.load(MODULE, interpreted=not x.is_cuda), MODULE)
+        with torch.cuda.device_of(x):
+            function[(-(-(x.numel() // layout.columns) // layout.schedule.rows), 1, 1)](
+                placed,
+                total,
+                placed if weight is None else backend.aligned(weight, layout),
+                placed if given is None else given,
+                quantised.view(torch.uint8),
+                scales if scales.numel() else placed,
+                normed if self.both else placed,
+                eps,
+                x.numel() // layout.columns,
+                rows.inner,
+                *strides,
+                *scale_strides(scales, self.quant),
+                NESTED=rows.inner > 1,
+                GIVEN=given is not None,
+                **constants(layout, self.spec, self.quant, self.fused_add, self.both),
+                **layout.options,
+            )
+        if residual is not None and total is not residual:
+            residual.copy_(total)
+        return results

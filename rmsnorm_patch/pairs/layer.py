@@ -1,0 +1,150 @@
+"""One layer of a model: its forward read from source (`dataflow`) and confirmed by a trace of it (`trace`)."""
+
+from __future__ import annotations
+
+import ast
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch.nn as nn
+
+from ..patch_state import foreign, original_class
+from ..scan.plan import Action, NormSite, PairSite
+from .dataflow import Add, Flow, NormCall, analyse, possible_pairs
+from .recompile import HELPERS, LayerKey, rewrite
+from .source import NoSource, Source, read_forward
+from .trace import Pair, Trace, holds, trace_layer
+
+
+def _uncalled(*operands: object) -> None:
+    """Stands in a forward that is compiled only to see whether it can be."""
+
+
+_UNCALLED = dict.fromkeys(HELPERS, _uncalled)
+
+
+@dataclass
+class Layer:
+    """One module whose forward was read. `norms`: attribute -> site, of its own norm children. `below`: path -> site,
+    of these and of the norms in its lists and dictionaries of modules, which only the trace knows."""
+
+    path: str
+    module: nn.Module
+    cls: type
+    source: Source
+    flow: Flow
+    norms: dict[str, NormSite]
+    below: dict[str, NormSite]
+    trace: Trace | None = None
+    reason: str = ""
+
+    @property
+    def norm_attributes(self) -> frozenset[str]:
+        return frozenset(self.norms)
+
+    def norm_path(self, attribute: str) -> str:
+        return self.norms[attribute].path
+
+    def live_pairs(self) -> list[tuple[Add, NormCall]]:
+        """The in-layer pairs that this instance runs (an `if` on its attributes may leave some out)."""
+        return [] if self.reason else [pair for pair in self.flow.in_layer if self._ran(*pair)]
+
+    def live_tail(self) -> Add | None:
+        tail = self.flow.tail
+        if tail is not None and tail.shared:
+            return None
+        ran = not self.reason and self.trace is not None and tail is not None and holds(tail.node, self.trace.tail)
+        return tail if ran else None
+
+    def live_entry(self) -> NormCall | None:
+        if self.reason or self.trace is None:
+            return None
+        return next((call for call in self.flow.entries if call.attr == self.trace.entry), None)
+
+    def confirm(self) -> None:
+        """Ask the trace; where it and the source do not name the same pairs, `reason` says so."""
+        obstacle = foreign(self.module)
+        if obstacle is not None:
+            self.reason = f"its forward is not its class's: {obstacle}"
+            return
+        try:
+            self.trace = trace_layer(self.module, self.cls, self.source, frozenset(self.below))
+        except NoSource as reason:
+            self.reason = str(reason)
+            return
+        for add, norm in self.flow.in_layer:
+            if add.unconditional and norm.unconditional and not self._ran(add, norm):
+                self.reason = f"a trace of its forward did not confirm the pair of line {add.node.lineno}"
+
+    def unshown(self) -> Iterator[tuple[Pair, str]]:
+        """The pairs that the trace found and the source does not show, with why they are left alone."""
+        known: list[tuple[ast.AST, str]] = [(add.node, norm.attr) for add, norm in self.flow.in_layer]
+        known += [(node, attr) for node, attr, _ in self.flow.refused]
+        for pair in sorted(() if self.trace is None else self.trace.pairs):
+            if not any(pair.norm == attr and holds(node, pair.line) for node, attr in known):
+                why = f"a trace of its forward found a pair at line {pair.line} that its source does not show"
+                yield pair, f"{why}: {pair.how}" if pair.how else why
+
+    def _ran(self, add: Add, norm: NormCall) -> bool:
+        pairs = () if self.trace is None else self.trace.pairs
+        return any(norm.attr == pair.norm and holds(add.node, pair.line) and not pair.how for pair in pairs)
+
+
+def read_layer(path: str, module: nn.Module, below: dict[str, NormSite]) -> Layer | None:
+    """The layer at `path`, which has the norms `below`; None where it has no pair, nor an end of one. Raises
+    NoSource."""
+    norms = {name: site for name, site in below.items() if "." not in name}
+    cls = original_class(type(module))
+    source, flow, obstacle = _read_class(cls, getattr(cls, "forward", None), frozenset(norms))
+    layer = Layer(path, module, cls, source, flow, norms, below, reason=obstacle)
+    if not obstacle:
+        layer.confirm()
+    shown = flow.in_layer or flow.refused or flow.norm_add or flow.tail is not None or flow.entries
+    guessed = layer.trace is None and possible_pairs(source.tree, frozenset(norms))
+    return layer if shown or guessed or (layer.trace is not None and layer.trace.pairs) else None
+
+
+def in_layer_sites(layer: Layer) -> Iterator[PairSite]:
+    """The lines of its own pairs."""
+    for add, norm in layer.flow.in_layer if layer.reason else layer.live_pairs():
+        site = layer.norms[norm.attr]
+        alone = " where nobody else holds the tensor that the add writes" if add.in_place else ""
+        action, reason = decide(site, f"add and norm in one call{alone}")
+        if layer.reason:
+            action, reason = "leave", layer.reason
+        yield PairSite("in_layer", layer.path, site.path, action, reason, layer.source.where(add.node))
+    for node, attr, why in layer.flow.refused:
+        yield PairSite("in_layer", layer.path, layer.norm_path(attr), "leave", why, layer.source.where(node))
+    if layer.trace is None:
+        known = {norm.attr for _, norm in layer.flow.in_layer} | {attr for _, attr, _ in layer.flow.refused}
+        for node, attr in possible_pairs(layer.source.tree, layer.norm_attributes - known):
+            yield PairSite(
+                "in_layer", layer.path, layer.norm_path(attr), "leave", layer.reason, layer.source.where(node)
+            )
+    for pair, why in layer.unshown():
+        where = layer.source.at(pair.line)
+        yield PairSite("in_layer", layer.path, layer.below[pair.norm].path, "leave", why, where)
+    for attr, add in layer.flow.norm_add:
+        reason = "the norm comes before the add; the norm alone is fused"
+        yield PairSite("norm_add", layer.path, layer.norm_path(attr), "leave", reason, layer.source.where(add.node))
+
+
+def decide(site: NormSite, reason: str) -> tuple[Action, str]:
+    """What the plan says of a pair whose norm is `site`: `reason`, unless the norm is left alone."""
+    if site.action != "fuse":
+        return "leave", f"its norm is left alone: {site.reason}"
+    return "fuse", reason
+
+
+@functools.lru_cache(maxsize=1024)
+def _read_class(cls: type, forward: object, norms: frozenset[str]) -> tuple[Source, Flow, str]:
+    """Source and flow, and why the forward cannot be rewritten, or "". forward: the class's at this moment."""
+    source = read_forward(cls)
+    flow = analyse(source.tree, norms, source.sums)
+    try:
+        adds, entries = (add.index for add, _ in flow.in_layer), (call.attr for call in flow.entries)
+        rewrite(source, LayerKey(tuple(norms), tuple(adds), True, tuple(entries), ""), cls, _UNCALLED)
+    except (NoSource, SyntaxError) as error:
+        return source, flow, f"its forward cannot be rewritten: {error}"
+    return source, flow, ""

@@ -1,0 +1,264 @@
+"""Which layer's last add a norm of another module reads: from the loop of the module that runs them (`loops`), else
+from a trace of it (`trace`), and through the modules that only pass a sum on (a T5 block around its sub-layers)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch.nn as nn
+
+from ..patch_state import foreign, original_class
+from ..scan.plan import NormSite, PairKind, PairSite
+from .dataflow import runs_first
+from .layer import Layer
+from .loops import LayerLoop, layer_loops
+from .source import NoSource, read_forward
+from .trace import Calls, trace_calls
+
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+_SEVERAL = "its sum may be read by different norms"
+_INDIRECT = "the layer is called by another function than the forward that was read"
+_THROUGH = "its sum passes through the forward of another module"
+_COPIED = "the norm reads a copy of its sum"
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """A layer's last add and the norm that reads its sum; `receiver`: the layer that calls the norm, or None.
+
+    leaves, enters: the modules between these and `parent`, which runs them, that pass the sum out and in; the outermost
+    last and first.
+    """
+
+    kind: PairKind
+    parent: nn.Module
+    layer: Layer
+    site: NormSite
+    norm: nn.Module
+    receiver: Layer | None
+    passive: bool
+    leaves: tuple[nn.Module, ...] = ()
+    enters: tuple[nn.Module, ...] = ()
+
+    @property
+    def reason(self) -> str:
+        """What happens, for the plan."""
+        handed = "its sum is handed to the next norm"
+        if self.passive:
+            return handed
+        return f"{handed}, except in inference mode: code runs in between, and no version would show that it wrote"
+
+    def left(self, why: str) -> PairSite:
+        """What the plan says where this is not done."""
+        return PairSite(self.kind, self.layer.path, self.site.path, "leave", why)
+
+
+class Ends(NamedTuple):
+    """Where hidden states enter and leave a module.
+
+    tail: the layer whose last add it returns. leaves: the modules that pass this sum on, the module itself last; why:
+    what keeps that sum from being handed over outside, or "". entry: the norm that reads the module's argument, or,
+    where `copied`, a copy of it. receiver: the layer that calls this norm. enters: as `leaves`, the module itself
+    first.
+    """
+
+    tail: Layer | None = None
+    entry: NormSite | None = None
+    copied: bool = False
+    receiver: Layer | None = None
+    leaves: tuple[nn.Module, ...] = ()
+    enters: tuple[nn.Module, ...] = ()
+    why: str = ""
+
+    @classmethod
+    def of(cls, layer: Layer) -> Ends:
+        if layer.trace is None:
+            return cls()
+        entry = layer.below.get(layer.trace.entry) or layer.below.get(layer.trace.copied)
+        copied = layer.trace.entry not in layer.below and entry is not None
+        return cls(layer if layer.trace.tail else None, entry, copied, layer)
+
+
+_NOTHING = Ends()
+
+
+class Order:
+    """The hand-overs below the modules that were read so far (`read`, from the inside out)."""
+
+    def __init__(self, layers: Iterable[Layer], sites: dict[int, NormSite]) -> None:
+        """sites: id of each norm -> its site."""
+        self.layers = {id(layer.module): layer for layer in layers}
+        self.sites = sites
+        self.ends = {key: Ends.of(layer) for key, layer in self.layers.items()}
+        self.steps: list[PlannedStep] = []
+        self.apart: list[PairSite] = []
+
+    def read(self, parent: nn.Module) -> None:
+        """The pairs from one module that `parent` runs to another, and the ends of `parent` itself."""
+        loops = layer_loops(parent, original_class(type(parent)))
+        if loops:
+            for loop in loops:
+                self._read_loop(parent, loop)
+            for loop in loops:
+                for module, reader in _passes(loop):
+                    self._list_apart(module, reader, _THROUGH)
+        elif type(parent) not in CONTAINERS and any(id(module) in self.ends for module in _children(parent)):
+            self._read_calls(parent)
+
+    def settled(self) -> tuple[list[PlannedStep], list[PairSite]]:
+        """One hand-over for each layer: a layer whose sum different norms may read (two loops over it) has none.
+        Then what is left apart."""
+        by_layer: dict[str, list[PlannedStep]] = {}
+        for step in self.steps:
+            by_layer.setdefault(step.layer.path, []).append(step)
+        steps, apart = [], list(self.apart)
+        for same in by_layer.values():
+            if all(step.norm is same[0].norm and step.parent is same[0].parent for step in same):
+                steps.append(replace(same[0], passive=all(step.passive for step in same)))
+            else:
+                several = "its sum may be read by different norms: more than one loop runs it"
+                apart += [step.left(several) for step in same]
+        return steps, apart
+
+    def _read_loop(self, parent: nn.Module, loop: LayerLoop) -> None:
+        for module, reader in _passes(loop):
+            step = self._step(parent, module, reader) if reader is loop.final or id(reader) not in self.sites else None
+            if step is None:
+                continue
+            why = self._no_tail(step, module, loop.modules)
+            if why:
+                self.apart.append(step.left(why))
+            else:
+                self.steps.append(replace(step, passive=_is_passive(step, loop)))
+
+    def _read_calls(self, parent: nn.Module) -> None:
+        """Where no loop was read: by a trace, also of each `nn.Sequential` that is called as a module."""
+        cls = original_class(type(parent))
+        try:
+            if foreign(parent) is not None:
+                return
+            calls = trace_calls(parent, cls, read_forward(cls))
+        except NoSource:
+            return
+        for module in calls.first.union(*calls.passes, *calls.seldom):
+            if type(module) is nn.Sequential and id(module) not in self.ends:
+                self._read_calls(module)
+        self._read_passes(parent, calls)
+        if id(parent) not in self.layers:
+            self._set_ends(parent, calls)
+
+    def _set_ends(self, parent: nn.Module, calls: Calls) -> None:
+        lasts = {module: self._ends_of(module) for module in calls.last}
+        out = {module: ends for module, ends in lasts.items() if ends.tail is not None}
+        into = [ends for module in calls.first if (ends := self._ends_of(module)).entry is not None]
+        if not out and not into:
+            return
+        found = Ends()
+        for module, ends in list(out.items())[:1]:
+            why = _THROUGH if len(lasts) > 1 else _INDIRECT if module in calls.indirect else ends.why
+            found = found._replace(tail=ends.tail, leaves=(*ends.leaves, parent), why=why)
+        for ends in into[:1]:
+            receiver = ends.receiver if len(into) == 1 else None
+            found = found._replace(
+                entry=ends.entry, copied=ends.copied, receiver=receiver, enters=(parent, *ends.enters)
+            )
+        self.ends[id(parent)] = found
+
+    def _ends_of(self, module: nn.Module) -> Ends:
+        site = self.sites.get(id(module))
+        return self.ends.get(id(module), _NOTHING) if site is None else Ends(entry=site)
+
+    def _read_passes(self, parent: nn.Module, calls: Calls) -> None:
+        """Hand-overs between modules that `parent` calls one after the other, in code of any form."""
+        readers: dict[nn.Module, set[nn.Module]] = {}
+        for module, reader in calls.passes:
+            if id(reader) in self.sites or id(reader) in self.ends:
+                readers.setdefault(module, set()).add(reader)
+        for module, several in readers.items():
+            (reader, *others) = several
+            direct = module not in calls.indirect
+            step = self._step(parent, module, reader) if direct and not others else None
+            if step is not None:
+                why = self._no_tail(step, module, ())
+                if not why:
+                    self.steps.append(step)
+                elif step.layer.trace is not None and step.layer.trace.tail:
+                    self.apart.append(step.left(why))
+            for other in several:
+                self._list_apart(module, other, _SEVERAL if others else _THROUGH if direct else _INDIRECT)
+        for module, reader in calls.seldom:
+            self._list_apart(module, reader, _SEVERAL)
+
+    def _step(self, parent: nn.Module, module: nn.Module, reader: nn.Module) -> PlannedStep | None:
+        """The hand-over from `module` to `reader`, which `parent` runs after it, not passive; None where there is
+        none: the layer that adds, or the one that calls the norm, is not known."""
+        out, into = self.ends.get(id(module), _NOTHING), self.ends.get(id(reader), _NOTHING)
+        layer = self.layers.get(id(module), out.tail)
+        if layer is None:
+            return None
+        if id(reader) in self.sites:
+            site = self.sites[id(reader)]
+            return PlannedStep("final", parent, layer, site, reader, None, False, out.leaves)
+        receiver = self.layers.get(id(reader), into.receiver)
+        entry = None if receiver is None else receiver.live_entry()
+        if receiver is None or entry is None:
+            return None
+        norm = receiver.module._modules[entry.attr]
+        assert norm is not None
+        site = receiver.norms[entry.attr]
+        return PlannedStep("cross_layer", parent, layer, site, norm, receiver, False, out.leaves, into.enters)
+
+    def _no_tail(self, step: PlannedStep, module: nn.Module, modules: tuple[nn.Module, ...]) -> str:
+        """Why `step`, from `module`, is not done, or "". modules: what the same loop runs."""
+        layer = step.layer
+        if layer.reason:
+            return layer.reason
+        if modules.count(module) > 1:
+            return "the loop runs it more than once"
+        if layer.flow.tail is not None and layer.flow.tail.shared:
+            return layer.flow.tail.shared
+        if layer.live_tail() is None:
+            return "what it returns is not the sum of its last add alone"
+        return self.ends.get(id(module), _NOTHING).why
+
+    def _list_apart(self, module: nn.Module, reader: nn.Module, why: str) -> None:
+        """The line of a pair that no step and no other line has."""
+        layer = self.ends.get(id(module), _NOTHING).tail
+        final, end = self.sites.get(id(reader)), self.ends.get(id(reader), _NOTHING)
+        site = final or end.entry
+        if layer is None or site is None:
+            return
+        known = {(step.layer.path, step.site.path) for step in self.steps}
+        known |= {(pair.layer, pair.norm) for pair in self.apart}
+        if why == _THROUGH and end.copied and final is None:
+            why = _COPIED
+        if (layer.path, site.path) not in known:
+            self.apart.append(PairSite("final" if final else "cross_layer", layer.path, site.path, "leave", why))
+
+
+def _passes(loop: LayerLoop) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """(a module that the loop runs, the one that reads its result)."""
+    after = [*loop.modules[1:], *([] if loop.final is None else [loop.final])]
+    return zip(loop.modules, after, strict=False)
+
+
+def _is_passive(step: PlannedStep, loop: LayerLoop) -> bool:
+    """Whether nothing but what passes the sum on runs between the add and the norm. What a module in between runs was
+    traced, not read."""
+    if step.leaves or step.enters or not (step.layer.flow.tail_passive and step.layer.source.passes_results):
+        return False
+    if step.receiver is None:
+        return loop.final_passive
+    source, entry = step.receiver.source, step.receiver.live_entry()
+    return loop.passive and entry is not None and runs_first(source.tree, entry) and source.passes_results
+
+
+def _children(module: nn.Module) -> Iterator[nn.Module]:
+    """Its children, and those in its lists and dictionaries of modules."""
+    for child in module.children():
+        yield child
+        if type(child) in CONTAINERS:
+            yield from _children(child)
