@@ -13,7 +13,8 @@ import torch
 
 import rmsnorm_patch
 
-pytest.importorskip("diffusers", reason="the environment of vLLM has no diffusers")
+for _name in ("diffusers", "sentence_transformers"):
+    pytest.importorskip(_name, reason="the environment of vLLM does not have it")
 pytestmark = pytest.mark.slow
 
 LEAST_NORMS = {
