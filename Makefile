@@ -2,6 +2,8 @@
 #   make demo    build the environment, patch two trained models, prove them, compare text and speed
 #   make test    check and run every test, those of the vLLM plugin in an environment of their own
 #   make test-long   what does not fit into that: endurance, all families
+#   make dist    source archive and wheel in dist/, the same bytes each time
+#   make kernel-folder   a folder that Hugging Face's `kernels` loads, in dist/rmsnorm-patch
 #   make format  Python, C and CUDA sources as they are kept;  make check  whether they are, lint and types (seconds)
 # PYTHON, VENV, TORCH and PIP_ARGS can be set on the command line, e.g. `make test PYTHON=python3.12 VENV=/tmp/v`.
 
@@ -21,7 +23,7 @@ INSTALLED := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-long test-vllm format check record env train clean
+.PHONY: demo test test-long test-vllm format check record dist kernel-folder env train clean
 
 demo: $(INSTALLED)
 	$(BIN)/python scripts/demo.py
@@ -63,13 +65,25 @@ check: $(INSTALLED)
 record: $(INSTALLED)
 	@if ls records/*.json >/dev/null 2>&1; then $(BIN)/python scripts/gpu_record.py check; else echo "no GPU record"; fi
 
+# The wheel is made from the source archive. The time of the commit stands in both, never that of the build.
+dist: $(INSTALLED)
+	rm -rf dist
+	SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct)} \
+		$(BIN)/python -m build --no-isolation --outdir dist .
+	cd dist && sha256sum *.tar.gz *.whl | tee SHA256SUMS
+
+FOLDER ?= dist/rmsnorm-patch
+
+kernel-folder: $(INSTALLED)
+	$(BIN)/python scripts/kernel_folder.py $(FOLDER)
+
 env: $(INSTALLED)
 
 train: $(INSTALLED)
 	OMP_NUM_THREADS=2 $(BIN)/python scripts/train_tiny.py
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # Debian's python3 may come without ensurepip: then the outer interpreter's pip fills the new environment.
 $(INSTALLED): pyproject.toml Makefile

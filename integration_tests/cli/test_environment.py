@@ -24,6 +24,36 @@ def test_env_names_every_backend_with_a_reason(command) -> None:
     assert command("env").status == 0
 
 
+SCREEN_LINES = 24
+
+
+def test_env_fits_one_screen(command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = command("env").stdout.rstrip().splitlines()
+    assert len(shown) <= SCREEN_LINES + 8 * (torch.cuda.device_count())
+    assert max(map(len, shown)) <= 80
+    assert shown[0].strip() == "what this machine gets"
+
+
+def test_the_outlook_follows_the_devices() -> None:
+    def device(name: str, auto: str, reason: str = "because") -> environment.DeviceState:
+        return environment.DeviceState(name, "a name", None, None, (), auto, reason)
+
+    def vllm(version: str | None, route: str = "none") -> environment.VllmState:
+        return environment.VllmState(version, "rmsnorm_patch.vllm_plugin:register", None, route, "its reason")
+
+    def row(work: str, *devices: environment.DeviceState, engine: environment.VllmState | None = None) -> str:
+        return dict(environment.outlook(devices, engine or vllm(None)))[work]
+
+    assert "not faster" in row("models on a name", device("cpu", "reference"))
+    assert "CUDA kernels" in row("models on cuda:0 (a name)", device("cuda:0", "cuda"))
+    assert row("models on cuda:0 (a name)", device("cuda:0", "triton", "no NVRTC")).endswith("Triton kernels: no NVRTC")
+    assert row("models on cuda:0 (a name)", device("cuda:0", "none", "broken")).endswith("broken")
+    assert row("vLLM") == "not installed"
+    assert row("vLLM", engine=vllm("0.26.0")) == "nothing: its reason"
+    assert row("vLLM", engine=vllm("0.26.0", "ir")) == "its norms are served, route ir"
+
+
 def test_env_asks_a_vllm_that_is_not_here(command, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_plugin, "installed", lambda: None)
     found = command("env", "--vllm-model", tiny_llama, "--vllm-arg=--enforce-eager", "--json").document["engine"]

@@ -13,7 +13,7 @@ import pytest
 FLOORS = (
     ("__init__", "__main__", "cli"),
     ("api",),
-    ("vllm_plugin", "proof"),
+    ("vllm_plugin", "proof", "compat"),
     ("rewrite", "fused"),
     ("ops", "pairs"),
     ("backends", "scan"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import subprocess
 import sys
 import sysconfig
@@ -17,7 +19,8 @@ pytestmark = pytest.mark.slow
 
 
 def run(*words: object, cwd: Path) -> str:
-    done = subprocess.run([str(w) for w in words], cwd=cwd, capture_output=True, text=True, check=False)
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([str(w) for w in words], cwd=cwd, env=clean, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -70,8 +73,8 @@ def test_wheel_holds_the_package_and_its_kernels_only(wheel: Path, repository: P
     assert not [n for n in names if n.endswith((".pyc", ".safetensors")) or "kernels/__init__" in n]
     sources = run("git", "ls-files", "rmsnorm_patch", cwd=repository).split()
     assert set(sources) <= set(names)
-    assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"
+    assert any(name.endswith("/licenses/LICENSE") for name in names)
     assert "rmsnorm-patch = rmsnorm_patch.cli:main" in entries
 
 
@@ -104,6 +107,12 @@ def test_console_script_proves_a_model(installed: tuple[str, Path], tiny_llama: 
     assert proof["fired"]["pairs_fused"] == 8
 
 
+def test_env_says_what_this_machine_gets(installed: tuple[str, Path], tmp_path: Path) -> None:
+    shown = run(installed[1].parent / "rmsnorm-patch", "env", cwd=tmp_path)
+    assert shown.split("\n")[0].strip() == "what this machine gets"
+    assert "not faster" in shown
+
+
 def test_triton_kernels_load_from_the_wheel(installed: tuple[str, Path], tmp_path: Path) -> None:
     """The interpreter runs the kernel file that the install carries."""
     code = (
@@ -116,10 +125,31 @@ def test_triton_kernels_load_from_the_wheel(installed: tuple[str, Path], tmp_pat
     run(installed[1], "-c", code, cwd=tmp_path)
 
 
-def test_source_archive_builds_the_same_package(repository: Path, tmp_path: Path) -> None:
-    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", tmp_path, repository, cwd=tmp_path)
-    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
-        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+def source_archive(repository: Path, folder: Path) -> Path:
+    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", folder, repository, cwd=folder)
+    return next(folder.glob("*.tar.gz"))
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_two_builds_have_one_digest(wheel: Path, repository: Path, tmp_path: Path) -> None:
+    """The archive, and the wheel that it makes when it lies elsewhere and its files are newer, with other rights."""
+    folders = [tmp_path / name for name in ("one", "two", "three", "unpacked")]
+    for folder in folders:
+        folder.mkdir()
+    archive = source_archive(repository, folders[0])
+    assert digest(source_archive(repository, folders[1])) == digest(archive)
+    with tarfile.open(archive) as packed:
+        names = {name.split("/", 1)[1] for name in packed.getnames() if "/" in name}
+        packed.extractall(folders[3])
     assert {f"kernels/{name}" for name in kernel_files(repository)} <= names
     assert {"pyproject.toml", "README.md", "LICENSE", "rmsnorm_patch/py.typed"} <= names
-    assert not [name for name in names if name.startswith((".venv", "records/"))]
+    assert not [name for name in names if name.startswith((".venv", ".git/"))]
+    unpacked = next(folders[3].iterdir())
+    for path in unpacked.rglob("*.*"):
+        path.chmod(0o600 if path.is_file() else 0o700)
+        os.utime(path)
+    pip("wheel", unpacked, "--wheel-dir", folders[2], cwd=tmp_path)
+    assert digest(next(folders[2].glob("*.whl"))) == digest(wheel)

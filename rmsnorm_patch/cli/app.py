@@ -41,7 +41,7 @@ from .options import (
     VllmModel,
 )
 from .output import FAILED, NOTHING_PROVED, Output, described_error, finish, output
-from .recordings import check_files
+from .recordings import check_files, page_written
 
 if TYPE_CHECKING:
     from .checkpoint import Loaded
@@ -137,6 +137,7 @@ def verify(
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=0, help="Greedy tokens to compare.")] = 16,
     record: Annotated[Path | None, typer.Option("--record", help="Write logits to this safetensors file.")] = None,
     compare: Annotated[Path | None, typer.Option("--compare", help="Hold logits against this file.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write the proof as a page, red ones too.")] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     trust_remote_code: Trust = False,
@@ -144,18 +145,18 @@ def verify(
 ) -> None:
     """Patch the model and prove it against the original: per site, data flow, logits, greedy text, calls that ran."""
     with output(as_json) as out:
-        check_files(record, compare)
+        check_files(record, compare, html)
         loaded = _load(out, model, dtype, device, trust_remote_code, backend, prompt)
         from .. import api
 
-        api.apply(loaded.model, include=include or (), exclude=exclude or (), backend=backend.value)
+        report = api.apply(loaded.model, include=include or (), exclude=exclude or (), backend=backend.value)
         valued = {"--prompt": prompt, "--compare": compare, "--device": None if device == "auto" else device}
         given = [word for name, value in valued.items() if value is not None for word in (name, str(value))]
         given += [word for path in include or () for word in ("--include", path)]
         given += [word for path in exclude or () for word in ("--exclude", path)]
         given += ["--strict"] * strict + ["--trust-remote-code"] * trust_remote_code
-        with out.progress(None, "proving") as step:
-            proof = api.verify(
+        with out.progress(None, "proving") as step, page_written(html, report.plan) as written:
+            proof = written.proof = api.verify(
                 loaded.model,
                 loaded.inputs(prompt, out.warn),
                 sites=site or None,

@@ -119,8 +119,10 @@ class EngineState:
 @dataclass(frozen=True)
 class Environment:
     """variables: those of the environment that begin with RMSNORM_PATCH_. variable_faults: what is wrong with some.
-    launches: how kernels are launched, or what is wrong with RMSNORM_PATCH_PDL."""
+    launches: how kernels are launched, or what is wrong with RMSNORM_PATCH_PDL. outlook: (kind of work, what it gets
+    on this machine)."""
 
+    outlook: tuple[tuple[str, str], ...]
     python: str
     system: str
     versions: dict[str, str | None]
@@ -229,6 +231,33 @@ def variable_fault(name: str) -> str:
     return ""
 
 
+def outlook(devices: Sequence[DeviceState], vllm: VllmState) -> tuple[tuple[str, str], ...]:
+    """(kind of work, what it gets) on these devices: the answer in words, before the tables that say why."""
+    rows = []
+    for device in devices:
+        name = device.name if device.device == "cpu" else f"{device.device} ({device.name})"
+        rows.append((f"models on {name}", _served(device)))
+    rows.append(("training, autocast", "the model's own arithmetic"))
+    rows.append(("torch.compile", f"the model's own arithmetic, unless {ops.COMPILE_VARIABLE}=op"))
+    if vllm.version is None:
+        rows.append(("vLLM", "not installed"))
+    elif vllm.route == "none" or not vllm.entry_point:
+        rows.append(("vLLM", f"nothing: {vllm.reason if vllm.entry_point else 'the plugin is not registered'}"))
+    else:
+        rows.append(("vLLM", f"its norms are served, route {vllm.route}"))
+    return tuple(rows)
+
+
+def _served(device: DeviceState) -> str:
+    if device.auto in ("cuda", "triton"):
+        kernels = "CUDA kernels, compiled here" if device.auto == "cuda" else "Triton kernels"
+        why = f": {device.auto_reason}" if device.auto == "triton" else ""
+        return f"fused adds and norms in {kernels}{why}"
+    if device.device == "cpu":
+        return "proved and right, and not faster: the model's own operations"
+    return f"the model's own operations: {device.auto_reason}"
+
+
 def report(engine_arguments: Sequence[str] = ()) -> Environment:
     """Look at packages, devices, cache and variables. Starts CUDA where there is a GPU; builds nothing.
 
@@ -246,14 +275,16 @@ def report(engine_arguments: Sequence[str] = ()) -> Environment:
         from .. import __version__
 
         versions["rmsnorm_patch"] = __version__
+    devices, vllm = tuple(map(_device, [torch.device("cpu"), *gpus])), _vllm()
     return Environment(
+        outlook=outlook(devices, vllm),
         python=platform.python_version(),
         system=platform.platform(),
         versions=versions,
-        devices=tuple(map(_device, [torch.device("cpu"), *gpus])),
+        devices=devices,
         kernels=kernels,
         cache=_cache(),
-        vllm=_vllm(),
+        vllm=vllm,
         variables=variables,
         variable_faults={name: fault for name in variables if (fault := variable_fault(name))},
         launches=launch_mode.describe(),

@@ -1,24 +1,59 @@
-"""The files of `verify --record` and `--compare`, looked at before the long work and not after it."""
+"""The files of `verify --record`, `--compare` and `--html`, looked at before the long work and not after it."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from ..errors import UnsupportedInput
+from ..errors import UnsupportedInput, VerificationFailed
+
+if TYPE_CHECKING:
+    from ..scan.plan import Plan
 
 
-def check_files(record: Path | None, compare: Path | None) -> None:
-    """Raise UnsupportedInput for a `record` that cannot be written, a `compare` that cannot be read, or one file for
-    both: it would be compared with itself."""
+def check_files(record: Path | None, compare: Path | None, html: Path | None = None) -> None:
+    """Raise UnsupportedInput for a `record` or `html` that cannot be written, a `compare` that cannot be read, or one
+    file for two of them: it would be compared with itself, or be written over."""
+    from ..proof.options import check_writable
+
+    if html is not None:
+        check_writable("--html", html)
+        for option, other in (("--record", record), ("--compare", compare)):
+            if other is not None and os.path.realpath(html) == os.path.realpath(other):
+                raise _refused("--html", f"the file of {option} ({html})", "two files", "name another file")
     if record is not None:
         if compare is not None and os.path.realpath(record) == os.path.realpath(compare):
             raise _refused("--record", f"the file of --compare ({record})", "two files", "name another file")
-        from ..proof.options import check_writable
-
         check_writable("--record", record)
     if compare is not None:
         _check_recording(compare)
+
+
+@dataclass
+class Written:
+    """proof: what the page will show; a proof that fails comes with its error."""
+
+    proof: Any = None
+
+
+@contextmanager
+def page_written(html: Path | None, plan: Plan) -> Iterator[Written]:
+    """Write the page `html` (None: none) of the proof that is made inside, also where it fails."""
+    written = Written()
+    try:
+        yield written
+    except VerificationFailed as error:
+        written.proof = error.proof
+        raise
+    finally:
+        if html is not None and written.proof is not None:
+            from .proof_page import write_page
+
+            write_page(html, written.proof, plan)
 
 
 def _refused(option: str, got: str, supported: str, step: str) -> UnsupportedInput:

@@ -52,33 +52,45 @@ def _ratio(row: Comparison) -> str:
 
 
 def environment_tables(env: Environment) -> list[Table | Text]:
-    versions = Table(title="versions", title_justify="left", show_header=False)
-    versions.add_row("python", f"{env.python} on {env.system}")
-    for name, version in env.versions.items():
-        versions.add_row(name, version or "[dim]not installed[/]")
-    devices = Table(title="devices", title_justify="left")
-    for name in ("device", "name", "backend", "runs", "why"):
-        devices.add_column(name, overflow="fold")
+    """One screen: what this machine gets, then why."""
+    gets = _section("what this machine gets", env.outlook)
+    why = []
     for device in env.devices:
-        name = device.name + (f", capability {device.capability}" if device.capability else "")
-        for backend in device.backends:
-            runs = "[green]yes[/]" if backend.available else "[yellow]no[/]"
-            devices.add_row(device.device, name, backend.name, runs, backend.reason)
-        devices.add_row(device.device, name, "auto", device.auto, device.auto_reason)
-        devices.add_section()
-    places = Table(title="places and settings", title_justify="left", show_header=False)
-    places.add_column()
-    places.add_column(overflow="fold")
-    places.add_row("kernel sources", env.kernels)
-    places.add_row("kernel cache", f"{env.cache.directory} ({env.cache.artefacts} kernels, {env.cache.state})")
-    vllm = "not installed" if env.vllm.version is None else env.vllm.version
-    route = f"; route {env.vllm.route} ({env.vllm.reason}); numerics {env.vllm.numerics}" if env.vllm.version else ""
-    places.add_row("vLLM", f"{vllm}; plugin {env.vllm.entry_point or 'not registered'}{route}")
-    places.add_row("kernel launches", env.launches)
+        name = f"{device.device}, {device.name}" + (f" ({device.capability})" if device.capability else "")
+        why.append((name, f"auto is {device.auto}: {device.auto_reason}"))
+        why += [("", f"no {b.name}: {b.reason}") for b in device.backends if not b.available]
+        why += [("", f"{b.name}: {b.reason}") for b in device.backends if b.available and b.name == "cuda"]
+    versions = [f"{name} {version}" for name, version in env.versions.items() if version]
+    missing = [name for name, version in env.versions.items() if not version]
+    places = [
+        ("system", f"python {env.python} on {env.system}"),
+        ("versions", ", ".join(versions)),
+        *([("not installed", ", ".join(missing))] if missing else []),
+        ("kernel sources", env.kernels),
+        ("kernel cache", f"{env.cache.directory} ({env.cache.artefacts} kernels, {env.cache.state})"),
+        ("kernel launches", env.launches),
+        ("vLLM's plugin", _plugin(env)),
+    ]
+    table = _section("places and settings", places)
     for name, value in env.variables.items():
         fault = env.variable_faults.get(name, "")
-        places.add_row(name, escape(value) + (f"\n[yellow]{escape(fault)}[/]" if fault else ""))
-    return [versions, devices, places, *([] if env.engine is None else engine_tables(env.engine))]
+        table.add_row(name, escape(value) + (f"\n[yellow]{escape(fault)}[/]" if fault else ""))
+    shown = [gets, _section("devices", why), table]
+    return [*shown, *([] if env.engine is None else engine_tables(env.engine))]
+
+
+def _plugin(env: Environment) -> str:
+    route = f"; route {env.vllm.route} ({env.vllm.reason}); numerics {env.vllm.numerics}" if env.vllm.version else ""
+    return f"{env.vllm.entry_point or 'not registered'}{route}"
+
+
+def _section(title: str, rows: Iterable[tuple[str, str]]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in rows:
+        table.add_row(escape(name), escape(text))
+    return table
 
 
 def engine_tables(engine: EngineState) -> list[Table | Text]:

@@ -43,7 +43,7 @@ def test_fields_lie_as_a_c_compiler_lays_them_out():
     assert [tuple(field) for field in read.fields] == expected
     assert read.size == ctypes.sizeof(Args)
     values = {"x": 2**63 + 8, "eps": 0.5, "groups": -3, "scale": 2.0, "m": -(2**40), "last": 7}
-    packed = read.pack(**values)
+    packed = read.pack(values)
     placed = Args.from_buffer_copy(packed)
     assert {name: getattr(placed, name) for name, _ in Args._fields_} == values == read.unpack(packed)
     assert read.pick({**values, "another": 1}) == packed
@@ -52,7 +52,7 @@ def test_fields_lie_as_a_c_compiler_lays_them_out():
 def test_the_declaration_may_stand_in_a_header():
     text = '#include "outer.cuh"\n'
     read = declared(text, outer='#include "inner.cuh"', inner="struct Args {\n    i64 m;\n};\n", other=STRUCT)
-    assert (read.names, read.pack(m=3)) == (("m",), (3).to_bytes(8, "little"))
+    assert (read.names, read.pack({"m": 3})) == (("m",), (3).to_bytes(8, "little"))
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_what_cannot_be_read_is_named(text, got):
 def test_a_launch_names_each_field_once(values, got):
     read = declared("struct Args { void* x; float eps; };")
     with pytest.raises(KernelBuildError, match=got) as caught:
-        read.pack(**values)
+        read.pack(values)
     assert caught.value.supported == "one value for each of x, eps"
 
 

@@ -162,14 +162,14 @@ def test_launcher_is_compiled_once_and_kept(recorded, compiled):
     assert path.stat().st_mtime_ns == before
 
 
-ZEROS = PLAIN.pack(**dict.fromkeys(PLAIN.names, 0))
+ZEROS = PLAIN.pack(dict.fromkeys(PLAIN.names, 0))
 
 
 def test_a_launch_starts_the_bytes_that_it_is_given(functions, recorded):
     for taken in (PLAIN, PAIR, PARTIALS):
         recorded.expect(taken)
         values = {name: i + 1 for i, name in enumerate(taken.names)} | {"eps": 0.5}
-        assert functions.launch(kernel(functions, arguments=taken), STREAM, 3, taken.pack(**values)) == 0
+        assert functions.launch(kernel(functions, arguments=taken), STREAM, 3, taken.pack(values)) == 0
         last = recorded.last
         assert {name: last[name] for name in taken.names} == values
         assert (last["grid"], last["block"], last["stream"], last["function"]) == (3, 256, STREAM, FUNCTION)

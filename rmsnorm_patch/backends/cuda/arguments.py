@@ -53,7 +53,7 @@ class Arguments:
         self._struct = struct.Struct(layout)
         self._in_order = itemgetter(*self.names) if len(types) > 1 else lambda values: (values[self.names[0]],)
 
-    def pack(self, **values: float) -> bytes:
+    def pack(self, values: Mapping[str, float]) -> bytes:
         """The struct with these values, addresses as integers. KernelBuildError unless each field has exactly one."""
         try:
             packed = self._struct.pack(*self._in_order(values))

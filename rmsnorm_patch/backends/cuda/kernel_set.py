@@ -145,10 +145,11 @@ class KernelSet:
 
         rows: of each set that has CTAs of its own; most ops have one. arguments: the fields that the kernel declares.
         """
-        kernel = chain.serving(sum(rows))
-        groups = sum(-(-m // kernel.rows_per_cta) for m in rows)
+        kernel, groups = chain.serving(sum(rows)), 0
+        for m in rows:
+            groups += -(-m // kernel.rows_per_cta)
         stream = torch._C._cuda_getCurrentRawStream(on.get_device())
-        code = self.functions.launch(kernel.handle, stream, groups, kernel.arguments.pack(**arguments))
+        code = self.functions.launch(kernel.handle, stream, groups, kernel.arguments.pack(arguments))
         if code:
             raise self._launch_error(code, on)
 
