@@ -66,8 +66,12 @@ def test_norms_over_heads_are_the_compilers(explained: Explained, checkpoints: A
     assert _served(oot) == {"rmsnorm_patch (rmsnorm_patch)": 5, heads: 4}
 
 
-def test_a_weight_of_another_dtype_is_named(explained: Explained, checkpoints: Any) -> None:
-    assert _served(explained(checkpoints("gemma"))) == {"vLLM's own norm: its class, dtype or weight is not served": 5}
+def test_norms_with_1_plus_w_are_served_by_their_class(explained: Explained, checkpoints: Any) -> None:
+    engine = explained(checkpoints("gemma"))
+    assert _served(engine) == {"rmsnorm_patch (rmsnorm_patch)": 5}
+    assert {name for _, name, *_ in engine["norms"]} == {"PatchedGemmaRMSNorm"}
+    engine = explained(checkpoints("gemma"), RMSNORM_PATCH_VLLM_NUMERICS="huggingface")
+    assert _served(engine) == {"rmsnorm_patch (rmsnorm_patch_hf_olmo)": 5}
 
 
 def test_what_vllm_refuses_is_told(explained: Explained, tmp_path: Path) -> None:
