@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,8 +139,9 @@ def models() -> dict[bool, nn.Module]:
 
 def named(row: Row) -> str:
     function, argument, value, _ = row
-    shown = f"{tuple(value.shape)}-{value.dtype}" if isinstance(value, torch.Tensor) else repr(value)[:40]
-    return f"{function}-{argument}-{shown}"
+    shown = f"{tuple(value.shape)}-{value.dtype}" if isinstance(value, torch.Tensor) else repr(value)
+    shown = re.sub(" at 0x[0-9a-f]+", "", shown)  # processes that share the tests must name them alike
+    return f"{function}-{argument}-{shown[:40]}"
 
 
 @pytest.mark.parametrize("row", TABLE, ids=named)
