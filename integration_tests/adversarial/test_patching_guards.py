@@ -40,6 +40,7 @@ def _weight(dtype=torch.float32, **fields):
         (_x(), None),
         (_x(torch.bfloat16), _weight(torch.bfloat16)),
         (_x(torch.bfloat16), _weight()),
+        (_x(), _weight(torch.bfloat16)),
         (_x(torch.float16), _weight(torch.float16)),
         (_x(), torch.rand(8)),
         (_x()[:, ::1].t().t(), _weight()),
@@ -57,7 +58,6 @@ def test_what_a_kernel_may_serve(x, weight):
     [
         (_x(torch.float64), _weight(torch.float64), "input dtype torch.float64"),
         (torch.ones(3, 8, dtype=torch.int32), None, "input dtype torch.int32"),
-        (_x(), _weight(torch.bfloat16), "weight dtype torch.bfloat16 for input dtype torch.float32"),
         (_x(torch.float16), _weight(torch.bfloat16), "weight dtype torch.bfloat16 for input dtype torch.float16"),
         (_x(), nn.Parameter(torch.rand(1), requires_grad=False), r"weight of shape \(1,\) for rows of 8"),
         (_x(), nn.Parameter(torch.rand(3, 8), requires_grad=False), r"weight of shape \(3, 8\)"),

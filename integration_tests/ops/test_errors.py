@@ -67,7 +67,7 @@ def test_a_length_that_was_served_does_not_excuse_another_weight(norm: ops.Bound
     fused(x, x, weight, 1e-6)
     refused(lambda: norm(x, torch.ones(128), 1e-6), "weight of shape (128,)")
     refused(lambda: fused(x, torch.randn(2, 64), weight, 1e-6), "residual of shape (2, 64)")
-    refused(lambda: fused(x, torch.randn(3, 64).bfloat16(), weight, 1e-6), "residual of dtype torch.bfloat16")
+    refused(lambda: fused(x, torch.randn(3, 64).double(), weight, 1e-6), "residual of dtype torch.float64")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int32, torch.float8_e4m3fn, torch.complex64], ids=str)

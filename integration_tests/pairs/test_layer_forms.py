@@ -396,11 +396,10 @@ def test_a_forward_of_the_instance_is_left_alone(x: torch.Tensor) -> None:
 
 def test_a_trace_that_disagrees_keeps_the_forward(x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """The source alone is not enough: with a norm that the trace does not see called, the layer is left alone."""
-    from rmsnorm_patch.pairs import layout as pairs
-    from rmsnorm_patch.pairs import trace
+    from rmsnorm_patch.pairs import layer, trace
 
     blind = trace.Trace(frozenset(), 0, "")
-    monkeypatch.setattr(pairs, "trace_layer", lambda *_: blind)
+    monkeypatch.setattr(layer, "trace_layer", lambda *_: blind)
     plan = rmsnorm_patch.plan(Model(Plain), backend="reference")
     assert not list(plan.fused_pairs())
     assert {p.reason.partition(" of line")[0] for p in plan.pairs} == {
