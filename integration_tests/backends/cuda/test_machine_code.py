@@ -353,7 +353,7 @@ def test_quantised_rows(name):
     check_quantised(name, 4096, 90)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", QUANTISED)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_quantised_rows_everywhere(name, arch):
