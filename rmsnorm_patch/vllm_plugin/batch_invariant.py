@@ -1,7 +1,7 @@
 """VLLM_BATCH_INVARIANT: a request's bits must not depend on what else is in its batch. Our kernels have that anyhow.
 
 A row's sum of squares is added in an order that follows from its length alone (`backends/cuda/schedules.py`,
-`kernels/triton/schedule.py`). vLLM's own norm passes by the IR ops in such an engine, and with them by our providers.
+`backends/triton/schedules.py`). vLLM's own norm passes by the IR ops in such an engine, and with them by our providers.
 """
 
 from __future__ import annotations

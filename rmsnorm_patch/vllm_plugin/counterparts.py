@@ -97,7 +97,5 @@ def _vllms_own(norm: Any, decision: Decision, vllm_config: Any) -> str:
     for first in (getattr(priority, op)[0] for op in FUNCTIONAL):
         if first != decision.provider:
             return f"the IR priority was set to begin with {first!r}"
-    x = torch.empty(0, norm.weight.shape[-1], dtype=dtype, device=norm.weight.device)
-    weight = norm.weight if norm.has_weight else None
     spec = calls.spec_of(decision.provider, norm.has_weight, norm.variance_size_override)
-    return "its kernel was declined" if any(trial.declined(x, weight, spec, op) for op in FUNCTIONAL) else ""
+    return "its kernel was declined" if trial.any_declined(norm.weight, dtype, spec, FUNCTIONAL) else ""

@@ -83,10 +83,8 @@ class _Norm:
             hooks.log(get_current_vllm_config())
         if not provider:
             return ""
-        x = torch.empty(0, self.weight.shape[0], dtype=self.weight.dtype, device=self.weight.device)
         spec = calls.spec_of(provider, self.has_weight, self.variance_size_override, self.rmsnorm_patch_offset)
-        weight = self.weight if self.has_weight else None
-        return "" if any(trial.declined(x, weight, spec, op) for op in FUNCTIONAL) else provider
+        return "" if trial.any_declined(self.weight, self.weight.dtype, spec, FUNCTIONAL) else provider
 
     def _is_served(self, x: torch.Tensor) -> bool:
         if self._provider == "" or (self.has_weight and x.dtype != self.weight.dtype):
@@ -103,8 +101,14 @@ class _Norm:
         eps, width = self.variance_epsilon, self.variance_size_override
         if residual is None:
             weight = self.weight.data if getattr(self, "pass_weight", self.has_weight) else None
-            return calls.rms_norm(self._provider, x, weight, eps, width)
+            return calls.rms_norm(self._provider, x, weight, eps, width, self.rmsnorm_patch_offset)
         weight = self.weight.data if getattr(self, "pass_weight_add", self.has_weight) else None
+        return self._add_and_norm(x, residual, weight)
+
+    def _add_and_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        eps, width = self.variance_epsilon, self.variance_size_override
         return calls.fused_add_rms_norm_in_place(self._provider, x, residual, weight, eps, width)
 
 
@@ -119,12 +123,8 @@ class _OffsetNorm(_Norm):
             return decision.provider
         return "rmsnorm_patch" if decision.offset else ""
 
-    def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None = None
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        if not self._is_served(x):
-            return super(_Norm, self).forward(x, residual)  # type: ignore[misc, no-any-return]
-        weight, eps, offset = self.weight.data, self.variance_epsilon, self.rmsnorm_patch_offset
-        if residual is None:
-            return calls.rms_norm(self._provider, x, weight, eps, None, offset)
-        return calls.fused_add_rms_norm(self._provider, x, residual, weight, eps, None, offset)
+    def _add_and_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        eps, width = self.variance_epsilon, self.variance_size_override
+        return calls.fused_add_rms_norm(self._provider, x, residual, weight, eps, width, self.rmsnorm_patch_offset)

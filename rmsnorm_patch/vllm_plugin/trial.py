@@ -5,6 +5,7 @@ A broken CUDA toolchain therefore costs a warning, not the engine: vLLM's own no
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 
 import torch
@@ -31,6 +32,12 @@ def is_trial() -> bool:
 def declined(x: torch.Tensor, weight: torch.Tensor | None, spec: NormSpec, op: str) -> str:
     """Why a call with tensors like these is left to vLLM, or "". x and weight may be fake tensors."""
     return _declined(x.dtype, x.shape[-1], None if weight is None else weight.dtype, spec, op, x.device)
+
+
+def any_declined(weight: torch.Tensor, dtype: torch.dtype, spec: NormSpec, names: Iterable[str]) -> bool:
+    """Whether one of these ops of a norm with this weight, for rows of `dtype`, is left to vLLM."""
+    x = torch.empty(0, weight.shape[-1], dtype=dtype, device=weight.device)
+    return any(declined(x, weight if spec.has_weight else None, spec, op) for op in names)
 
 
 @cache
