@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,10 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from benchlib.pages import wrapped  # noqa: E402
 from small_diffusion import DENOISERS, EMBEDDERS  # noqa: E402
-from support_matrix import Row, _reasons, same  # noqa: E402
-
-import rmsnorm_patch  # noqa: E402
-from rmsnorm_patch.rewrite import observe  # noqa: E402
+from support_matrix import Row, patched_and_back  # noqa: E402
 
 PAGE = ROOT / "docs" / "support_diffusion.md"
 BUILDERS = {**DENOISERS, **EMBEDDERS}
@@ -35,17 +31,7 @@ def survey(name: str, dtype: torch.dtype = torch.float32) -> Row:
     """Build, run, patch, run, revert, run."""
     small = BUILDERS[name](dtype)
     with torch.no_grad():
-        before = small.call(small.model)
-        plan = rmsnorm_patch.plan(small.model, backend="reference")
-        row = Row(name, plan.counts(), reasons=_reasons(plan))
-        rmsnorm_patch.apply(small.model, backend="reference")
-        ran: Counter[str] = Counter()
-        with observe.observing(lambda event: ran.update([event.kind])):
-            patched = small.call(small.model)
-        rmsnorm_patch.revert(small.model)
-        row.ran = dict(ran)
-        row.identical = same(before, patched) and same(before, small.call(small.model))
-    return row
+        return patched_and_back(name, small.model, small.call(small.model), lambda: small.call(small.model))
 
 
 def table(names: list[str]) -> list[str]:

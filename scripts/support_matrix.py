@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,11 +72,18 @@ def survey(model_type: str, dtype: torch.dtype = torch.float32) -> Row:
         before = outputs(model, tokens)
     except Exception as error:  # whatever the library raises for a configuration that is not its own
         return Row(model_type, unbuilt=_first_line(error))
+    return patched_and_back(model_type, model, before, lambda: outputs(model, tokens))
+
+
+def patched_and_back(
+    name: str, model: torch.nn.Module, before: list[torch.Tensor], run: Callable[[], list[torch.Tensor]]
+) -> Row:
+    """Plan, patch, run, revert, run. before: what `run` gave; it must give the same bits both times."""
     try:
         plan = rmsnorm_patch.plan(model, backend="reference")
     except UnsupportedModel:
-        return Row(model_type, identical=True)
-    row = Row(model_type, plan.counts(), reasons=_reasons(plan))
+        return Row(name, identical=True)
+    row = Row(name, plan.counts(), reasons=_reasons(plan))
     try:
         rmsnorm_patch.apply(model, backend="reference")
     except UnsupportedModel:  # nothing to fuse
@@ -84,10 +91,10 @@ def survey(model_type: str, dtype: torch.dtype = torch.float32) -> Row:
         return row
     ran: Counter[str] = Counter()
     with observe.observing(lambda event: ran.update([event.kind])):
-        patched = outputs(model, tokens)
+        patched = run()
     rmsnorm_patch.revert(model)
     row.ran = dict(ran)
-    row.identical = same(before, patched) and same(before, outputs(model, tokens))
+    row.identical = same(before, patched) and same(before, run())
     return row
 
 
