@@ -85,19 +85,18 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         whole_compiler.install()
     from vllm import LLM, SamplingParams
 
-    llm = LLM(
-        model=request["model"],
-        enforce_eager=request["enforce_eager"],
-        max_model_len=128,
-        max_num_seqs=4,
-        max_num_batched_tokens=128,
-        kv_cache_memory_bytes=8 << 20,
-        dtype=request.get("dtype", "bfloat16"),
-        enable_prefix_caching=False,
-        disable_log_stats=True,
-        seed=0,
+    settings = {
+        "max_model_len": 128,
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 128,
+        "kv_cache_memory_bytes": 8 << 20,
+        "dtype": request.get("dtype", "bfloat16"),
+        "enable_prefix_caching": False,
+        "disable_log_stats": True,
+        "seed": 0,
         **request.get("engine", {}),
-    )
+    }
+    llm = LLM(model=request["model"], enforce_eager=request["enforce_eager"], **settings)
     sampling = SamplingParams(temperature=0, max_tokens=request["max_tokens"], ignore_eos=True, logprobs=1)
     prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
     if llm.llm_engine.vllm_config.parallel_config.world_size > 1:
