@@ -28,7 +28,8 @@ Ideas that lost, to be measured again: "-dependent" launches the compiler's own 
 (`triton.enable_pdl`), "ir-heads" serves the norms over q and k heads, which the plugin leaves to the compiler, and
 "ir-functional" returns new tensors where the plugin writes into its inputs. "ir-apart" is the plugin without its
 taking over what is left of split products (RMSNORM_PATCH_VLLM_LINEAR=off), "ir-reorder" with splits of its own, which
-change bits (=reorder); as this is the setting of a process, no engine "ir" can share it.
+change bits (=reorder); as this is the setting of a process, no engine "ir" can share it. "oot-noir" is route oot with
+vLLM's IR hidden: what a vLLM without it gets.
 """
 
 from __future__ import annotations

@@ -60,6 +60,7 @@ VARIANTS: dict[str, tuple[str, dict[str, bool]]] = {
     "ir-functional": ("ir", {}),
     "ir-heads": ("ir", {}),
     "oot": ("oot", {}),
+    "oot-noir": ("oot", {}),
     "removed": ("off", {}),
     "removed-dependent": ("off", {DEPENDENT: True}),
 }
@@ -274,12 +275,25 @@ def products(setting: str) -> Iterator[None]:
     os.environ[LINEAR_VARIABLE] = before
 
 
+@contextmanager
+def ir_hidden() -> Iterator[None]:
+    """The engines that start within find a vLLM whose IR takes no provider, as one without the IR."""
+    import vllm.kernels  # noqa: F401  vLLM's own providers are there
+    from vllm.ir.op import IrOp
+
+    register_impl = IrOp.register_impl
+    del IrOp.register_impl
+    yield
+    IrOp.register_impl = register_impl
+
+
 CHANGES: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "removed": norms_removed,
     "ir-apart": lambda: products("off"),
     "ir-reorder": lambda: products("reorder"),
     "ir-heads": lambda: changed("COMPILER_HEAD", 0),
     "ir-functional": lambda: changed("IN_PLACE", False),
+    "oot-noir": ir_hidden,
 }
 
 
