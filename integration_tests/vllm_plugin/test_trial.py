@@ -6,11 +6,13 @@ import logging
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rmsnorm_patch import ops
 from rmsnorm_patch.errors import KernelBuildError
 from rmsnorm_patch.numerics.contract import PLAIN_OPS
-from rmsnorm_patch.vllm_plugin import log, trial
+from rmsnorm_patch.vllm_plugin import calls, log, trial
 from rmsnorm_patch.vllm_plugin.decision import SPECS
 
 SPEC = SPECS["rmsnorm_patch"]
@@ -46,6 +48,24 @@ def test_a_kernel_with_wrong_results_is_a_reason(op: str, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(ops, "bind", wrong)
     assert "disagrees with the reference" in _trial(op)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_what_is_tried_is_what_is_called(in_place: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "IN_PLACE", in_place)
+    called: list[str] = []
+
+    class Listening(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            called.append(function._schema.name)
+            return function(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), Listening():
+        x, residual, weight = (torch.empty(shape, dtype=torch.bfloat16) for shape in ((2, 64), (2, 64), 64))
+        calls.rms_norm("rmsnorm_patch", x, weight, 1e-6, None)
+        calls.fused_add_rms_norm_in_place("rmsnorm_patch", x, residual, weight, 1e-6, None)
+    ours = [name.removeprefix("rmsnorm_patch::") for name in called if name.startswith("rmsnorm_patch::")]
+    assert tuple(ours) == calls.called_ops()
 
 
 def test_declined_calls_are_warned_about_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -17,6 +17,7 @@ import torch
 import torch.nn as nn
 
 from .. import ops
+from ..numerics.operands import mixes_dtypes
 from ..numerics.spec import SUPPORTED_DTYPES
 from ..pairs.source import RENAMING
 from ..patch_state import STATE, original_class, replaced, unhooked
@@ -74,6 +75,10 @@ class NormKernel:
     def serves(self, x: torch.Tensor) -> bool:
         """False where the reference backend is what there is for this tensor: `a + b` and then `original`."""
         return self.fused is not None and (x.is_cuda or self.on_cpu)
+
+    def adds(self, a: torch.Tensor, b: torch.Tensor) -> bool:
+        """Whether `fused` takes operands of these dtypes."""
+        return not mixes_dtypes(a, b) or (self.mixes and b.dtype in _DTYPES)
 
     def run(
         self, norm: nn.Module, a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor | None, eps: Any
@@ -267,7 +272,7 @@ def _pair_servable(kernel: NormKernel, a: torch.Tensor, b: torch.Tensor, weight:
     return (
         _servable(a, weight)
         and type(b) is torch.Tensor
-        and (a.dtype is b.dtype or (b.dtype in _DTYPES and kernel.mixes))
+        and kernel.adds(a, b)
         and a.shape == b.shape
         and a.get_device() == b.get_device()
         and b.layout is torch.strided
@@ -287,8 +292,7 @@ def why_not(norm: nn.Module, kernel: NormKernel | None, a: torch.Tensor, b: torc
     watched = guards.reason(a, None) or guards.reason(b, None)
     if watched:
         return watched
-    alike = a.dtype is b.dtype or (kernel.mixes and b.dtype in _DTYPES)
-    if type(a) is not type(b) or not alike or a.shape != b.shape or a.device != b.device:
+    if type(a) is not type(b) or not kernel.adds(a, b) or a.shape != b.shape or a.device != b.device:
         sides = (f"{type(x).__name__} {x.dtype} {tuple(x.shape)} on {x.device}" for x in (a, b))
         return f"the operands differ: {', '.join(sides)}"
     weight = kernel.weight_of(norm)

@@ -24,6 +24,11 @@ IN_PLACE = True
 """Whether the fused op writes into tensors that their caller gave up (measured: docs/decisions/vllm.md)."""
 
 
+def called_ops() -> tuple[str, str]:
+    """The plain and the fused op that serve RMSNorm: what is tried before they are trusted."""
+    return RMS_NORM.name, FUSED_ADD_IN_PLACE.name if IN_PLACE else FUSED_ADD.name
+
+
 @cache
 def spec_of(provider: str, has_weight: bool, variance_size: int | None, offset: WeightOffset = "none") -> NormSpec:
     base = SPECS[provider]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ..fused.linear_norm import splits as product_splits
+from ..fused.linear_norm import splits as linear_norm_splits
 from ..numerics.contract import FUNCTIONAL
 from ..numerics.spec import NormSpec
 from . import huggingface, settings
@@ -125,7 +125,7 @@ def _decide(facts: Facts) -> Decision:
     if numerics and facts.transformers is not None:
         provider = facts.transformers.provider
     reason = f"{asked}; numerics of {numerics or _NAMES[provider]}"
-    measured = facts.device_type == "cuda" and facts.capability in product_splits.MEASURED
+    measured = facts.device_type == "cuda" and facts.capability in linear_norm_splits.MEASURED
     linear = facts.compiled and facts.captures and measured and facts.linear != "off"
     linear = linear and not facts.batch_invariant  # how a product is split depends on its rows
     reorder = linear and facts.linear == "reorder"

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..backends.cuda import nvrtc
-from ..fused.linear_norm import splits as product_splits
+from ..fused.linear_norm import splits as linear_norm_splits
 from ..numerics.contract import FUNCTIONAL
 from ..ops.dispatch import triton_installed
 from . import batch_invariant, calls, counterparts, linear_pass, settings
@@ -57,8 +57,8 @@ def install_passes() -> None:
     wrap_once(PostGradPassManager, "configure", linear_pass.wrap_configure)
     wrap_once(PostGradPassManager, "__call__", linear_pass.wrap_call)
     wrap_once(PostGradPassManager, "uuid", linear_pass.wrap_uuid)
-    if linear_pass.tell not in product_splits.on_found:
-        product_splits.on_found.append(linear_pass.tell)
+    if linear_pass.tell not in linear_norm_splits.on_found:
+        linear_norm_splits.on_found.append(linear_pass.tell)
 
 
 def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:

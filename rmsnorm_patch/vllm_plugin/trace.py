@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from .. import ops
-from ..fused.linear_norm import kernel as cuda_partials
-from ..fused.linear_norm import splits as product_splits
+from ..fused.linear_norm import kernel as linear_norm_kernel
+from ..fused.linear_norm import splits as linear_norm_splits
 from . import trial
 
 
@@ -24,7 +24,7 @@ def install(folder: str) -> None:
     if hasattr(ops.Bound.__call__, "__wrapped__"):
         return
     Path(folder).mkdir(parents=True, exist_ok=True)
-    bound, partials = ops.Bound.__call__, cuda_partials.BoundPartials.__call__
+    bound, partials = ops.Bound.__call__, linear_norm_kernel.BoundPartials.__call__
 
     def call(self: ops.Bound, *args: Any) -> Any:
         result = bound(self, *args)
@@ -35,7 +35,7 @@ def install(folder: str) -> None:
         return result
 
     def call_in_parts(
-        self: cuda_partials.BoundPartials,
+        self: linear_norm_kernel.BoundPartials,
         parts: torch.Tensor,
         residual: torch.Tensor,
         weight: torch.Tensor | None,
@@ -48,15 +48,15 @@ def install(folder: str) -> None:
 
     call.__wrapped__ = bound  # type: ignore[attr-defined]
     ops.Bound.__call__ = call  # type: ignore[method-assign]
-    cuda_partials.BoundPartials.__call__ = call_in_parts  # type: ignore[method-assign]
+    linear_norm_kernel.BoundPartials.__call__ = call_in_parts  # type: ignore[method-assign]
 
 
 def _is_of_a_forward() -> bool:
-    return not trial.is_trial() and not product_splits.is_comparing()
+    return not trial.is_trial() and not linear_norm_splits.is_comparing()
 
 
 def _line(
-    bound: ops.Bound | cuda_partials.BoundPartials, x: torch.Tensor, result: torch.Tensor | None, weight: Any
+    bound: ops.Bound | linear_norm_kernel.BoundPartials, x: torch.Tensor, result: torch.Tensor | None, weight: Any
 ) -> dict[str, Any]:
     op, spec = bound.op, bound.spec
     return {

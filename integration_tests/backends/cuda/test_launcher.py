@@ -22,12 +22,12 @@ from hypothesis import strategies as st
 from rmsnorm_patch import ops
 from rmsnorm_patch.backends.cuda import arguments, cache, driver, jit, kernel_set, launcher, schedules
 from rmsnorm_patch.backends.cuda import backend as cuda_backend
-from rmsnorm_patch.backends.cuda.launcher import in_python as launcher_ctypes
+from rmsnorm_patch.backends.cuda.launcher import in_python
 from rmsnorm_patch.cli import environment
 from rmsnorm_patch.errors import KernelBuildError, UnsupportedInput
-from rmsnorm_patch.fused.linear_norm import kernel as cuda_partials
-from rmsnorm_patch.fused.norm_quantised import kernel as quantised
-from rmsnorm_patch.fused.query_key_norm import kernel as cuda_pair
+from rmsnorm_patch.fused.linear_norm import kernel as linear_norm_kernel
+from rmsnorm_patch.fused.norm_quantised import kernel as norm_quantised_kernel
+from rmsnorm_patch.fused.query_key_norm import kernel as query_key_norm_kernel
 from rmsnorm_patch.numerics.contract import PLAIN_OPS
 from rmsnorm_patch.numerics.quantisation import QuantSpec
 from rmsnorm_patch.numerics.spec import LLAMA
@@ -526,7 +526,7 @@ def test_without_a_compiler_ctypes_serves_with_one_warning(recorded, cache_dir, 
         assert launcher.functions().kind == "python"
     launcher.functions()
     assert len(seen) == 1
-    assert isinstance(Op(launcher.functions(), "rms_norm").call, launcher_ctypes.PlainCall)
+    assert isinstance(Op(launcher.functions(), "rms_norm").call, in_python.PlainCall)
 
 
 def test_compiler_failure_shows_its_message(recorded, cache_dir, monkeypatch):
@@ -565,7 +565,7 @@ def test_the_switch_reaches_the_kernels_of_every_op(functions, recorded, monkeyp
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (arch // 10, arch % 10))
     single = cuda_backend.BoundOp("fused_add_rms_norm_", LLAMA, dependent, functions)
     x = torch.empty(2, 4096, dtype=BF16)
-    for op in (single, cuda_partials.BoundPartials(LLAMA, 2, dependent, functions)):
+    for op in (single, linear_norm_kernel.BoundPartials(LLAMA, 2, dependent, functions)):
         configs = schedules.schedules(op.kernels.op, BF16, 4096, arch)
         for loaded in op.kernels._build(configs, x, BF16, 16, 16, False).kernels:
             recorded.expect(loaded.arguments)
@@ -611,9 +611,9 @@ def test_every_op_with_kernels_is_bound_anew_once_all_is_forgotten(recorded, mon
     ops.forget()
     held = [
         *(lambda op=op: cuda_backend.bind(op, LLAMA) for op in PLAIN_OPS),
-        lambda: cuda_partials.bound(LLAMA, 2),
-        lambda: cuda_pair.bind_rms_norm_pair(LLAMA),
-        lambda: quantised.bound(LLAMA, QuantSpec("fp8_token"), True, False, False),
+        lambda: linear_norm_kernel.bound(LLAMA, 2),
+        lambda: query_key_norm_kernel.bind_rms_norm_pair(LLAMA),
+        lambda: norm_quantised_kernel.bound(LLAMA, QuantSpec("fp8_token"), True, False, False),
     ]
     before = [bind() for bind in held]
     assert all(bind() is first for bind, first in zip(held, before, strict=True))
@@ -628,8 +628,8 @@ def device_of_sm_90(recorded, monkeypatch):
     monkeypatch.setattr(kernel_set, "_function", lambda *_: FUNCTION)
     monkeypatch.setattr(kernel_set, "_capability", lambda *_: 90)
     monkeypatch.setattr(kernel_set, "configs_for", lambda op, dtype, n, _: schedules.schedules(op, dtype, n, 90))
-    monkeypatch.setattr(cuda_pair, "configs_for", kernel_set.configs_for)
-    monkeypatch.setattr(quantised, "configs_for", kernel_set.configs_for)
+    monkeypatch.setattr(query_key_norm_kernel, "configs_for", kernel_set.configs_for)
+    monkeypatch.setattr(norm_quantised_kernel, "configs_for", kernel_set.configs_for)
     monkeypatch.setattr(driver, "primary_context", lambda *_: CONTEXT)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     return recorded
@@ -655,7 +655,7 @@ def test_a_set_starts_the_kernel_of_a_plain_op_and_says_once_that_its_calls_are_
 
 
 def test_a_set_starts_the_kernel_for_parts(device_of_sm_90, functions):
-    bound = cuda_partials.BoundPartials(LLAMA, 2, True, functions)
+    bound = linear_norm_kernel.BoundPartials(LLAMA, 2, True, functions)
     parts, residual, weight, normed = (torch.randn(shape) for shape in ((2, 3, 4096), (3, 4096), 4096, (3, 4096)))
     residual, weight, normed = residual.bfloat16(), weight.bfloat16(), normed.bfloat16()
     device_of_sm_90.expect(PARTIALS)
@@ -673,7 +673,7 @@ def test_a_set_starts_the_kernel_for_parts(device_of_sm_90, functions):
 
 
 def test_a_set_starts_the_kernel_for_queries_and_keys(device_of_sm_90, functions):
-    bound = cuda_pair.BoundPair(LLAMA, True, functions)
+    bound = query_key_norm_kernel.BoundPair(LLAMA, True, functions)
     packed = torch.randn(3, 6, 128).bfloat16()
     q, k = packed[:, :4], packed[:, 4:5]
     q_weight, k_weight = torch.randn(128).bfloat16(), torch.randn(128).bfloat16()
@@ -702,11 +702,11 @@ def test_a_set_starts_the_kernel_of_quantised_rows(device_of_sm_90, functions, s
     """Rows of a wider tensor, two levels of them; the residual's lie one after another and are written in place."""
     quant = QuantSpec(scheme, layout="tma_aligned" if scheme == "fp8_block" else "row_major")
     given = torch.ones(1) if scheme == "fp8_static" else None
-    bound = quantised.BoundQuantised(LLAMA, quant, True, given is not None, both, True, functions)
+    bound = norm_quantised_kernel.BoundQuantised(LLAMA, quant, True, given is not None, both, True, functions)
     x = torch.randn(2, 7, 8192).bfloat16()[:, :6:2, :4096]
     residual, weight = torch.randn(2, 3, 4096).bfloat16(), torch.randn(4096).bfloat16()
-    device_of_sm_90.expect(jit.source_of(quantised.SOURCE).arguments)
-    rows, scales, normed = bound(x, residual, weight, given, 1e-6)
+    device_of_sm_90.expect(jit.source_of(norm_quantised_kernel.SOURCE).arguments)
+    rows, scales, normed = bound(norm_quantised_kernel.Operands(x, residual, weight, given, 1e-6))
     last = device_of_sm_90.last
     assert [last[name] for name in ("x", "residual", "weight", "total", "quantised")] == [
         each.data_ptr() for each in (x, residual, weight, residual, rows)
@@ -722,19 +722,19 @@ def test_a_set_starts_the_kernel_of_quantised_rows(device_of_sm_90, functions, s
 
 
 def test_a_residual_that_no_kernel_can_write_is_written_through_a_copy(device_of_sm_90, functions):
-    bound = quantised.BoundQuantised(LLAMA, QuantSpec("fp8_token"), True, False, False, True, functions)
+    bound = norm_quantised_kernel.BoundQuantised(LLAMA, QuantSpec("fp8_token"), True, False, False, True, functions)
     x = torch.randn(2, 3, 4096).bfloat16()
     apart = torch.randn(2, 7, 4096).bfloat16()[:, :6:2]
-    device_of_sm_90.expect(jit.source_of(quantised.SOURCE).arguments)
+    device_of_sm_90.expect(jit.source_of(norm_quantised_kernel.SOURCE).arguments)
     before = apart._version
-    bound(x, apart, None, None, 1e-6)
+    bound(norm_quantised_kernel.Operands(x, apart, None, None, 1e-6))
     assert device_of_sm_90.last["total"] not in (0, apart.data_ptr())
     assert device_of_sm_90.last["total_row_stride"] == 4096
     assert apart._version == before + 1
 
 
 def test_a_launch_that_fails_names_op_shape_and_error(device_of_sm_90, functions):
-    bound = cuda_partials.BoundPartials(LLAMA, 2, True, functions)
+    bound = linear_norm_kernel.BoundPartials(LLAMA, 2, True, functions)
     operands = torch.randn(2, 3, 4096), torch.randn(3, 4096).bfloat16(), None, 1e-6, torch.randn(3, 4096).bfloat16()
     device_of_sm_90.library.set_result(719)
     with pytest.raises(KernelBuildError, match=r"rms_norm_partials: launch on cpu, x \(3, 4096\) torch.bfloat16"):

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from rmsnorm_patch.backends.cuda import jit, nvrtc, schedules
-from rmsnorm_patch.fused.linear_norm import kernel as cuda_partials
-from rmsnorm_patch.fused.norm_quantised import kernel as norm_quantised
+from rmsnorm_patch.fused.linear_norm import kernel as linear_norm_kernel
+from rmsnorm_patch.fused.norm_quantised import kernel as norm_quantised_kernel
 from rmsnorm_patch.numerics.quantisation import QuantSpec
 from rmsnorm_patch.numerics.spec import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, T5, NormSpec
 
@@ -122,15 +122,15 @@ def every_schedule(arch):
                 shortest = max(rule.n[0], -(-rule.row_bytes[0] // x.itemsize))
                 n = -(-shortest // step) * step
                 for op in kernel.ops:
-                    if op == norm_quantised.OP and arch < norm_quantised.FP8_CAPABILITY:
+                    if op == norm_quantised_kernel.OP and arch < norm_quantised_kernel.FP8_CAPABILITY:
                         continue
                     if (
                         op != "fused_add_rms_norm_" and schedules.DTYPE_NAMES[x] in kernel.x_dtypes
                     ):  # in place: the same code
                         config = schedules.configure(kernel, rule, (1, 1), (), op, n, x.itemsize)
-                        if op == norm_quantised.OP:  # one scheme of them
+                        if op == norm_quantised_kernel.OP:  # one scheme of them
                             quant = QuantSpec("fp8_token")
-                            (config,) = norm_quantised.schedules((config,), (config,), quant, True, True)
+                            (config,) = norm_quantised_kernel.schedules((config,), (config,), quant, True, True)
                         yield in_parts(config, 4) if op == PARTIALS else config, op, n, x
 
 
@@ -274,7 +274,7 @@ def test_schedules_of_products_in_parts(n, arch):
     configs = schedules.schedules(PARTIALS, BF16, n, arch)
     assert configs[0].m[0] == 1
     assert all(before.m[1] + 1 == after.m[0] for before, after in itertools.pairwise(configs))
-    assert configs[-1].m[1] >= cuda_partials.MOST_ROWS
+    assert configs[-1].m[1] >= linear_norm_kernel.MOST_ROWS
     for config in configs:
         assert config.threads % 32 == 0
         assert config.threads <= 512
@@ -316,9 +316,11 @@ def test_parts_are_served_where_the_fused_op_has_their_tree(monkeypatch):
         (100, 4096, BF16, False),
         (100, 4104, BF16, True),
     ):
-        monkeypatch.setattr(cuda_partials, "configs_for", lambda op, x, n, _, a=arch: schedules.schedules(op, x, n, a))
-        assert cuda_partials.serves(LLAMA, x, n, 0) is served, (arch, n, x)
-        assert not cuda_partials.serves(NormSpec(group=128), x, n, 0)
+        monkeypatch.setattr(
+            linear_norm_kernel, "configs_for", lambda op, x, n, _, a=arch: schedules.schedules(op, x, n, a)
+        )
+        assert linear_norm_kernel.serves(LLAMA, x, n, 0) is served, (arch, n, x)
+        assert not linear_norm_kernel.serves(NormSpec(group=128), x, n, 0)
 
 
 def test_the_page_is_current():
@@ -337,8 +339,8 @@ QUANTISED = {
 def check_quantised(name, n, arch, op="fused_add_rms_norm_", both=False):
     """Quantised rows take one store of a chunk's bytes, and the scales four bytes each."""
     quant, spec = QUANTISED[name]
-    own = schedules.schedules(norm_quantised.OP, BF16, n, arch)
-    for config in norm_quantised.schedules(own, schedules.schedules(op, BF16, n, arch), quant, False, both):
+    own = schedules.schedules(norm_quantised_kernel.OP, BF16, n, arch)
+    for config in norm_quantised_kernel.schedules(own, schedules.schedules(op, BF16, n, arch), quant, False, both):
         machine = kernel_table.machine_code(kernel_table.build(config, spec, op != PLAIN, n, arch))
         check(config, machine, arch)
         wide = {16 * config.vec} if op != PLAIN or both else set()

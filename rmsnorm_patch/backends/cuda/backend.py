@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ...errors import UnsupportedInput
-from ...numerics import operands as validate
+from ...numerics import operands
 from ...numerics.contract import FUSED_ADD, PLAIN_OPS
 from ...numerics.spec import NormSpec
 from ..bindings import by_variant
@@ -78,7 +78,7 @@ def warmup(
     x = torch.empty(1, n, dtype=dtype, device=device)
     weight = None if weight_dtype is None or not spec.has_weight else torch.empty(n, dtype=weight_dtype, device=device)
     bound, _ = _bound(op, spec, enable_pdl=enable_pdl)
-    validate.check_rms_norm(x, weight, spec, op)
+    operands.check_rms_norm(x, weight, spec, op)
     bound.prepare(x, weight)
 
 
@@ -96,7 +96,7 @@ def _bound(op: Op, spec: NormSpec, dependent: bool) -> tuple[BoundOp, Callable[.
             torch.Tensor,
             torch.nn.Parameter,
             empty_strided,
-            _wrote,
+            operands.count_write,
             exchange,
             DLPACK_CUDA,
         )
@@ -106,13 +106,6 @@ def _bound(op: Op, spec: NormSpec, dependent: bool) -> tuple[BoundOp, Callable[.
         made = bound.functions.make_callable(PLAIN_OPS[op].code, spec.has_weight, bound)
     bound.table, call = made
     return bound, call
-
-
-def _wrote(x: torch.Tensor, residual: torch.Tensor) -> None:
-    """Tell autograd's version counters that both were written, as any in-place op does."""
-    for tensor in (x, residual):
-        if not tensor.is_inference():
-            torch.autograd.graph.increment_version(tensor)
 
 
 def default_eps(spec: NormSpec, x: torch.dtype) -> float:
@@ -135,7 +128,7 @@ class BoundOp:
         self.table: object = None
 
     def __repr__(self) -> str:
-        return f"cuda_backend.BoundOp({self.op!r}, {self.spec!r}, dependent={self.dependent})"
+        return f"BoundOp({self.op!r}, {self.spec!r}, dependent={self.dependent})"
 
     def __call__(self, x: torch.Tensor, *rest: Any) -> Any:
         residual = rest[0] if self.fused else None
@@ -149,7 +142,7 @@ class BoundOp:
         if x.numel():
             self._launch(x, residual, weight, eps, normed, total)
         if self.in_place:
-            _wrote(normed, total)  # type: ignore[arg-type]
+            operands.count_write(normed, total)  # type: ignore[arg-type]
             return None
         return (normed, total) if self.fused else normed
 
@@ -159,7 +152,7 @@ class BoundOp:
             raise UnsupportedInput(
                 self.op, f"x on {x.device}", "CUDA tensors for backend='cuda'", "use backend='auto' or 'reference'"
             )
-        if self.fused and others[0] is not None and others[0].dtype is not x.dtype:
+        if self.fused and others[0] is not None and operands.mixes_dtypes(x, others[0]):
             raise UnsupportedInput(
                 self.op,
                 f"residual of dtype {others[0].dtype} and x of dtype {x.dtype}",

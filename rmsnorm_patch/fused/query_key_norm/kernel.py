@@ -13,7 +13,7 @@ from ...backends.cuda.backend import bind, default_eps
 from ...backends.cuda.kernel_set import KernelSet, configs_for
 from ...backends.cuda.rows import MAX_ALIGN, Rows, power_of_two, rows_of
 from ...errors import UnsupportedInput
-from ...numerics import operands as validate
+from ...numerics import operands
 from ...numerics.contract import RMS_NORM
 from ...numerics.spec import NormSpec
 
@@ -53,7 +53,7 @@ class BoundPair:
         if not self.spec.has_weight:
             q_weight = k_weight = None
         for x, weight in ((q, q_weight), (k, k_weight)):
-            validate.check_rms_norm(x, weight, self.spec, self.op)
+            operands.check_rms_norm(x, weight, self.spec, self.op)
         if not q.is_cuda:
             raise UnsupportedInput(self.op, f"q on {q.device}", "CUDA tensors", "norm them with ops.bind_rms_norm")
         alike = (

@@ -21,9 +21,9 @@ def twice(norm: Callable[..., torch.Tensor]) -> Callable[..., tuple[torch.Tensor
 
 @ours("ours", PAIR)
 def _ours(spec):
-    from rmsnorm_patch.fused.query_key_norm import kernel as cuda_pair
+    from rmsnorm_patch.fused.query_key_norm import kernel as query_key_norm_kernel
 
-    return cuda_pair.bind_rms_norm_pair(spec)
+    return query_key_norm_kernel.bind_rms_norm_pair(spec)
 
 
 @ours("ours_two_launches", PAIR)
