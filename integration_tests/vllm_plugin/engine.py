@@ -28,7 +28,7 @@ def trace_lines() -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-KERNELS = ("rms_norm_rows", "rms_norm_partials", "rms_norm_stream", "rms_norm_pair")
+KERNELS = ("rms_norm_rows", "rms_norm_partials", "rms_norm_stream", "rms_norm_pair", "rms_norm_quantised")
 
 
 def told(outputs: list[Any]) -> dict[str, Any]:

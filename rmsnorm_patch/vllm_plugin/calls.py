@@ -13,7 +13,7 @@ from ..numerics.spec import NormSpec, WeightOffset
 from . import huggingface
 from .decision import SPECS
 
-VERSION = 5
+VERSION = 6
 """Raise it when the graphs that the routes produce change: it is part of vLLM's compile-cache key."""
 
 COMPILER_HEAD = 256

@@ -100,7 +100,7 @@ def _functional_norms(graph: fx.Graph) -> Iterator[tuple[Any, dict[str, Any], tu
         if node.target is auto_functionalized and node.args == (written,):
             given, results = dict(node.kwargs), (1, 2)  # before what an op wrote is what it returned, here nothing
         elif node.target is plain:
-            given, results = _by_name(node), (0, 1)
+            given, results = arguments_by_name(node), (0, 1)
             # Nobody gave this residual up. Where it is read later, or is not the graph's own, writing it costs a copy.
             residual = given["residual"]
             if residual.op == "placeholder" or max(places[user] for user in residual.users) > places[node]:
@@ -111,7 +111,7 @@ def _functional_norms(graph: fx.Graph) -> Iterator[tuple[Any, dict[str, Any], tu
             yield node, given, results
 
 
-def _by_name(node: fx.Node) -> dict[str, Any]:
+def arguments_by_name(node: fx.Node) -> dict[str, Any]:
     """The arguments of an op's call, those that it left out included."""
     parameters = node.target._schema.arguments  # type: ignore[union-attr]
     given = dict(zip((parameter.name for parameter in parameters), node.args, strict=False))
