@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import fp8_products
 import torch
 import whole_compiler
 
@@ -83,6 +84,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         whole_compiler.hide_ir()
     if request.get("whole_compiler"):
         whole_compiler.install()
+        fp8_products.install()
     from vllm import LLM, SamplingParams
 
     settings = {
