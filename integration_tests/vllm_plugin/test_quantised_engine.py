@@ -93,3 +93,29 @@ def test_turned_off_the_compiler_keeps_its_norms(quantised: Callable[[str], Path
     off = run_engine(quantised("int8"), False, "auto", op_form=True, whole_compiler=True, variables=variables)
     assert (off["tokens"], off["logprobs"], off["trace"]) == (stock["tokens"], stock["logprobs"], [])
     assert "RMSNORM_PATCH_VLLM_QUANTISED=off leaves its norms to vLLM" in off["log"]
+
+
+CONFIGURED = """
+import sys
+from rmsnorm_patch import vllm_plugin
+vllm_plugin.register()
+from rmsnorm_patch.vllm_plugin.decision import decision_for
+from vllm.engine.arg_utils import EngineArgs
+
+def fusion(model, **passes):
+    config = EngineArgs(model=model, compilation_config={"pass_config": passes}).create_engine_config()
+    return config.compilation_config.pass_config.fuse_norm_quant, decision_for(config).quantised
+
+quantised, plain = sys.argv[1:]
+found = [fusion(quantised), fusion(quantised, fuse_norm_quant=True), fusion(plain)]
+assert found == [(False, True), (True, False), (True, False)], found
+"""
+
+
+def test_vllms_own_fusion_is_turned_off_where_it_is_a_default(
+    quantised: Callable[[str], Path], environment: Any, run_program: Any
+) -> None:
+    """Whoever turned it on keeps it, and vLLM's norms. An engine without quantisation keeps what vLLM sets."""
+    models = [str(quantised("int8")), str(ROOT / "integration_tests" / "data" / "tiny-llama")]
+    done = run_program(["-c", CONFIGURED, *models], environment(RMSNORM_PATCH_VLLM="ir"))
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]

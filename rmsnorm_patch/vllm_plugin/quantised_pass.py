@@ -19,8 +19,8 @@ import torch
 from torch import fx
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 
-from ..fused.norm_quantised import kernel
-from ..fused.norm_quantised import op as quantised_ops
+from ..fused.norm_quantised import kernel as norm_quantised_kernel
+from ..fused.norm_quantised import op as norm_quantised_op
 from ..numerics.contract import FUSED_ADD, FUSED_ADD_IN_PLACE, RMS_NORM
 from ..numerics.quantisation import QuantSpec, Value
 from ..numerics.spec import NormSpec
@@ -227,11 +227,11 @@ def _replace(graph: fx.Graph, norm: Norm, same: list[Quantisation], places: Plac
 
 def _insert(graph: fx.Graph, norm: Norm, found: Quantisation) -> tuple[fx.Node, list[fx.Node]]:
     """The op, with both outputs, and each of its results; in front of the norm."""
-    name = quantised_ops.FUSED if norm.adds else quantised_ops.PLAIN
+    name = norm_quantised_op.FUSED if norm.adds else norm_quantised_op.PLAIN
     op = getattr(torch.ops.rmsnorm_patch, name).default
     quant = found.spec
     names = ("value", "arithmetic", "layout", "power_of_two", "both")
-    more = dict(zip(names, quantised_ops.quant_args(quant, both=True), strict=True))
+    more = dict(zip(names, norm_quantised_op.quant_args(quant, both=True), strict=True))
     arguments = {**norm.arguments, "given": found.given, "scheme": quant.scheme, **more}
     values = _values(norm, quant, both=True)
     if norm.adds and norm.functional:
@@ -252,7 +252,7 @@ def _insert(graph: fx.Graph, norm: Norm, found: Quantisation) -> tuple[fx.Node, 
 def _values(norm: Norm, quant: QuantSpec, both: bool) -> tuple[torch.Tensor, ...]:
     weight = norm.arguments["weight"]
     value = None if weight is None else weight.meta["val"]
-    return kernel.new_results(norm.arguments["x"].meta["val"], value, norm.spec, quant, both)
+    return norm_quantised_kernel.new_results(norm.arguments["x"].meta["val"], value, norm.spec, quant, both)
 
 
 def _write_rows_once(made: fx.Node, norm: Norm, quant: QuantSpec) -> None:
