@@ -93,7 +93,8 @@ def test_the_device_ran_the_kernel_that_writes_quantised_rows(scheme: str, engin
     model, rows, value = SCHEMES[scheme]
     forwards = answer["forwards"]
     assert forwards >= TOKENS
-    assert answer["kernels"] == {"rms_norm_quantised": 2 * LAYERS[model] * forwards, "rms_norm_rows": forwards}
+    assert answer["kernels"].get("rms_norm_quantised", 0) == 2 * LAYERS[model] * forwards, answer["log"][-4000:]
+    assert sum(answer["kernels"].values()) == (1 + 2 * LAYERS[model]) * forwards
     lines = [line for line in answer["trace_at_start"] if "scheme" in line]
     assert {(line["scheme"], line["value"], line["both"]) for line in lines} == {(rows, value, False)}
     assert f"writes {rows} rows" in answer["log"]

@@ -128,7 +128,10 @@ def of_op(call: Call, rows: fx.Node) -> Quantisation | str:
     views, source = views_to(call.input)
     if source is not rows:
         return "it reads what was computed of the rows"
-    spec = OPS.get(call.name, lambda call: "it is none that our kernels know")(call)
+    try:
+        spec = OPS.get(call.name, lambda call: "it is none that our kernels know")(call)
+    except KeyError as error:
+        return f"its schema has no argument {error}: this vLLM has another op of that name"
     if isinstance(spec, str):
         return spec
     results = _results(call)
