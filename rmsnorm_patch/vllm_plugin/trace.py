@@ -50,11 +50,11 @@ def install(folder: str) -> None:
         if _is_of_a_forward():
             _append(folder, {**_line(self, residual, normed, weight), "parts": self.parts})
 
-    def call_quantised(self: norm_quantised_op.Variant, operands: Operands) -> Results:
-        results = quantised(self, operands)
+    def call_quantised(self: norm_quantised_op.Variant, arguments: Operands) -> Results:
+        results = quantised(self, arguments)
         if _is_of_a_forward():
             quant = {"scheme": self.quant.scheme, "value": self.quant.value, "both": self.both}
-            _append(folder, {**_line(self, operands.x, results[0], operands.weight), **quant})
+            _append(folder, {**_line(self, arguments.x, results[0], arguments.weight), **quant})
         return results
 
     call.__wrapped__ = bound  # type: ignore[attr-defined]
