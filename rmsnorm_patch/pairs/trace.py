@@ -15,7 +15,7 @@ import operator
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +29,8 @@ _CONTAINERS = (dict, list, set)
 _ADDS = (operator.add, operator.iadd, torch.add)
 _COPIES = ("clone", "contiguous", "detach")
 _ADD_METHODS = ("add", "add_", "__add__", "__radd__", "__iadd__")
+_MASKS = "transformers.masking_utils"
+"""Its functions make attention masks. They branch on values, and no hidden state comes out of them."""
 
 
 class Pair(NamedTuple):
@@ -127,20 +129,39 @@ def _run(
     }
     arguments, named = _arguments(recorder, source, optional)
     try:
-        returned = source.function(stand_in, *arguments, **named)
+        returned = _without_masks(source.function, recorder)(stand_in, *arguments, **named)
     except Exception as error:  # the model's own code on proxies: anything can happen
         raise NoSource(f"its forward could not be traced ({type(error).__name__}: {str(error)[:120]})") from error
     return recorder, arguments[0], _first_of(returned)
 
 
+def _without_masks(function: FunctionType, recorder: _Recorder) -> FunctionType:
+    """`function`, whose masks come out of one recorded call each."""
+    names = [name for name in function.__code__.co_names if name in function.__globals__]
+    makers = {name: function.__globals__[name] for name in names}
+    makers = {name: maker for name, maker in makers.items() if getattr(maker, "__module__", "") == _MASKS}
+    if not makers:
+        return function
+
+    def leaf(maker: Any) -> Any:
+        return lambda *given, **named: recorder.create_proxy("call_function", maker, (), {})
+
+    names_of = {**function.__globals__, **{name: leaf(maker) for name, maker in makers.items()}}
+    made = FunctionType(function.__code__, names_of, function.__name__, function.__defaults__, function.__closure__)
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
+
+
 def _first_of(returned: Any) -> Any:
-    """The hidden states of what was returned: itself, or the first of a tuple, which may have been put in front of
-    another module's results: `(hidden_states,) + attention[1:]`."""
+    """The hidden states of what was returned: itself, or the first of a tuple or of transformers' named outputs. The
+    tuple may have been put in front of another module's results: `(hidden_states,) + attention[1:]`."""
     while isinstance(returned, Proxy) and returned.node.target is operator.add:
         first = returned.node.args[0]
         if not isinstance(first, tuple) or not first or not isinstance(first[0], torch.fx.Node):
             break
         returned = returned.tracer.proxy(first[0])
+    if isinstance(returned, dict) and returned:
+        return next(iter(returned.values()))
     return returned[0] if isinstance(returned, (tuple, list)) and returned else returned
 
 

@@ -149,14 +149,16 @@ def tail(layer: nn.Module, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def entry(norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     """norm(hidden_states), without calling the module where the layer before has left it there."""
     if not _is_tracing():
+        carried: Carry | None = hidden_states.__dict__.get(CARRIED) if observe.active else None
         normed: torch.Tensor | None = native.take(norm, hidden_states)
         if normed is not None:
             try:  # noqa: SIM105
                 norm.__dict__[STATE][CALLS].handed_over += 1
             except KeyError:
                 pass
-            if observe.active:
-                observe.report(observe.Event("taken", norm, (hidden_states,), normed, None, "cuda"))
+            if carried is not None:
+                backend = carried.backend or carried.kernel.backend(hidden_states, carried.weight, hidden_states)
+                observe.report(observe.Event("taken", norm, (hidden_states,), normed, None, backend))
             return normed
     return norm(hidden_states)  # type: ignore[no-any-return]
 
@@ -224,10 +226,11 @@ def _tail(layer: nn.Module, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
             observe.report(observe.Event("kept", norm, (a, b), total, total, "original", reason))
         return total
     normed, total = done
+    backend = ""
     if observe.active:
         backend = kernel.backend(a, weight, b)
         observe.report(observe.Event("cross_layer", norm, (a, b), normed, total, backend))
-    put(normed, total, norm, weight, eps, kernel, link)
+    put(normed, total, norm, weight, eps, kernel, link, backend)
     return total
 
 

@@ -67,12 +67,16 @@ def warmup(
     weight_dtype: torch.dtype | None,
     device: torch.device | str = "cuda",
     enable_pdl: bool | None = None,
+    residual_dtype: torch.dtype | None = None,
 ) -> None:
-    """Compile what `op` needs for rows of `n` columns: one call on zeros; afterwards a CUDA graph can capture it."""
+    """Compile what `op` needs for rows of `n` columns: one call on zeros; afterwards a CUDA graph can capture it.
+
+    residual_dtype: None: that of `x`, `dtype`.
+    """
     x = torch.zeros(2, n, dtype=dtype, device=device)
     weight = None if weight_dtype is None else torch.zeros(n, dtype=weight_dtype, device=device)
-    tensors = [x] + [torch.zeros_like(x) for _ in range(PLAIN_OPS[op].operands - 1)]
-    bind(op, spec, enable_pdl)(*tensors, weight, 1e-6)
+    added = [torch.zeros_like(x, dtype=residual_dtype) for _ in range(PLAIN_OPS[op].operands - 1)]
+    bind(op, spec, enable_pdl)(x, *added, weight, 1e-6)
 
 
 class Rows(NamedTuple):

@@ -35,8 +35,8 @@ static struct {
 } around;
 
 static PyObject *s_forward, *s_training, *s_parameters, *s_buffers, *s_modules, *s_state, *s_next, *s_carried, *s_level,
-    *s_norm, *s_untaken, *s_places, *s_all_places, *s_receiver, *s_passive, *s_depth, *s_caller, *s_loop, *s_f_code,
-    *s_version, *s_is_inference, *s_hooks[4], *zero;
+    *s_norm, *s_cuda, *s_untaken, *s_places, *s_all_places, *s_receiver, *s_passive, *s_depth, *s_caller, *s_loop,
+    *s_f_code, *s_version, *s_is_inference, *s_hooks[4], *zero;
 
 /* Whether no mode, transform, autocast, tracer or gradient may have to see the ops (guards.ambient). */
 static int nothing_watches(void) {
@@ -255,7 +255,7 @@ static PyObject *version_of(PyObject *tensor) {
 static int carry(const Norm *norm, PyObject *module, PyObject *link, i64 untaken, int inference, const Served *served) {
     PyObject *normed = PyTuple_GetItem(served->result, 0), *total = PyTuple_GetItem(served->result, 1);
     PyObject *written = served->weight == NONE ? own(NONE) : version_of(served->weight);
-    PyObject *fields = PyTuple_New(9);
+    PyObject *fields = PyTuple_New(10);
     PyObject *values[] = {own(normed),
                           PyLong_FromUnsignedLongLong((uint64_t)(uintptr_t)total),
                           own(inference ? NONE : zero), /* the sum was made just now */
@@ -264,8 +264,9 @@ static int carry(const Norm *norm, PyObject *module, PyObject *link, i64 untaken
                           written,
                           own(served->eps),
                           own(norm->kernel),
-                          own(link)};
-    for (int i = 0; i < 9; i++)
+                          own(link),
+                          own(s_cuda)};
+    for (int i = 0; i < 10; i++)
         PyTuple_SetItem(fields, i, values[i]);
     PyObject *carried = written ? PyObject_CallFunctionObjArgs(around.tuple_new, around.carry_type, fields, 0) : 0;
     Py_DecRef(fields);
@@ -402,6 +403,7 @@ static PyObject *set_surroundings(PyObject *self, PyObject *const *a, Py_ssize_t
                    {&s_carried, "_rmsnorm_patch_normed"},
                    {&s_level, "_current_level"},
                    {&s_norm, "norm"},
+                   {&s_cuda, "cuda"},
                    {&s_untaken, "untaken"},
                    {&s_places, "places"},
                    {&s_all_places, "_places"},
