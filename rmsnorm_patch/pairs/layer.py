@@ -112,7 +112,8 @@ def read_layer(path: str, module: nn.Module, below: dict[str, NormSite]) -> Laye
         layer.confirm()
     shown = flow.in_layer or flow.refused or added or flow.tail is not None or flow.entries
     guessed = layer.trace is None and possible_pairs(source.tree, frozenset(norms))
-    return layer if shown or guessed or (layer.trace is not None and layer.trace.pairs) else None
+    traced = layer.trace is not None and (layer.trace.pairs or layer.trace.norm_adds)
+    return layer if shown or guessed or traced else None
 
 
 def in_layer_sites(layer: Layer) -> Iterator[PairSite]:
@@ -149,6 +150,12 @@ def _norm_add_sites(layer: Layer) -> Iterator[PairSite]:
         if made not in live:
             action, reason = "leave", layer.reason or made.reason or _NOT_ADDED
         yield PairSite("norm_add", layer.path, site.path, action, reason, layer.source.where(made.add.node))
+    for pair in sorted(() if layer.trace is None else layer.trace.norm_adds):
+        if not any(made.attr == pair.norm and holds(made.add.node, pair.line) for made in layer.norm_adds):
+            why = f"a trace of its forward found an add at line {pair.line} that its source does not show"
+            yield PairSite(
+                "norm_add", layer.path, layer.below[pair.norm].path, "leave", why, layer.source.at(pair.line)
+            )
 
 
 def _alike(one: NormSite, other: NormSite) -> bool:
