@@ -9,6 +9,8 @@ import torch
 import torch.nn as nn
 
 from .. import ops
+from ..fused.norm_add import op as norm_add
+from ..fused.norm_add.op import NORM_ADD, NORM_ADD_NORM
 from ..numerics.contract import FUNCTIONAL, RMS_NORM
 from ..ops import dispatch
 from ..scan.plan import NormSite, Plan
@@ -30,9 +32,12 @@ def prepare(model: nn.Module, plan: Plan, dtype: torch.dtype | None) -> tuple[Pr
     """Every op that `plan` will call on `model` where it is now, once; nothing for tensors on the CPU."""
     done: dict[Prepared, None] = {}
     looked_at, dtype = dtype is None, _common_dtype(model) if dtype is None else dtype
-    paired = {pair.norm for pair in plan.fused_pairs()}
+    paired = {pair.norm for pair in plan.fused_pairs() if pair.kind != "norm_add"}
+    added = {pair.norm for pair in plan.fused_pairs("norm_add")}
     for site in plan.fused_norms():
         names = FUNCTIONAL if site.path in paired else (RMS_NORM.name,)
+        if site.path in added:
+            names = (*names, NORM_ADD, NORM_ADD_NORM)
         inputs = [getattr(torch, name) for name in site.inputs] if looked_at else []
         for op in names:
             for each in inputs or [dtype]:
@@ -51,11 +56,14 @@ def _prepare_site(
         return None
     n = weight.numel()
     x = torch.empty(1, n, dtype=dtype, device=weight.device)
-    backend = ops.bind(op, site.spec, plan.backend).backend_for(x, weight)
+    added = norm_add.bind(op, site.spec, plan.backend) if op in norm_add.SCHEMAS else None
+    backend = (added or ops.bind(op, site.spec, plan.backend)).backend_for(x, weight)
     made = Prepared(op, n, _name(dtype), _name(weight.dtype), backend, str(weight.device))
     if backend == "reference":
         return None
-    if made not in done:
+    if made not in done and added is not None:
+        added.warmup(x, weight)
+    elif made not in done:
         dispatch.warmup(backend, op, site.spec, n, dtype, weight.dtype, weight.device)
     return made
 

@@ -141,12 +141,6 @@ class BoundKernel:
             cuda_backend.add_plan(self.functions, self.table, self.spec, x, weight, chain.kernels[0].handle, 0)
         return chain
 
-    def prepare(self, x: torch.Tensor, weight: torch.Tensor | None) -> None:
-        """Build the kernels for contiguous rows like those of `x`; launches nothing."""
-        chain, plain = self.kernels.contiguous(x, weight)
-        if plain:
-            cuda_backend.add_plan(self.functions, self.table, self.spec, x, weight, chain.kernels[0].handle, 0)
-
 
 def _one_level(x: torch.Tensor) -> Rows:
     """The rows of `x`, of a contiguous copy where one stride does not describe them."""

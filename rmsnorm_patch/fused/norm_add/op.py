@@ -103,6 +103,13 @@ class BoundNormAdd:
         module = _module(backend)
         return module.cannot_serve(self.spec, x, weight)  # type: ignore[no-any-return]
 
+    def warmup(self, x: torch.Tensor, weight: torch.Tensor | None) -> None:
+        """Compile what calls with rows like those of `x` need, by one call on zeros; where the op runs the norms' own
+        ops, theirs."""
+        rows = torch.zeros(2, x.shape[-1], dtype=x.dtype, device=x.device)
+        if self.spec.output_dtype(x.dtype, None if weight is None else weight.dtype) == x.dtype:
+            self(rows, rows, weight, 1e-6, *((weight, 1e-6) if self.op == NORM_ADD_NORM else ()))
+
     def check(
         self,
         x: torch.Tensor,
