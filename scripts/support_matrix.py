@@ -35,7 +35,7 @@ from rmsnorm_patch.rewrite import observe  # noqa: E402
 PAGE = ROOT / "docs" / "support_matrix.md"
 LARGEST = 30_000_000
 """Parameters; a type that stays larger after its sizes are cut is listed as not built."""
-PAIR_KINDS = ("in_layer", "cross_layer", "final")
+PAIR_KINDS = ("in_layer", "cross_layer", "final", "norm_add")
 
 
 @dataclass
@@ -131,9 +131,7 @@ def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
 def _reasons(plan: Any) -> tuple[str, ...]:
     """Why sites were left alone, each reason once, without the parts that name a site or a number."""
     found = [site.reason for site in plan.norms if site.action == "leave"]
-    found += [
-        f"{pair.kind}: {pair.reason}" for pair in plan.pairs if pair.action == "leave" and pair.kind != "norm_add"
-    ]
+    found += [f"{pair.kind}: {pair.reason}" for pair in plan.pairs if pair.action == "leave"]
     return tuple(dict.fromkeys(found))
 
 
@@ -151,7 +149,7 @@ def totals(rows: Iterable[Row]) -> dict[str, int]:
         "with RMSNorm": sum(row.has_norms for row in rows),
         "norms fused": sum(row.fused("norm") > 0 for row in rows),
         **{kind: sum(row.fused(kind) > 0 for row in rows) for kind in PAIR_KINDS},
-        "norm_add": sum(row.left("norm_add") > 0 for row in rows),
+        "norm_add left": sum(row.left("norm_add") > 0 for row in rows),
     }
 
 
@@ -170,18 +168,19 @@ def page(rows: list[Row]) -> str:
         f"{counted['types']} types; {counted['built']} built; {counted['with RMSNorm']} have an RMSNorm; "
         f"{counted['norms fused']} have norms that are fused, {counted['in_layer']} in-layer pairs, "
         f"{counted['cross_layer']} cross-layer pairs, {counted['final']} the last add with the final norm; "
-        f"{counted['norm_add']} add after a norm (sandwich layouts, reported and not fused).",
+        f"{counted['norm_add']} norms with the add behind them (sandwich layouts; {counted['norm_add left']} has such "
+        "adds left too).",
         "",
-        "| type | norms fused | left | in-layer | left | cross-layer | final | norm then add | same bits "
-        "| left because |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|---|---|",
+        "| type | norms fused | left | in-layer | left | cross-layer | final | norm then add | left "
+        "| same bits | left because |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|---|---|",
     ]
     for row in rows:
         if row.has_norms:
             lines.append(
                 f"| {row.model_type} | {row.fused('norm')} | {row.left('norm')} | {row.fused('in_layer')} "
                 f"| {row.left('in_layer')} | {row.fused('cross_layer')} | {row.fused('final')} "
-                f"| {row.left('norm_add')} | {'yes' if row.identical else 'NO'} "
+                f"| {row.fused('norm_add')} | {row.left('norm_add')} | {'yes' if row.identical else 'NO'} "
                 f"| {'; '.join(r.replace('|', '/') for r in row.reasons)} |"
             )
     none = [row.model_type for row in rows if not row.unbuilt and not row.has_norms]

@@ -1,5 +1,6 @@
-/* The four driver functions that a launch uses, for CPU tensors: the "kernel" is an RMSNorm over fp32 rows in plain C, with
- * a residual-add before it where there is a residual, so that launcher.c serves a whole model where there is no GPU. */
+/* The four driver functions that a launch uses, for CPU tensors: the "kernel" is an RMSNorm over fp32 rows in plain C,
+ * with a residual-add before it where there is a residual, or one behind it, so that launcher.c serves a whole model
+ * where there is no GPU. */
 #include <math.h>
 #include <stdint.h>
 
@@ -12,16 +13,47 @@ typedef struct {
     float eps;
 } Args;
 
+/* Of kernels/cuda/rms_norm_add.cu. */
+typedef struct {
+    const float *x, *residual, *weight;
+    float *normed, *total;
+    int64_t m, x_row_stride, residual_row_stride, normed_row_stride, total_row_stride;
+    const float* next_weight;
+    float eps, next_eps;
+} NormAddArgs;
+
+enum { NORM_ADD = 0x7001, NORM_ADD_NORM = 0x7002 };
 static int launches, result;
 static float eps[4096];
 
-int cuLaunchKernelEx(const void *config, void *function, void **parameters, void **extra) {
-    const Args *a = parameters[0];
-    if (result)
-        return result;
+static float reciprocal_rms(const float* x, int64_t n, float eps) {
+    double squares = 0;
+    for (int64_t i = 0; i < n; i++) squares += (double)x[i] * x[i];
+    return (float)(1 / sqrt(squares / n + eps));
+}
+
+static int norm_add(const NormAddArgs* a, int next) {
+    const int64_t n = a->total_row_stride;
+    for (int64_t row = 0; row < a->m; row++) {
+        const float *x = a->x + row * a->x_row_stride, *residual = a->residual + row * a->residual_row_stride;
+        float* total = a->total + row * n;
+        const float rstd = reciprocal_rms(x, n, a->eps);
+        for (int64_t i = 0; i < n; i++) total[i] = a->weight[i] * (x[i] * rstd) + residual[i];
+        const float next_rstd = reciprocal_rms(total, n, a->next_eps);
+        for (int64_t i = 0; next && i < n; i++) a->normed[row * n + i] = a->next_weight[i] * (total[i] * next_rstd);
+    }
+    eps[launches++ % 4096] = next ? a->next_eps : a->eps;
+    return 0;
+}
+
+int cuLaunchKernelEx(const void* config, void* function, void** parameters, void** extra) {
+    const Args* a = parameters[0];
+    if (result) return result;
+    if ((intptr_t)function == NORM_ADD || (intptr_t)function == NORM_ADD_NORM)
+        return norm_add(parameters[0], (intptr_t)function == NORM_ADD_NORM);
     const int64_t n = a->normed_row_stride;
     for (int64_t row = 0; row < a->m; row++) {
-        const float *x = a->x + row * a->x_row_stride;
+        const float* x = a->x + row * a->x_row_stride;
         float *normed = a->normed + row * n, *sum = a->residual ? a->total + row * n : normed;
         double squares = 0;
         for (int64_t i = 0; i < n; i++) {
@@ -29,18 +61,17 @@ int cuLaunchKernelEx(const void *config, void *function, void **parameters, void
             squares += (double)sum[i] * sum[i];
         }
         const float rstd = (float)(1 / sqrt(squares / n + a->eps));
-        for (int64_t i = 0; i < n; i++)
-            normed[i] = a->weight[i] * (sum[i] * rstd);
+        for (int64_t i = 0; i < n; i++) normed[i] = a->weight[i] * (sum[i] * rstd);
     }
     eps[launches++ % 4096] = a->eps;
     return 0;
 }
-int cuCtxGetCurrent(void **context) {
-    *context = (void *)1;
+int cuCtxGetCurrent(void** context) {
+    *context = (void*)1;
     return 0;
 }
-int cuCtxPushCurrent_v2(void *context) { return 0; }
-int cuCtxPopCurrent_v2(void **context) { return 0; }
+int cuCtxPushCurrent_v2(void* context) { return 0; }
+int cuCtxPopCurrent_v2(void** context) { return 0; }
 
 int launched(void) { return launches; }
 float eps_of(int launch) { return eps[launch % 4096]; }

@@ -13,6 +13,7 @@ import torch
 
 from rmsnorm_patch.backends.cuda import backend as cuda_backend
 from rmsnorm_patch.backends.cuda import jit, launcher
+from rmsnorm_patch.fused.norm_add import kernel as norm_add
 from rmsnorm_patch.numerics.spec import NormSpec
 
 FUNCTION, CONTEXT = 0x7000, 1
@@ -39,10 +40,31 @@ class Driver:
 def table_of(op: Any, spec: NormSpec, n: int) -> Any:
     """launcher.c's table of `op`, with a plan for fp32 rows of `n` columns."""
     bound, _ = cuda_backend._bound(op, spec, enable_pdl=True)
-    functions, fp32 = bound.functions, torch.float32
-    handle = functions.new_kernel(FUNCTION, CONTEXT, n, 2**63 - 1, 1, 1, 32, 0, 4, 4, 0, PLAIN)
+    _add_plan(bound, bound.functions.new_kernel(FUNCTION, CONTEXT, n, 2**63 - 1, 1, 1, 32, 0, 4, 4, 0, PLAIN), n)
+    return bound.table
+
+
+def _add_plan(bound: Any, handle: int, n: int) -> None:
+    fp32 = torch.float32
     code = launcher.dlpack_code(fp32)
-    functions.add_plan(bound.table, handle, 0, fp32, fp32, fp32, n, 0, 4, 4, 1e-6, code, code)
+    bound.functions.add_plan(bound.table, handle, 0, fp32, fp32, fp32, n, 0, 4, 4, 1e-6, code, code)
+
+
+class _NoSlowPath:
+    """What launcher.c would hand a call to that it is not sure of."""
+
+    def __init__(self, functions: launcher.Functions) -> None:
+        self.functions = functions
+        self.table: object = None
+
+
+def norm_add_table(op: str, spec: NormSpec, n: int) -> Any:
+    """The same of an op of `fused.norm_add`."""
+    code = norm_add.CODES[op]
+    bound, _ = cuda_backend.started(code, spec, _NoSlowPath)
+    arguments, which = jit.source_of("rms_norm_add.cu").arguments, FUNCTION + code - 2
+    handle = bound.functions.new_kernel(which, CONTEXT, n, 2**63 - 1, 1, 1, 32, 0, 4, 4, 0, arguments)
+    _add_plan(bound, handle, n)
     return bound.table
 
 

@@ -73,6 +73,26 @@ def fused_add_rms_norm(
     return scale(divide_by_rms(row, spec, eps), total.dtype, weight, spec), total
 
 
+def norm_add(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, spec: NormSpec, eps: float | None = None
+) -> torch.Tensor:
+    """norm(x) + residual, the norm's result rounded before it is added."""
+    return rms_norm(x, weight, spec, eps) + residual
+
+
+def norm_add_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    next_weight: torch.Tensor | None,
+    spec: NormSpec,
+    eps: float | None = None,
+    next_eps: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the norm of `norm_add` with the next weight and eps, `norm_add`)."""
+    return fused_add_rms_norm(rms_norm(x, weight, spec, eps), residual, next_weight, spec, next_eps)
+
+
 def rms_norm_fp64(
     x: torch.Tensor, weight: torch.Tensor | None, spec: NormSpec, eps: float | None = None
 ) -> torch.Tensor:

@@ -48,12 +48,14 @@ class Trace:
 
     tail: line of the add whose sum was returned as the hidden state; 0 where it was none.
     entry: path of the norm that reads the layer's argument; "" where none does. copied: the same for a copy of it.
+    norm_adds: adds of what a norm computed, and that norm.
     """
 
     pairs: frozenset[Pair]
     tail: int
     entry: str
     copied: str = ""
+    norm_adds: frozenset[Pair] = frozenset()
 
 
 class Calls(NamedTuple):
@@ -187,8 +189,14 @@ def _read(recorder: _Recorder, argument: Proxy, returned: Any, norms: frozenset[
         return written.get(tensor, tensor)
 
     readers: dict[Any, str] = {}
+    norm_adds: set[Pair] = set()
     for node in recorder.graph.nodes:
         given = [*node.args, *node.kwargs.values()]
+        if _is_add(node):
+            for norm in map(value, _operands(node)):
+                if norm.op == "call_module" and norm.target in norms:
+                    shared = "something else reads the norm's result" if len(norm.users) > 1 else ""
+                    norm_adds.add(Pair(node.meta["line"], norm.target, shared or _how(node)))
         if node.op == "call_module" and node.target in norms and len(given) == 1:
             readers.setdefault(value(given[0]), node.target)
         target = _written(node)
@@ -200,7 +208,7 @@ def _read(recorder: _Recorder, argument: Proxy, returned: Any, norms: frozenset[
     tail = last.meta["line"] if last is not None and _is_add(last) else 0
     copies = [node for node in recorder.graph.nodes if node.op == "call_method" and node.target in _COPIES]
     copied = next((readers[node] for node in copies if node.args[0] is argument.node and node in readers), "")
-    return Trace(frozenset(pairs), tail, readers.get(argument.node, ""), copied)
+    return Trace(frozenset(pairs), tail, readers.get(argument.node, ""), copied, frozenset(norm_adds))
 
 
 def _is_add(node: Any) -> bool:

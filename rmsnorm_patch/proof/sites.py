@@ -17,7 +17,9 @@ import torch.nn as nn
 
 from .. import ops
 from ..backends.names import Backend
+from ..fused.norm_add.op import bind_norm_add, bind_norm_add_norm
 from ..numerics import reference
+from ..numerics.spec import NormSpec
 from ..numerics.tolerances import EXACT, EXACT_ERROR_RATIO, SITE, SiteTolerance
 from ..patch_state import original_class
 from ..rewrite import observe
@@ -143,7 +145,8 @@ class SiteWatcher:
             if self.listener is not None:
                 self.listener(path, event)
             # the norm's own event is judged where an add and its norm were two calls
-            fell_apart = event.kind == "kept" or (event.kind == "in_layer" and event.backend == "original")
+            paired = event.kind in ("in_layer", "norm_add")
+            fell_apart = event.kind == "kept" or (paired and event.backend == "original")
             self._measure_sum(site, event)
             if not fell_apart and (self._only is None or path in self._only):
                 self._judge(site, event)
@@ -155,8 +158,8 @@ class SiteWatcher:
             return
         original = event.backend == "original"
         kind: str = event.kind
-        if original and kind in ("norm", "in_layer"):
-            kind = "apart" if kind == "in_layer" else "original"
+        if original and kind in ("norm", "in_layer", "norm_add"):
+            kind = "original" if kind == "norm" else "apart"
         if event.reason or kind not in ("apart", "kept"):
             site.calls[kind] += 1
         site.backends[event.backend] += 1
@@ -186,7 +189,9 @@ class SiteWatcher:
         left = event.operands[0]
         found = Difference()
         total = left
-        if len(event.operands) == 2:
+        if event.kind == "norm_add":  # the sum is of the norm's own bits; where it is None, the reader's event has it
+            found = found if event.total is None else compare_sum(event.total, event.normed + event.operands[1])
+        elif len(event.operands) == 2:
             total = left + event.operands[1]
             found = (
                 Difference(error="no residual sum returned") if event.total is None else compare_sum(event.total, total)
@@ -265,6 +270,8 @@ class SiteWatcher:
         and must be the same runs when one site is judged alone."""
         if self.run != "captured" or len(event.operands) != 2 or site.plan is None or site.plan.spec is None:
             return
+        if event.kind == "norm_add":
+            return
         total = event.operands[0] + event.operands[1]
         if total.numel():
             self.sum_rms[site.plan.path] = float(total.to(torch.float64).pow(2).mean().sqrt())
@@ -277,7 +284,7 @@ class SiteWatcher:
 
     def _probe(self, site: _Site, path: str, event: observe.Event) -> None:
         """Once per site and form of call: the four families through the patched norm, or through the bound op."""
-        form = "norm" if len(event.operands) == 1 else "pair"
+        form = "norm_add" if event.kind == "norm_add" else "norm" if len(event.operands) == 1 else "pair"
         if site.plan is None or site.plan.spec is None or form in site.probed:
             return
         site.probed.add(form)
@@ -288,6 +295,9 @@ class SiteWatcher:
             made = probes.operands(family, len(event.operands), x.shape[-1], x.dtype, x.device, eps, seed)
             if form == "norm":
                 total, found, actual = made[0], Difference(), type(event.norm).forward(event.norm, made[0])
+            elif form == "norm_add":
+                total, (found, actual) = made[0], self._probe_norm_add(spec, made, weight, eps)
+                made = made[:1]
             else:
                 total = made[0] + made[1]
                 actual, returned = ops.bind_fused_add_rms_norm(spec, self._backend)(*made, weight, eps)
@@ -298,6 +308,20 @@ class SiteWatcher:
             name = f"{form}:{family}"
             self._put(site, name, event.backend, dtype, found)
             self._measure_exact(site, name, event.norm, made, actual, expected)
+
+    def _probe_norm_add(
+        self, spec: NormSpec, made: tuple[torch.Tensor, ...], weight: torch.Tensor | None, eps: float
+    ) -> tuple[Difference, torch.Tensor]:
+        """What the norm gives alone, and how far the ops with the add behind it are from that, an addition and the
+        fused op: all in bits."""
+        x, residual = made
+        normed = ops.bind_rms_norm(spec, self._backend)(x, weight, eps)
+        next_normed, total = ops.bind_fused_add_rms_norm(spec, self._backend)(normed, residual, weight, eps)
+        found = compare_sum(bind_norm_add(spec, self._backend)(x, residual, weight, eps), total)
+        both = bind_norm_add_norm(spec, self._backend)(x, residual, weight, eps, weight, eps)
+        for mine, separate in zip(both, (next_normed, total), strict=True):
+            found = found + compare_sum(mine, separate)
+        return found, normed
 
     def proofs(self) -> tuple[SiteProof, ...]:
         return tuple(self._proof(path, site) for path, site in self._sites.items())

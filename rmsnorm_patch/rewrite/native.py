@@ -1,9 +1,9 @@
 """launcher.c's part in a patched model: the checks and the call of a pair, or of a norm alone, in one C function each
 (`launcher_pair.h`).
 
-`in_layer`, `hand_over`, `take` and `alone` are called first; they give None, and have done nothing, for whatever they
-are not sure of, and where there is no C launcher. A norm class is served once `enroll` (for `alone`, `enroll_alone`)
-was called for it.
+`in_layer`, `hand_over`, `take`, `alone` and those of an add behind a norm are called first; they give None, and have
+done nothing, for whatever they are not sure of, and where there is no C launcher. A norm class is served once `enroll`
+(for `alone`, `enroll_alone`) was called for it.
 """
 
 from __future__ import annotations
@@ -35,11 +35,20 @@ take: Callable[..., Any] = _declined
 
 alone: Callable[..., Any] = _declined
 """(norm, x) -> norm(x) or None; for the norm's own forward, since it asks for no hooks."""
+norm_add: Callable[..., Any] = _declined
+"""(inner, side, a, b) -> a + b, operand `side` of which `inner` norms before, or None."""
+norm_add_norm: Callable[..., Any] = _declined
+"""(norm, inner, side, a, b) -> (norm(sum), sum), the sum as of `norm_add`, or None."""
+norm_hand_over: Callable[..., Any] = _declined
+"""(layer, inner, side, a, b) -> the sum of `norm_add`, with the next norm's result riding on it, or None."""
 
 _classes: dict[type, Any] = {}
 """What the C functions know: patched norm class -> how to read its weight and eps, and the op. They hold this dict."""
 _alone: dict[type, Any] = {}
 """The same for `alone`."""
+_norm_add: dict[type, Any] = {}
+_norm_add_norm: dict[type, Any] = {}
+"""The same for the functions of these names."""
 
 
 def enroll(cls: type, kernel: Any) -> None:
@@ -52,14 +61,21 @@ def enroll_alone(cls: type, kernel: Any, table: object) -> None:
     _enroll(_alone, cls, kernel, table)
 
 
+def enroll_norm_add(cls: type, kernel: Any, table: object, following: bool) -> None:
+    """Let the C functions serve adds behind norms of `cls`; following: with the norm of the sum. table: of that op."""
+    _enroll(_norm_add_norm if following else _norm_add, cls, kernel, table)
+
+
 def _enroll(classes: dict[type, Any], cls: type, kernel: Any, table: object) -> None:
-    global in_layer, hand_over, take, alone
+    global in_layer, hand_over, take, alone, norm_add, norm_add_norm, norm_hand_over
     pairs = None if cls in classes else launcher.functions().pairs
     if pairs is None:
         return
     if in_layer is _declined:
         _set_surroundings(pairs)
         in_layer, hand_over, take, alone = pairs.in_layer, pairs.hand_over, pairs.take, pairs.alone
+        norm_add, norm_add_norm = pairs.norm_add, pairs.norm_add_norm
+        norm_hand_over = pairs.norm_hand_over
     names = kernel.weight_attribute, kernel.eps_attribute
     classes[cls] = pairs.new_norm(table, kernel, *names, float(kernel.implied_eps))
 
@@ -68,6 +84,8 @@ def _set_surroundings(pairs: launcher.Pairs) -> None:
     pairs.set_surroundings(
         _classes,
         _alone,
+        _norm_add,
+        _norm_add_norm,
         guards.AMBIENT,
         guards.function_modes,
         guards.function_mode_watches,

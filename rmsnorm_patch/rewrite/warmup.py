@@ -9,6 +9,8 @@ import torch
 import torch.nn as nn
 
 from .. import ops
+from ..fused.norm_add import op as norm_add
+from ..fused.norm_add.op import NORM_ADD, NORM_ADD_NORM
 from ..numerics.contract import FUNCTIONAL, FUSED_ADD, RMS_NORM
 from ..ops import dispatch
 from ..scan.dtypes import run_without_memory
@@ -35,7 +37,8 @@ def prepare(model: nn.Module, plan: Plan, dtype: torch.dtype | None) -> tuple[Pr
     """Every op that `plan` will call on `model` where it is now, once; nothing for tensors on the CPU."""
     done: dict[Prepared, None] = {}
     looked_at, dtype = dtype is None, _common_dtype(model) if dtype is None else dtype
-    paired = {pair.norm for pair in plan.fused_pairs()}
+    paired = {pair.norm for pair in plan.fused_pairs() if pair.kind != "norm_add"}
+    added = {pair.norm for pair in plan.fused_pairs("norm_add")}
     sites = {site.path: site for site in plan.fused_norms()}
 
     def add(site: NormSite, op: str, each: torch.dtype, residual: torch.dtype | None = None) -> None:
@@ -44,8 +47,11 @@ def prepare(model: nn.Module, plan: Plan, dtype: torch.dtype | None) -> tuple[Pr
             done[made] = None
 
     for path, site in sites.items():
+        names = FUNCTIONAL if path in paired else (RMS_NORM.name,)
+        if path in added:
+            names = (*names, NORM_ADD, NORM_ADD_NORM)
         inputs = [getattr(torch, name) for name in site.inputs] if looked_at else []
-        for op in FUNCTIONAL if path in paired else (RMS_NORM.name,):
+        for op in names:
             for each in inputs or [dtype]:
                 add(site, op, each)
     if looked_at and done:
@@ -91,13 +97,19 @@ def _prepare_site(
         return None
     n = weight.numel()
     x = torch.empty(1, n, dtype=dtype, device=weight.device)
+    behind = norm_add.bind(op, site.spec, plan.backend) if op in norm_add.SCHEMAS else None
     residual = None if residual_dtype is None else torch.empty_like(x, dtype=residual_dtype)
-    backend = ops.bind(op, site.spec, plan.backend).backend_for(x, weight, residual)
+    if behind is not None:
+        backend = behind.backend_for(x, weight)
+    else:
+        backend = ops.bind(op, site.spec, plan.backend).backend_for(x, weight, residual)
     named = None if residual_dtype is None else _name(residual_dtype)
     made = Prepared(op, n, _name(dtype), _name(weight.dtype), backend, str(weight.device), named)
     if backend == "reference":
         return None
-    if made not in done:
+    if made not in done and behind is not None:
+        behind.warmup(x, weight)
+    elif made not in done:
         dispatch.warmup(backend, op, site.spec, n, dtype, weight.dtype, weight.device, residual_dtype)
     return made
 

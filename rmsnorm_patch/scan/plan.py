@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 Action = Literal["fuse", "leave"]
 PairKind = Literal["in_layer", "cross_layer", "final", "norm_add"]
 """in_layer: x = a + b; norm(x) within one layer's forward. cross_layer: the last add of a layer and the entry norm
-of the next. final: the last add of the last layer and the model's final norm. norm_add: norm(x) + residual
-(sandwich layouts), reported and not fused."""
+of the next. final: the last add of the last layer and the model's final norm. norm_add: residual + norm(x) (sandwich
+layouts); the add may be one of the other kinds too."""
 
 
 PAIR_MEANING: dict[PairKind, str] = {

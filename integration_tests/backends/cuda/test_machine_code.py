@@ -16,6 +16,7 @@ import torch
 
 from rmsnorm_patch.backends.cuda import jit, nvrtc, schedules
 from rmsnorm_patch.fused.linear_norm import kernel as linear_norm_kernel
+from rmsnorm_patch.fused.norm_add import kernel as norm_add_kernel
 from rmsnorm_patch.fused.norm_quantised import kernel as norm_quantised_kernel
 from rmsnorm_patch.numerics.quantisation import QuantSpec
 from rmsnorm_patch.numerics.spec import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, T5, NormSpec
@@ -34,6 +35,7 @@ _SPEC.loader.exec_module(kernel_table)
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 FUSED, PLAIN, PARTIALS = "fused_add_rms_norm", "rms_norm", "rms_norm_partials"
+ADDING = (FUSED, PARTIALS, norm_add_kernel.OP)
 ARCHS = (89, 90, 100, 103, 120)
 LENGTHS = (128, 1024, 4096, 16384)
 FP32_SUM = NormSpec(round_before_weight="none", output="input", sum="fp32")
@@ -131,6 +133,8 @@ def every_schedule(arch):
                         if op == norm_quantised_kernel.OP:  # one scheme of them
                             quant = QuantSpec("fp8_token")
                             (config,) = norm_quantised_kernel.schedules((config,), (config,), quant, True, True)
+                        if op == norm_add_kernel.OP:
+                            (config,) = norm_add_kernel.with_next((config,), True)
                         yield in_parts(config, 4) if op == PARTIALS else config, op, n, x
 
 
@@ -159,7 +163,7 @@ def test_no_schedule_reads_anything_before_the_previous_kernel_has_ended(arch):
     """Not even the weight: the kernel in front may have written it, and ours may start before that can be seen."""
     seen = set()
     for config, op, n, x in every_schedule(arch):
-        above, below = loads_around_the_wait(kernel_table.build(config, LLAMA, op in (FUSED, PARTIALS), n, arch, x, x))
+        above, below = loads_around_the_wait(kernel_table.build(config, LLAMA, op in ADDING, n, arch, x, x))
         assert not above, (config, op, n, above)
         assert below
         seen.add(config.kernel)
@@ -174,7 +178,7 @@ def test_the_assembler_leaves_every_kind_of_kernel_so(arch):
         if x == BF16:
             kinds[config.kernel, dict(config.defines)["WEIGHT_AT"]] = config, op, n
     for config, op, n in kinds.values():
-        machine = kernel_table.machine_code(kernel_table.build(config, LLAMA, op in (FUSED, PARTIALS), n, arch))
+        machine = kernel_table.machine_code(kernel_table.build(config, LLAMA, op in ADDING, n, arch))
         assert (machine.waits, machine.loads_before_wait) == (1, 0), config
     assert {kernel for kernel, _ in kinds} == kernels_on(arch)
 
@@ -362,3 +366,32 @@ def test_quantised_rows_everywhere(name, arch):
     for n in (128, 8192, 16384) if arch < 100 else (128, 8192):
         check_quantised(name, n, arch, both=True)
     check_quantised(name, 2048, arch, PLAIN)
+
+
+def check_norm_add(n, arch, spec=LLAMA, x=BF16, weight=BF16):
+    """One wide load of x, residual and each weight for a chunk of a thread, one wide store of each result."""
+    for following in (False, True):
+        for config in norm_add_kernel.with_next(schedules.schedules(norm_add_kernel.OP, x, n, arch), following):
+            machine = kernel_table.machine_code(kernel_table.build(config, spec, True, n, arch, x, weight))
+            check(config, machine, arch)
+            width = 16 * config.vec if x == BF16 else 128
+            chunks = -(-n // (config.vec * config.threads_per_row * config.cluster))
+            weights = 0 if weight is None else 1 + following
+            assert machine.loads == {width: chunks * (2 + weights)}, (config, machine)
+            assert machine.stores == {width: chunks * (1 + following)}, (config, machine)
+            assert machine.gpu_fences == 0
+
+
+@pytest.mark.parametrize("n", [3584, 4096, 16384])
+def test_adds_behind_norms(n):
+    check_norm_add(n, 90)
+    check_norm_add(n, 90, GEMMA)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("arch", ARCHS)
+def test_adds_behind_norms_everywhere(arch):
+    for n in (128, 2048, 2304, 5376, 8192):
+        check_norm_add(n, arch, GEMMA)
+    check_norm_add(4096, arch, LLAMA, FP32, FP32)
+    check_norm_add(4096, arch, NormSpec(has_weight=False), BF16, None)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,6 +26,7 @@ from .schedules import Op, sm
 
 DLPACK_CUDA = 2
 """CUDA in DLPack's numbering of devices."""
+B = TypeVar("B", bound=Any)
 
 
 @lru_cache(maxsize=64)
@@ -84,13 +85,19 @@ def warmup(
 
 @by_variant
 def _bound(op: Op, spec: NormSpec, dependent: bool) -> tuple[BoundOp, Callable[..., Any]]:
+    return started(PLAIN_OPS[op].code, spec, lambda functions: BoundOp(op, spec, dependent, functions))
+
+
+def started(code: int, spec: NormSpec, make: Callable[[launcher.Functions], B]) -> tuple[B, Callable[..., Any]]:
+    """(what `make` makes for the launcher that starts its kernels, the callable that goes to it for all that launcher.c
+    does not serve). code: the op's number in launcher.c. What is made gets its `table` here."""
     empty_strided = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)  # Inductor's: skips the dispatcher
     exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     bound, made = None, None
     if empty_strided is not None and exchange is not None:
-        bound = BoundOp(op, spec, dependent, launcher.functions())
+        bound = make(launcher.functions())
         made = bound.functions.make_callable(
-            PLAIN_OPS[op].code,
+            code,
             spec.has_weight,
             bound,
             torch.Tensor,
@@ -101,9 +108,8 @@ def _bound(op: Op, spec: NormSpec, dependent: bool) -> tuple[BoundOp, Callable[.
             DLPACK_CUDA,
         )
     if bound is None or made is None:
-        python = launcher.python_functions("torch before 2.10 lacks what launcher.c asks it for")
-        bound = BoundOp(op, spec, dependent, python)
-        made = bound.functions.make_callable(PLAIN_OPS[op].code, spec.has_weight, bound)
+        bound = make(launcher.python_functions("torch before 2.10 lacks what launcher.c asks it for"))
+        made = bound.functions.make_callable(code, spec.has_weight, bound)
     bound.table, call = made
     return bound, call
 
@@ -249,22 +255,35 @@ class BoundOp:
 
     def _register(self, x: torch.Tensor, weight: torch.Tensor | None, chain: Chain, two_level: bool) -> None:
         """Let launcher.c serve such calls from now on, rows as aligned as contiguous ones are."""
-        weight_dtype = None if weight is None else weight.dtype
         # A two-level kernel belongs to the plan of contiguous rows.
         handle = chain.kernels[0].handle
         one_level = self.prepare(x, weight).kernels[0].handle if two_level else handle
-        self.functions.add_plan(
-            self.table,
-            one_level,
-            handle if two_level else 0,
-            x.dtype,
-            weight_dtype,
-            self.spec.output_dtype(x.dtype, weight_dtype),
-            x.shape[-1],
-            x.get_device(),
-            x.element_size(),
-            0 if weight is None else weight.element_size(),
-            default_eps(self.spec, x.dtype),
-            launcher.dlpack_code(x.dtype),
-            launcher.dlpack_code(weight_dtype),
-        )
+        add_plan(self.functions, self.table, self.spec, x, weight, one_level, handle if two_level else 0)
+
+
+def add_plan(
+    functions: launcher.Functions,
+    table: object,
+    spec: NormSpec,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    handle: int,
+    two_level: int,
+) -> None:
+    """Let the launcher serve rows like those of `x` by these kernels. two_level: of rows with two strides, or 0."""
+    weight_dtype = None if weight is None else weight.dtype
+    functions.add_plan(
+        table,
+        handle,
+        two_level,
+        x.dtype,
+        weight_dtype,
+        spec.output_dtype(x.dtype, weight_dtype),
+        x.shape[-1],
+        x.get_device(),
+        x.element_size(),
+        0 if weight is None else weight.element_size(),
+        default_eps(spec, x.dtype),
+        launcher.dlpack_code(x.dtype),
+        launcher.dlpack_code(weight_dtype),
+    )

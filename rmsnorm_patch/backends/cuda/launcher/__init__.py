@@ -46,6 +46,9 @@ class Pairs:
     hand_over: Callable[..., Any]
     take: Callable[..., Any]
     alone: Callable[..., Any]
+    norm_add: Callable[..., Any]
+    norm_add_norm: Callable[..., Any]
+    norm_hand_over: Callable[..., Any]
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,9 @@ enum { GLOBAL_HOOKS = 4 };
 
 /* What `set_surroundings` was given; process-wide, as torch's own state is. */
 static struct {
-    PyObject *classes;   /* dict: patched norm class -> capsule of its Norm with the fused op */
-    PyObject *alone;     /* the same with the plain norm */
+    PyObject *classes;                  /* dict: patched norm class -> capsule of its Norm with the fused op */
+    PyObject *alone;                    /* the same with the plain norm */
+    PyObject *norm_add, *norm_add_norm; /* the same with the ops of the add behind a norm */
     PyObject *unwatched; /* tuple of functions that give False or 0 while nothing around must see the ops */
     PyObject *function_modes,
         *function_mode_watches; /* how many there are; whether one is more than a default device */
@@ -110,10 +111,9 @@ static void release(Served *served) {
             Py_DecRef(held[i]);
 }
 
-/* The op of `norm` on operands[0..count), weight and eps. *sure and the result as in `fast`. */
-static int serve(const Norm *norm, PyObject *module, PyObject *state, PyObject **operands, int count, Served *served) {
-    int sure = 0;
-    if (PyDict_GetItem(state, s_training) != (PyObject *)&_Py_FalseStruct || !nothing_watches())
+/* The weight and eps that the norm has now; 0 where it trains, or where they are none that a kernel takes. */
+static int read_norm(const Norm *norm, PyObject *module, PyObject *state, Served *served) {
+    if (PyDict_GetItem(state, s_training) != (PyObject *)&_Py_FalseStruct)
         return 0;
     served->weight = weight_of(norm, state);
     served->eps = eps_of(norm, module);
@@ -121,11 +121,34 @@ static int serve(const Norm *norm, PyObject *module, PyObject *state, PyObject *
         return 0;
     PyObject *type = PyObject_Type(served->eps);
     Py_DecRef(type);
-    if (type != (PyObject *)&PyFloat_Type)
+    return type == (PyObject *)&PyFloat_Type;
+}
+
+/* The op of `norm` on operands[0..count), weight and eps. *sure and the result as in `fast`. */
+static int serve(const Norm *norm, PyObject *module, PyObject *state, PyObject **operands, int count, Served *served) {
+    int sure = 0;
+    if (!nothing_watches() || !read_norm(norm, module, state, served))
         return 0;
     operands[count] = served->weight;
     operands[count + 1] = served->eps;
     served->result = fast(norm->table, operands, &sure);
+    return sure;
+}
+
+/* norm_add and its kin: operand `side` of a and b is what `inner` norms, the other one is added to that; then `next`,
+ * read already, norms the sum where it is not 0. The result is kept by `next`, else by `inner`. */
+static int serve_added(const Norm *norm, PyObject *inner, PyObject *side, PyObject *a, PyObject *b, Served *served,
+                       Served *next) {
+    PyObject *state = PyObject_GenericGetDict(inner, 0);
+    const int left = PyObject_IsTrue(side) == 0;
+    int sure = 0;
+    if (state && unhooked(state) && nothing_watches() && read_norm(norm, inner, state, served)) {
+        PyObject *operands[] = {left ? a : b,        left ? b : a, served->weight, served->eps, next ? next->weight : 0,
+                                next ? next->eps : 0};
+        (next ? next : served)->result = fast(norm->table, operands, &sure);
+    }
+    if (state)
+        Py_DecRef(state);
     return sure;
 }
 
@@ -162,6 +185,42 @@ static PyObject *in_layer(PyObject *self, PyObject *const *a, Py_ssize_t count) 
     int sure = state && unhooked(state) && serve(norm, a[0], state, operands, 2, &served);
     PyObject *result = own(served.result);
     release(&served);
+    if (state)
+        Py_DecRef(state);
+    if (sure)
+        return result;
+    PyErr_Clear();
+    return own(NONE);
+}
+
+/* norm_add(inner, side, a, b) -> a + b, operand `side` of which `inner` norms before it is added */
+static PyObject *norm_add(PyObject *self, PyObject *const *a, Py_ssize_t count) {
+    Norm *norm = count == 4 ? norm_of(around.norm_add, a[0]) : 0;
+    if (!norm)
+        return own(NONE);
+    Served served = {0, 0, 0};
+    int sure = serve_added(norm, a[0], a[1], a[2], a[3], &served, 0);
+    PyObject *result = own(served.result);
+    release(&served);
+    if (sure)
+        return result;
+    PyErr_Clear();
+    return own(NONE);
+}
+
+/* norm_add_norm(norm, inner, side, a, b) -> (norm(sum), sum), sum as in norm_add */
+static PyObject *norm_add_norm(PyObject *self, PyObject *const *a, Py_ssize_t count) {
+    Norm *norm = count == 5 ? norm_of(around.norm_add_norm, a[0]) : 0;
+    Norm *inner = norm ? norm_of(around.norm_add_norm, a[1]) : 0;
+    if (!inner || inner->table != norm->table)
+        return own(NONE);
+    Served served = {0, 0, 0}, next = {0, 0, 0};
+    PyObject *state = PyObject_GenericGetDict(a[0], 0);
+    int sure = state && unhooked(state) && read_norm(norm, a[0], state, &next) &&
+               serve_added(inner, a[1], a[2], a[3], a[4], &served, &next);
+    PyObject *result = own(next.result);
+    release(&served);
+    release(&next);
     if (state)
         Py_DecRef(state);
     if (sure)
@@ -279,10 +338,11 @@ static int carry(const Norm *norm, PyObject *module, PyObject *link, i64 untaken
     return done;
 }
 
-/* hand_over(layer, a, b) -> a + b, with the next norm's result riding on it */
-static PyObject *hand_over(PyObject *self, PyObject *const *a, Py_ssize_t count) {
-    Served served = {0, 0, 0};
-    PyObject *layer_state = count == 3 && around.classes ? PyObject_GenericGetDict(a[0], 0) : 0, *total = 0;
+/* The layer's sum with the next norm's result riding on it: a + b, or where `inner` is given, operand `side` of which
+ * it norms before. */
+static PyObject *hand(PyObject *classes, PyObject *layer, PyObject *inner, PyObject *side, PyObject *a, PyObject *b) {
+    Served served = {0, 0, 0}, before = {0, 0, 0};
+    PyObject *layer_state = classes ? PyObject_GenericGetDict(layer, 0) : 0, *total = 0;
     PyObject *ours = layer_state ? PyDict_GetItem(layer_state, s_state) : 0;
     PyObject *link = ours ? own(PyDict_GetItem(ours, s_next)) : 0, *module_of = 0, *module = 0, *state = 0,
              *untaken = 0;
@@ -291,20 +351,27 @@ static PyObject *hand_over(PyObject *self, PyObject *const *a, Py_ssize_t count)
         goto end;
     module_of = PyObject_GetAttr(link, s_norm);
     module = module_of ? PyObject_CallNoArgs(module_of) : 0;
-    Norm *norm = module ? norm_of(around.classes, module) : 0; /* of None, too: nothing is registered for its class */
+    Norm *norm = module ? norm_of(classes, module) : 0; /* of None, too: nothing is registered for its class */
+    Norm *first = norm && inner ? norm_of(classes, inner) : 0;
     untaken = norm ? PyObject_GetAttr(link, s_untaken) : 0;
-    if (!untaken || PyLong_AsLongLong(untaken) >= around.max_untaken)
+    if (!untaken || PyLong_AsLongLong(untaken) >= around.max_untaken ||
+        (inner && !(first && first->table == norm->table)))
         goto end;
     int inference = is_true_call(around.is_inference_mode_enabled);
     state = PyObject_GenericGetDict(module, 0);
     if (!state || !unhooked(state) || !undisturbed(layer_state, link, inference) || PyErr_Occurred())
         goto end;
-    PyObject *operands[] = {a[1], a[2], 0, 0};
-    sure = serve(norm, module, state, operands, 2, &served);
+    if (inner) {
+        sure = read_norm(norm, module, state, &served) && serve_added(first, inner, side, a, b, &before, &served);
+    } else {
+        PyObject *operands[] = {a, b, 0, 0};
+        sure = serve(norm, module, state, operands, 2, &served);
+    }
     if (sure && served.result && carry(norm, module, link, PyLong_AsLongLong(untaken), inference, &served))
         total = own(PyTuple_GetItem(served.result, 1));
 end:
     release(&served);
+    release(&before);
     PyObject *held[] = {layer_state, link, module_of, module, state, untaken};
     for (int i = 0; i < 6; i++)
         if (held[i])
@@ -313,6 +380,16 @@ end:
         return total;
     PyErr_Clear();
     return own(NONE);
+}
+
+/* hand_over(layer, a, b) -> a + b, with the next norm's result riding on it */
+static PyObject *hand_over(PyObject *self, PyObject *const *a, Py_ssize_t count) {
+    return count == 3 ? hand(around.classes, a[0], 0, 0, a[1], a[2]) : own(NONE);
+}
+
+/* norm_hand_over(layer, inner, side, a, b) -> the sum of norm_add, with the next norm's result riding on it */
+static PyObject *norm_hand_over(PyObject *self, PyObject *const *a, Py_ssize_t count) {
+    return count == 5 ? hand(around.norm_add_norm, a[0], a[1], a[2], a[3], a[4]) : own(NONE);
 }
 
 /* Whether what was handed over is what the norm would compute now (handover.take). */
@@ -339,6 +416,8 @@ static int is_current(PyObject *carried, const Norm *norm, PyObject *module, PyO
 static PyObject *take(PyObject *self, PyObject *const *a, Py_ssize_t count) {
     PyObject *normed = 0, *riding = 0, *state = 0, *carried = 0;
     Norm *norm = count == 2 ? norm_of(around.classes, a[0]) : 0;
+    if (!norm && count == 2)
+        norm = norm_of(around.norm_add_norm, a[0]);
     if (!norm || !is_type(a[1], norm->table->tensor_type, norm->table->tensor_type))
         return own(NONE);
     riding = PyObject_GenericGetDict(a[1], 0);
@@ -378,12 +457,12 @@ static PyObject *new_norm(PyObject *self, PyObject *const *a, Py_ssize_t count) 
     return PyCapsule_New(norm, "rmsnorm_patch.norm", 0);
 }
 
-/* set_surroundings(classes, alone, unwatched, function_modes, function_mode_watches, transform, forward_ad,
- * is_grad_enabled, is_inference_mode_enabled, getframe, code of Module._call_impl, Carry, tuple.__new__, max_untaken,
- * global hooks (4-tuple)): once a process. */
+/* set_surroundings(classes, alone, norm_add, norm_add_norm, unwatched, function_modes, function_mode_watches,
+ * transform, forward_ad, is_grad_enabled, is_inference_mode_enabled, getframe, code of Module._call_impl, Carry,
+ * tuple.__new__, max_untaken, global hooks (4-tuple)): once a process. */
 static PyObject *set_surroundings(PyObject *self, PyObject *const *a, Py_ssize_t count) {
-    if (count != 15 || PyTuple_Size(a[14]) != GLOBAL_HOOKS) {
-        PyErr_SetString(PyExc_TypeError, "set_surroundings takes 15 arguments");
+    if (count != 17 || PyTuple_Size(a[16]) != GLOBAL_HOOKS) {
+        PyErr_SetString(PyExc_TypeError, "set_surroundings takes 17 arguments");
         return 0;
     }
     static const char *const names[] = {"_forward_hooks", "_forward_pre_hooks", "_backward_hooks",
@@ -419,7 +498,7 @@ static PyObject *set_surroundings(PyObject *self, PyObject *const *a, Py_ssize_t
         *strings[i].place = PyUnicode_InternFromString(strings[i].text);
     zero = PyLong_FromLongLong(0);
     for (int i = 0; i < GLOBAL_HOOKS; i++)
-        around.global_hooks[i] = own(PyTuple_GetItem(a[14], i));
+        around.global_hooks[i] = own(PyTuple_GetItem(a[16], i));
     PyObject **places[] = {&around.unwatched,
                            &around.function_modes,
                            &around.function_mode_watches,
@@ -432,9 +511,11 @@ static PyObject *set_surroundings(PyObject *self, PyObject *const *a, Py_ssize_t
                            &around.carry_type,
                            &around.tuple_new};
     for (int i = 0; i < 11; i++)
-        *places[i] = own(a[2 + i]);
-    around.max_untaken = PyLong_AsLongLong(a[13]);
+        *places[i] = own(a[4 + i]);
+    around.max_untaken = PyLong_AsLongLong(a[15]);
     around.classes = own(a[0]);
     around.alone = own(a[1]);
+    around.norm_add = own(a[2]);
+    around.norm_add_norm = own(a[3]);
     return own(NONE);
 }

@@ -3,12 +3,13 @@
 #pragma once
 #include "launcher_abi.h"
 
-/* What a plain call knows, by the names that kernels/cuda/plain_ops.cuh gives the fields. */
+/* What a plain call knows, by the names that kernels/cuda/plain_ops.cuh and rms_norm_add.cu give the fields. */
 typedef struct {
     uint64_t x, residual, weight, normed, total;
     i64 m, x_row_stride, residual_row_stride, normed_row_stride, total_row_stride;
     i64 inner_rows, x_outer_stride, residual_outer_stride;
-    float eps;
+    float eps, next_eps;
+    uint64_t next_weight;
 } Values;
 
 #define VALUE(name) {#name, offsetof(Values, name), sizeof(((Values *)0)->name)}
@@ -28,7 +29,9 @@ static const struct {
                     VALUE(inner_rows),
                     VALUE(x_outer_stride),
                     VALUE(residual_outer_stride),
-                    VALUE(eps)};
+                    VALUE(eps),
+                    VALUE(next_eps),
+                    VALUE(next_weight)};
 enum { KNOWN_VALUES = sizeof known_values / sizeof *known_values, MAX_PLAIN_BYTES = KNOWN_VALUES * 8 };
 
 /* `size` bytes of Values that go to the arguments as they lie. */
