@@ -55,7 +55,9 @@ from pathlib import Path
 from typing import Any
 
 from benchlib.vllm_engine import ENVIRONMENT, SHAPES, VARIANTS, Setup, base_of, schedules_of, serve
-from gpu_record import digest, versions
+from gpu_record import digest
+
+from rmsnorm_patch.bench.versions import versions
 
 DECODE = {1: 128, 8: 128, 32: 96, 256: 48}
 """Batch -> tokens generated for each sequence in one round."""

@@ -14,10 +14,13 @@ import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchlib import aims, plots
+from benchlib import aims
 from benchlib.aims import PUBLISHED
 from benchlib.pages import wrapped
-from benchlib.rows import (
+from profile_counts import METRICS
+
+from rmsnorm_patch.bench import plots
+from rmsnorm_patch.bench.rows import (
     FUSED,
     OURS,
     PAIR,
@@ -32,7 +35,6 @@ from benchlib.rows import (
     shape,
     share,
 )
-from profile_counts import METRICS
 
 ROOT = Path(__file__).resolve().parents[1]
 Records = dict[str, Row]

@@ -9,6 +9,8 @@ from copy import deepcopy
 
 import pytest
 
+from rmsnorm_patch.bench.suites import SUITES
+
 FUSED, PLAIN, PAIR = "fused_add_rms_norm", "rms_norm", "rms_norm_pair"
 PEERS = ("eager", "F.rms_norm", "inductor", "liger", "quack", "flashinfer", "flashinfer_cuda", "vllm")
 EMPTY = {
@@ -36,7 +38,7 @@ def engine(shape, variant, case, speedup=1.02, share=0.6, process="shared"):
 @pytest.fixture
 def record(script):
     """Every section, every aim met."""
-    suites = script("benchlib.suites").SUITES
+    suites = SUITES
     published = script("benchlib.aims").PUBLISHED["H200"]
     kernels = [
         row(op, "cold", 4096, item.case.n, 10.0, 11.0, roofline=9.95, ours_triton=10.2)

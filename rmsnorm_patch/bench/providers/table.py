@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rmsnorm_patch.numerics.spec import NormSpec
+from ...numerics.spec import NormSpec
 
 Call = Callable[..., Any]
 

@@ -13,21 +13,21 @@ from .table import Call, ours, provider
 
 @ours("ours", FUSED)
 def _ours(spec):
-    from rmsnorm_patch import ops
+    from ... import ops
 
     return ops.bind_fused_add_rms_norm(spec, "cuda")
 
 
 @ours("ours_inplace", FUSED, in_place=True)
 def _ours_inplace(spec):
-    from rmsnorm_patch import ops
+    from ... import ops
 
     return ops.bind_fused_add_rms_norm_(spec, "cuda")
 
 
 @ours("ours_triton", FUSED)
 def _ours_triton(spec):
-    from rmsnorm_patch import ops
+    from ... import ops
 
     return ops.bind_fused_add_rms_norm(spec, "triton")
 
@@ -142,14 +142,14 @@ def _vllm():
 
 @ours("ours", PLAIN)
 def _ours_norm(spec):
-    from rmsnorm_patch import ops
+    from ... import ops
 
     return ops.bind_rms_norm(spec, "cuda")
 
 
 @ours("ours_triton", PLAIN)
 def _ours_triton_norm(spec):
-    from rmsnorm_patch import ops
+    from ... import ops
 
     return ops.bind_rms_norm(spec, "triton")
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from rmsnorm_patch.numerics.contract import PLAIN_OPS
-from rmsnorm_patch.numerics.spec import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, NormSpec
-
+from ..numerics.contract import PLAIN_OPS
+from ..numerics.spec import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, NormSpec
 from . import roofline, timing
 from .providers import Provider
 from .rows import FUSED, PAIR, PLAIN
@@ -193,27 +193,29 @@ def measure_roofline(case: Case, replays: int) -> float | None:
     best = []
     for config in roofline.CONFIGS:
         for in_place in (True, False) if case.op == FUSED else (False,):
-            launches, count = _launches(case, lambda i, c=config, p=in_place: _TRAFFIC[case.op](i, c, p))
+            launches, count = _launches(case, partial(_TRAFFIC[case.op], config=config, in_place=in_place))
             best.append(timing.replay(launches, count, max(5, replays // 2)).us)
     return min(best)
 
 
 def _fused_traffic(inputs: Tensors, config: tuple[int, int], in_place: bool) -> Tensors:
-    outputs = inputs if in_place else tuple(map(torch.empty_like, inputs))
-    roofline.fused_add_traffic(*inputs, *outputs, config)
-    return outputs
+    x, residual = inputs
+    normed, total = inputs if in_place else map(torch.empty_like, inputs)
+    roofline.fused_add_traffic(x, residual, normed, total, config)
+    return normed, total
 
 
-def _norm_traffic(inputs: Tensors, config: tuple[int, int], _: bool) -> Tensors:
+def _norm_traffic(inputs: Tensors, config: tuple[int, int], in_place: bool) -> Tensors:
     normed = torch.empty_like(inputs[0])
     roofline.norm_traffic(inputs[0], normed, config)
     return (normed,)
 
 
-def _pair_traffic(inputs: Tensors, config: tuple[int, int], _: bool) -> Tensors:
-    outputs = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs)
-    roofline.pair_traffic(*inputs, *outputs, config)
-    return outputs
+def _pair_traffic(inputs: Tensors, config: tuple[int, int], in_place: bool) -> Tensors:
+    q, k = inputs
+    q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs)
+    roofline.pair_traffic(q, k, q_out, k_out, config)
+    return q_out, k_out
 
 
 _TRAFFIC: dict[str, Callable[..., Tensors]] = {FUSED: _fused_traffic, PLAIN: _norm_traffic, PAIR: _pair_traffic}

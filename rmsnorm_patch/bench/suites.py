@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from .aims import PREFILL_N
 from .cases import VARIANTS, Case
 from .rows import FUSED, OURS, PAIR, PLAIN
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+PREFILL_N = (*range(1024, 16385, 1024), 20480, 24576, 32768)
 DECODE_M = (1, 16, 64, 128, 256)
 DECODE_N = (2048, 2880, 3584, 4096, 5120, 7168, 8192, 16384)
 LONG = ((512, 65536), (512, 131072), (512, 262144), (2048, 65536), (1024, 131072))

@@ -22,16 +22,21 @@ ONCE = "flashinfer_cuda"
 """Built by one process: it is one library for all shapes, and the others would only wait for its lock."""
 
 
-def start(jobs: int, arguments: Sequence[str]) -> None:
-    """Run the benchmark `jobs` times as a compiler of one slice each, and wait."""
+def start(jobs: int, arguments: Sequence[str]) -> int:
+    """Run the command of these arguments `jobs` times as a compiler of one slice each, and wait.
+
+    Returns how many ended early: the timing compiles what they left.
+    """
     environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
     running = [
-        subprocess.Popen([sys.executable, *arguments, "--warm-slice", str(index), str(jobs)], env=environment)
+        subprocess.Popen(
+            [sys.executable, "-m", "rmsnorm_patch", *arguments, "--warm-slice", f"{index}/{jobs}"],
+            env=environment,
+            stdout=sys.stderr,
+        )
         for index in range(jobs)
     ]
-    failed = sum(process.wait() != 0 for process in running)
-    if failed:
-        print(f"{failed} of {jobs} compiling processes ended early; the timing compiles what is missing", flush=True)
+    return sum(process.wait() != 0 for process in running)
 
 
 def portion(todo: Sequence[Todo], index: int, jobs: int) -> list[Todo]:

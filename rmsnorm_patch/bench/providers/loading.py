@@ -7,8 +7,7 @@ import os
 import sys
 from collections.abc import Collection
 
-from rmsnorm_patch.numerics.spec import NormSpec
-
+from ...numerics.spec import NormSpec
 from ..rows import named
 from . import norms, query_key  # noqa: F401  each enters its providers
 from .table import MAKERS, OURS, Provider

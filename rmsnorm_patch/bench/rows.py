@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rmsnorm_patch.numerics.contract import FUSED_ADD, RMS_NORM
+from ..numerics.contract import FUSED_ADD, RMS_NORM
 
 FUSED, PLAIN, PAIR = FUSED_ADD.name, RMS_NORM.name, "rms_norm_pair"
 OURS = ("ours", "ours_inplace")
+PEERS = ("eager", "F.rms_norm", "inductor", "liger", "quack", "flashinfer", "flashinfer_cuda", "vllm")
 
 Row = dict[str, Any]
 

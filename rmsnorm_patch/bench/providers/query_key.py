@@ -21,21 +21,21 @@ def twice(norm: Callable[..., torch.Tensor]) -> Callable[..., tuple[torch.Tensor
 
 @ours("ours", PAIR)
 def _ours(spec):
-    from rmsnorm_patch.fused.query_key_norm import kernel as query_key_norm_kernel
+    from ...fused.query_key_norm import kernel as query_key_norm_kernel
 
     return query_key_norm_kernel.bind_rms_norm_pair(spec)
 
 
 @ours("ours_two_launches", PAIR)
 def _ours_two_launches(spec):
-    from rmsnorm_patch import ops
+    from ... import ops
 
     return twice(ops.bind_rms_norm(spec, "cuda"))
 
 
 @ours("ours_triton", PAIR)
 def _ours_triton(spec):
-    from rmsnorm_patch import ops
+    from ... import ops
 
     return twice(ops.bind_rms_norm(spec, "triton"))
 
