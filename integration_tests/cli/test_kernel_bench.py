@@ -28,8 +28,25 @@ def test_a_machine_without_a_gpu_is_told_so(repository: Path) -> None:
 
 
 def test_processes_that_compile_ahead_are_asked_for_the_same_cases() -> None:
-    request = Request(("hot", "qk"), {"op": "", "mode": "cold", "dtype": "fp16", "m": [1, 2], "n": None}, ("ours",), (), 20, 60.0)
-    words = ["--suite", "hot", "--suite", "qk", "--only", "ours", "--mode", "cold", "--row-dtype", "fp16", "--m", "1", "--m", "2"]
+    request = Request(
+        ("hot", "qk"), {"op": "", "mode": "cold", "dtype": "fp16", "m": [1, 2], "n": None}, ("ours",), (), 20, 60.0
+    )
+    words = [
+        "--suite",
+        "hot",
+        "--suite",
+        "qk",
+        "--only",
+        "ours",
+        "--mode",
+        "cold",
+        "--row-dtype",
+        "fp16",
+        "--m",
+        "1",
+        "--m",
+        "2",
+    ]
     assert request.arguments() == ["bench-kernels", *words]
 
 
@@ -37,7 +54,7 @@ def test_the_table_has_the_best_of_ours_and_the_best_peer() -> None:
     shape = {"op": "rms_norm", "mode": "cold", "dtype": "bf16", "variant": "", "m": 4096, "n": 2048}
     us = {"ours": 4.0, "ours_triton": 5.0, "quack": 6.0, "liger": 8.0}
     table = kernel_table([{**shape, "us": us, "failed": {}, "roofline_us": 3.8}])
-    cells = [list(column.cells)[0] for column in table.columns]
+    cells = [next(iter(column.cells)) for column in table.columns]
     others = "ours_triton 5.00, liger 8.00"
     assert cells == ["rms_norm cold bf16", "4096 x 2048", "4.00", "quack 6.00", "1.500", "0.950", others]
 
