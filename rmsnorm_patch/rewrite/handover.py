@@ -7,7 +7,7 @@ eps that it has now.
 Anything else, a layer dropped, reordered, shared or left early, a hook that edits, a copy of the tensor, finds no
 match and computes.
 
-`put` and `take` are the two ends; where launcher.c is in use, launcher_pair.h does both without Python code.
+`put` and `take` are the two ends; where launcher.c is in use, launcher_hand_over.h does both without Python code.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MAX_UNTAKEN = 64
 
 
 class Carry(NamedTuple):
-    """What rides on a sum tensor; launcher_pair.h makes it too. Copies and pickles of the tensor carry nothing.
+    """What rides on a sum tensor; launcher_hand_over.h makes it too. Copies and pickles of the tensor carry nothing.
 
     total: id of the sum (a reference would be a cycle, and keep every layer's sum until the next collection).
     version, written: of the sum and of the weight, None where none is counted. weight, eps: those that `normed` was
@@ -184,7 +184,7 @@ class Link:
 class LinkThrough(Link):
     """A link whose sum passes through the forward of other modules, `passages`, on its way.
 
-    loop: None while one of them has another forward or a hook that may edit. launcher_pair.h asks for it too.
+    loop: None while one of them has another forward or a hook that may edit. launcher_hand_over.h asks for it too.
     """
 
     __slots__ = ("_code", "passages")

@@ -144,12 +144,12 @@ def _norm_add_tail(layer: nn.Module, inner: nn.Module, side: int, a: torch.Tenso
             observe.report(observe.Event("kept", norm, (total,), total, total, "original", kept))
         return total
     normed, total = _run(kernel, inner, following, norm, side, a, b)
-    weight = following.weight_of(norm)
+    weight, backend = following.weight_of(norm), ""
     if observe.active:
         backend = following.plain.backend_for(x, weight)
         given = _report(inner, side, a, b, None, backend)
         observe.report(observe.Event("cross_layer", norm, given, normed, total, backend))
-    put(normed, total, norm, weight, following.eps_of(norm), following, link)
+    put(normed, total, norm, weight, following.eps_of(norm), following, link, backend)
     return total
 
 

@@ -374,7 +374,7 @@ def check_norm_add(n, arch, spec=LLAMA, x=BF16, weight=BF16):
         for config in norm_add_kernel.with_next(schedules.schedules(norm_add_kernel.OP, x, n, arch), following):
             machine = kernel_table.machine_code(kernel_table.build(config, spec, True, n, arch, x, weight))
             check(config, machine, arch)
-            width = 16 * config.vec if x == BF16 else 128
+            width = 8 * x.itemsize * config.vec
             chunks = -(-n // (config.vec * config.threads_per_row * config.cluster))
             weights = 0 if weight is None else 1 + following
             assert machine.loads == {width: chunks * (2 + weights)}, (config, machine)

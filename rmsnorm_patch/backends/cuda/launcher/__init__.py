@@ -32,7 +32,14 @@ from . import in_python
 VARIABLE = "RMSNORM_PATCH_LAUNCHER"
 CHOICES = ("auto", "c", "python")
 TOO_MANY_ROWS = in_python.TOO_MANY_ROWS
-_SOURCES = ("launcher.c", "launcher_start.h", "launcher_tensor.h", "launcher_pair.h", "launcher_abi.h")
+_SOURCES = (
+    "launcher.c",
+    "launcher_start.h",
+    "launcher_tensor.h",
+    "launcher_pair.h",
+    "launcher_hand_over.h",
+    "launcher_abi.h",
+)
 _FLAGS = ("-O2", "-shared", "-fPIC", "-std=gnu11")
 
 
