@@ -87,6 +87,16 @@ def test_every_norm_in_front_of_a_quantisation_writes_its_rows(
     )
 
 
+def test_both_routes_run_the_same_ops(quantised: Callable[[str], Path], run_engine: Any) -> None:
+    """Those of torch that copy included: what is a functional call on route oot is written in place again."""
+    ir, oot = (
+        run_engine(quantised("token"), False, route, op_form=True, whole_compiler=True, **more)
+        for route, more in ROUTES
+    )
+    assert oot["kernels"] == ir["kernels"]
+    assert (oot["tokens"], oot["logprobs"]) == (ir["tokens"], ir["logprobs"])
+
+
 def test_turned_off_the_compiler_keeps_its_norms(quantised: Callable[[str], Path], run_engine: Any) -> None:
     stock = run_engine(quantised("int8"), False, "off", op_form=True, whole_compiler=True)
     variables = {"RMSNORM_PATCH_VLLM_QUANTISED": "off"}
