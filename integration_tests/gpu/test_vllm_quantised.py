@@ -56,7 +56,7 @@ def engines(
 
     work = tmp_path_factory.mktemp("quantised")
     sources = {"tiny-llama": DATA / "tiny-llama"}
-    sources["wide"] = random_checkpoint(work / "wide", "llama", std=0.05, **WIDTHS)
+    sources["wide"] = random_checkpoint(work / "wide", "llama", std=0.03, **WIDTHS)
     tokenizer = AutoTokenizer.from_pretrained(DATA / "tiny-llama")
     prompts = [tokenizer(prompt).input_ids for prompt in ("You may", "This program is", "Error: ")]
 
@@ -115,13 +115,13 @@ def test_norms_in_front_of_opaque_products_are_plain_ones(scheme: str, engines: 
 @needs_fp8
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_logprobs_are_those_of_stock(scheme: str, engines: Any) -> None:
-    """Up to the first token that differs, which in a model of random weights may be a tie."""
+    """Up to the first token that differs, which in a model of random weights may be a tie: the best logprobs of both
+    are then as near."""
     stock, patched = engines(scheme, "off"), engines(scheme, "auto")
     assert stock["kernels"] == {}
     assert stock["trace_at_start"] == stock["trace"] == []
     for ours, theirs, got, want in zip(
         patched["logprobs"], stock["logprobs"], patched["tokens"], stock["tokens"], strict=True
     ):
-        same = next((i for i, pair in enumerate(zip(got, want, strict=True)) if pair[0] != pair[1]), len(got))
-        assert same > 0
-        assert ours[:same] == pytest.approx(theirs[:same], abs=LOGPROB_TOLERANCE)
+        last = next((i for i, pair in enumerate(zip(got, want, strict=True)) if pair[0] != pair[1]), len(got))
+        assert ours[: last + 1] == pytest.approx(theirs[: last + 1], abs=LOGPROB_TOLERANCE)

@@ -126,7 +126,7 @@ def block_op(x: torch.Tensor, layout: str = "row_major", ue8m0: bool = False) ->
     elif layout == "column_major":
         scale = torch.empty(groups, m).permute(-1, -2)
     else:
-        scale = torch.empty_strided((m, groups), (1, (m + 3) // 4 * 4))
+        scale = torch.empty_strided((m, groups), (1, -(m // -4) * 4))
     C.per_token_group_fp8_quant(
         x, result, scale, 128, 1e-10, -448.0, 448.0, ue8m0, layout != "row_major", layout == "tma_aligned"
     )

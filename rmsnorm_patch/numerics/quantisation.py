@@ -147,7 +147,8 @@ def new_scales(x: torch.Tensor, quant: QuantSpec) -> torch.Tensor:
     if quant.layout == "row_major":
         return x.new_empty(shape, dtype=torch.float32)
     rows = x.numel() // x.shape[-1]
-    column = -(-rows // TMA_ROWS) * TMA_ROWS if quant.layout == "tma_aligned" else rows
+    # Rounded up as vLLM does it: a compiler must see of two symbols that they are equal, or it copies.
+    column = -(rows // -TMA_ROWS) * TMA_ROWS if quant.layout == "tma_aligned" else rows
     strides = [1]
     for size in reversed(shape[1:-1]):
         strides.insert(0, strides[0] * size)
