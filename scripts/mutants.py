@@ -13,10 +13,8 @@ A run writes `records/mutants/<suite>.json`: counts, and each survivor. A surviv
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import random
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -27,6 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "scripts")]
 
+from benchlib.stamp import stamp  # noqa: E402
 from mutation.faults import Fault, faults_of  # noqa: E402
 
 if sys.version_info >= (3, 11):
@@ -64,6 +63,7 @@ SUITES = {
             "fused_add_rms_norm.py": NUMERICS,
             "row_math.py": (*NUMERICS, *QUANTISED),
             "rms_norm_quantised.py": QUANTISED,
+            "rms_norm_add.py": ("fused/test_norm_add.py",),
         },
     ),
     "layer_calls": Suite(
@@ -139,11 +139,9 @@ def run_python(suite: str, wanted: list[Fault], args: argparse.Namespace) -> dic
 def summary(suite: str, wanted: list[Fault], found: dict[str, list[str]], args: argparse.Namespace) -> dict[str, Any]:
     """What a run's record holds."""
     known = equivalents()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     return {
         "suite": suite,
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "commit": commit.strip(),
+        **stamp(),
         "faults": len(faults(suite)),
         "run": len(wanted) - len(found.get("not run", ())),
         "sample": None if args.sample is None else {"size": args.sample, "seed": args.seed},

@@ -12,7 +12,6 @@ is no result. `--results` names another folder to keep them in, and then no page
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import re
 import subprocess
@@ -28,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from benchlib.pages import wrapped  # noqa: E402
+from benchlib.stamp import stamp  # noqa: E402
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -119,21 +119,14 @@ def counts_of(reports: Iterable[Path]) -> dict[str, dict[str, int]]:
 def take(reports: Iterable[Path], machine: str, folder: Path = RESULTS) -> int:
     """Keep what the reports say of tests that a case names; how many."""
     wanted = set(named_tests(read_cases()))
-    stamp = {"date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"), "commit": _commit()}
-    new = {test: {**counts, **stamp} for test, counts in counts_of(reports).items() if test in wanted}
+    when = stamp()
+    new = {test: {**counts, **when} for test, counts in counts_of(reports).items() if test in wanted}
     path = folder / (re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-") + ".json")
     before = json.loads(path.read_text())["tests"] if path.exists() else {}
     kept = {test: result for test, result in sorted({**before, **new}.items()) if test in wanted}
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine": machine, "tests": kept}, indent=1) + "\n")
     return len(new)
-
-
-def _commit() -> str:
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip()
 
 
 def run(place: str, machine: str, folder: Path, words: list[str]) -> int:

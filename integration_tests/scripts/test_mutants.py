@@ -90,6 +90,17 @@ def test_every_python_fault_compiles_and_names_are_unique(faults, mutants):
                 compile(fault.applied(text), fault.file, "exec")
 
 
+def test_every_file_has_tests_or_probes(mutants, script):
+    """Of a file without any, every fault would survive."""
+    kernels = {Path(fault.file).name for fault in mutants.faults("cuda") if fault.file.endswith(".cu")}
+    assert kernels <= set(script("mutation.on_gpu").MAKERS)
+    for suite in ("triton", "layer_calls"):
+        for file in {fault.file for fault in mutants.faults(suite)}:
+            asked = mutants.SUITES[suite].asked(file)
+            assert asked, file
+            assert all((mutants.ROOT / test).exists() for test in asked), file
+
+
 def test_a_sample_follows_from_its_seed(mutants):
     first, again, other = (mutants.chosen("triton", 20, seed, "") for seed in (1, 1, 2))
     assert first == again != other
