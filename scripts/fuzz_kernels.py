@@ -12,7 +12,6 @@ a call was wrong, or fewer were made than asked for.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import multiprocessing
 import os
@@ -25,6 +24,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+from benchlib.stamp import stamp  # noqa: E402
 
 SHOWN = 50
 """Wrong calls that a result names."""
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "device": _device(args.device),
         "backend": args.backend,
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        **stamp(),
         "seed": args.seed,
         "asked": args.cases,
         "made": made,

@@ -13,20 +13,19 @@ A run writes `records/mutants/<suite>.json`: counts, and each survivor. A surviv
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import random
-import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "scripts")]
 
+from benchlib.stamp import stamp  # noqa: E402
 from mutation.faults import Fault, faults_of  # noqa: E402
 
 if sys.version_info >= (3, 11):
@@ -40,25 +39,38 @@ EQUIVALENT = ROOT / "scripts" / "mutation" / "equivalent.toml"
 
 @dataclass(frozen=True)
 class Suite:
-    """files: whose faults, as patterns. tests: below `integration_tests`, the quickest to fail first; none for kernels
-    that `mutation.on_gpu` checks itself."""
+    """files: whose faults, as patterns. tests: below `integration_tests`, for every file; none for kernels that
+    `mutation.on_gpu` checks itself. own: name of a file -> tests that are asked first, or alone where `tests` is empty.
+    """
 
     files: tuple[str, ...]
     tests: tuple[str, ...] = ()
+    own: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def asked(self, file: str) -> list[str]:
+        """The tests of one file's faults, those of its own first."""
+        named = (*self.own.get(Path(file).name, ()), *self.tests)
+        return [f"integration_tests/{test}" for test in dict.fromkeys(named)]
 
 
+NUMERICS = ("backends/triton/test_numerics.py", "backends/triton/test_machine_code.py")
+QUANTISED = ("backends/triton/test_quantised.py",)
 SUITES = {
     "triton": Suite(
         ("kernels/triton/*.py",),
-        (
-            "backends/triton/test_quantised.py",
-            "backends/triton/test_numerics.py",
-            "backends/triton/test_machine_code.py",
-        ),
+        own={
+            "rms_norm.py": NUMERICS,
+            "fused_add_rms_norm.py": NUMERICS,
+            "row_math.py": (*NUMERICS, *QUANTISED),
+            "rms_norm_quantised.py": QUANTISED,
+            "rms_norm_add.py": ("fused/test_norm_add.py",),
+        },
     ),
     "layer_calls": Suite(
         tuple(f"rmsnorm_patch/rewrite/{name}.py" for name in ("layer_calls", "guards", "handover", "norms")),
         (
+            "rewrite/test_eps.py",
+            "rewrite/test_mixed_dtypes.py",
             "rewrite/test_native.py",
             "rewrite/test_native_norms.py",
             "rewrite/test_status.py",
@@ -69,6 +81,11 @@ SUITES = {
             "pairs/test_layer_forms.py",
             "pairs/test_through.py",
         ),
+        own={
+            "guards.py": ("adversarial/test_patching_guards.py",),
+            "handover.py": ("rewrite/test_handover.py",),
+            "norms.py": ("rewrite/test_native_norms.py", "rewrite/test_status.py"),
+        },
     ),
     "cuda": Suite(("kernels/cuda/*.cu", "kernels/cuda/*.cuh")),
 }
@@ -99,9 +116,10 @@ def run_python(suite: str, wanted: list[Fault], args: argparse.Namespace) -> dic
     from mutation import in_python
 
     in_python.import_heavy()
-    tests = [f"integration_tests/{test}" for test in SUITES[suite].tests]
+    asked = SUITES[suite].asked
     if not args.no_baseline:
-        end, took = in_python.ends(ROOT, None, tests, 10 * args.seconds)
+        every = list(dict.fromkeys(test for fault in wanted for test in asked(fault.file)))
+        end, took = in_python.ends(ROOT, None, every, 10 * args.seconds)
         print(f"without a fault: {end} in {took:.0f} s", flush=True)
         if end != "survived":
             raise SystemExit("mutants: the tests fail without a fault; MUTANTS_LOG=FILE shows why")
@@ -112,7 +130,7 @@ def run_python(suite: str, wanted: list[Fault], args: argparse.Namespace) -> dic
         if time.monotonic() > stop:
             found["not run"].append(fault.named())
             continue
-        end, took = in_python.ends(ROOT, fault, tests, args.seconds)
+        end, took = in_python.ends(ROOT, fault, asked(fault.file), args.seconds)
         found[end].append(fault.named())
         print(f"{number}/{len(order)} {end} in {took:.0f} s: {fault.named()}", flush=True)
     return found
@@ -121,11 +139,9 @@ def run_python(suite: str, wanted: list[Fault], args: argparse.Namespace) -> dic
 def summary(suite: str, wanted: list[Fault], found: dict[str, list[str]], args: argparse.Namespace) -> dict[str, Any]:
     """What a run's record holds."""
     known = equivalents()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     return {
         "suite": suite,
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "commit": commit.strip(),
+        **stamp(),
         "faults": len(faults(suite)),
         "run": len(wanted) - len(found.get("not run", ())),
         "sample": None if args.sample is None else {"size": args.sample, "seed": args.seed},
@@ -145,7 +161,7 @@ def parsed() -> argparse.Namespace:
     run.add_argument("--sample", type=int, help="so many faults; default: every one")
     run.add_argument("--seed", type=int, default=0, help="of the sample")
     run.add_argument("--only", default="", help="faults whose name holds this text")
-    run.add_argument("--seconds", type=float, default=300, help="of one fault, before it counts as hung")
+    run.add_argument("--seconds", type=float, default=1200, help="of one fault, before it counts as hung")
     run.add_argument("--workers", type=int, default=1, help="processes that compile and run CUDA kernels")
     run.add_argument("--limit", type=float, default=7200, help="seconds after which no further fault is begun")
     run.add_argument("--no-baseline", action="store_true", help="do not run the tests without a fault first")

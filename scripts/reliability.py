@@ -12,7 +12,6 @@ is no result. `--results` names another folder to keep them in, and then no page
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import re
 import subprocess
@@ -28,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from benchlib.pages import wrapped  # noqa: E402
+from benchlib.stamp import stamp  # noqa: E402
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -38,6 +38,8 @@ PAGE = ROOT / "docs" / "reliability.md"
 TESTS = ROOT / "integration_tests"
 CASES = TESTS / "adversarial" / "cases.toml"
 RESULTS = ROOT / "records" / "cases"
+MUTANTS, FUZZ = ROOT / "records" / "mutants", ROOT / "records" / "fuzz"
+EQUIVALENT = ROOT / "scripts" / "mutation" / "equivalent.toml"
 WHERE = {"cpu": "CPU", "vllm": "CPU, with vLLM", "gpu": "GPU"}
 
 Results = dict[str, list["Result"]]
@@ -117,21 +119,14 @@ def counts_of(reports: Iterable[Path]) -> dict[str, dict[str, int]]:
 def take(reports: Iterable[Path], machine: str, folder: Path = RESULTS) -> int:
     """Keep what the reports say of tests that a case names; how many."""
     wanted = set(named_tests(read_cases()))
-    stamp = {"date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"), "commit": _commit()}
-    new = {test: {**counts, **stamp} for test, counts in counts_of(reports).items() if test in wanted}
+    when = stamp()
+    new = {test: {**counts, **when} for test, counts in counts_of(reports).items() if test in wanted}
     path = folder / (re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-") + ".json")
     before = json.loads(path.read_text())["tests"] if path.exists() else {}
     kept = {test: result for test, result in sorted({**before, **new}.items()) if test in wanted}
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine": machine, "tests": kept}, indent=1) + "\n")
     return len(new)
-
-
-def _commit() -> str:
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip()
 
 
 def run(place: str, machine: str, folder: Path, words: list[str]) -> int:
@@ -208,6 +203,54 @@ def _gaps(cases: list[Case]) -> Iterator[str]:
     yield from (f"| {case.number} | {case.statement} | {case.gap} |" for case in cases if case.gap)
 
 
+def _mutants() -> Iterator[str]:
+    """Counts of each run of generated faults, and every survivor of the last run with the reason it has, if any."""
+    runs = [json.loads(path.read_text()) for path in sorted(MUTANTS.glob("*.json"))]
+    why = {entry["fault"]: entry["why"] for entry in tomllib.loads(EQUIVALENT.read_text()).get("equivalent", ())}
+    told = "`scripts/mutants.py` changes one constant, bound, operator, branch, call or store at a time and runs the "
+    told += "tests that fit. A run may take a sample by seed, and may be cut short."
+    yield from ("## Generated faults", "", told)
+    yield from ("", "| suite | faults | run | how they ended | sample | when |", "|---|---|---|---|---|---|")
+    for run in runs:
+        ends = ", ".join(f"{count} {end}" for end, count in run["ends"].items() if count and end != "not run")
+        sample = "all" if run["sample"] is None else f"{run['sample']['size']} by seed {run['sample']['seed']}"
+        yield f"| {run['suite']} | {run['faults']} | {run['run']} | {ends} | {sample} | {_stamp(run)} |"
+    survivors = [(name, run["suite"]) for run in runs for name in (*run["equivalent"], *run["survived"])]
+    killed = [entry for run in runs for entry in run.get("killed_since", ())]
+    if survivors:
+        yield from ("", "| survivor | why it is none |", "|---|---|")
+        yield from (f"| {_cell(name)} | {why.get(name, 'not known yet')} |" for name, _ in survivors)
+    if killed:
+        yield from ("", "| survived that run | what fails on it since |", "|---|---|")
+        yield from (f"| {_cell(entry['fault'])} | `{entry['test']}` |" for entry in killed)
+    yield ""
+
+
+def _fuzz() -> Iterator[str]:
+    told = (
+        "`scripts/fuzz_kernels.py` makes random calls and holds each against fp64, with canaries around the operands "
+    )
+    told += "and NaN in the results' memory."
+    yield from ("## Fuzzed kernels", "", told)
+    found = [json.loads(path.read_text()) for path in sorted(FUZZ.glob("*.json"))]
+    if not found:
+        yield from ("", "No run is recorded yet.", "")
+        return
+    yield from ("", "| device | backend | calls | kernels' variants | wrong | when |", "|---|---|---|---|---|---|")
+    for run in found:
+        made = f"{run['made']} | {run['variants']} | {run['wrong']}"
+        yield f"| {run['device']} | {run['backend']} | {made} | {run['date']}, seed {run['seed']} |"
+    yield ""
+
+
+def _stamp(run: dict[str, Any]) -> str:
+    return f"{run['date']} at {run['commit']}" if run["commit"] else run["date"]
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
 def _ended(result: Result) -> str:
     counts = f"{result.passed} passed" + (f", **{result.failed} failed**" if result.failed else "")
     commit = f" at {result.commit}" if result.commit else ""
@@ -221,7 +264,7 @@ def page(areas: list[Area], results: Results) -> str:
     lines = [
         "# Reliability",
         "",
-        "Written by `scripts/reliability.py` from `integration_tests/adversarial/cases.toml` and `records/cases`. "
+        "Written by `scripts/reliability.py` from `integration_tests/adversarial/cases.toml` and what runs recorded. "
         "Each case is a bug that shipped somewhere, or one that was found here. How it last ended is the result of its "
         "tests, with the machine and the commit. A test that was skipped has no result.",
         "",
@@ -233,7 +276,7 @@ def page(areas: list[Area], results: Results) -> str:
     ]
     for area in areas:
         lines += _table(area, results)
-    lines += [*_tests(cases, results), *_gaps(cases)]
+    lines += [*_mutants(), *_fuzz(), *_tests(cases, results), *_gaps(cases)]
     return wrapped("\n".join(lines).rstrip() + "\n")
 
 

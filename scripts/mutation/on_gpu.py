@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ HANG = 60.0
 START = 120.0
 """Seconds that the first answer of a worker may take: it compiles what the right source gives."""
 ENDS = ("survived", "killed", "crashed", "hung", "same code", "does not compile", "not run")
-SHARED = ("rms_norm_rows.cu", "rms_norm_stream.cu", "rms_norm_pair.cu", "rms_norm_partials.cu", "rms_norm_quantised.cu")
 
 
 def run(root: Path, wanted: list[Fault], workers: int, limit: float) -> dict[str, list[str]]:
@@ -109,7 +108,7 @@ def _ended(compiled: _Compiled, fault: Fault) -> str:
     from rmsnorm_patch.errors import KernelBuildError
 
     name = Path(fault.file).name
-    files = [name] if name.endswith(".cu") else list(SHARED)
+    files = [name] if name.endswith(".cu") else sorted(file for file in compiled.texts if file.endswith(".cu"))
     same = True
     for file in files:
         for probe in _probes(file):
@@ -210,8 +209,7 @@ _MADE: dict[str, list[Probe]] = {}
 def _probes(file: str) -> list[Probe]:
     """Probes whose kernels come from this file, the quickest to fail first."""
     if file not in _MADE:
-        makers = {"rms_norm_pair.cu": _pairs, "rms_norm_partials.cu": _partials, "rms_norm_quantised.cu": _quantised}
-        _MADE[file] = list(makers[file]() if file in makers else _norms(long=file == "rms_norm_stream.cu"))
+        _MADE[file] = list(MAKERS[file]())
     return _MADE[file]
 
 
@@ -249,6 +247,36 @@ def _norms(long: bool) -> Iterator[Probe]:
     for op, spec, dtype, weight_dtype, n, m, layout, special in far if long else table:
         case = Case(Variant(op, spec, dtype, weight_dtype, n, layout), m, 1e-5, 1.0, special, 1)
         yield Probe(m, lambda case=case: fault_in(case, "cuda", "cuda"), case.named)
+
+
+def _adds() -> Iterator[Probe]:
+    """A norm, the add behind it and the norm of that sum, against the definition with the proof's own tolerance."""
+    import torch
+
+    from rmsnorm_patch.fused.norm_add.op import bind_norm_add, bind_norm_add_norm
+    from rmsnorm_patch.numerics import reference
+    from rmsnorm_patch.numerics.spec import GEMMA, LLAMA
+    from rmsnorm_patch.numerics.tolerances import SITE
+    from rmsnorm_patch.proof.difference import compare
+
+    def call(m: int, n: int, spec: Any) -> str:
+        torch.manual_seed(1)
+        x, residual = (torch.randn(m, n, device="cuda").bfloat16() for _ in range(2))
+        x[:, :-8] *= 1e-2  # energy in the last columns
+        weight, following = (torch.rand(n, device="cuda").bfloat16() + 0.5 for _ in range(2))
+        kept = x.clone(), residual.clone()
+        normed, total = bind_norm_add_norm(spec, "cuda")(x, residual, weight, 1e-6, following, 1e-3)
+        alone = bind_norm_add(spec, "cuda")(x, residual, weight, 1e-6)
+        want_total = reference.rms_norm(x, weight, spec, 1e-6) + residual
+        want = reference.rms_norm(total, following, spec, 1e-3)
+        for got, wanted in ((normed, want), (total, want_total)):
+            wrong = compare(got, wanted).violations(SITE[x.dtype], x.dtype)
+            if wrong:
+                return wrong[0]
+        return _differ((alone, total), (x, kept[0]), (residual, kept[1]))
+
+    for m, n, spec in ((33, 2304, GEMMA), (2, 4096, LLAMA), (600, 3584, GEMMA), (5, 16384, LLAMA), (130, 128, LLAMA)):
+        yield Probe(m, lambda a=(m, n, spec): call(*a), f"norm and add {m} {n}")
 
 
 def _differ(*pairs: tuple[Any, Any]) -> str:
@@ -354,3 +382,14 @@ def _quantised() -> Iterator[Probe]:
         (33, 4096, QuantSpec("int8_token", "fp32", "separate"), FP32_WEIGHT_MULTIPLY, False),
     ):
         yield Probe(m, lambda a=(m, n, quant, spec, both): call(*a), f"quantised {m} {n} {quant}")
+
+
+MAKERS: dict[str, Callable[[], Iterator[Probe]]] = {
+    "rms_norm_rows.cu": lambda: _norms(long=False),
+    "rms_norm_stream.cu": lambda: _norms(long=True),
+    "rms_norm_pair.cu": _pairs,
+    "rms_norm_partials.cu": _partials,
+    "rms_norm_quantised.cu": _quantised,
+    "rms_norm_add.cu": _adds,
+}
+"""Kernel file -> its probes."""
