@@ -23,13 +23,12 @@ from .row_math import (
 
 @triton.jit
 def exponential(x):
-    """e^x to the last bits, as `expf`: 2^k * 2^f with f within a half, where `tl.exp` loses a bit for each bit of x."""
+    """e^x to the last bits: 2^k * e^r with r within a half, where `tl.exp` loses a bit for each bit of x."""
     x = tl.where(x > 100.0, 100.0, tl.where(x < -150.0, -150.0, x))  # NaN stays
     k = tl.floor(x * 1.4426950408889634 + 0.5)
-    f = tl.fma(x, 1.4426950216293335, -k)  # log2(e) in two parts
-    f = tl.fma(x, 1.925963033500011e-08, f)
+    r = (x - k * 0.693359375) + k * 2.12194440e-4  # ln 2 in two parts: the first product is exact
     half = tl.floor(k * 0.5)  # 2^k itself may be no fp32 where the result is one
-    return tl.exp2(f) * tl.exp2(half) * tl.exp2(k - half)
+    return tl.exp2(r * 1.4426950408889634) * tl.exp2(half) * tl.exp2(k - half)
 
 
 @triton.jit

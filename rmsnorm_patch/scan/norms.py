@@ -24,6 +24,7 @@ from .subject import Rejected, Subject, examine, own_class, reachable_codes
 _NAMED_RMS = re.compile(r"RMS|Rms|rms(?=_|[nN]orm|$)")  # but not the "rms" of "LayerNormSelfAttention", lower-cased
 _NAMED_NORM = re.compile(r"norm", re.IGNORECASE)
 _REDUCTIONS = {"mean", "sum", "norm", "vector_norm", "rms_norm", "einsum", "var"}
+_FAILS = "its forward fails on a probe"
 _NAMES = {
     LLAMA: "llama",
     FP32_WEIGHT_MULTIPLY: "fp32-weight-multiply",
@@ -76,7 +77,9 @@ def infer_norm(module: nn.Module, _shared: Cache | None = None) -> Match:
     if match.spec is not None or not takes_gate(own_class(module)):
         return match
     gated = infer_gated(module, _shared)
-    return gated if gated.spec is not None else replace(match, reason=f"{match.reason}; {gated.reason}")
+    if gated.spec is not None or gated.reason.startswith(_FAILS):  # it takes something else than a gate
+        return match if gated.spec is None else gated
+    return replace(match, reason=f"{match.reason}; {gated.reason}")
 
 
 def infer_gated(module: nn.Module, _shared: Cache | None = None) -> Match:
@@ -151,7 +154,7 @@ def _probe(subject: Subject, module: nn.Module) -> Found | str:
         except Rejected as rejection:
             return str(rejection)
         except Exception as error:  # foreign code, which may fail in any way, say in training mode only
-            return f"its forward fails on a probe ({short(error)})"
+            return f"{_FAILS} ({short(error)})"
 
 
 def scan_norms(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> tuple[NormSite, ...]:
