@@ -8,11 +8,13 @@ import triton
 import triton.language as tl
 
 from .row_math import (
+    dense_row,
     launch_dependents,
     load_row,
     load_weight,
     reciprocal_rms,
     row_offset,
+    rows_of_program,
     scale,
     square,
     store_row,
@@ -71,12 +73,10 @@ def rms_norm_gated(
     GATE_FIRST: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
-    cols = tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
-    live = rows < num_rows
+    rows, cols, live = rows_of_program(num_rows, ROWS, BLOCK)
     x_row = x_ptr + row_offset(rows, inner, x_stride, x_inner_stride, NESTED, VEC)
     gate_row = gate_ptr + row_offset(rows, inner, gate_stride, gate_inner_stride, NESTED, VEC)
-    y_row = y_ptr + rows.to(tl.int64) * N
+    y_row = dense_row(y_ptr, rows, N)
     weight = weight_row(weight_ptr, rows, N, VEC, GROUPS)
     if DEPENDENT:
         wait_for_inputs()

@@ -67,8 +67,7 @@ def gated_rms_norm(
     if gating.order == "norm_first":
         return (reference.rms_norm(x, weight, spec, eps) * factor).to(x.dtype)
     eps = spec.resolve_eps(x.dtype) if eps is None else eps
-    h = x.to(torch.float32) * factor
-    h = h * torch.rsqrt(reference.mean_square(h, spec) + eps)
+    h = reference.divide_by_rms(x.to(torch.float32) * factor, spec, eps)
     return reference.scale(h, x.dtype, weight, spec)
 
 
