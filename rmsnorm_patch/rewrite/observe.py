@@ -32,6 +32,7 @@ class Event:
         nothing, both are the sum). A kernel that norms and adds writes no `normed`: for the observer it is computed.
     backend: "cuda", "triton" or "reference"; a guard that sent the call to the original arithmetic reports
         "original" with `reason`.
+    gate: what a gated norm was called with beside its operand.
     """
 
     kind: EventKind
@@ -41,6 +42,7 @@ class Event:
     total: torch.Tensor | None
     backend: str
     reason: str = ""
+    gate: torch.Tensor | None = None
 
 
 active: set[int] = set()

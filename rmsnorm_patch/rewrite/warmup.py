@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 
 from .. import ops
+from ..fused.gated_norm import op as gated_norm
 from ..fused.norm_add import op as norm_add
 from ..fused.norm_add.op import NORM_ADD, NORM_ADD_NORM
 from ..numerics.contract import FUNCTIONAL, FUSED_ADD, RMS_NORM
@@ -97,6 +98,8 @@ def _prepare_site(
         return None
     n = weight.numel()
     x = torch.empty(1, n, dtype=dtype, device=weight.device)
+    if site.gating is not None:
+        return _prepare_gated(site, x, weight, plan, done)
     behind = norm_add.bind(op, site.spec, plan.backend) if op in norm_add.SCHEMAS else None
     residual = None if residual_dtype is None else torch.empty_like(x, dtype=residual_dtype)
     if behind is not None:
@@ -111,6 +114,22 @@ def _prepare_site(
         behind.warmup(x, weight)
     elif made not in done:
         dispatch.warmup(backend, op, site.spec, n, dtype, weight.dtype, weight.device, residual_dtype)
+    return made
+
+
+def _prepare_gated(
+    site: NormSite, x: torch.Tensor, weight: torch.Tensor, plan: Plan, done: dict[Prepared, None]
+) -> Prepared | None:
+    """For a gate of x's dtype: both come from one projection."""
+    assert site.spec is not None
+    assert site.gating is not None
+    run = gated_norm.bind(site.spec, site.gating, plan.backend)
+    backend = run.backend_for(x, x, weight)
+    made = Prepared(gated_norm.NAME, x.shape[-1], _name(x.dtype), _name(weight.dtype), backend, str(x.device))
+    if backend == "reference":
+        return None
+    if made not in done:
+        run.prepare(x, x, weight)
     return made
 
 

@@ -12,6 +12,7 @@ from ..backends.names import Backend
 from ..page import folded, numbered, numerics, page
 
 if TYPE_CHECKING:
+    from ..numerics.gating import GateSpec
     from ..numerics.spec import NormSpec
 
 
@@ -45,6 +46,7 @@ class NormSite:
     falls_back: why calls of a norm that is fused will run the original arithmetic as the model is now; "" where nothing
         is known that would.
     inputs: dtypes that it is called with in a model of mixed dtypes; () where nobody looked, or none came.
+    gating: how the gate enters a norm that is called with one; `spec` is that of the norm in it.
     """
 
     path: str
@@ -59,6 +61,7 @@ class NormSite:
     weight_attribute: str | None = None
     falls_back: str = ""
     inputs: tuple[str, ...] = ()
+    gating: GateSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,8 @@ class Plan:
 
     def norm_groups(self, fold: bool = True) -> tuple[SiteGroup, ...]:
         def why(site: NormSite) -> str:
-            computed = f"{numerics(site.spec)}, N={site.hidden_size}"
+            gating = "" if site.gating is None else f" {site.gating}"
+            computed = f"{numerics(site.spec)}{gating}, N={site.hidden_size}"
             fused = f"{computed}; falls back: {site.falls_back}" if site.falls_back else computed
             return fused if site.action == "fuse" else site.reason
 

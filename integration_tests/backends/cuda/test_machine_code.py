@@ -15,9 +15,11 @@ import pytest
 import torch
 
 from rmsnorm_patch.backends.cuda import jit, nvrtc, schedules
+from rmsnorm_patch.fused.gated_norm import kernel as gated_norm_kernel
 from rmsnorm_patch.fused.linear_norm import kernel as linear_norm_kernel
 from rmsnorm_patch.fused.norm_add import kernel as norm_add_kernel
 from rmsnorm_patch.fused.norm_quantised import kernel as norm_quantised_kernel
+from rmsnorm_patch.numerics.gating import GateSpec
 from rmsnorm_patch.numerics.quantisation import QuantSpec
 from rmsnorm_patch.numerics.spec import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, T5, NormSpec
 
@@ -135,6 +137,8 @@ def every_schedule(arch):
                             (config,) = norm_quantised_kernel.schedules((config,), (config,), quant, True, True)
                         if op == norm_add_kernel.OP:
                             (config,) = norm_add_kernel.with_next((config,), True)
+                        if op == gated_norm_kernel.OP:  # one order of the two
+                            (config,) = gated_norm_kernel.schedules((config,), GateSpec("silu", "norm_first"), x)
                         yield in_parts(config, 4) if op == PARTIALS else config, op, n, x
 
 
@@ -395,3 +399,46 @@ def test_adds_behind_norms_everywhere(arch):
         check_norm_add(n, arch, GEMMA)
     check_norm_add(4096, arch, LLAMA, FP32, FP32)
     check_norm_add(4096, arch, NormSpec(has_weight=False), BF16, None)
+
+
+GATED = {
+    "rounded, then the gate": ("norm_first", LLAMA, BF16, BF16, BF16),
+    "fp32 weight, then the gate": ("norm_first", FP32_WEIGHT_MULTIPLY, BF16, FP32, BF16),
+    "the gate, then rounded": ("gate_first", LLAMA, BF16, BF16, BF16),
+    "the gate, then an fp32 weight": ("gate_first", LLAMA, BF16, FP32, BF16),
+    "fp32 rows, a half gate": ("gate_first", LLAMA, FP32, FP32, BF16),
+    "a half gate and weight, then": ("norm_first", LLAMA, FP32, BF16, BF16),
+    "half rows, an fp32 gate": ("norm_first", LLAMA, FP16, FP16, FP32),
+}
+
+
+def check_gated(name, n, arch, group=None):
+    """x and the gate are read once, in whole vectors of the dtype, and no gated kernel spills."""
+    order, spec, x, weight, gate = GATED[name]
+    gating, columns = GateSpec("silu", order), n if group is None else group
+    configs = schedules.schedules(gated_norm_kernel.OP, x, columns, arch)
+    assert configs
+    for config in gated_norm_kernel.schedules(configs, gating, gate):
+        build = kernel_table.build(
+            config, gated_norm_kernel.held(spec, gating), order == "gate_first", columns, arch, x, weight
+        )
+        if group is not None:
+            build = replace(build, weight_rows=n // group, two_level=True)
+        machine = kernel_table.machine_code(build)
+        check(config, machine, arch)
+        assert min(machine.loads) >= min(64, 16 * config.vec), (config, machine)
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_gated_rows(name):
+    check_gated(name, 128, 90)
+    check_gated(name, 8192, 90, group=1024)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", GATED)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_gated_rows_everywhere(name, arch):
+    for n in (128, 1024, 4096, 8192, 16384):
+        check_gated(name, n, arch)
+    check_gated(name, 8192, arch, group=512)
