@@ -26,6 +26,8 @@ INSTALLED := $(VENV)/.installed
 CHECKPOINT := $(VENV)/.third_party
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Tests start many processes: each would compile the package's sources anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-long test-vllm format check record dist kernel-folder env train clean
 

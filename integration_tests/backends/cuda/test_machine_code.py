@@ -54,6 +54,14 @@ VARIANTS = {
 }
 
 
+FORMS = pytest.mark.parametrize("form", ["short", pytest.param("long", marks=[pytest.mark.long, pytest.mark.slow])])
+
+
+def drawn(form, choices, *of):
+    """All of the choices in the long form; in the short one that is drawn by what it is chosen for."""
+    return choices if form == "long" else random.Random(" ".join(map(str, of))).sample(choices, 1)
+
+
 @cache
 def code(op, n, arch, which, spec=LLAMA, x=BF16, weight=BF16, align=None):
     config = schedules.schedules(op, x, n, arch)[which]
@@ -83,11 +91,13 @@ def test_llama(arch, n):
             assert set(machine.loads) == set(machine.stores) == {widest}
 
 
+@FORMS
 @pytest.mark.parametrize("name", VARIANTS)
-def test_variants_do_not_spill(name):
+def test_variants_do_not_spill(name, form):
+    """The short form: one of the schedules of each length."""
     spec, x, weight = VARIANTS[name]
     for n in (4096, 16384):
-        for which in configurations(FUSED, n, 90, x):
+        for which in drawn(form, configurations(FUSED, n, 90, x), name, n):
             config, machine = code(FUSED, n, 90, which, spec, x, weight)
             check(config, machine, 90)
 
@@ -95,14 +105,13 @@ def test_variants_do_not_spill(name):
 EVERYWHERE = (128, 2880, 8192)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("lengths", [1, pytest.param(len(EVERYWHERE), marks=pytest.mark.long)])
+@FORMS
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("arch", ARCHS)
-def test_variants_everywhere(name, arch, lengths):
-    """The short form: one of the lengths for each variant and architecture, drawn by their names."""
+def test_variants_everywhere(name, arch, form):
+    """The short form: one of the lengths for each variant and architecture."""
     spec, x, weight = VARIANTS[name]
-    for n in random.Random(f"{name} {arch}").sample(EVERYWHERE, lengths):
+    for n in drawn(form, EVERYWHERE, name, arch):
         for op in (FUSED, PLAIN) if spec.sum == "rounded" else (FUSED,):
             which = configurations(op, n, arch, x)[-1]
             config, machine = code(op, n, arch, which, spec, x, weight)
@@ -161,12 +170,21 @@ def loads_around_the_wait(build):
     return tuple(re.findall(r"\bld\.(?!param)\S+", part) for part in around_the_wait(build))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", [90, 100, 103, 120])
-def test_no_schedule_reads_anything_before_the_previous_kernel_has_ended(arch):
-    """Not even the weight: the kernel in front may have written it, and ours may start before that can be seen."""
-    seen = set()
+def kinds_of_schedules(arch):
+    """Of `every_schedule` the first of each kernel, op, dtype and order of loads; the others differ in sizes."""
+    kinds = {}
     for config, op, n, x in every_schedule(arch):
+        kinds.setdefault((config.kernel, op, x, config.defines), (config, op, n, x))
+    return kinds.values()
+
+
+@FORMS
+@pytest.mark.parametrize("arch", [90, 100, 103, 120])
+def test_no_schedule_reads_anything_before_the_previous_kernel_has_ended(arch, form):
+    """Not even the weight: the kernel in front may have written it, and ours may start before that can be seen. The
+    short form: one schedule of each kind."""
+    seen = set()
+    for config, op, n, x in every_schedule(arch) if form == "long" else kinds_of_schedules(arch):
         above, below = loads_around_the_wait(kernel_table.build(config, LLAMA, op in ADDING, n, arch, x, x))
         assert not above, (config, op, n, above)
         assert below
@@ -256,20 +274,23 @@ def check_in_parts(config, n, parts, arch, spec, x):
     assert not machine.spills, (config, machine)
 
 
-@pytest.mark.parametrize("x", [BF16, FP16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("spec", [LLAMA, FP32_SUM], ids=["llama", "fp32_sum"])
+@FORMS
 @pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize("n", IN_PARTS)
-def test_a_product_in_parts(n, parts, spec, x):
-    for config in schedules_in_parts(n, parts, 90, x):
-        check_in_parts(config, n, parts, 90, spec, x)
+def test_a_product_in_parts(n, parts, form):
+    """The short form: in one dtype and with one rounding of the sum."""
+    ways = list(itertools.product((LLAMA, FP32_SUM), (BF16, FP16)))
+    for spec, x in drawn(form, ways, n, parts):
+        for config in schedules_in_parts(n, parts, 90, x):
+            check_in_parts(config, n, parts, 90, spec, x)
 
 
-@pytest.mark.parametrize("spec", [LLAMA, FP32_SUM], ids=["llama", "fp32_sum"])
+@FORMS
 @pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize("n", IN_PARTS)
-def test_a_product_in_parts_without_clusters(n, parts, spec):
-    for arch in (80, 89):
+def test_a_product_in_parts_without_clusters(n, parts, form):
+    """The short form: on one architecture and with one rounding of the sum."""
+    for arch, spec in drawn(form, list(itertools.product((80, 89), (LLAMA, FP32_SUM))), n, parts):
         for config in schedules_in_parts(n, parts, arch):
             assert config.cluster == 1
             check_in_parts(config, n, parts, arch, spec, BF16)
