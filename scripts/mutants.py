@@ -64,6 +64,7 @@ SUITES = {
             "row_math.py": (*NUMERICS, *QUANTISED),
             "rms_norm_quantised.py": QUANTISED,
             "rms_norm_add.py": ("fused/test_norm_add.py",),
+            "rms_norm_gated.py": ("fused/test_gated_norm.py",),
         },
     ),
     "layer_calls": Suite(

@@ -279,6 +279,32 @@ def _adds() -> Iterator[Probe]:
         yield Probe(m, lambda a=(m, n, spec): call(*a), f"norm and add {m} {n}")
 
 
+def _gated() -> Iterator[Probe]:
+    """Norms with a gate, in each order and with each activation, against the definition."""
+    import torch
+
+    from rmsnorm_patch.fused.gated_norm import op
+    from rmsnorm_patch.numerics.gating import ACTIVATIONS, ORDERS, GateSpec, gated_rms_norm
+    from rmsnorm_patch.numerics.spec import FP32_WEIGHT_MULTIPLY
+    from rmsnorm_patch.numerics.tolerances import GATED
+    from rmsnorm_patch.proof.difference import compare
+
+    def call(m: int, n: int, gating: Any) -> str:
+        torch.manual_seed(1)
+        x, gate = (torch.randn(m, n, device="cuda").bfloat16() for _ in range(2))
+        weight, kept = torch.rand(n, device="cuda").bfloat16() + 0.5, (x.clone(), gate.clone())
+        got = op.bind(FP32_WEIGHT_MULTIPLY, gating, "cuda")(x, gate, weight, 1e-6)
+        want = gated_rms_norm(x, gate, weight, FP32_WEIGHT_MULTIPLY, gating, 1e-6)
+        wrong = compare(got, want).violations(GATED[x.dtype], x.dtype)
+        return wrong[0] if wrong else _differ((x, kept[0]), (gate, kept[1]))
+
+    sizes = ((33, 128), (5, 2048), (600, 4096), (2, 8192))
+    for (m, n), order in ((size, order) for size in sizes for order in ORDERS):
+        for activation in tuple(ACTIVATIONS)[: None if n == 128 else 1]:
+            gating = GateSpec(activation, order)
+            yield Probe(m, lambda a=(m, n, gating): call(*a), f"gated {m} {n} {gating}")
+
+
 def _differ(*pairs: tuple[Any, Any]) -> str:
     import torch
 
@@ -391,5 +417,6 @@ MAKERS: dict[str, Callable[[], Iterator[Probe]]] = {
     "rms_norm_partials.cu": _partials,
     "rms_norm_quantised.cu": _quantised,
     "rms_norm_add.cu": _adds,
+    "rms_norm_gated.cu": _gated,
 }
 """Kernel file -> its probes."""
