@@ -12,6 +12,7 @@ import torch
 from rmsnorm_patch import ops
 from rmsnorm_patch.backends.cuda import registry
 from rmsnorm_patch.errors import UnsupportedInput
+from rmsnorm_patch.fused.norm_add import kernel as norm_add_kernel
 from rmsnorm_patch.numerics.contract import FUNCTIONAL, PLAIN_OPS, PlainOp
 from rmsnorm_patch.numerics.spec import LLAMA
 
@@ -27,10 +28,15 @@ def test_launcher_c_numbers_the_ops_as_the_table_does(repository: Path) -> None:
     source = (repository / "rmsnorm_patch/backends/cuda/launcher/launcher.c").read_text()
     found = re.search(r"enum \{ (RMS_NORM\b[^}]*) \};", source)
     assert found is not None
-    spelled = {"fused_add_rms_norm": "FUSED_ADD", "fused_add_rms_norm_": "FUSED_ADD_IN_PLACE"}
-    names = [spelled.get(name, name.upper()) for name in PLAIN_OPS]
-    assert found[1].split(", ") == names  # without values: numbered from 0 on
-    assert [row.code for row in PLAIN_OPS.values()] == list(range(len(names)))
+    spelled = {
+        "fused_add_rms_norm": "FUSED_ADD",
+        "fused_add_rms_norm_": "FUSED_ADD_IN_PLACE",
+        "rms_norm_add": "NORM_ADD",
+        "rms_norm_add_rms_norm": "NORM_ADD_NORM",
+    }
+    codes = {**{name: row.code for name, row in PLAIN_OPS.items()}, **norm_add_kernel.CODES}
+    assert found[1].split(", ") == [spelled.get(name, name.upper()) for name in codes]  # numbered from 0 on
+    assert list(codes.values()) == list(range(len(codes)))
 
 
 def test_every_row_is_an_op_of_torch_and_has_kernels() -> None:
@@ -41,6 +47,8 @@ def test_every_row_is_an_op_of_torch_and_has_kernels() -> None:
         "rms_norm_quantised",
         "fused_add_rms_norm_quantised_",
         "rms_norm_gated",
+        "rms_norm_add",
+        "rms_norm_add_rms_norm",
     )
     others = {namespace + name for name in folders}  # in folders of their own, registered where these are imported
     assert registered - others == {namespace + name for name in PLAIN_OPS}
