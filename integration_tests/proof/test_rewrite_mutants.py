@@ -12,7 +12,7 @@ from proof_models import apply_as_kernel, as_kernel, build, honest, prompts
 
 from rmsnorm_patch import VerificationFailed, apply, verify
 from rmsnorm_patch.patch_state import STATE, is_patched, original_class
-from rmsnorm_patch.rewrite import layer_calls, norms, observe
+from rmsnorm_patch.rewrite import layer_calls, norm_adds, norms, observe
 
 
 def helper_cell(layer: nn.Module, name: str) -> object:
@@ -51,6 +51,15 @@ def only_at(norm: nn.Module, wrong: Callable) -> Callable:
         return (wrong if called.weight is norm.weight else layer_calls.in_layer)(called, a, b)
 
     return in_layer
+
+
+def behind(in_layer: Callable) -> Callable:
+    """The helper of a sandwich whose first norm is right, and whose pair is `in_layer`."""
+
+    def norm_add_norm(norm, inner, side, a, b):  # type: ignore[no-untyped-def]
+        return in_layer(norm, *norm_adds._reference(inner, layer_calls.kernel_of(inner), side, a, b))
+
+    return norm_add_norm
 
 
 def sum_not_written(norm, a, b):  # type: ignore[no-untyped-def]
@@ -93,8 +102,10 @@ def test_in_layer_at_one_site(name: str, kind: str, rewrite_with: Callable) -> N
     model = build(kind, torch.bfloat16)
     apply(model)
     layer = model.model.layers[1]
-    norm = layer.pre_feedforward_layernorm if kind == "gemma2" else layer.post_attention_layernorm
-    rewrite_with(model, "in_layer", only_at(norm, IN_LAYER[name]))
+    if kind == "gemma2":
+        rewrite_with(model, "norm_add_norm", behind(only_at(layer.pre_feedforward_layernorm, IN_LAYER[name])))
+    else:
+        rewrite_with(model, "in_layer", only_at(layer.post_attention_layernorm, IN_LAYER[name]))
     caught = red(model)
     assert not (caught.proof.flow.passed and caught.proof.fired.passed)
     assert "layers." in caught.site
