@@ -64,8 +64,9 @@ def test_what_was_planned_ran(rows: list) -> None:
     for row in rows:
         times = CYCLES.get(row.model_type, 1)
         handed_over = row.fused("cross_layer") + row.fused("final")
-        expected = (times * row.fused("in_layer"), times * handed_over, times * handed_over)
-        ran = tuple(row.ran.get(kind, 0) for kind in ("in_layer", "cross_layer", "taken"))
+        shared = 2 * times * row.fused("query_key")
+        expected = (times * row.fused("in_layer"), times * handed_over, times * handed_over, shared)
+        ran = tuple(row.ran.get(kind, 0) for kind in ("in_layer", "cross_layer", "taken", "together"))
         assert ran == expected, row.model_type
 
 

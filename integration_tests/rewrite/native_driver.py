@@ -13,10 +13,12 @@ import torch
 
 from rmsnorm_patch.backends.cuda import backend as cuda_backend
 from rmsnorm_patch.backends.cuda import jit, launcher
+from rmsnorm_patch.fused.query_key_norm.kernel import TWO_NORMS, BoundPair
 from rmsnorm_patch.numerics.spec import NormSpec
 
-FUNCTION, CONTEXT = 0x7000, 1
+FUNCTION, TWO_SETS, CONTEXT = 0x7000, 0x7001, 1
 PLAIN = jit.source_of("rms_norm_rows.cu").arguments
+PAIR = jit.source_of("rms_norm_pair.cu").arguments
 
 
 class Driver:
@@ -44,6 +46,18 @@ def table_of(op: Any, spec: NormSpec, n: int) -> Any:
     code = launcher.dlpack_code(fp32)
     functions.add_plan(bound.table, handle, 0, fp32, fp32, fp32, n, 0, 4, 4, 1e-6, code, code)
     return bound.table
+
+
+def table_of_two(spec: NormSpec, n: int) -> Any:
+    """The same for the norms of a query and a key, in rows of one level and of two."""
+    functions, fp32 = launcher.functions(), torch.float32
+    bound = BoundPair(spec, True, functions)
+    made = cuda_backend.made_in_c(TWO_NORMS, spec, bound)
+    assert made is not None
+    handle = functions.new_kernel(TWO_SETS, CONTEXT, n, 2**63 - 1, 1, 1, 32, 0, 4, 4, 0, PAIR)
+    code = launcher.dlpack_code(fp32)
+    functions.add_plan(made[0], handle, handle, fp32, fp32, fp32, n, 0, 4, 4, 1e-6, code, code)
+    return made[0]
 
 
 def held(watched: Iterable[object], collect_garbage: Callable[[], None]) -> tuple[int, list[int]]:

@@ -25,7 +25,9 @@ from .difference import bit_mismatches, bits, digest
 def is_call(event: observe.Event) -> bool:
     """Whether `event` stands for one call of its norm in the original model. "cross_layer" computes for a later call; a
     pair that fell back reports only why ("kept", too), and the norm that it called has an event of its own."""
-    return event.kind not in ("cross_layer", "kept") and not (event.kind == "in_layer" and event.backend == "original")
+    return event.kind not in ("cross_layer", "kept", "single") and not (
+        event.kind == "in_layer" and event.backend == "original"
+    )
 
 
 @dataclass

@@ -1,9 +1,9 @@
-"""launcher.c's part in a patched model: the checks and the call of a pair, or of a norm alone, in one C function each
-(`launcher_pair.h`).
+"""launcher.c's part in a patched model: the checks and the call of a pair, of a norm alone, or of a query's and a key's
+norm, in one C function each (`launcher_pair.h`, `launcher_query_key.h`).
 
-`in_layer`, `hand_over`, `take` and `alone` are called first; they give None, and have done nothing, for whatever they
-are not sure of, and where there is no C launcher. A norm class is served once `enroll` (for `alone`, `enroll_alone`)
-was called for it.
+`in_layer`, `hand_over`, `take`, `alone` and `query_key` are called first; they give None, and have done nothing, for
+whatever they are not sure of, and where there is no C launcher. A norm class is served once `enroll` (for `alone`,
+`enroll_alone`, for `query_key`, `enroll_query_key`) was called for it.
 """
 
 from __future__ import annotations
@@ -36,10 +36,15 @@ take: Callable[..., Any] = _declined
 alone: Callable[..., Any] = _declined
 """(norm, x) -> norm(x) or None; for the norm's own forward, since it asks for no hooks."""
 
+query_key: Callable[..., Any] = _declined
+"""(query norm, key norm, query, key) -> (norm of query, norm of key) or None."""
+
 _classes: dict[type, Any] = {}
 """What the C functions know: patched norm class -> how to read its weight and eps, and the op. They hold this dict."""
 _alone: dict[type, Any] = {}
 """The same for `alone`."""
+_query_key: dict[type, Any] = {}
+"""The same for `query_key`."""
 
 
 def enroll(cls: type, kernel: Any) -> None:
@@ -52,14 +57,20 @@ def enroll_alone(cls: type, kernel: Any, table: object) -> None:
     _enroll(_alone, cls, kernel, table)
 
 
+def enroll_query_key(cls: type, kernel: Any, table: object) -> None:
+    """Let `query_key` serve the norms of `cls`; `table`: that of the op that norms two (`BoundPair.table`)."""
+    _enroll(_query_key, cls, kernel, table)
+
+
 def _enroll(classes: dict[type, Any], cls: type, kernel: Any, table: object) -> None:
-    global in_layer, hand_over, take, alone
+    global in_layer, hand_over, take, alone, query_key
     pairs = None if cls in classes else launcher.functions().pairs
     if pairs is None:
         return
     if in_layer is _declined:
         _set_surroundings(pairs)
         in_layer, hand_over, take, alone = pairs.in_layer, pairs.hand_over, pairs.take, pairs.alone
+        query_key = pairs.query_key
     names = kernel.weight_attribute, kernel.eps_attribute
     classes[cls] = pairs.new_norm(table, kernel, *names, float(kernel.implied_eps))
 
@@ -86,4 +97,5 @@ def _set_surroundings(pairs: launcher.Pairs) -> None:
             _module._global_backward_hooks,
             _module._global_backward_pre_hooks,
         ),
+        _query_key,
     )

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 import torch.nn as nn
 
-EventKind = Literal["norm", "in_layer", "cross_layer", "kept", "taken"]
+EventKind = Literal["norm", "in_layer", "cross_layer", "kept", "taken", "together", "single"]
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,10 @@ class Event:
 
     kind: "norm" = a norm alone; "in_layer"/"cross_layer" = residual-add and norm in one call; "kept" = a layer's last
         add that handed nothing over to the norm that it is linked to, for `reason`; "taken" = a norm that returned what
-        the previous layer's tail had computed for it.
+        the previous layer's tail had computed for it; "together" = one of the query's and the key's norm, computed in
+        one call; "single" = one of the two that its attention has to call by itself, for `reason`; it has no operands.
     norm: the norm module. operands: (x,) or the add's (left, right) in source order. normed, total: the results
-        (`total` None for "norm" and "taken"; for "kept", which norms nothing, both are the sum).
+        (`total` None but for an add; for "kept", which norms nothing, both are the sum).
     backend: "cuda", "triton" or "reference"; a guard that sent the call to the original arithmetic reports
         "original" with `reason`.
     """

@@ -17,8 +17,8 @@ class Report:
     """The sites that were patched, in the plan's order.
 
     plan: what was asked for and what the scan found, the sites left alone and why among it.
-    norms: module paths of the norms whose class was swapped. layers: module paths of the layers whose forward now
-        calls a fused op. notes: what a user should know beside that.
+    norms: module paths of the norms whose class was swapped. layers: module paths of the layers and attentions whose
+        forward now calls a fused op. notes: what a user should know beside that.
     proof: the report of `verify`, where `apply` was asked to prove itself. It is not kept on the model.
     """
 

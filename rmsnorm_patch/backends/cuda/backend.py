@@ -84,28 +84,28 @@ def warmup(
 
 @by_variant
 def _bound(op: Op, spec: NormSpec, dependent: bool) -> tuple[BoundOp, Callable[..., Any]]:
-    empty_strided = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)  # Inductor's: skips the dispatcher
-    exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-    bound, made = None, None
-    if empty_strided is not None and exchange is not None:
-        bound = BoundOp(op, spec, dependent, launcher.functions())
-        made = bound.functions.make_callable(
-            PLAIN_OPS[op].code,
-            spec.has_weight,
-            bound,
-            torch.Tensor,
-            torch.nn.Parameter,
-            empty_strided,
-            _wrote,
-            exchange,
-            DLPACK_CUDA,
-        )
-    if bound is None or made is None:
+    bound = BoundOp(op, spec, dependent, launcher.functions())
+    made = made_in_c(PLAIN_OPS[op].code, spec, bound)
+    if made is None:
         python = launcher.python_functions("torch before 2.10 lacks what launcher.c asks it for")
         bound = BoundOp(op, spec, dependent, python)
         made = bound.functions.make_callable(PLAIN_OPS[op].code, spec.has_weight, bound)
     bound.table, call = made
     return bound, call
+
+
+def made_in_c(code: int, spec: NormSpec, bound: Any) -> tuple[object, Callable[..., Any]] | None:
+    """(launcher.c's table of an op, its callable); None where torch is too old for launcher.c, or it is not in use.
+
+    code: of the op, as launcher.c numbers them. bound: what serves a call that launcher.c is not sure of."""
+    empty_strided = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)  # Inductor's: skips the dispatcher
+    exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    if empty_strided is None or exchange is None:
+        return None
+    types = torch.Tensor, torch.nn.Parameter
+    return bound.functions.make_callable(  # type: ignore[no-any-return]
+        code, spec.has_weight, bound, *types, empty_strided, _wrote, exchange, DLPACK_CUDA
+    )
 
 
 def _wrote(x: torch.Tensor, residual: torch.Tensor) -> None:

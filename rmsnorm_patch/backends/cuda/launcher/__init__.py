@@ -32,13 +32,21 @@ from . import in_python as launcher_ctypes
 VARIABLE = "RMSNORM_PATCH_LAUNCHER"
 CHOICES = ("auto", "c", "python")
 TOO_MANY_ROWS = launcher_ctypes.TOO_MANY_ROWS
-_SOURCES = ("launcher.c", "launcher_start.h", "launcher_tensor.h", "launcher_pair.h", "launcher_abi.h")
+_SOURCES = (
+    "launcher.c",
+    "launcher_start.h",
+    "launcher_tensor.h",
+    "launcher_pair.h",
+    "launcher_query_key.h",
+    "launcher_abi.h",
+)
 _FLAGS = ("-O2", "-shared", "-fPIC", "-std=gnu11")
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """What the layers of a patched model call (launcher_pair.h; `rewrite.native` is the Python side)."""
+    """What the layers of a patched model call (launcher_pair.h, launcher_query_key.h; `rewrite.native` is the Python
+    side)."""
 
     set_surroundings: Callable[..., None]
     new_norm: Callable[..., Any]
@@ -46,6 +54,7 @@ class Pairs:
     hand_over: Callable[..., Any]
     take: Callable[..., Any]
     alone: Callable[..., Any]
+    query_key: Callable[..., Any]
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ enum { GLOBAL_HOOKS = 4 };
 static struct {
     PyObject *classes;   /* dict: patched norm class -> capsule of its Norm with the fused op */
     PyObject *alone;     /* the same with the plain norm */
+    PyObject *query_key; /* the same with two plain norms */
     PyObject *unwatched; /* tuple of functions that give False or 0 while nothing around must see the ops */
     PyObject *function_modes,
         *function_mode_watches; /* how many there are; whether one is more than a default device */
@@ -379,10 +380,10 @@ static PyObject *new_norm(PyObject *self, PyObject *const *a, Py_ssize_t count) 
 
 /* set_surroundings(classes, alone, unwatched, function_modes, function_mode_watches, transform, forward_ad,
  * is_grad_enabled, is_inference_mode_enabled, getframe, code of Module._call_impl, Carry, tuple.__new__, max_untaken,
- * global hooks (4-tuple)): once a process. */
+ * global hooks (4-tuple), query_key): once a process. */
 static PyObject *set_surroundings(PyObject *self, PyObject *const *a, Py_ssize_t count) {
-    if (count != 15 || PyTuple_Size(a[14]) != GLOBAL_HOOKS) {
-        PyErr_SetString(PyExc_TypeError, "set_surroundings takes 15 arguments");
+    if (count != 16 || PyTuple_Size(a[14]) != GLOBAL_HOOKS) {
+        PyErr_SetString(PyExc_TypeError, "set_surroundings takes 16 arguments");
         return 0;
     }
     static const char *const names[] = {"_forward_hooks", "_forward_pre_hooks", "_backward_hooks",
@@ -434,5 +435,6 @@ static PyObject *set_surroundings(PyObject *self, PyObject *const *a, Py_ssize_t
     around.max_untaken = PyLong_AsLongLong(a[13]);
     around.classes = own(a[0]);
     around.alone = own(a[1]);
+    around.query_key = own(a[15]);
     return own(NONE);
 }
