@@ -156,7 +156,7 @@ def _scan(model: nn.Module, settings: Settings) -> tuple[Plan, Layout]:
     norms, notes = expect(model, scan_norms(model, settings.include, settings.exclude))
     found = layout(model, norms)
     pairs = found.pairs()
-    query_key = found.query_key(pairs)
+    query_key = found.query_key(pairs, dispatch.requested_backend(settings.backend))
     changed = [site.path for site in norms if site.action == "fuse"]
     changed += [pair.layer for pair in pairs if pair.action == "fuse"]
     changed += [site.layer for site in query_key if site.action == "fuse"]

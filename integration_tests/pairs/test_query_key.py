@@ -24,6 +24,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import rmsnorm_patch
 from rmsnorm_patch.pairs import query_key as reading
+from rmsnorm_patch.pairs.layout import layout
 from rmsnorm_patch.rewrite import observe, query_key
 
 TOKENS = torch.arange(3, 12).repeat(2, 1)
@@ -224,6 +225,8 @@ def test_what_one_launch_does_not_take_is_said(small_model) -> None:
     assert reasons(model) == {"the two norms compute differently: their numerics or eps are not the same"}
     attention.k_norm = nn.LayerNorm(16)
     assert reasons(model) == {"the norm k_norm is left alone: it has a bias (bias)"}
+    read = layout(model, rmsnorm_patch.plan(small_model("qwen3", num_hidden_layers=1)).norms)
+    assert {site.reason for site in read.query_key((), "triton")} == {"backend triton has no kernel for two norms"}
     (site,) = rmsnorm_patch.plan(small_model("qwen3", num_hidden_layers=1), exclude=["*.k_norm"]).query_key
     assert site.reason.startswith("the norm k_norm is left alone: ")
 

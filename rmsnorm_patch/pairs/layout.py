@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch.nn as nn
 
+from ..backends.names import Backend
 from ..scan.plan import NormSite, PairSite, QueryKeySite
 from .layer import Layer, decide, in_layer_sites, read_layer
 from .order import CONTAINERS, Order, PlannedStep
@@ -43,10 +44,11 @@ class Layout:
             found.extend(site for site in dict.fromkeys(self.apart) if site.layer == layer.path)
         return tuple(found)
 
-    def query_key(self, pairs: Iterable[PairSite]) -> tuple[QueryKeySite, ...]:
-        """Every attention's query and key norms. pairs: those of the plan."""
+    def query_key(self, pairs: Iterable[PairSite], backend: Backend) -> tuple[QueryKeySite, ...]:
+        """Every attention's query and key norms. pairs, backend: those of the plan."""
         rewritten = frozenset(pair.layer for pair in pairs if pair.action == "fuse")
-        return tuple(site for attention in self.attentions.values() for site in attention.sites(rewritten))
+        attentions = self.attentions.values()
+        return tuple(site for attention in attentions for site in attention.sites(rewritten, backend))
 
 
 def layout(model: nn.Module, norm_sites: Iterable[NormSite]) -> Layout:

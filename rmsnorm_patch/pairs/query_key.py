@@ -33,6 +33,7 @@ import torch.fx
 import torch.nn as nn
 
 from ..backends.cuda.schedules import no_kernel, schedules
+from ..backends.names import Backend
 from ..patch_state import foreign, original_class
 from ..scan.plan import NormSite, QueryKeySite
 from .dataflow import NormCall, analyse, assigned_names, is_passive, self_attribute
@@ -111,7 +112,7 @@ class Attention:
     found: list[Together]
     reasons: list[str | None]
 
-    def sites(self, rewritten: frozenset[str]) -> Iterator[QueryKeySite]:
+    def sites(self, rewritten: frozenset[str], backend: Backend) -> Iterator[QueryKeySite]:
         """The plan's lines. rewritten: paths of layers whose forwards are changed for their adds."""
         for each, reason in zip(self.found, self.reasons, strict=True):
             if reason is None:
@@ -119,6 +120,8 @@ class Attention:
             query, key = self.norms[each.query.attr], self.norms[each.key.attr]
             if not reason and self.path in rewritten:
                 reason = "its forward is rewritten for its adds"
+            if not reason and backend == "triton":
+                reason = "backend triton has no kernel for two norms"
             reason = reason or self._why_apart(query, key)
             if reason and not each.named:
                 continue

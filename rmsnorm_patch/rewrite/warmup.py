@@ -9,9 +9,10 @@ import torch
 import torch.nn as nn
 
 from .. import ops
+from ..fused.query_key_norm.kernel import bind_rms_norm_pair
 from ..numerics.contract import FUNCTIONAL, RMS_NORM
 from ..ops import dispatch
-from ..scan.plan import NormSite, Plan
+from ..scan.plan import NormSite, Plan, QueryKeySite
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,28 @@ def prepare(model: nn.Module, plan: Plan, dtype: torch.dtype | None) -> tuple[Pr
                 made = _prepare_site(model.get_submodule(site.path), site, op, plan, each, done)
                 if made is not None:
                     done[made] = None
+    for both in plan.fused_query_key():
+        made = _prepare_two(model, both, plan, dtype)
+        if made is not None:
+            done[made] = None
     return tuple(done)
+
+
+def _prepare_two(model: nn.Module, both: QueryKeySite, plan: Plan, dtype: torch.dtype) -> Prepared | None:
+    """The kernel that norms a query and its key; None where none will."""
+    site = next(site for site in plan.norms if site.path == both.query)
+    assert site.spec is not None
+    weight = None if site.weight_attribute is None else getattr(model.get_submodule(site.path), site.weight_attribute)
+    if weight is None or weight.is_meta:
+        return None
+    x = torch.empty(1, weight.numel(), dtype=dtype, device=weight.device)
+    if ops.bind(RMS_NORM.name, site.spec, plan.backend).backend_for(x, weight) != "cuda":
+        return None
+    pair = bind_rms_norm_pair(site.spec)
+    if pair.why_apart(x, x, weight, weight):
+        return None
+    pair.prepare(x, weight)
+    return Prepared(pair.op, weight.numel(), _name(dtype), _name(weight.dtype), "cuda", str(weight.device))
 
 
 def _prepare_site(
