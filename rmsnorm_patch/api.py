@@ -195,7 +195,7 @@ def _earlier(model: nn.Module, settings: Settings) -> Report | None:
                 "call revert on this module first",
             )
     report = applied_report(model)
-    if report is None or (report.norms, report.layers) != patched_paths(model):
+    if report is None or (report.norms, report.layers, report.attentions) != patched_paths(model):
         return None
     return report
 

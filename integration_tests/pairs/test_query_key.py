@@ -81,7 +81,7 @@ def test_bits_stay_in_each_form(small_model, kind: str, dtype: torch.dtype) -> N
     sites = list(report.plan.fused_query_key())
     assert sites
     assert report.counts()["query_key/fuse"] == len(sites)
-    assert {site.layer for site in sites} <= set(report.layers)
+    assert {site.layer for site in sites} == set(report.attentions)
     assert ran(model)["together"] == 2 * len(sites)
     assert same(before, outputs(model))
     assert rmsnorm_patch.status(model).why_single() == {}

@@ -97,12 +97,13 @@ def applied_report(model: nn.Module) -> Report | None:
     return model.__dict__.get(STATE, {}).get(APPLIED)
 
 
-def patched_paths(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Module paths of the patched norms and of the patched layers and attentions that are in `model` now."""
+def patched_paths(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Module paths of the patched norms, of the patched layers and of the patched attentions in `model` now."""
     roles = {path: role_of(module) for path, module in model.named_modules()}
     return (
         tuple(path for path, role in roles.items() if role == "norm"),
-        tuple(path for path, role in roles.items() if role in ("layer", "attention")),
+        tuple(path for path, role in roles.items() if role == "layer"),
+        tuple(path for path, role in roles.items() if role == "attention"),
     )
 
 

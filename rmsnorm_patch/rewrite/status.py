@@ -202,7 +202,7 @@ def _replaced(modules: list[tuple[str, nn.Module]]) -> Iterator[str]:
     now = dict(modules)
     for root, module in modules:
         report = applied_report(module)
-        for below in () if report is None else (*report.norms, *report.layers):
+        for below in () if report is None else (*report.norms, *report.layers, *report.attentions):
             path = f"{root}.{below}".strip(".")
             found = now.get(path)
             if found is None or not _is_ours(found):
