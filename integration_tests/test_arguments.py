@@ -197,7 +197,6 @@ def test_a_recording_of_this_model_is_taken(models, tmp_path: Path) -> None:
 def triton_by_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setenv("RMSNORM_PATCH_BACKEND", "triton")
-    ops.forget()
 
 
 @pytest.mark.usefixtures("triton_by_variable")

@@ -2,11 +2,13 @@
 
     python scripts/bench_hf.py --shape llama-8b --json out.json
     python scripts/bench_hf.py --shape llama-8b --layers 8 --compile --variants stock F.rms_norm patched
+    python scripts/bench_hf.py --shape gemma2-9b --variants stock patched "patched-apart" --batch 1
 
 Variants share one set of weights and run in alternating rounds (forwards, then backwards), so that clocks and host
-noise hit all of them. Each is checked against stock logits before it is timed; "removed" (no norm at all) is a
-ceiling and has no right answer. --compile is torch.compile, with its default settings or "reduce-overhead" (CUDA
-graphs), decoding into a static cache; --ops puts our ops into the graphs (RMSNORM_PATCH_COMPILE=op).
+noise hit all of them. Each is checked against stock logits before it is timed; "removed" (no norm at all) is a ceiling
+and has no right answer; "patched-apart" leaves adds behind norms to themselves. --compile is torch.compile, with its
+default settings or "reduce-overhead" (CUDA graphs), decoding into a static cache; --ops puts our ops into the graphs
+(RMSNORM_PATCH_COMPILE=op).
 
 A row of the JSON: {"model", "layers", "work": "decode BATCH" | "prefill BATCHxLENGTH", "mode": "eager" | "compiled"
 ["reduce-overhead"] ["with ops"],
@@ -178,7 +180,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=sorted(models.SHAPES), default="llama-8b")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
-    parser.add_argument("--variants", nargs="+", choices=list(models.VARIANTS), default=list(models.VARIANTS))
+    parser.add_argument("--variants", nargs="+", choices=list(models.VARIANTS), default=list(models.USUAL))
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 32], help="decode batch sizes")
     parser.add_argument("--tokens", type=int, default=64, help="decoded tokens per round")
     parser.add_argument("--prefill", type=int, nargs=2, default=[4, 2048], metavar=("BATCH", "LENGTH"))

@@ -3,6 +3,7 @@
     python scripts/bench_vllm.py --json out.json
     python scripts/bench_vllm.py --engines llama-8b:stock llama-8b:ir llama-8b-fp8:stock llama-8b-fp8:ir --rounds 5
     python scripts/bench_vllm.py --engines llama-8b:stock+ir+removed
+    python scripts/bench_vllm.py --engines llama-8b-token:stock+ir --kernels 1 256 --rounds 4 --json out.json
 
 Every engine is a process of its own with dummy weights, the default compile mode and CUDA graphs. All of them start at
 once; then they are measured one at a time in alternating rounds, so that clocks and host noise hit all of them.
@@ -16,6 +17,10 @@ a step by 0.1 %, so what two engines differ by is not where their activations li
 Each engine also compiles for itself, and Inductor times candidates while it does. "--untimed" has it take its first
 choice everywhere, so that two engines' other kernels are the same ones; vLLM's default lets it time.
 
+Quantised engines have the scheme behind the shape: "-static", "-token" and "-block" have fp8 products (the last as vLLM
+chooses them, or of one library: "-block-deepgemm", "-block-cutlass"), "-int8" and "-w4a16" others, and "-fp8" is
+quantised at load. One scheme at a time fits on a GPU of 80 GB.
+
 "ir@PATH" is the engine "ir" with its graphs captured under other schedules, one kernel's file or a folder of them;
 "ir@plain" with norms that are not launched dependently. The rest of such a step is the same kernels, so that 0.1 % is
 a difference.
@@ -28,7 +33,8 @@ Ideas that lost, to be measured again: "-dependent" launches the compiler's own 
 (`triton.enable_pdl`), "ir-heads" serves the norms over q and k heads, which the plugin leaves to the compiler, and
 "ir-functional" returns new tensors where the plugin writes into its inputs. "ir-apart" is the plugin without its
 taking over what is left of split products (RMSNORM_PATCH_VLLM_LINEAR=off), "ir-reorder" with splits of its own, which
-change bits (=reorder); as this is the setting of a process, no engine "ir" can share it.
+change bits (=reorder); as this is the setting of a process, no engine "ir" can share it. "oot-noir" is route oot with
+vLLM's IR hidden: what a vLLM without it gets.
 """
 
 from __future__ import annotations
@@ -48,8 +54,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchlib.vllm_engine import SHAPES, VARIANTS, Setup, base_of, schedules_of, serve
-from gpu_record import digest, versions
+from benchlib.vllm_engine import ENVIRONMENT, SHAPES, VARIANTS, Setup, base_of, schedules_of, serve
+from gpu_record import digest
+
+from rmsnorm_patch.bench.versions import versions
 
 DECODE = {1: 128, 8: 128, 32: 96, 256: 48}
 """Batch -> tokens generated for each sequence in one round."""
@@ -73,6 +81,7 @@ class Child:
             "VLLM_CACHE_ROOT": tempfile.mkdtemp(),
             "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # this process asks for CUDA devices before it forks
             "TORCHINDUCTOR_COMPILE_THREADS": "4",
+            **ENVIRONMENT.get(self.shape, {}),
         }
         self.log = log
         command = [sys.executable, __file__, "--serve", name, "--decode", json.dumps(setup.decode)]

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -25,6 +24,8 @@ import tempfile
 import xml.etree.ElementTree as ElementTree
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from rmsnorm_patch.bench.versions import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "records"
@@ -41,8 +42,6 @@ HF = [
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 PLANTED = "planted fault"
 """The sanitizer's row that must hold errors."""
-
-PEERS = ("torch", "triton", "transformers", "liger-kernel", "quack-kernels", "flashinfer-python", "vllm")
 
 
 def covered_files() -> list[Path]:
@@ -73,16 +72,6 @@ def digest_of(listed: dict[str, str]) -> str:
 def digest() -> str:
     """The name of this version of the kernels and launch code."""
     return digest_of(files())
-
-
-def versions() -> dict[str, str]:
-    found = {"python": ".".join(map(str, sys.version_info[:3]))}
-    for name in PEERS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def plugin_files() -> dict[str, str]:
@@ -183,6 +172,16 @@ def _rows_from(script: str, *arguments: str) -> list[dict]:
         return json.loads(rows.read_text())
 
 
+def _kernel_rows(args: argparse.Namespace) -> list[dict]:
+    """Rows of `rmsnorm-patch bench-kernels` over the suites that are asked for."""
+    suites = [word for name in args.suite for word in ("--suite", name)]
+    limits = ["--seconds", str(args.seconds), "--warm-jobs", str(args.warm_jobs)]
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder) / "rows.json"
+        _python("-m", "rmsnorm_patch", "bench-kernels", *suites, *limits, "--rows", str(rows))
+        return json.loads(rows.read_text())
+
+
 def run_sanitizer(tools: list[str], tests: list[str], seconds: float) -> list[dict]:
     """Each tool over the tests marked `sanitized`, and memcheck over a fault that it must find, all at once."""
     program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
@@ -264,8 +263,7 @@ PARTS = ("tests", "engine_tests", "kernels", "kernel_time", *(section for sectio
 
 def _measure(part: str, args: argparse.Namespace) -> list[dict]:
     if part == "kernels":
-        limits = ("--seconds", str(args.seconds), "--warm-jobs", str(args.warm_jobs))
-        return _rows_from("bench_kernels.py", "--suite", *args.suite, *limits)
+        return _kernel_rows(args)
     if part == "kernel_time":
         return _rows_from("kernel_time.py", *(("--provider", *args.provider) if args.provider else ()))
     if part == "hf":
@@ -413,7 +411,7 @@ def parsed() -> argparse.Namespace:
         help="default: all, vllm only with --vllm-json; tests brings engine_tests with it",
     )
     run.add_argument("--workers", type=int, default=0, help="processes of the GPU tests, where pytest-xdist is here")
-    run.add_argument("--suite", nargs="+", default=SUITES, help="of scripts/bench_kernels.py")
+    run.add_argument("--suite", nargs="+", default=SUITES, help="of rmsnorm-patch bench-kernels")
     run.add_argument("--provider", nargs="*", default=[], help="[name=]module:function, one more in kernel_time")
     run.add_argument("--warm-jobs", type=int, default=0, help="processes that compile ahead of the kernels' timing")
     run.add_argument("--seconds", type=float, default=3600, help="limit of the kernels' timing, and of each sanitizer")

@@ -4,8 +4,8 @@
     python scripts/kernel_time.py --provider hp_rms_norm=module:function
 
 ncu empties the caches before each kernel and stops at its end: lines that are then still to be written cost it nothing.
-That is how such figures are usually taken; a launch in a graph (scripts/bench_kernels.py) takes 1 to 2 us longer.
-A row is one of scripts/bench_kernels.py in mode "kernel".
+That is how such figures are usually taken; a launch in a graph (rmsnorm-patch bench-kernels) takes 1 to 2 us longer.
+A row is one of rmsnorm-patch bench-kernels in mode "kernel".
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from pathlib import Path
 
 from benchlib import ncu
 from benchlib.aims import PUBLISHED
-from benchlib.rows import FUSED, named
+
+from rmsnorm_patch.bench.rows import FUSED, named
 
 METRIC = "gpu__time_duration.sum"
 """Nanoseconds."""
@@ -37,7 +38,8 @@ def calls(outside: list[str]) -> list[tuple[int, str]]:
 def drive(outside: list[str]) -> None:
     """The program under the profiler; everything is compiled and checked before the profiler listens."""
     import torch
-    from benchlib import cases, providers
+
+    from rmsnorm_patch.bench import cases, providers
 
     with torch.no_grad():
         spec = cases.Case(FUSED, "hot", torch.bfloat16, ROWS, COLUMNS[0]).spec
@@ -54,7 +56,7 @@ def drive(outside: list[str]) -> None:
 
 def _repeat(provider, case) -> None:
     """REPEATS launches on operands of their own, which do not outlive them."""
-    from benchlib import cases
+    from rmsnorm_patch.bench import cases
 
     inputs, weights = cases.operands(case, 1)[0], cases.weights_of(case)
     for _ in range(REPEATS):

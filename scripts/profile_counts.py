@@ -47,8 +47,9 @@ def calls() -> list[dict]:
 def drive() -> None:
     """The program under the profiler; everything is compiled and checked before the profiler listens."""
     import torch
-    from benchlib import cases, providers
-    from benchlib.suites import DTYPES
+
+    from rmsnorm_patch.bench import cases, providers
+    from rmsnorm_patch.bench.suites import DTYPES
 
     with torch.no_grad():
         ready = []

@@ -15,7 +15,8 @@ import torch
 
 import kernels
 from rmsnorm_patch.compat import hub_layers
-from rmsnorm_patch.compat.gated_norm import infer_gated
+from rmsnorm_patch.scan.gated import UNKNOWN
+from rmsnorm_patch.scan.norms import Match, infer_gated
 from rmsnorm_patch.scan.probe import same_bits
 
 ROWS, COLUMNS = 16, 64
@@ -103,8 +104,8 @@ def test_every_class_that_carries_a_name_is_known_or_left_to_itself(named_classe
     for layer, cls in named_classes:
         norm = norm_of(cls, torch.float32)
         if layer == "RMSNormGated":
-            found, why = infer_gated(norm)
-            known = found is not None
+            match = infer_gated(norm)
+            known, why = match.gating is not None, match.reason
         else:
             entry = hub_layers.served(norm)
             known, why = entry.run is not None, entry.reason
@@ -120,16 +121,16 @@ def test_gated_norms_are_told_apart() -> None:
 
     found = {}
     for cls in (Qwen3_5RMSNormGated, KimiLinearRMSNormGated):
-        gated, _ = infer_gated(norm_of(cls))
-        assert gated is not None
-        found[cls.__name__] = gated.activation, gated.spec.round_before_weight
+        match = infer_gated(norm_of(cls))
+        assert match.gating is not None
+        found[cls.__name__] = match.gating.activation, match.spec.round_before_weight
     assert found == {"Qwen3_5RMSNormGated": ("silu", "input"), "KimiLinearRMSNormGated": ("sigmoid", "none")}
 
     class Odd(Qwen3_5RMSNormGated):
         def forward(self, hidden_states, gate):
             return super().forward(hidden_states, gate) + 1
 
-    assert infer_gated(norm_of(Odd)) == (None, "no gated norm that is known computes what its forward does")
+    assert infer_gated(norm_of(Odd)) == Match(None, UNKNOWN)
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)

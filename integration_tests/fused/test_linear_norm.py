@@ -11,9 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rmsnorm_patch import ops
 from rmsnorm_patch.errors import UnsupportedInput
-from rmsnorm_patch.fused.linear_norm import kernel as cuda_partials
-from rmsnorm_patch.fused.linear_norm import op as linear_ops
-from rmsnorm_patch.fused.linear_norm import splits as product_splits
+from rmsnorm_patch.fused.linear_norm import kernel as linear_norm_kernel
+from rmsnorm_patch.fused.linear_norm import op as linear_norm_op
+from rmsnorm_patch.fused.linear_norm import splits as linear_norm_splits
 from rmsnorm_patch.fused.linear_norm.splits import HIDDEN, UNKNOWN, WHOLE, Split, SplitFinder, in_parts
 from rmsnorm_patch.numerics.spec import LLAMA, NormSpec
 
@@ -45,8 +45,8 @@ def operands(m: int, dtype: torch.dtype = torch.float32, spec: NormSpec = LLAMA)
 def moved(tensor: torch.Tensor, by: int) -> torch.Tensor:
     """A copy so many elements behind an address as an allocator of a device gives it."""
     size = tensor.element_size()
-    storage = torch.empty(tensor.numel() + by + product_splits.ALIGNMENT // size, dtype=tensor.dtype)
-    start = -storage.data_ptr() % product_splits.ALIGNMENT // size + by
+    storage = torch.empty(tensor.numel() + by + linear_norm_splits.ALIGNMENT // size, dtype=tensor.dtype)
+    start = -storage.data_ptr() % linear_norm_splits.ALIGNMENT // size + by
     return storage[start : start + tensor.numel()].view_as(tensor).copy_(tensor)
 
 
@@ -178,7 +178,7 @@ def test_refused_while_it_is_traced(name: str) -> None:
     given = [changes.get(place, tensor) for place, tensor in enumerate(operands(5))]
     with FakeTensorMode() as mode, pytest.raises(UnsupportedInput) as caught:
         OP(*(mode.from_tensor(tensor) for tensor in given), 1e-6)
-    for word in (*words, linear_ops.NAME):
+    for word in (*words, linear_norm_op.NAME):
         assert word in str(caught.value)
 
 
@@ -194,12 +194,12 @@ def test_a_split_is_judged_by_many_elements() -> None:
     """Draws differ, and are alike from call to call."""
     for m, n in ((1, 512), (1, 4099), (3, 2880), (256, 16384)):
         rows = torch.randn(m, 8).bfloat16()
-        draws = product_splits._draws(rows, n)
+        draws = linear_norm_splits._draws(rows, n)
         assert len(draws) >= 2
-        assert len(draws) * m * n >= product_splits.COMPARED
+        assert len(draws) * m * n >= linear_norm_splits.COMPARED
         assert {(draw.shape, draw.dtype) for draw in draws} == {(rows.shape, rows.dtype)}
         assert not torch.equal(draws[0], draws[1])
-        again = product_splits._draws(rows, n)
+        again = linear_norm_splits._draws(rows, n)
         assert all(map(torch.equal, draws, again))
 
 
@@ -216,13 +216,15 @@ def library(split: int) -> Any:
 
 def find_split(k: int, reordering: bool = False) -> Split:
     rows, matrix, _, weight = operands(3)
-    return product_splits._find_split(rows.repeat(1, k)[:, :k], matrix.repeat(1, k)[:, :k], weight, LLAMA, reordering)
+    return linear_norm_splits._find_split(
+        rows.repeat(1, k)[:, :k], matrix.repeat(1, k)[:, :k], weight, LLAMA, reordering
+    )
 
 
 @pytest.fixture
 def split(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU's library, as if its products of few rows were split."""
-    monkeypatch.setattr(product_splits, "_is_whole", lambda *_: False)
+    monkeypatch.setattr(linear_norm_splits, "_is_whole", lambda *_: False)
 
 
 @pytest.mark.usefixtures("split")
@@ -234,27 +236,27 @@ def test_splits_considered_leave_parts_of_whole_tiles(
     k: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    monkeypatch.setattr(product_splits, "_same_products", lambda products, matrix, parts: seen.append(parts))
+    monkeypatch.setattr(linear_norm_splits, "_same_products", lambda products, matrix, parts: seen.append(parts))
     assert find_split(k) == HIDDEN
     assert seen == expected
-    assert all(parts <= cuda_partials.MOST_PARTS for parts in product_splits.SPLITS)
+    assert all(parts <= linear_norm_kernel.MOST_PARTS for parts in linear_norm_splits.SPLITS)
 
 
 @pytest.mark.usefixtures("split")
 def test_a_split_is_taken_if_product_and_norm_have_the_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     for same_norm in (True, False):
-        monkeypatch.setattr(product_splits, "_same_norms", lambda *_, same=same_norm: same)
+        monkeypatch.setattr(linear_norm_splits, "_same_norms", lambda *_, same=same_norm: same)
         for split in (2, 3, 4, 6):
-            monkeypatch.setattr(product_splits, "product_in_parts", library(split))
+            monkeypatch.setattr(linear_norm_splits, "product_in_parts", library(split))
             assert find_split(768) == (in_parts(split) if same_norm else HIDDEN)
-        monkeypatch.setattr(product_splits, "product_in_parts", library(5))
+        monkeypatch.setattr(linear_norm_splits, "product_in_parts", library(5))
         assert find_split(768) == HIDDEN
 
 
 @pytest.mark.usefixtures("split")
 def test_where_every_split_has_the_bits_none_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(product_splits, "_same_norms", lambda *_: True)
-    monkeypatch.setattr(product_splits, "product_in_parts", library(0))
+    monkeypatch.setattr(linear_norm_splits, "_same_norms", lambda *_: True)
+    monkeypatch.setattr(linear_norm_splits, "product_in_parts", library(0))
     assert find_split(768) == HIDDEN
 
 
@@ -263,20 +265,20 @@ def test_what_cannot_be_compared_is_served_whole() -> None:
     """The CPU has no product of bf16 with an fp32 result."""
     rows, matrix, _, weight = operands(3, torch.bfloat16)
     with pytest.raises(NotImplementedError):
-        product_splits.product_in_parts(rows, matrix, 2)
-    assert product_splits._find_split(rows.repeat(1, 8), matrix.repeat(1, 8), weight, FP32_SUM, False) == HIDDEN
+        linear_norm_splits.product_in_parts(rows, matrix, 2)
+    assert linear_norm_splits._find_split(rows.repeat(1, 8), matrix.repeat(1, 8), weight, FP32_SUM, False) == HIDDEN
 
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_other_sums_only_where_they_are_allowed(whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four parts, of which the library of the test adds up to what `torch.mm` gives only where there are four."""
-    monkeypatch.setattr(product_splits, "_is_whole", lambda *_: whole)
-    monkeypatch.setattr(product_splits, "_same_products", lambda *_: False)
-    monkeypatch.setattr(product_splits, "filling", lambda *_: 4)
+    monkeypatch.setattr(linear_norm_splits, "_is_whole", lambda *_: whole)
+    monkeypatch.setattr(linear_norm_splits, "_same_products", lambda *_: False)
+    monkeypatch.setattr(linear_norm_splits, "filling", lambda *_: 4)
     same_norms = [True]
-    monkeypatch.setattr(product_splits, "_same_norms", lambda *_: same_norms[0])
+    monkeypatch.setattr(linear_norm_splits, "_same_norms", lambda *_: same_norms[0])
     for split, agrees, allowed in itertools.product((4, 3), (True, False), (True, False)):
-        monkeypatch.setattr(product_splits, "product_in_parts", library(split))
+        monkeypatch.setattr(linear_norm_splits, "product_in_parts", library(split))
         same_norms[0] = agrees
         taken = split == 4 and agrees and allowed
         assert find_split(768, reordering=allowed) == (in_parts(4) if taken else WHOLE if whole else HIDDEN)
@@ -284,9 +286,9 @@ def test_other_sums_only_where_they_are_allowed(whole: bool, monkeypatch: pytest
 
 @pytest.mark.usefixtures("split")
 def test_a_split_with_the_bits_comes_before_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(product_splits, "_same_norms", lambda *_: True)
-    monkeypatch.setattr(product_splits, "filling", lambda *_: 4)
-    monkeypatch.setattr(product_splits, "product_in_parts", library(3))
+    monkeypatch.setattr(linear_norm_splits, "_same_norms", lambda *_: True)
+    monkeypatch.setattr(linear_norm_splits, "filling", lambda *_: 4)
+    monkeypatch.setattr(linear_norm_splits, "product_in_parts", library(3))
     assert find_split(768, reordering=True) == in_parts(3)
 
 
@@ -300,18 +302,18 @@ def test_parts_that_fill_a_device(m: int, n: int, k: int, parts: int, monkeypatc
         multi_processor_count = 132
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
-    assert product_splits.filling(torch.empty(m, k), torch.empty(n, k)) == parts
+    assert linear_norm_splits.filling(torch.empty(m, k), torch.empty(n, k)) == parts
 
 
 def test_close_is_a_rounding_apart() -> None:
     exact = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     rounded = exact.bfloat16()
-    assert product_splits._is_close(rounded, (exact * (1 + 1e-6)).bfloat16())
+    assert linear_norm_splits._is_close(rounded, (exact * (1 + 1e-6)).bfloat16())
     for wrong in (exact + 0.01, exact * 1.02, torch.full_like(exact, torch.nan)):
-        assert not product_splits._is_close(wrong.bfloat16(), rounded)
+        assert not linear_norm_splits._is_close(wrong.bfloat16(), rounded)
 
 
-@pytest.mark.parametrize("up_to", [0, 2, 3, 100, product_splits.TALL - 1])
+@pytest.mark.parametrize("up_to", [0, 2, 3, 100, linear_norm_splits.TALL - 1])
 def test_a_product_with_the_bits_of_many_rows_is_not_split(up_to: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a library that splits products of up to so many rows, which shows in one element."""
 
@@ -321,11 +323,11 @@ def test_a_product_with_the_bits_of_many_rows_is_not_split(up_to: int, monkeypat
         return whole.to(rows.dtype)
 
     monkeypatch.setattr(torch, "mm", product)
-    monkeypatch.setattr(product_splits, "_same_norms", lambda *_: True)
+    monkeypatch.setattr(linear_norm_splits, "_same_norms", lambda *_: True)
     assert find_split(768) == (HIDDEN if up_to >= 3 else WHOLE)
 
 
-@pytest.mark.parametrize("m", [0, cuda_partials.MOST_ROWS + 1])
+@pytest.mark.parametrize("m", [0, linear_norm_kernel.MOST_ROWS + 1])
 def test_no_split_is_looked_for_outside_the_kernels_rows(m: int) -> None:
     """None, where a look at the device would raise: there is none."""
     rows, matrix, residual, weight = operands(m)
@@ -336,9 +338,9 @@ def test_no_split_is_looked_for_outside_the_kernels_rows(m: int) -> None:
 def looked_at(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Numbers of rows that were compared, on a device of which that is asked; each comes in two parts."""
     found: list[int] = []
-    monkeypatch.setattr(product_splits, "_may_split", lambda *_: True)
+    monkeypatch.setattr(linear_norm_splits, "_may_split", lambda *_: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(product_splits, "_find_split", lambda rows, *_: found.append(rows.shape[0]) or in_parts(2))
+    monkeypatch.setattr(linear_norm_splits, "_find_split", lambda rows, *_: found.append(rows.shape[0]) or in_parts(2))
     return found
 
 
@@ -377,9 +379,9 @@ def test_finders_side_by_side_do_not_share_settings_or_knowledge(looked_at: list
 
 def test_reordering_is_a_finders_own(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
-    monkeypatch.setattr(product_splits, "_may_split", lambda *_: True)
+    monkeypatch.setattr(linear_norm_splits, "_may_split", lambda *_: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(product_splits, "_find_split", lambda *given: asked.append(given[-1]) or WHOLE)
+    monkeypatch.setattr(linear_norm_splits, "_find_split", lambda *given: asked.append(given[-1]) or WHOLE)
     finders = SplitFinder(reordering=True), SplitFinder()
     for finder in (*finders, *finders):
         assert parts_of(finder, 3) == 1
@@ -394,17 +396,17 @@ def test_settings_travel_with_the_op() -> None:
         ((), False, "ahead"),
         ([8, 1, 8, 300, 0], True, "ahead 1 8 reorder"),
     ):
-        assert product_splits.settings_of(ahead, reordering) == text
-        finder = product_splits.finder_of(text)
+        assert linear_norm_splits.settings_of(ahead, reordering) == text
+        finder = linear_norm_splits.finder_of(text)
         assert (finder.ahead, finder.reordering) == (SplitFinder(ahead).ahead, reordering)
-        assert product_splits.finder_of(text) is finder
-        assert linear_ops._bound(True, *ops.spec_args(LLAMA), text)[-1] is finder
+        assert linear_norm_splits.finder_of(text) is finder
+        assert linear_norm_op._bound(True, *ops.spec_args(LLAMA), text)[-1] is finder
         given = operands(5)
         normed, _ = one_after_the_other(given, 1e-6, LLAMA)
         assert torch.equal(OP(*given, 1e-6, splits=text), normed)
     for wrong in ("ahead 8 1", "ahead one", "reorder ahead", "behind 1", "ahead 1  8"):
         with pytest.raises(UnsupportedInput, match="splits: got"):
-            product_splits.finder_of(wrong)
+            linear_norm_splits.finder_of(wrong)
 
 
 def test_rows_apart_are_no_known_product(looked_at: list[int]) -> None:

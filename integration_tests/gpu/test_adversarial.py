@@ -21,7 +21,7 @@ from rmsnorm_patch import ops
 from rmsnorm_patch.backends.cuda import backend as cuda_backend
 from rmsnorm_patch.backends.cuda import cache
 from rmsnorm_patch.errors import UnsupportedInput
-from rmsnorm_patch.fused.query_key_norm import kernel as cuda_pair
+from rmsnorm_patch.fused.query_key_norm import kernel as query_key_norm_kernel
 from rmsnorm_patch.numerics import reference
 from rmsnorm_patch.numerics.spec import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, NormSpec
 from rmsnorm_patch.numerics.tolerances import SITE
@@ -206,7 +206,7 @@ def test_slices_of_a_packed_projection(backend):
 def test_query_and_key_of_a_packed_projection_in_one_launch(tokens):
     heads = rand(tokens, 48 * 128).view(tokens, 48, 128)
     weights = parameter(128), nn.Parameter(1 - parameter(128).data, requires_grad=False)
-    results = cuda_pair.bind_rms_norm_pair(LLAMA)(heads[:, :32], heads[:, 32:40], *weights, EPS)
+    results = query_key_norm_kernel.bind_rms_norm_pair(LLAMA)(heads[:, :32], heads[:, 32:40], *weights, EPS)
     for got, x, weight in zip(results, (heads[:, :32], heads[:, 32:40]), weights, strict=True):
         assert torch.equal(got, norm(LLAMA, "cuda")(x, weight, EPS))
         same(got, reference.rms_norm(x, weight, LLAMA, EPS))

@@ -16,8 +16,8 @@ from rmsnorm_patch import ops
 from rmsnorm_patch.backends import launch_mode
 from rmsnorm_patch.backends.cuda import launcher
 from rmsnorm_patch.backends.triton import backend as triton_backend
-from rmsnorm_patch.fused.linear_norm import kernel as cuda_partials
-from rmsnorm_patch.fused.query_key_norm import kernel as cuda_pair
+from rmsnorm_patch.fused.linear_norm import kernel as linear_norm_kernel
+from rmsnorm_patch.fused.query_key_norm import kernel as query_key_norm_kernel
 from rmsnorm_patch.numerics.spec import LLAMA
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -40,12 +40,12 @@ def rand(*shape: int, seed: int, dtype: torch.dtype = BF16) -> torch.Tensor:
 def call_of(backend: str, op: str, m: int):
     """(columns, ready): `ready()` makes the operands of one call, and gives what takes the weight and computes it."""
     if op == "pair":
-        pair, q, k = cuda_pair.bind_rms_norm_pair(LLAMA), rand(m, 512, seed=1), rand(3, 512, seed=2)
+        pair, q, k = query_key_norm_kernel.bind_rms_norm_pair(LLAMA), rand(m, 512, seed=1), rand(3, 512, seed=2)
         return 512, lambda: lambda weight: pair(q, k, weight, weight, EPS)
     n = 4096 if op == "parts" else 8192
     x, residual = rand(m, n, seed=1), rand(m, n, seed=2)
     if op == "parts":
-        add_up, pieces = cuda_partials.bound(LLAMA, PARTS), rand(PARTS, m, n, seed=3, dtype=torch.float32)
+        add_up, pieces = linear_norm_kernel.bound(LLAMA, PARTS), rand(PARTS, m, n, seed=3, dtype=torch.float32)
 
         def ready_parts():
             total, normed = residual.clone(), torch.empty_like(residual)
@@ -139,7 +139,7 @@ def check(results, expected) -> None:
 @pytest.mark.parametrize(("backend", "op"), CALLS)
 @pytest.mark.parametrize("writer", [Cast, Tail, OneOfOurs])
 def test_a_parameter_written_just_before_is_read_as_written(writer, backend: str, op: str, m: int) -> None:
-    m = min(m, cuda_partials.MOST_ROWS) if op == "parts" else m
+    m = min(m, linear_norm_kernel.MOST_ROWS) if op == "parts" else m
     n, ready = call_of(backend, op, m)
     write = writer(n, backend)
     expected = settled(write, ready)
@@ -187,10 +187,10 @@ def results_of(backend: str, **asked) -> list[torch.Tensor]:
     ops.bind_fused_add_rms_norm_(LLAMA, backend, **asked)(mine, total, weight, EPS)
     found += [mine, total]
     if backend == "cuda":
-        found += cuda_pair.bind_rms_norm_pair(LLAMA, **asked)(x, residual, weight, weight, EPS)
+        found += query_key_norm_kernel.bind_rms_norm_pair(LLAMA, **asked)(x, residual, weight, weight, EPS)
         total, normed = residual.clone(), torch.empty_like(x)
         pieces = rand(PARTS, 3, 1024, seed=4, dtype=torch.float32)
-        cuda_partials.bound(LLAMA, PARTS, **asked)(pieces, total, weight, EPS, normed)
+        linear_norm_kernel.bound(LLAMA, PARTS, **asked)(pieces, total, weight, EPS, normed)
         found += [normed, total]
     return found
 

@@ -10,9 +10,9 @@ from rmsnorm_patch import ops
 from rmsnorm_patch.backends.cuda import backend as cuda_backend
 from rmsnorm_patch.backends.cuda import launcher
 from rmsnorm_patch.errors import UnsupportedInput
-from rmsnorm_patch.fused.linear_norm import kernel as cuda_partials
-from rmsnorm_patch.fused.linear_norm import op as linear_ops
-from rmsnorm_patch.fused.linear_norm import splits as product_splits
+from rmsnorm_patch.fused.linear_norm import kernel as linear_norm_kernel
+from rmsnorm_patch.fused.linear_norm import op as linear_norm_op
+from rmsnorm_patch.fused.linear_norm import splits as linear_norm_splits
 from rmsnorm_patch.fused.linear_norm.splits import HIDDEN, UNKNOWN, WHOLE
 from rmsnorm_patch.numerics.spec import GEMMA, LLAMA, NormSpec
 
@@ -62,12 +62,12 @@ def same(left, right) -> bool:
     return all(torch.equal(mine, other) for mine, other in zip(left, right, strict=True))
 
 
-def known() -> dict[product_splits.Key, product_splits.Split]:
+def known() -> dict[linear_norm_splits.Key, linear_norm_splits.Split]:
     """What was found by calls that name no settings."""
-    return product_splits.finder_of("").known
+    return linear_norm_splits.finder_of("").known
 
 
-def most_parts(finder: product_splits.SplitFinder) -> int:
+def most_parts(finder: linear_norm_splits.SplitFinder) -> int:
     return max(split.parts for split in finder.known.values())
 
 
@@ -139,7 +139,7 @@ def test_kernels_of_one_call(kind: str, monkeypatch: pytest.MonkeyPatch) -> None
 def test_whether_the_library_adds_up_parts_is_known(n: int, k: int) -> None:
     for m in (1, 8, 32, 64, 128, 256):
         tensors = operands(m, n, k)
-        split = product_splits.finder_of("").split_of(*tensors, FP32_SUM)
+        split = linear_norm_splits.finder_of("").split_of(*tensors, FP32_SUM)
         names = kernels_of(lambda tensors=tensors: torch.mm(tensors[0], tensors[1].t()))
         assert (split == WHOLE) == (not any("splitKreduce" in name for name in names)), (m, split, names)
 
@@ -147,10 +147,10 @@ def test_whether_the_library_adds_up_parts_is_known(n: int, k: int) -> None:
 @measured
 @pytest.mark.parametrize(("split", "dependent"), [(UNKNOWN, True), (HIDDEN, True), (WHOLE, False)])
 def test_how_the_norm_of_a_whole_product_is_launched(
-    split: product_splits.Split, dependent: bool, monkeypatch: pytest.MonkeyPatch
+    split: linear_norm_splits.Split, dependent: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Dependently unless the product's own kernel stands in front of it."""
-    variant, backend, *norms, finder = linear_ops._bound(True, *ops.spec_args(FP32_SUM))
+    variant, backend, *norms, finder = linear_norm_op._bound(True, *ops.spec_args(FP32_SUM))
     launched: list[bool] = []
 
     def noting(norm):
@@ -160,7 +160,7 @@ def test_how_the_norm_of_a_whole_product_is_launched(
 
         return call
 
-    monkeypatch.setattr(linear_ops, "_bound", lambda *_: (variant, backend, *map(noting, norms), finder))
+    monkeypatch.setattr(linear_norm_op, "_bound", lambda *_: (variant, backend, *map(noting, norms), finder))
     monkeypatch.setattr(finder, "split_of", lambda *_: split)
     tensors = operands(8, 2048, 2048)
     assert same(one_call(*tensors, FP32_SUM), two_calls(*tensors, FP32_SUM))
@@ -170,7 +170,7 @@ def test_how_the_norm_of_a_whole_product_is_launched(
 @measured
 def test_other_sums_are_as_exact() -> None:
     """Where they are allowed: against fp64, beside what the two calls give."""
-    finder = product_splits.finder_of("reorder")
+    finder = linear_norm_splits.finder_of("reorder")
     for n, k in ((2048, 2048), (2048, 8192), (1024, 4096)):
         for m in (1, 8, 32, 64):
             rows, matrix, residual, weight = operands(m, n, k)
@@ -189,22 +189,24 @@ def test_other_sums_are_as_exact() -> None:
 def test_a_split_with_other_bits_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = operands(8, 4096, 14336)
     one_call(*tensors, FP32_SUM)
-    right = most_parts(product_splits.finder_of(""))
+    right = most_parts(linear_norm_splits.finder_of(""))
     assert right > 1
-    product_splits.finder_of("").forget()
-    monkeypatch.setattr(product_splits, "SPLITS", tuple(parts for parts in product_splits.SPLITS if parts != right))
+    linear_norm_splits.finder_of("").forget()
+    monkeypatch.setattr(
+        linear_norm_splits, "SPLITS", tuple(parts for parts in linear_norm_splits.SPLITS if parts != right)
+    )
     assert same(one_call(*tensors, FP32_SUM), two_calls(*tensors, FP32_SUM))
     assert set(known().values()) == {HIDDEN}
 
 
 @measured
 def test_a_norm_with_other_bits_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    launch = cuda_partials.BoundPartials.__call__
+    launch = linear_norm_kernel.BoundPartials.__call__
 
     def wrong(self, parts, residual, weight, eps, normed):
         launch(self, parts, residual, weight, eps + 1e-3, normed)
 
-    monkeypatch.setattr(cuda_partials.BoundPartials, "__call__", wrong)
+    monkeypatch.setattr(linear_norm_kernel.BoundPartials, "__call__", wrong)
     tensors = operands(8, 4096, 14336)
     assert same(one_call(*tensors, FP32_SUM), two_calls(*tensors, FP32_SUM))
     assert set(known().values()) == {HIDDEN}
@@ -234,7 +236,7 @@ def test_what_is_not_asked() -> None:
 def test_rows_apart_take_the_two_calls_although_the_product_is_known() -> None:
     rows, matrix, residual, weight = operands(8, 4096, 14336)
     one_call(rows, matrix, residual, weight, FP32_SUM)
-    assert most_parts(product_splits.finder_of("")) > 1
+    assert most_parts(linear_norm_splits.finder_of("")) > 1
     wide_rows, wide = rand(8, 2 * 14336, seed=5)[:, :14336], rand(8, 2 * 4096, seed=6)
     for given in ((wide_rows, residual), (rows, wide[:, 4096:]), (wide_rows, wide[:, 4096:])):
         x, total = torch.mm(given[0], matrix.t()), given[1].clone()
@@ -257,7 +259,7 @@ def test_operands_at_odd_addresses_take_the_two_calls(by: int) -> None:
     rows, matrix, residual, weight = operands(8, 4096, 14336)
     one_call(rows, matrix, residual, weight, FP32_SUM)
     for given in ((moved(rows), matrix), (rows, moved(matrix)), (moved(rows), moved(matrix))):
-        assert product_splits.finder_of("").split_of(*given, residual, weight, FP32_SUM) == UNKNOWN
+        assert linear_norm_splits.finder_of("").split_of(*given, residual, weight, FP32_SUM) == UNKNOWN
         assert same(one_call(*given, residual, weight, FP32_SUM), two_calls(*given, residual, weight, FP32_SUM))
 
 
@@ -274,8 +276,8 @@ def test_autograd_counts_what_was_written_in_parts() -> None:
 @measured
 def test_compared_ahead_and_never_again() -> None:
     """At the first sight of a matrix, whatever its rows; what was not asked for is taken whole."""
-    settings = product_splits.settings_of([1, 8, 8, 512])
-    finder = product_splits.finder_of(settings)
+    settings = linear_norm_splits.settings_of([1, 8, 8, 512])
+    finder = linear_norm_splits.finder_of(settings)
     for m in (300, 1, 2, 8, 16):
         rows, matrix, total, weight = operands(m, 4096, 14336)
         normed = OP(rows, matrix, total, weight, EPS, *ops.spec_args(FP32_SUM), settings)
@@ -313,7 +315,7 @@ def test_in_a_graph_with_new_data(compared: bool) -> None:
 @pytest.mark.parametrize("n", [64, 192, 2048, 2880, 4096, 5120, 8192, 16384])
 def test_the_kernel_against_the_sum_and_the_fused_op(n: int) -> None:
     """Outputs are poisoned, and the rows behind the last one keep what they held."""
-    if not cuda_partials.serves(FP32_SUM, BF16, n, 0):
+    if not linear_norm_kernel.serves(FP32_SUM, BF16, n, 0):
         assert torch.cuda.get_device_capability() >= (10, 0)  # chunks of 32 bytes there
         pytest.skip("not served on this device")
     for spec in (FP32_SUM, LLAMA):
@@ -329,7 +331,7 @@ def test_the_kernel_against_the_sum_and_the_fused_op(n: int) -> None:
                 x, want = total.to(BF16), residual.clone()
                 ops.bind_fused_add_rms_norm_(spec)(x, want, weight, EPS)
                 normed = torch.full((m, n), float("nan"), dtype=BF16, device="cuda")
-                cuda_partials.bound(spec, parts)(pieces, residual, weight, EPS, normed)
+                linear_norm_kernel.bound(spec, parts)(pieces, residual, weight, EPS, normed)
                 assert same((normed, residual), (x, want)), (parts, m)
                 assert torch.equal(padded[m], behind)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import rmsnorm_patch
 from rmsnorm_patch.rewrite import observe
@@ -113,3 +113,26 @@ def test_compiled_whole(
         compiled = torch.compile(model.forward, fullgraph=True)
         got = compiled(input_ids=tokens, use_cache=False).logits
     torch.testing.assert_close(got, want, atol=2e-4, rtol=2e-4)
+
+
+def test_adds_of_two_dtypes_are_tritons_and_are_warmed_up() -> None:
+    """Mamba in bf16 keeps its residual stream in fp32. What is taken names who made it."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 3, "state_size": 8, "pad_token_id": 0}
+    config = AutoConfig.for_model("mamba", residual_in_fp32=True, **sizes)
+    model = AutoModelForCausalLM.from_config(config).eval().bfloat16().cuda()
+    rmsnorm_patch.apply(model)
+    ready = {(made.op, made.dtype, made.residual_dtype) for made in rmsnorm_patch.warmup(model)}
+    events: list[observe.Event] = []
+    with torch.no_grad(), observe.observing(events.append):
+        model(torch.arange(1, 9, device="cuda")[None], use_cache=False)
+    mixed = [
+        event for event in events if len(event.operands) == 2 and event.operands[0].dtype != event.operands[1].dtype
+    ]
+    assert mixed
+    for event in mixed:
+        names = (str(operand.dtype).removeprefix("torch.") for operand in event.operands)
+        assert ("fused_add_rms_norm", *names) in ready
+        assert event.backend == "triton"
+    made = [event.backend for event in events if event.kind == "cross_layer"]
+    assert [event.backend for event in events if event.kind == "taken"] == made

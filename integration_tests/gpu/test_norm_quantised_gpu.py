@@ -11,6 +11,7 @@ from rmsnorm_patch import ops
 from rmsnorm_patch.fused.norm_quantised.op import quant_args
 from rmsnorm_patch.numerics.quantisation import QuantSpec, quantise
 from rmsnorm_patch.numerics.spec import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, NormSpec
+from rmsnorm_patch.vllm_plugin import trial
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -158,3 +159,14 @@ def test_triton_bits_are_those_of_quantising_its_own_rows(name: str, n: int) -> 
     want, want_scales = quantise(normed, quant, scale)
     assert torch.equal(found.view(torch.uint8), want.view(torch.uint8))
     torch.testing.assert_close(scales, want_scales, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_fp8
+@pytest.mark.parametrize("n", [192, 512, 4096, 8192])
+@pytest.mark.parametrize("name", QUANTS)
+def test_the_trial_of_an_engine_passes(name: str, n: int) -> None:
+    """In front of which vLLM's graph keeps its own norm."""
+    quant, spec = QUANTS[name]
+    x, weight = torch.empty(0, n, dtype=BF16, device="cuda"), torch.empty(n, dtype=BF16, device="cuda")
+    for adds in (False, True):
+        assert trial.declined_quantised(x, weight, spec, quant, adds, quant.scheme == "fp8_static") == ""

@@ -53,7 +53,7 @@ def test_a_hub_layer_keeps_the_class_s_numerics(folder: Path, layer: str, path: 
         own, ours = cls.forward(norm, *given), made.forward(norm, *given)
         served = sys.modules[made.__module__].rms_norm.__globals__["served"](norm, layer == "RMSNormGated")
         assert served.run is not None
-        assert served.run.backend_for(x, norm.weight) in ("cuda", "triton")
+        assert served.run.backend_for(*given, norm.weight) in ("cuda", "triton")
         assert ours.dtype == own.dtype
         assert int((ours != own).sum()) <= own.numel() // SHARE
         graph = torch.cuda.CUDAGraph()

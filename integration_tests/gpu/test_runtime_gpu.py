@@ -19,7 +19,7 @@ from rmsnorm_patch import ops
 from rmsnorm_patch.backends.cuda import backend as cuda_backend
 from rmsnorm_patch.backends.cuda import cache, jit, launcher
 from rmsnorm_patch.errors import KernelBuildError, UnsupportedInput
-from rmsnorm_patch.fused.query_key_norm import kernel as cuda_pair
+from rmsnorm_patch.fused.query_key_norm import kernel as query_key_norm_kernel
 from rmsnorm_patch.numerics import reference
 from rmsnorm_patch.numerics.spec import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, NormSpec
 from rmsnorm_patch.numerics.tolerances import SITE
@@ -229,7 +229,7 @@ def same_rows(actual, expected, what):
 
 @pytest.mark.parametrize("spec", [LLAMA, GEMMA, replace(LLAMA, has_weight=False)])
 def test_pair_has_the_bits_of_two_norms(spec):
-    norm, pair = cuda_backend.bind("rms_norm", spec), cuda_pair.bind_rms_norm_pair(spec)
+    norm, pair = cuda_backend.bind("rms_norm", spec), query_key_norm_kernel.bind_rms_norm_pair(spec)
     for tokens in (1, 7, 4096):
         for n in (64, 128, 256, 512, 2048):  # the last one takes a launch each
             qkv = rand(tokens, 48 * n)
@@ -242,7 +242,7 @@ def test_pair_has_the_bits_of_two_norms(spec):
 
 
 def test_pair_of_unlike_operands():
-    pair = cuda_pair.bind_rms_norm_pair(LLAMA)
+    pair = query_key_norm_kernel.bind_rms_norm_pair(LLAMA)
     for q, k in ((rand(4, 128), rand(4, 64)), (rand(4, 128), rand(4, 128).float()), (rand(0, 128), rand(4, 128))):
         weights = parameter(q.shape[-1], q.dtype), parameter(k.shape[-1], k.dtype)
         for actual, x, weight in zip(pair(q, k, *weights, EPS), (q, k), weights, strict=True):

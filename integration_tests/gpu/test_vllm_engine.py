@@ -42,7 +42,10 @@ MORE = {
     "tiny-llama-tp2": {"tensor_parallel_size": 2},
 }
 REQUESTS = {"wide-llama-noir": {"hide_ir": True}, "tiny-llama": {"changes": ["written"]}}
-VARIABLES = {"wide-llama-apart": {"RMSNORM_PATCH_VLLM_LINEAR": "off"}}
+VARIABLES = {
+    "wide-llama-apart": {"RMSNORM_PATCH_VLLM_LINEAR": "off"},
+    "tiny-llama-fp8": {"RMSNORM_PATCH_VLLM_QUANTISED": "off"},
+}
 WIDE = {"hidden_size": 4096, "intermediate_size": 14336, "head_dim": 128, "num_attention_heads": 8}
 """Of Llama-8B's widths: few rows of its down projection are split along K, on an H100 and on an H200."""
 PROMPTS = ("You may", "This program is", "Error: ", "When a")
@@ -214,12 +217,12 @@ def test_a_norm_that_adds_up_a_product_changes_no_bit(engines: Engines) -> None:
     assert not any(line["dependent"] for line in in_parts)  # launched without overlap, which costs time there
 
 
-def test_a_quantised_model_keeps_the_compilers_norms(engines: Engines) -> None:
+def test_a_quantised_model_turned_off_keeps_the_compilers_norms(engines: Engines) -> None:
     stock, patched = engines("tiny-llama-fp8", "off", False), engines("tiny-llama-fp8", "auto", False)
     assert patched["trace_at_start"] == patched["trace"] == []
     assert patched["tokens"] == stock["tokens"]
     assert patched["logprobs"] == stock["logprobs"]
-    assert "quantization 'fp8'" in patched["log"]
+    assert "RMSNORM_PATCH_VLLM_QUANTISED=off leaves its norms to vLLM" in patched["log"]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

@@ -36,7 +36,12 @@ def test_launcher_c_numbers_the_ops_as_the_table_does(repository: Path) -> None:
 def test_every_row_is_an_op_of_torch_and_has_kernels() -> None:
     namespace = "rmsnorm_patch::"
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith(namespace)}
-    folders = ("linear_fused_add_rms_norm_", "rms_norm_quantised", "fused_add_rms_norm_quantised_")
+    folders = (
+        "linear_fused_add_rms_norm_",
+        "rms_norm_quantised",
+        "fused_add_rms_norm_quantised_",
+        "rms_norm_gated",
+    )
     others = {namespace + name for name in folders}  # in folders of their own, registered where these are imported
     assert registered - others == {namespace + name for name in PLAIN_OPS}
     assert set(PLAIN_OPS) < set(registry.OPS)

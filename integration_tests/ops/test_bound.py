@@ -14,11 +14,11 @@ from rmsnorm_patch import ops
 from rmsnorm_patch.backends import launch_mode
 from rmsnorm_patch.backends.triton import backend as triton_backend
 from rmsnorm_patch.errors import KernelBuildError, UnsupportedInput
-from rmsnorm_patch.fused.linear_norm import op as linear_op
+from rmsnorm_patch.fused.linear_norm import op as linear_norm_op
 from rmsnorm_patch.numerics import reference
 from rmsnorm_patch.numerics.contract import PLAIN_OPS
 from rmsnorm_patch.numerics.spec import GEMMA, LLAMA
-from rmsnorm_patch.ops import library
+from rmsnorm_patch.ops import dispatch, library
 
 
 class Layer(torch.nn.Module):
@@ -67,7 +67,7 @@ def test_what_was_bound_is_forgotten_and_bound_anew(op: str) -> None:
         lambda: ops.bind(op, spec),
         lambda: library._bound_for(op, torch.ones(1), ops.spec_args(spec)),
         lambda: triton_backend.bind(op, spec),
-        lambda: linear_op._bound(True, *ops.spec_args(spec))[2],
+        lambda: linear_norm_op._bound(True, *ops.spec_args(spec))[2],
     )
     before = [bound() for bound in held]
     assert all(bound() is first for bound, first in zip(held, before, strict=True))
@@ -139,6 +139,21 @@ def test_forced_backends_are_reported_and_refuse_what_they_cannot_serve(monkeypa
     assert ops.bind_rms_norm(LLAMA, "triton").backend_for(x) == "triton"
     with pytest.raises(UnsupportedInput, match="x on cpu; supported: CUDA tensors for backend='cuda'"):
         ops.bind_rms_norm(LLAMA, "cuda")(x, None, 1e-6)
+
+
+def test_the_variable_is_read_when_an_op_is_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at every call; and nothing that was bound under another value of it is handed out."""
+    monkeypatch.delenv(dispatch.BACKEND_VARIABLE, raising=False)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    x, before = torch.randn(3, 64), ops.bind_rms_norm(LLAMA)
+    assert before.backend_for(x) == "reference"
+    monkeypatch.setenv(dispatch.BACKEND_VARIABLE, "triton")
+    after = ops.bind_rms_norm(LLAMA)
+    assert (before.backend_for(x), after.backend_for(x)) == ("reference", "triton")
+    assert ops.bind_rms_norm(LLAMA, "reference").backend_for(x) == "reference"
+    monkeypatch.delenv(dispatch.BACKEND_VARIABLE)
+    assert ops.bind_rms_norm(LLAMA) is before
+    assert after.backend_for(x) == "triton"
 
 
 class OnDevice:

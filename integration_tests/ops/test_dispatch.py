@@ -273,9 +273,7 @@ def test_shipped_schedules_read_as_tables(repository):
         start, end = lines.index("rules = ["), lines.index("]")
         assert lines[start + 1].startswith("#"), file
         assert all(line.startswith("    [") and line.endswith("],") for line in lines[start + 2 : end]), file
-        # Its reason is two columns wider until its next change: a file is what a GPU record proves, as it is.
-        widest = 122 if file.name == "rms_norm_quantised.toml" else 120
-        assert max(map(len, lines)) <= widest, file
+        assert max(map(len, lines)) <= 120, file
 
 
 def tuned_file(folder: Path, **changes: object) -> Path:

@@ -105,6 +105,67 @@ def test_the_plan_names_them() -> None:
         assert ("final", f"{stack}.block.1.layer.{last}", f"{stack}.final_layer_norm") in fused
 
 
+def test_a_norm_behind_a_whole_loop_has_a_line() -> None:
+    """Pix2Struct's vision encoder runs its layers in a loop; the module around it norms what comes out."""
+    plan = rmsnorm_patch.plan(model_of("pix2struct"), backend="reference")
+    norms = {site.path for site in plan.norms}
+    (behind,) = [pair for pair in plan.pairs if pair.norm.endswith("encoder.layernorm") and pair.norm in norms]
+    assert (behind.kind, behind.action) == ("final", "leave")
+    assert behind.layer.endswith("encoder.encoder.layer.1")
+    assert "loop" in behind.reason
+
+
+class Stack(nn.Module):
+    """Layers in a loop, without a norm behind them."""
+
+    def __init__(self, layers: nn.ModuleList) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            hidden_states = layer(hidden_states)
+        return hidden_states
+
+
+class Stacks(nn.Module):
+    """Two stacks, the second on what the first gives, and a norm behind them."""
+
+    def __init__(self, first: nn.Module, second: nn.Module, norm: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second, self.norm = first, second, norm
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.first(hidden_states)
+        hidden_states = self.second(hidden_states)
+        return self.norm(hidden_states)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mlp = nn.RMSNorm(32, eps=1e-6), nn.Linear(32, 32)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states + self.mlp(self.norm(hidden_states))
+
+
+def test_pairs_between_two_loops_have_lines_and_are_left() -> None:
+    torch.manual_seed(0)
+    stacks = (Stack(nn.ModuleList([Block(), Block()])) for _ in range(2))
+    model = Stacks(*stacks, nn.RMSNorm(32, eps=1e-6)).eval()
+    x = torch.randn(3, 32)
+    expected = model(x)
+    lines = {(pair.layer, pair.norm): pair for pair in rmsnorm_patch.plan(model, backend="reference").pairs}
+    assert lines["first.layers.0", "first.layers.1.norm"].action == "fuse"
+    for layer, norm in (("first.layers.1", "second.layers.0.norm"), ("second.layers.1", "norm")):
+        assert lines[layer, norm].action == "leave"
+        assert "loop" in lines[layer, norm].reason
+    rmsnorm_patch.apply(model, backend="reference")
+    with torch.no_grad():
+        assert torch.equal(model(x), expected)
+
+
 def test_generation_with_a_cache() -> None:
     model = model_of()
     before = model.generate(IDS, max_new_tokens=6, do_sample=False)

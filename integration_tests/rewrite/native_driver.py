@@ -13,10 +13,11 @@ import torch
 
 from rmsnorm_patch.backends.cuda import backend as cuda_backend
 from rmsnorm_patch.backends.cuda import jit, launcher
+from rmsnorm_patch.fused.norm_add import kernel as norm_add
 from rmsnorm_patch.fused.query_key_norm.kernel import TWO_NORMS, BoundPair
 from rmsnorm_patch.numerics.spec import NormSpec
 
-FUNCTION, TWO_SETS, CONTEXT = 0x7000, 0x7001, 1
+FUNCTION, TWO_SETS, CONTEXT = 0x7000, 0x7003, 1
 PLAIN = jit.source_of("rms_norm_rows.cu").arguments
 PAIR = jit.source_of("rms_norm_pair.cu").arguments
 
@@ -41,23 +42,41 @@ class Driver:
 def table_of(op: Any, spec: NormSpec, n: int) -> Any:
     """launcher.c's table of `op`, with a plan for fp32 rows of `n` columns."""
     bound, _ = cuda_backend._bound(op, spec, enable_pdl=True)
-    functions, fp32 = bound.functions, torch.float32
-    handle = functions.new_kernel(FUNCTION, CONTEXT, n, 2**63 - 1, 1, 1, 32, 0, 4, 4, 0, PLAIN)
+    _add_plan(bound, bound.functions.new_kernel(FUNCTION, CONTEXT, n, 2**63 - 1, 1, 1, 32, 0, 4, 4, 0, PLAIN), n)
+    return bound.table
+
+
+def _add_plan(bound: Any, handle: int, n: int) -> None:
+    fp32 = torch.float32
     code = launcher.dlpack_code(fp32)
-    functions.add_plan(bound.table, handle, 0, fp32, fp32, fp32, n, 0, 4, 4, 1e-6, code, code)
+    bound.functions.add_plan(bound.table, handle, 0, fp32, fp32, fp32, n, 0, 4, 4, 1e-6, code, code)
+
+
+class _NoSlowPath:
+    """What launcher.c would hand a call to that it is not sure of."""
+
+    def __init__(self, functions: launcher.Functions) -> None:
+        self.functions = functions
+        self.table: object = None
+
+
+def norm_add_table(op: str, spec: NormSpec, n: int) -> Any:
+    """The same of an op of `fused.norm_add`."""
+    code = norm_add.CODES[op]
+    bound, _ = cuda_backend.started(code, spec, _NoSlowPath)
+    arguments, which = jit.source_of("rms_norm_add.cu").arguments, FUNCTION + code - 2
+    handle = bound.functions.new_kernel(which, CONTEXT, n, 2**63 - 1, 1, 1, 32, 0, 4, 4, 0, arguments)
+    _add_plan(bound, handle, n)
     return bound.table
 
 
 def table_of_two(spec: NormSpec, n: int) -> Any:
     """The same for the norms of a query and a key, in rows of one level and of two."""
-    functions, fp32 = launcher.functions(), torch.float32
-    bound = BoundPair(spec, True, functions)
-    made = cuda_backend.made_in_c(TWO_NORMS, spec, bound)
-    assert made is not None
-    handle = functions.new_kernel(TWO_SETS, CONTEXT, n, 2**63 - 1, 1, 1, 32, 0, 4, 4, 0, PAIR)
-    code = launcher.dlpack_code(fp32)
-    functions.add_plan(made[0], handle, handle, fp32, fp32, fp32, n, 0, 4, 4, 1e-6, code, code)
-    return made[0]
+    bound, _ = cuda_backend.started(TWO_NORMS, spec, lambda functions: BoundPair(spec, True, functions))
+    handle = bound.functions.new_kernel(TWO_SETS, CONTEXT, n, 2**63 - 1, 1, 1, 32, 0, 4, 4, 0, PAIR)
+    code, fp32 = launcher.dlpack_code(torch.float32), torch.float32
+    bound.functions.add_plan(bound.table, handle, handle, fp32, fp32, fp32, n, 0, 4, 4, 1e-6, code, code)
+    return bound.table
 
 
 def held(watched: Iterable[object], collect_garbage: Callable[[], None]) -> tuple[int, list[int]]:

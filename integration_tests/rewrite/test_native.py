@@ -83,6 +83,22 @@ def test_no_python_check_runs(patched, monkeypatch) -> None:
         model(TOKENS)
 
 
+def test_the_first_call_on_a_device_lets_the_c_functions_serve(model, monkeypatch) -> None:
+    """A model is not patched for them by anybody: the guarded call of each class, for which the op has a table, is."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    rmsnorm_patch.apply(model, backend="triton")
+    norm = model.model.layers[0].post_attention_layernorm
+    kernel = layer_calls.kernel_of(norm)
+    enrolled = []
+    monkeypatch.setattr(native, "enroll", lambda cls, kernel: enrolled.append((cls, kernel)))
+    with torch.no_grad():
+        model(TOKENS)
+        assert not enrolled
+        monkeypatch.setattr(kernel.fused, "table", object())
+        model(TOKENS)
+    assert set(enrolled) == {(type(norm), kernel)}
+
+
 def test_held_forwards_launch_nothing_after_revert(model, launchers, monkeypatch) -> None:
     with torch.no_grad():
         before = model(TOKENS).logits

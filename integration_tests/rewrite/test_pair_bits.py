@@ -82,7 +82,8 @@ def test_every_layer_has_its_pairs(small_model, model_type: str) -> None:
     assert fused["in_layer"] == [(layer, f"{layer}.{in_layer}") for layer in layers]
     assert fused["cross_layer"] == [(a, f"{b}.{entry}") for a, b in pairwise(layers)]
     assert fused["final"] == [(layers[-1], "model.norm")]
-    assert plan.counts().get("norm_add/leave", 0) == norm_add * LAYERS
+    assert plan.counts().get("norm_add/fuse", 0) == norm_add * LAYERS
+    assert plan.counts().get("norm_add/leave", 0) == 0
     assert all(pair.source.startswith("modeling_") for pair in plan.pairs)
 
 
@@ -101,7 +102,8 @@ def test_bit_identical_with_every_cache(small_model, tokens, model_type: str, dt
     assert (ran["in_layer"], ran["cross_layer"], ran["taken"]) == (LAYERS, LAYERS, LAYERS)
     shared = 2 * len(list(plan.fused_query_key()))
     assert ran["together"] == shared
-    assert ran["norm"] == len(list(plan.fused_norms())) - pairs - shared
+    assert ran["norm_add"] == len(list(plan.fused_pairs("norm_add")))
+    assert ran["norm"] == len(list(plan.fused_norms())) - pairs - ran["norm_add"] - shared
     for cache, text in texts.items():
         assert torch.equal(greedy(model, tokens, cache), text), cache
     rmsnorm_patch.revert(model)
@@ -125,7 +127,7 @@ def test_llama_is_one_norm_and_two_fused_calls_a_layer(small_model, tokens) -> N
             "olmo2",
             {
                 "final/fuse": 1,
-                "norm_add/leave": 2 * LAYERS,
+                "norm_add/fuse": 2 * LAYERS,
                 "norm/fuse": 4 * LAYERS + 1,
                 "query_key/leave": LAYERS,  # q and k of different widths
             },

@@ -5,13 +5,16 @@ import inspect
 import pkgutil
 import types
 from collections import Counter
+from itertools import product
 
 import pytest
+import torch
 import torch.nn as nn
 import transformers
 import transformers.models
 
-from rmsnorm_patch.scan.norms import infer_spec, variant_name
+from rmsnorm_patch.numerics.gating import GateSpec, gated_rms_norm
+from rmsnorm_patch.scan.norms import infer_norm, infer_spec, variant_name
 from rmsnorm_patch.scan.subject import Rejected, reachable_codes
 
 pytestmark = pytest.mark.slow
@@ -29,45 +32,50 @@ COUNTS = {
     "round=none offset=weight_dtype output=input": 1,
 }
 
-NEEDS_GATE = "its forward needs further arguments (gate)"
-MAY_GATE = "its forward takes an optional argument that changes the result (gate)"
+ROUNDED_SILU = "llama times silu(gate)"
+FP32_SILU = "round=none offset=none output=promote times silu(gate)"
+FP32_SIGMOID = "round=none offset=none output=promote times sigmoid(gate)"
+GATE_FIRST = "llama group=16 of x times silu(gate)"
+GATED = {
+    "bailing_hybrid.BailingHybridRMSNormGated": FP32_SIGMOID,
+    "bamba.BambaRMSNormGated": GATE_FIRST,
+    "falcon_h1.FalconH1RMSNormGated": FP32_SILU,
+    "glm5_next.Glm5NextTextRMSNormGated": FP32_SIGMOID,
+    "granitemoehybrid.GraniteMoeHybridRMSNormGated": GATE_FIRST,
+    "kimi_linear.KimiLinearRMSNormGated": FP32_SIGMOID,
+    "lara_mini.LaraMiniRMSNormGated": FP32_SILU,
+    "mamba2.MambaRMSNormGated": GATE_FIRST,
+    "nemotron_h.NemotronHRMSNormGated": GATE_FIRST,
+    "olmo_hybrid.OlmoHybridRMSNormGated": ROUNDED_SILU,
+    "qwen3_5.Qwen3_5RMSNormGated": ROUNDED_SILU,
+    "qwen3_5_moe.Qwen3_5MoeRMSNormGated": ROUNDED_SILU,
+    "qwen3_next.Qwen3NextRMSNormGated": ROUNDED_SILU,
+    "qwen4_exp.Qwen4ExpTextRMSNormGated": ROUNDED_SILU,
+    "zamba2.Zamba2RMSNormGated": GATE_FIRST,
+}
+
 MEAN = "it subtracts the mean"
 FACTOR = "it rounds 1 / rms to the input's dtype"
 UNRUNNABLE = "its forward cannot be run on one tensor [2, 4, N] on the CPU (ValueError: "
 REJECTED = {
     "axk2.AXK2GatedRMSNorm": "it has sub-modules (norm, mlp)",
-    "bailing_hybrid.BailingHybridRMSNormGated": MAY_GATE,
-    "bamba.BambaRMSNormGated": MAY_GATE,
     "cohere.CohereLayerNorm": MEAN,
     "cohere2.Cohere2LayerNorm": MEAN,
     "cohere2_moe.Cohere2MoeLayerNorm": MEAN,
     "cohere_compass.CohereCompassLayerNorm": MEAN,
     "deepseek_v4.DeepseekV4UnweightedRMSNorm": FACTOR,
     "dory.DoryL2Norm": "it divides by the square root of the sum of squares, not of their mean",
-    "falcon_h1.FalconH1RMSNormGated": MAY_GATE,
     "gemma3n.Gemma3nAudioCumulativeGroupNorm": UNRUNNABLE + "Input tensor shape suffix",
-    "glm5_next.Glm5NextTextRMSNormGated": MAY_GATE,
     "glm5_next.Glm5NextTextUnweightedRMSNorm": FACTOR,
     "gradium_phonon_tts.GradiumPhononTTSFlowLayerNorm": "it has a bias",
     "gradium_phonon_tts.GradiumPhononTTSTimestepNorm": "it computes an RMSNorm in another order of operations",
-    "granitemoehybrid.GraniteMoeHybridRMSNormGated": MAY_GATE,
     "hy_v4.HYV4UnweightedRMSNorm": "it returns the factor 1 / rms alone",
     "hy_v4_vl.HYV4VLUnweightedRMSNorm": "it returns the factor 1 / rms alone",
-    "kimi_linear.KimiLinearRMSNormGated": MAY_GATE,
-    "lara_mini.LaraMiniRMSNormGated": MAY_GATE,
-    "mamba2.MambaRMSNormGated": MAY_GATE,
     "muse_spark.MuseSparkTextInputScaledRMSNorm": "it multiplies by the weight before the normalisation",
-    "nemotron_h.NemotronHRMSNormGated": MAY_GATE,
-    "olmo_hybrid.OlmoHybridRMSNormGated": NEEDS_GATE,
     "pocket_tts.PocketTTSFlowLayerNorm": "it has a bias",
     "pocket_tts.PocketTTSTimestepNorm": "it divides by the standard deviation about the mean",
-    "qwen3_5.Qwen3_5RMSNormGated": NEEDS_GATE,
-    "qwen3_5_moe.Qwen3_5MoeRMSNormGated": NEEDS_GATE,
-    "qwen3_next.Qwen3NextRMSNormGated": NEEDS_GATE,
-    "qwen4_exp.Qwen4ExpTextRMSNormGated": NEEDS_GATE,
     "voxtral_realtime.VoxtralRealtimeTextAdaRmsNorm": "it has sub-modules",
     "xlstm.xLSTMMultiHeadLayerNorm": UNRUNNABLE + "not enough values to unpack (expected 4",
-    "zamba2.Zamba2RMSNormGated": MAY_GATE,
 }
 
 
@@ -129,7 +137,7 @@ def classes():
 
 @pytest.fixture(scope="session")
 def matches(classes):
-    return {name: infer_spec(build(cls)) for name, cls in classes.items()}
+    return {name: infer_norm(build(cls)) for name, cls in classes.items()}
 
 
 def test_every_class_is_matched_in_all_dtype_pairs_or_rejected_with_a_reason(matches):
@@ -137,16 +145,36 @@ def test_every_class_is_matched_in_all_dtype_pairs_or_rejected_with_a_reason(mat
         if match.spec is None:
             assert len(match.reason) > 10, name
         else:
-            pairs = 9 if match.hidden_size is not None else 3
-            assert f"bit for bit in {pairs} dtype pairs" in match.reason, (name, match.reason)
+            pairs = "27 dtype triples" if match.gating else f"{9 if match.hidden_size is not None else 3} dtype pairs"
+            assert f"bit for bit in {pairs}" in match.reason, (name, match.reason)
             assert match.eps_attribute in ("eps", "variance_epsilon"), (name, match)
             assert match.weight_attribute == ("weight" if match.spec.has_weight else None), (name, match)
 
 
 @pytest.mark.skipif(not transformers.__version__.startswith(PINNED_VERSION), reason=f"pinned on {PINNED_VERSION}")
 def test_counts_per_variant(matches):
-    counted = Counter(variant_name(match.spec) for match in matches.values() if match.spec is not None)
-    assert dict(counted) == COUNTS
+    plain = [match for match in matches.values() if match.spec is not None and match.gating is None]
+    assert dict(Counter(variant_name(match.spec) for match in plain)) == COUNTS
+
+
+@pytest.mark.skipif(not transformers.__version__.startswith(PINNED_VERSION), reason=f"pinned on {PINNED_VERSION}")
+def test_gated_classes_and_what_they_compute(matches):
+    gated = {name: match for name, match in matches.items() if match.gating is not None}
+    assert {name: f"{variant_name(match.spec)} {match.gating}" for name, match in gated.items()} == GATED
+
+
+def test_a_gated_match_is_the_class_s_own_result_bit_for_bit(classes, matches):
+    for name, match in matches.items():
+        if match.gating is None:
+            continue
+        norm = build(classes[name])
+        for dtypes in product((torch.float32, torch.bfloat16, torch.float16), repeat=3):
+            x, gate = torch.randn(2, 5, WIDTH).to(dtypes[0]), torch.randn(2, 5, WIDTH).mul(3).to(dtypes[1])
+            norm.weight = nn.Parameter(torch.rand(WIDTH).add(0.5).to(dtypes[2]), requires_grad=False)
+            own = norm(x, gate)
+            ours = gated_rms_norm(x, gate, norm.weight, match.spec, match.gating)
+            assert ours.dtype == own.dtype, (name, dtypes)
+            assert torch.equal(ours, own), (name, dtypes)
 
 
 @pytest.mark.skipif(not transformers.__version__.startswith(PINNED_VERSION), reason=f"pinned on {PINNED_VERSION}")
@@ -157,10 +185,20 @@ def test_rejected_classes_and_their_reasons(matches):
     assert sorted(rejected) == sorted(REJECTED)
 
 
-def test_no_gated_norm_and_no_layer_norm_is_taken(matches):
+def test_no_gated_norm_is_taken_for_a_plain_one_and_no_layer_norm_for_any(classes, matches):
     for name, match in matches.items():
-        if "Gated" in name or (name.endswith("LayerNorm") and "cohere" in name):
+        if "Gated" in name:
+            assert infer_spec(build(classes[name])).spec is None, name
+        elif name.endswith("LayerNorm") and "cohere" in name:
             assert match.spec is None, name
+
+
+def test_groups_and_order_of_a_gated_norm(classes):
+    falcon, mamba = classes["falcon_h1.FalconH1RMSNormGated"], classes["mamba2.MambaRMSNormGated"]
+    first = infer_norm(falcon(WIDTH, n_groups=4, norm_before_gate=False))
+    assert (first.gating, first.spec.group) == (GateSpec("silu", "gate_first"), 16)
+    assert infer_norm(falcon(WIDTH, n_groups=4)).gating == GateSpec("silu", "norm_first")
+    assert infer_norm(mamba(WIDTH, group_size=WIDTH)).spec.group is None
 
 
 def test_weights_that_the_forward_never_reads_are_not_taken_for_weights(classes):

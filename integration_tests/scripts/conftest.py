@@ -15,7 +15,7 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 @pytest.fixture(scope="session")
 def script() -> Callable[[str], ModuleType]:
-    """`script("gpu_record")`, `script("benchlib.cases")`."""
+    """`script("gpu_record")`, `script("benchlib.aims")`."""
     if str(SCRIPTS) not in sys.path:
         sys.path.insert(0, str(SCRIPTS))
     return importlib.import_module

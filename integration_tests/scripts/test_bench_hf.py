@@ -50,6 +50,17 @@ def test_every_column_is_checked_timed_and_written(repository: Path, tmp_path: P
         assert row["missing"] == {"liger": "Liger's kernels need a GPU"}
 
 
+def test_sandwich_layouts_with_and_without_their_adds(repository: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out.json"
+    shape = ("--shape", "tiny-gemma2", "--variants", "stock", "F.rms_norm", "patched", "patched-apart")
+    ended = bench(repository, *shape, "--batch", "1", "--json", str(target))
+    assert ended.returncode == 0, ended.stderr
+    for row in json.loads(target.read_text()):
+        assert list(row["tokens_per_s"]) == ["stock", "patched", "patched-apart"]
+        assert set(row["logit_error"].values()) == {0.0}
+        assert row["missing"] == {"F.rms_norm": "it is for Llama's norm, not for gemma2's"}
+
+
 def test_a_variant_that_computes_something_else_is_not_timed(repository: Path, tmp_path: Path) -> None:
     target = tmp_path / "out.json"
     code = (

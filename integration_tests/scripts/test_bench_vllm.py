@@ -29,6 +29,24 @@ def test_what_each_kernel_adds_to_a_step_is_the_step(vllm_engine):
     assert sum(added for _, _, added in rows.values()) == 20.0
 
 
+def test_kernels_whose_names_begin_alike_are_told_apart(vllm_engine):
+    alike = [f"void cutlass::device_kernel<{'x' * 200}{tile}>()" for tile in (64, 128)]
+    labels = {vllm_engine.label(name) for name in (*alike, "norm")}
+    assert len(labels) == 3
+    assert "norm" in labels
+    assert all(len(label) <= 90 for label in labels)
+
+
+def test_every_scheme_has_its_shapes(vllm_engine):
+    for scheme, quantisation in vllm_engine.CONFIGS.items():
+        for name in ("llama-8b", "tiny"):
+            config, extra = vllm_engine.SHAPES[f"{name}-{scheme}"]
+            assert (config["quantization_config"], extra) == (quantisation, {})
+            assert config["hidden_size"] == vllm_engine.SHAPES[name][0]["hidden_size"]
+    assert "quantization_config" not in vllm_engine.LLAMA_8B
+    assert set(vllm_engine.ENVIRONMENT) <= set(vllm_engine.SHAPES)
+
+
 def test_a_row_is_a_median_over_captures_and_knows_its_share_of_the_ceiling(bench_vllm):
     def times(*steps: float) -> dict[str, list[float]]:
         return {"tokens_per_s": [1e6 / step for step in steps], "step_us": list(steps), "captures": [1] * len(steps)}

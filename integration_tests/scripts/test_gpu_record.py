@@ -347,3 +347,9 @@ def test_rows_of_the_sanitizer(gpu_record, tmp_path, monkeypatch):
 
 def test_a_test_run_without_a_report_counts_as_failed(gpu_record, tmp_path):
     assert gpu_record._counts(tmp_path / "none.xml")["failed"] == 1
+
+
+def test_the_record_runs_every_suite(script):
+    from rmsnorm_patch.bench.suites import SUITES
+
+    assert sorted(script("gpu_record").SUITES) == sorted(SUITES)

@@ -9,6 +9,8 @@ from copy import deepcopy
 
 import pytest
 
+from rmsnorm_patch.bench.suites import SUITES
+
 FUSED, PLAIN, PAIR = "fused_add_rms_norm", "rms_norm", "rms_norm_pair"
 PEERS = ("eager", "F.rms_norm", "inductor", "liger", "quack", "flashinfer", "flashinfer_cuda", "vllm")
 EMPTY = {
@@ -36,7 +38,7 @@ def engine(shape, variant, case, speedup=1.02, share=0.6, process="shared"):
 @pytest.fixture
 def record(script):
     """Every section, every aim met."""
-    suites = script("benchlib.suites").SUITES
+    suites = SUITES
     published = script("benchlib.aims").PUBLISHED["H200"]
     kernels = [
         row(op, "cold", 4096, item.case.n, 10.0, 11.0, roofline=9.95, ours_triton=10.2)
@@ -134,7 +136,7 @@ def write(script, record, folder, monkeypatch) -> str:
     path.write_text(json.dumps(record))
     monkeypatch.setattr(sys, "argv", ["results.py", str(path), "--out", str(folder)])
     script("results").main()
-    return (folder / "results.md").read_text()
+    return "".join((folder / name).read_text() for name in ("results.md", "results_vllm.md"))
 
 
 def test_a_page_of_everything(script, record, tmp_path, monkeypatch):
@@ -153,10 +155,11 @@ def test_a_page_of_everything(script, record, tmp_path, monkeypatch):
 
 def test_a_page_of_nothing_says_so_in_every_section(script, tmp_path, monkeypatch):
     text = write(script, EMPTY, tmp_path, monkeypatch)
-    sections = re.split(r"^## ", text, flags=re.MULTILINE)[1:]
-    results = script("results")
-    assert len(sections) == len(results.SECTIONS) + len(results.OF_ALL)
-    assert all("Not in this record" in section for section in sections[1:])
+    sections = re.split(r"^##? ", text, flags=re.MULTILINE)[2:]
+    assert len(sections) == len(script("results").SECTIONS) + 3  # the link to engines, tests, engines
+    said = [section for section in sections[1:] if "a page of their own" not in section]
+    assert len(said) == len(sections) - 2
+    assert all("Not in this record" in section for section in said)
     assert "svg" not in text
 
 
@@ -165,7 +168,7 @@ def test_the_same_record_gives_the_same_files(script, record, tmp_path, monkeypa
     for folder in (first, second):
         folder.mkdir()
         write(script, record, folder, monkeypatch)
-    for name in ("results.md", "results_roofline.svg", "results_decode.svg"):
+    for name in ("results.md", "results_vllm.md", "results_roofline.svg", "results_decode.svg"):
         assert (first / name).read_bytes() == (second / name).read_bytes()
 
 
@@ -211,8 +214,8 @@ def test_engines_of_further_records_stand_in_place_of_the_first_records(script, 
     more = {**record, "tests": tests, "engine_tests": {**tests, "passed": 33}, "digest": "more " * 8, "kernels": []}
     third = {**more, "vllm": other, "sanitizer": []}
     records = {"old.json": old, "new.json": {**more, "vllm": both}, "third.json": third}
-    page = script("results").page(records, [])
-    engines, of_tests = page.split("## vLLM")[1].split("## Tests")
+    engines, page = script("results").engines_page(records), script("results").page(records, [])
+    of_tests = page.split("## Tests")[1]
     assert "old.json" not in engines
     assert engines.index("`records/new.json`") < engines.index("| 0.25 |") < engines.index("`records/third.json`")
     assert engines.index("`records/third.json`") < engines.index("| 0.75 |")
@@ -241,3 +244,4 @@ def test_the_page_is_that_of_its_records(script, repository):
     drawn = re.findall(r"\]\((results_\w+\.svg)\)", page)
     assert len(records) > 1
     assert script("results").page(records, drawn) == page
+    assert script("results").engines_page(records) == (repository / "docs" / "results_vllm.md").read_text()

@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import fp8_products
 import torch
 import whole_compiler
 
@@ -28,7 +29,7 @@ def trace_lines() -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-KERNELS = ("rms_norm_rows", "rms_norm_partials", "rms_norm_stream", "rms_norm_pair")
+KERNELS = ("rms_norm_rows", "rms_norm_partials", "rms_norm_stream", "rms_norm_pair", "rms_norm_quantised")
 
 
 def told(outputs: list[Any]) -> dict[str, Any]:
@@ -83,21 +84,21 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         whole_compiler.hide_ir()
     if request.get("whole_compiler"):
         whole_compiler.install()
+        fp8_products.install()
     from vllm import LLM, SamplingParams
 
-    llm = LLM(
-        model=request["model"],
-        enforce_eager=request["enforce_eager"],
-        max_model_len=128,
-        max_num_seqs=4,
-        max_num_batched_tokens=128,
-        kv_cache_memory_bytes=8 << 20,
-        dtype=request.get("dtype", "bfloat16"),
-        enable_prefix_caching=False,
-        disable_log_stats=True,
-        seed=0,
+    settings = {
+        "max_model_len": 128,
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 128,
+        "kv_cache_memory_bytes": 8 << 20,
+        "dtype": request.get("dtype", "bfloat16"),
+        "enable_prefix_caching": False,
+        "disable_log_stats": True,
+        "seed": 0,
         **request.get("engine", {}),
-    )
+    }
+    llm = LLM(model=request["model"], enforce_eager=request["enforce_eager"], **settings)
     sampling = SamplingParams(temperature=0, max_tokens=request["max_tokens"], ignore_eos=True, logprobs=1)
     prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
     if llm.llm_engine.vllm_config.parallel_config.world_size > 1:

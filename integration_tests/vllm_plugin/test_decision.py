@@ -57,8 +57,8 @@ def test_served(changes: dict, route: str, provider: str) -> None:
         ({"requested": "ir", "has_ir": False}, "does not offer the 'ir' route", True),
         ({"requested": "oot", "has_oot": False}, "does not offer the 'oot' route", True),
         ({"device_type": "tpu"}, "no kernels for device type 'tpu'", False),
-        ({"quantization": "fp8"}, "quantization 'fp8'", False),
-        ({"quantization": "compressed-tensors"}, "quantization 'compressed-tensors'", False),
+        ({"quantization": "fp8", "quantised": "off"}, "RMSNORM_PATCH_VLLM_QUANTISED=off leaves its norms", False),
+        ({"quantization": "fp8", "norm_quant": True}, "vLLM's pass fuse_norm_quant was turned on", False),
         ({"requested": "oot", "tensor_parallel": 2}, "all-reduce fusion", False),
         ({"tensor_parallel": 2}, "RMSNORM_PATCH_VLLM=ir serves them all the same", False),
         ({"incumbents": ("oink", "native")}, "begins with 'oink'", False),
@@ -98,7 +98,8 @@ JOINS = "norms add up the parts of split products"
         ({"captures": False}, False),
         ({"requested": "oot", "tensor_parallel": 2}, False),
         ({"compiled": False}, False),
-        ({"quantization": "fp8"}, False),
+        ({"quantization": "fp8"}, True),
+        ({"quantization": "fp8", "quantised": "off"}, False),
         ({"requested": "off"}, False),
     ],
 )
@@ -118,7 +119,7 @@ def test_products_are_joined_with_norms(changes: dict, linear: bool) -> None:
         ({"requested": "oot", "has_ir": False}, True),
         ({"compiled": False, "tensor_parallel": 2, "incumbents": ("vllm_c",)}, True),
         ({"requested": "ir", "tensor_parallel": 2}, False),
-        ({"quantization": "fp8"}, False),
+        ({"quantization": "fp8"}, True),
         ({"batch_invariant": True}, True),
         ({"requested": "off"}, False),
     ],
@@ -126,6 +127,30 @@ def test_products_are_joined_with_norms(changes: dict, linear: bool) -> None:
 def test_norms_with_fp32_weights_are_served_on_both_routes(changes: dict, offset: bool) -> None:
     """But where their class would hide them from the all-reduce fusion."""
     assert decide(replace(CUDA, **changes)).offset is offset
+
+
+@pytest.mark.parametrize(
+    ("changes", "quantised"),
+    [
+        ({"quantization": "fp8"}, True),
+        ({"quantization": "compressed-tensors"}, True),
+        ({"quantization": "compressed-tensors", "requested": "oot", "has_ir": False}, True),
+        ({"quantization": "compressed-tensors", "requested": "oot", "norm_quant": True}, True),
+        ({"quantization": "modelopt", "batch_invariant": True}, True),
+        ({"quantization": "awq"}, False),
+        ({"quantization": None}, False),
+        ({"quantization": "fp8", "compiled": False, "incumbents": ("vllm_c",)}, False),
+        ({"quantization": "fp8", "quantised": "off"}, False),
+        ({"quantization": "fp8", "norm_quant": True}, False),
+        ({"quantization": "fp8", "tensor_parallel": 2}, False),
+        ({"quantization": "fp8", "requested": "off"}, False),
+    ],
+)
+def test_the_graph_says_which_norms_write_quantised_rows(changes: dict, quantised: bool) -> None:
+    """Wherever the model's quantisation may quantise what products read. vLLM's own fusion does not see our class."""
+    decision = decide(replace(CUDA, **changes))
+    assert decision.quantised is quantised
+    assert ("norms write quantised rows where the graph reads such" in decision.reason) is quantised
 
 
 def test_an_uncompiled_engine_with_cuda_graphs_gets_the_eager_numerics() -> None:
@@ -175,6 +200,16 @@ def test_a_bad_value_names_the_allowed_ones(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(UnsupportedInput, match="'yes'; supported: auto, ir, oot, off"):
         settings.read()
     assert "auto, ir, oot, off" in vllm_plugin.describe().reason
+
+
+def test_a_bad_value_for_quantised_rows_names_the_allowed_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RMSNORM_PATCH_VLLM_QUANTISED", "fp8")
+    told = "RMSNORM_PATCH_VLLM_QUANTISED: got 'fp8'; supported: auto, off; next: "
+    for check in (settings.read_quantised, settings.check):
+        with pytest.raises(UnsupportedInput, match=told):
+            check()
+    monkeypatch.setenv("RMSNORM_PATCH_VLLM_QUANTISED", " OFF ")
+    assert settings.read_quantised() == "off"
 
 
 def test_a_bad_value_for_joining_names_the_allowed_ones(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,8 @@ from torch._higher_order_ops.auto_functionalize import auto_functionalized
 from torch._inductor import config as inductor
 
 from rmsnorm_patch import ops
-from rmsnorm_patch.fused.linear_norm import op as linear_ops
-from rmsnorm_patch.fused.linear_norm import splits as product_splits
+from rmsnorm_patch.fused.linear_norm import op as linear_norm_op
+from rmsnorm_patch.fused.linear_norm import splits as linear_norm_splits
 from rmsnorm_patch.numerics.spec import GEMMA
 from rmsnorm_patch.vllm_plugin import linear_pass, log
 from rmsnorm_patch.vllm_plugin.decision import SPECS, Decision
@@ -463,7 +463,7 @@ def test_each_engines_settings_reach_its_ops() -> None:
         (joined,) = made.joined()
         named = joined.args[13:]
         assert named == ((splits,) if splits else ())
-        assert linear_ops._bound(True, *joined.args[5:])[-1] is product_splits.finder_of(splits)
+        assert linear_norm_op._bound(True, *joined.args[5:])[-1] is linear_norm_splits.finder_of(splits)
 
 
 PLAIN = torch.ops.rmsnorm_patch.fused_add_rms_norm.default

@@ -6,11 +6,16 @@ import logging
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rmsnorm_patch import ops
 from rmsnorm_patch.errors import KernelBuildError
+from rmsnorm_patch.fused.norm_quantised import op as norm_quantised_op
 from rmsnorm_patch.numerics.contract import PLAIN_OPS
-from rmsnorm_patch.vllm_plugin import log, trial
+from rmsnorm_patch.numerics.quantisation import QuantSpec, rms_norm_quantised
+from rmsnorm_patch.numerics.spec import NormSpec
+from rmsnorm_patch.vllm_plugin import calls, log, trial
 from rmsnorm_patch.vllm_plugin.decision import SPECS
 
 SPEC = SPECS["rmsnorm_patch"]
@@ -48,6 +53,24 @@ def test_a_kernel_with_wrong_results_is_a_reason(op: str, monkeypatch: pytest.Mo
     assert "disagrees with the reference" in _trial(op)
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+def test_what_is_tried_is_what_is_called(in_place: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "IN_PLACE", in_place)
+    called: list[str] = []
+
+    class Listening(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            called.append(function._schema.name)
+            return function(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), Listening():
+        x, residual, weight = (torch.empty(shape, dtype=torch.bfloat16) for shape in ((2, 64), (2, 64), 64))
+        calls.rms_norm("rmsnorm_patch", x, weight, 1e-6, None)
+        calls.fused_add_rms_norm_in_place("rmsnorm_patch", x, residual, weight, 1e-6, None)
+    ours = [name.removeprefix("rmsnorm_patch::") for name in called if name.startswith("rmsnorm_patch::")]
+    assert tuple(ours) == calls.called_ops()
+
+
 def test_declined_calls_are_warned_about_once(caplog: pytest.LogCaptureFixture) -> None:
     trial._declined.cache_clear()
     log.warn_once.cache_clear()
@@ -59,3 +82,45 @@ def test_declined_calls_are_warned_about_once(caplog: pytest.LogCaptureFixture) 
             assert "dtype torch.float64" in trial.declined(x.double(), None, SPEC, "rms_norm")
             assert trial.declined(x, torch.ones(48).bfloat16(), SPEC, "rms_norm") == ""
     assert len(caplog.records) == 2
+
+
+QUANTS = [
+    QuantSpec("fp8_static", "fp32", "native"),
+    QuantSpec("fp8_token", "fp32", "native"),
+    QuantSpec("fp8_block", "rounded", "separate", "tma_aligned", True),
+    QuantSpec("int8_token", "rounded", "separate"),
+]
+
+
+def _trial_quantised(op: str, quant: QuantSpec) -> str:
+    bounded = quant.scheme == "fp8_static"
+    return trial._trial_quantised(op, torch.bfloat16, 256, torch.bfloat16, SPEC, quant, bounded, CPU)
+
+
+@pytest.mark.parametrize("op", [norm_quantised_op.PLAIN, norm_quantised_op.FUSED])
+@pytest.mark.parametrize("quant", QUANTS, ids=lambda quant: quant.scheme)
+def test_quantised_rows_are_held_against_the_definition(
+    op: str, quant: QuantSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel that is a third too large in what it writes is refused; one that does not build is, too."""
+    assert _trial_quantised(op, quant) == ""
+
+    def larger(x: torch.Tensor, *given: object) -> object:
+        *results, total = rms_norm_quantised(x, *given)  # type: ignore[arg-type]
+        rows = results[0].float() * 1.3
+        return rows.to(results[0].dtype), *results[1:], total
+
+    monkeypatch.setattr(norm_quantised_op, "rms_norm_quantised", larger)
+    assert "disagrees with the reference" in _trial_quantised(op, quant)
+
+    def broken(*given: object) -> object:
+        raise KernelBuildError("rms_norm_quantised.cu", "no NVRTC", "NVRTC 12.8 or newer", "install nvidia-cuda-nvrtc")
+
+    monkeypatch.setattr(norm_quantised_op, "rms_norm_quantised", broken)
+    assert "does not run here (rms_norm_quantised.cu: got no NVRTC" in _trial_quantised(op, quant)
+
+
+def test_norms_over_groups_write_no_quantised_rows() -> None:
+    spec = NormSpec(has_weight=False, group=128)
+    why = trial.declined_quantised(torch.empty(0, 256), None, spec, QUANTS[1], adds=False, bounded=False)
+    assert why == "the norm is one over groups"

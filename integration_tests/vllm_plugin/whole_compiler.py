@@ -38,7 +38,16 @@ def install() -> None:
 
     CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
     _name_missing_ops()
+    _multiply_as_torch_does()
     _pretend_a_gpu()
+
+
+def _multiply_as_torch_does() -> None:
+    """What multiplies on a CPU depends on which it is; a graph of a GPU holds torch's own products."""
+    from vllm.model_executor.layers import utils
+
+    utils.check_cpu_sgl_kernel = lambda *_: False
+    utils.ops._supports_onednn = False
 
 
 def _name_missing_ops() -> None:

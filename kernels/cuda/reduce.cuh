@@ -166,9 +166,11 @@ __device__ __forceinline__ void wait_for_arrival(const u64* arrived) {
 // In: each thread's sums of squares, [row][chunk of the thread] (lanes tree) or [row][0] (threads tree).
 // Out: the whole row's sum, the same in all threads of the row.
 // In a cluster the caller opened it.
-template <int ROWS>
+// AGAIN: for a second reduction of the same kernel, which has shared memory of its own, and in a cluster the barrier
+// `sums_are_there`, on which the caller expects the sums.
+template <int ROWS, bool AGAIN = false>
 __device__ __forceinline__ void sum_rows(const float (&partial)[ROWS * SUMS_PER_THREAD], float (&sums)[ROWS], int slot,
-                                         int thread) {
+                                         int thread, const u64* sums_are_there = nullptr) {
     const int lane = threadIdx.x % 32;
     if constexpr (TPR <= 32) {
 #pragma unroll
@@ -194,16 +196,16 @@ __device__ __forceinline__ void sum_rows(const float (&partial)[ROWS * SUMS_PER_
         const bool has_sum = index < COUNT && group < SUMS;
         float* here = (float*)shared_sums[slot][has_sum ? row : 0] + group;
 #if CLUSTER > 1
-        wait_for_open_cluster();
+        if constexpr (!AGAIN) wait_for_open_cluster();
+        const u64* arrived = AGAIN ? sums_are_there : &sums_arrived;
         if (has_sum) {
 #pragma unroll
             for (int rank = 0; rank < CLUSTER; rank += 32 / PADDED) {
                 const int to = rank + lane % (32 / PADDED);
-                if (CLUSTER % (32 / PADDED) == 0 || to < CLUSTER)
-                    send_to_cta(here, &sums_arrived, to, __float_as_uint(sum));
+                if (CLUSTER % (32 / PADDED) == 0 || to < CLUSTER) send_to_cta(here, arrived, to, __float_as_uint(sum));
             }
         }
-        wait_for_arrival(&sums_arrived);
+        wait_for_arrival(arrived);
 #else
         if (has_sum && lane % (32 / PADDED) == 0) *here = sum;
         row_group_barrier(slot);

@@ -14,14 +14,17 @@ import triton.language as tl
 from .row_math import (
     PREFETCH_FROM,
     UNROLL,
+    dense_row,
     launch_dependents,
     load_row,
     load_weight,
+    load_weights,
     opaque_zero,
     prefetch,
     prefetch_weight,
     reciprocal_rms,
     row_offset,
+    rows_of_program,
     scale,
     square,
     store_row,
@@ -71,9 +74,7 @@ def fused_add_rms_norm(
     PREFETCH_WEIGHT: tl.constexpr,
     LAUNCH_LATE: tl.constexpr,
 ):
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
-    cols = tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
-    live = rows < num_rows
+    rows, cols, live = rows_of_program(num_rows, ROWS, BLOCK)
     x_at = row_offset(rows, inner, x_stride, x_inner_stride, NESTED, VEC)
     residual_at = row_offset(rows, inner, residual_stride, residual_inner_stride, NESTED, VEC)
     x_row = x_ptr + x_at
@@ -82,8 +83,8 @@ def fused_add_rms_norm(
         y_row = y_ptr + x_at
         total_row = total_ptr + residual_at
     else:
-        y_row = y_ptr + rows.to(tl.int64) * N
-        total_row = total_ptr + rows.to(tl.int64) * N
+        y_row = dense_row(y_ptr, rows, N)
+        total_row = dense_row(total_ptr, rows, N)
     weight = weight_row(weight_ptr, rows, N, VEC, GROUPS)
 
     ws = ()
@@ -123,8 +124,7 @@ def fused_add_rms_norm(
             residuals = residuals + (load_row(residual_row, cols, c, live, N, BLOCK, ROWS),)
         if first + BATCH >= CHUNKS:
             if HAS_WEIGHT:
-                for c in tl.static_range(STREAMED, min(STREAMED + AHEAD, CHUNKS)):
-                    ws = ws + (load_weight(weight, cols, c, N, BLOCK, ROWS),)
+                ws = load_weights(weight, cols, STREAMED, min(STREAMED + AHEAD, CHUNKS), N, BLOCK, ROWS)
             if DEPENDENT and not LAUNCH_LATE:
                 launch_dependents()
         for c in tl.static_range(first, min(first + BATCH, CHUNKS)):

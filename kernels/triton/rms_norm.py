@@ -12,14 +12,18 @@ import triton.language as tl
 from .row_math import (
     PREFETCH_FROM,
     UNROLL,
+    dense_row,
     launch_dependents,
     load_row,
+    load_unrolled,
     load_weight,
+    load_weights,
     opaque_zero,
     prefetch,
     prefetch_weight,
     reciprocal_rms,
     row_offset,
+    rows_of_program,
     scale,
     square,
     store_row,
@@ -59,11 +63,9 @@ def rms_norm(
     PREFETCH: tl.constexpr,
     PREFETCH_WEIGHT: tl.constexpr,
 ):
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
-    cols = tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
-    live = rows < num_rows
+    rows, cols, live = rows_of_program(num_rows, ROWS, BLOCK)
     x_row = x_ptr + row_offset(rows, inner, x_stride, x_inner_stride, NESTED, VEC)
-    y_row = y_ptr + rows.to(tl.int64) * N
+    y_row = dense_row(y_ptr, rows, N)
     weight = weight_row(weight_ptr, rows, N, VEC, GROUPS)
 
     ws = ()
@@ -77,15 +79,12 @@ def rms_norm(
     for c in tl.static_range(STREAMED, CHUNKS):
         xs = xs + (load_row(x_row, cols, c, live, N, BLOCK, ROWS),)
     if HAS_WEIGHT:
-        for c in tl.static_range(STREAMED, min(STREAMED + AHEAD, CHUNKS)):
-            ws = ws + (load_weight(weight, cols, c, N, BLOCK, ROWS),)
+        ws = load_weights(weight, cols, STREAMED, min(STREAMED + AHEAD, CHUNKS), N, BLOCK, ROWS)
 
     squares = tl.full([ROWS, BLOCK], 0.0, tl.float32)
     if STREAMED > 0:
         for first in range(0, STREAMED, UNROLL):
-            parts = ()
-            for c in tl.static_range(UNROLL):
-                parts = parts + (tl.load(x_row + (first + c) * BLOCK + cols),)
+            parts = load_unrolled(x_row, cols, first, BLOCK)
             for c in tl.static_range(UNROLL):
                 squares += square(parts[c].to(tl.float32), (first + c) * BLOCK + cols, WIDTH, N)
     if DEPENDENT:
@@ -106,9 +105,7 @@ def rms_norm(
         store_row(y_row, cols, c, y, live, N, BLOCK, ROWS)
     if STREAMED > 0:
         for first in range(0, STREAMED, UNROLL):
-            parts = ()
-            for c in tl.static_range(UNROLL):
-                parts = parts + (tl.load(x_row + (first + c) * BLOCK + cols),)
+            parts = load_unrolled(x_row, cols, first, BLOCK)
             for c in tl.static_range(UNROLL):
                 at = (first + c) * BLOCK + cols
                 w = 0.0

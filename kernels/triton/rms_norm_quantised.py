@@ -11,11 +11,13 @@ import triton.language as tl
 from triton.language.standard import _elementwise_max
 
 from .row_math import (
+    dense_row,
     launch_dependents,
     load_row,
     load_weight,
     reciprocal_rms,
     row_offset,
+    rows_of_program,
     scale,
     square,
     store_row,
@@ -163,13 +165,11 @@ def rms_norm_quantised(
 ):
     """GROUP: columns that share a scale; 0: the scale is given; N: all of a row. GIVEN: there is something at
     given_ptr."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
-    cols = tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
-    live = rows < num_rows
+    rows, cols, live = rows_of_program(num_rows, ROWS, BLOCK)
     x_row = x_ptr + row_offset(rows, inner, x_stride, x_inner_stride, NESTED, VEC)
     residual_row = residual_ptr + row_offset(rows, inner, residual_stride, residual_inner_stride, NESTED, VEC)
-    quantised_row = rows_ptr + rows.to(tl.int64) * N
-    y_row = y_ptr + rows.to(tl.int64) * N
+    quantised_row = dense_row(rows_ptr, rows, N)
+    y_row = dense_row(y_ptr, rows, N)
     scales_row = scales_ptr + rows.to(tl.int64) * scale_row_stride
     weight = weight_row(weight_ptr, rows, N, VEC, 1)
     if DEPENDENT:

@@ -1,5 +1,7 @@
-"""Device code that both kernels share: where a row lies, how it is loaded and kept, its reciprocal RMS, the weight."""
+"""Device code that the kernels share: which rows a program has, where a row lies and how it is loaded and kept, its
+reciprocal RMS, the weight."""
 
+# ruff: noqa: RUF005 - Triton knows `xs + (x,)` and not `(*xs, x)`
 import triton
 import triton.language as tl
 
@@ -26,6 +28,28 @@ def row_offset(rows, inner, stride, inner_stride, NESTED: tl.constexpr, VEC: tl.
     if NESTED:
         return ((rows // inner) * stride + (rows % inner) * inner_stride) * VEC
     return rows * stride * VEC
+
+
+@triton.jit
+def rows_of_program(num_rows, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """(rows [ROWS, 1], columns of a chunk [1, BLOCK], which rows there are [ROWS, 1]) of this program."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    return rows, tl.arange(0, BLOCK)[None, :], rows < num_rows
+
+
+@triton.jit
+def dense_row(pointer, rows, N: tl.constexpr):
+    """Where each of `rows` starts in a contiguous tensor."""
+    return pointer + rows.to(tl.int64) * N
+
+
+@triton.jit
+def load_unrolled(row, cols, first, BLOCK: tl.constexpr):
+    """The UNROLL chunks of a streamed row from chunk `first` on."""
+    parts = ()
+    for c in tl.static_range(UNROLL):
+        parts = parts + (tl.load(row + (first + c) * BLOCK + cols),)
+    return parts
 
 
 @triton.jit
@@ -69,6 +93,23 @@ def load_weight(weight, cols, c: tl.constexpr, N: tl.constexpr, BLOCK: tl.conste
     if (c + 1) * BLOCK <= N:
         return tl.load(weight + at)
     return tl.load(weight + at, mask=at < N, other=0.0)
+
+
+@triton.jit
+def load_weights(
+    weight,
+    cols,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Chunks FIRST to LAST - 1 of the weight."""
+    ws = ()
+    for c in tl.static_range(FIRST, LAST):
+        ws = ws + (load_weight(weight, cols, c, N, BLOCK, ROWS),)
+    return ws
 
 
 @triton.jit

@@ -257,6 +257,36 @@ def bench(
                 out.console.print(text, style="dim") if text else None
 
 
+@app.command("bench-kernels")
+def bench_kernels(
+    suite: Annotated[list[str] | None, typer.Option("--suite", help="A named set of cases; may be repeated.")] = None,
+    op: Annotated[str, typer.Option("--op", help="fused_add_rms_norm, rms_norm or rms_norm_pair.")] = "",
+    mode: Annotated[str, typer.Option("--mode", help="cold, hot, chain or host.")] = "cold",
+    dtype: Annotated[str, typer.Option("--row-dtype", help="bf16, fp16 or fp32.")] = "bf16",
+    variant: Annotated[str, typer.Option("--variant", help="Other numerics, for our kernels alone.")] = "",
+    m: Annotated[list[int] | None, typer.Option("--m", min=1, help="Rows; may be repeated.")] = None,
+    n: Annotated[list[int] | None, typer.Option("--n", min=1, help="Columns; may be repeated.")] = None,
+    only: Annotated[list[str] | None, typer.Option("--only", help="Time this provider alone; may be repeated.")] = None,
+    provider: Annotated[
+        list[str] | None, typer.Option("--provider", help="[name=]module:function of one more; may be repeated.")
+    ] = None,
+    replays: Annotated[int, typer.Option("--replays", min=5, help="Of each captured graph.")] = 20,
+    seconds: Annotated[float, typer.Option("--seconds", min=0, help="Begin no case after this long.")] = 3600,
+    warm_jobs: Annotated[int, typer.Option("--warm-jobs", min=0, help="Processes that compile ahead.")] = 0,
+    warm_slice: Annotated[str, typer.Option("--warm-slice", hidden=True)] = "",
+    rows: Annotated[Path | None, typer.Option("--rows", help="Write the rows to this file, after every case.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw the times into this SVG.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time our norm kernels beside installed peers and a copy of the same bytes, on this machine's GPU."""
+    with output(as_json) as out:
+        from .kernel_bench import Request, run
+
+        shapes = {"op": op, "mode": mode, "dtype": dtype, "variant": variant, "m": m, "n": n}
+        request = Request(tuple(suite or ()), shapes, tuple(only or ()), tuple(provider or ()), replays, seconds)
+        run(out, request, warm_jobs, warm_slice, rows, plot)
+
+
 @app.command()
 def demo(
     models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="Checkpoint folders.")],

@@ -49,6 +49,7 @@ VARIABLES: dict[str, Callable[[], object]] = {
     launcher.VARIABLE: _check_launcher,
     settings.VARIABLE: settings.read,
     settings.LINEAR_VARIABLE: settings.read_linear,
+    settings.QUANTISED_VARIABLE: settings.read_quantised,
     settings.NUMERICS_VARIABLE: settings.read_numerics,
     settings.RELEASE_VARIABLE: settings.read_tried,
     settings.TRACE_VARIABLE: lambda: None,

@@ -18,11 +18,10 @@ import torch
 import torch.nn as nn
 
 from .. import ops
-from ..numerics.spec import NormSpec
+from ..fused.gated_norm import op as gated_norm
 from ..ops import dispatch
 from ..rewrite import guards
-from ..scan.norms import infer_spec
-from .gated_norm import ACTIVATIONS, Gated, infer_gated
+from ..scan.norms import infer_gated, infer_spec
 
 _is_compiling = torch.compiler.is_compiling
 _EPS_OF_NONE = torch.finfo(torch.float32).eps
@@ -33,16 +32,15 @@ class Served(NamedTuple):
 
     cls: its class when it was probed. run: the bound op, or None where nothing serves it, and `reason` says why.
     weight, eps: names of attributes, read anew at each call; None for none, and for an eps that is a constant.
-    activation: of the gate's; "" for a norm without one. automatic: whether CPU tensors stay with the class's forward.
+    automatic: whether CPU tensors stay with the class's forward.
     """
 
     cls: type[nn.Module]
-    run: ops.Bound | None
+    run: Any
     reason: str
     weight: str | None = None
     eps: str | None = None
     implied_eps: float = 0.0
-    activation: str = ""
     automatic: bool = True
 
 
@@ -61,24 +59,18 @@ def _find(module: nn.Module, gated: bool) -> Served:
     cls, backend = type(module), dispatch.requested_backend()
     if backend == "reference":
         return Served(cls, None, "backend 'reference' was asked for")
-    found: Gated | None = None
-    spec: NormSpec | None
-    weight: str | None
-    eps: str | None
-    if gated:
-        found, reason = infer_gated(module)
-        if found is None:
-            return Served(cls, None, reason)
-        spec, weight, eps = found.spec, found.weight_attribute, found.eps_attribute
-    else:
-        match = infer_spec(module)
-        spec, reason, weight, eps = match.spec, match.reason, match.weight_attribute, match.eps_attribute
+    match = infer_gated(module) if gated else infer_spec(module)
+    spec = match.spec
     if spec is None:
-        return Served(cls, None, reason)
+        return Served(cls, None, match.reason)
     implied = _EPS_OF_NONE if spec.eps is None else spec.eps
-    activation = "" if found is None else found.activation
-    run = ops.bind_rms_norm(spec.variant if eps is not None else spec, backend)
-    return Served(cls, run, reason, weight, eps, implied, activation, backend == "auto")
+    variant = spec.variant if match.eps_attribute is not None else spec
+    run: Any
+    if match.gating is None:
+        run = ops.bind_rms_norm(variant, backend)
+    else:
+        run = gated_norm.bind(variant, match.gating, backend)
+    return Served(cls, run, match.reason, match.weight_attribute, match.eps_attribute, implied, backend == "auto")
 
 
 def rms_norm(module: nn.Module, hidden_states: Any) -> Any:
@@ -87,36 +79,30 @@ def rms_norm(module: nn.Module, hidden_states: Any) -> Any:
     hidden_states: [..., N]; the result has its shape, and the dtype that the class's own forward gives. Raises what
     that forward raises.
     """
-    if _is_compiling() or module.training:
-        return type(module).forward(module, hidden_states)
-    known = served(module)
-    normed = None if known.run is None else _normed(module, known, hidden_states)
-    return type(module).forward(module, hidden_states) if normed is None else normed
+    if not (_is_compiling() or module.training):
+        known = served(module)
+        given = _weight_and_eps(module, known, hidden_states)
+        if given is not None:
+            return known.run(hidden_states, *given)  # type: ignore[no-any-return]
+    return type(module).forward(module, hidden_states)
 
 
 def rms_norm_gated(module: nn.Module, hidden_states: Any, gate: Any = None) -> Any:
-    """What `type(module).forward(module, hidden_states, gate)` gives: the norm by a kernel, the gate's activation and
-    the product in fp32, one rounding at the end.
+    """What `type(module).forward(module, hidden_states, gate)` gives, by one kernel where it may serve.
 
-    hidden_states, gate: [..., N], of one shape and dtype; the result has both.
+    hidden_states, gate: [..., N], of one shape; the result has it, and the dtype that the class's own forward gives.
     """
-    own = type(module).forward
-    if _is_compiling() or module.training or type(gate) is not torch.Tensor:
-        return own(module, hidden_states, gate)
-    known = served(module, gated=True)
-    if known.run is None or gate.requires_grad or type(hidden_states) is not torch.Tensor:
-        return own(module, hidden_states, gate)
-    if gate.dtype is not hidden_states.dtype or gate.shape != hidden_states.shape:
-        return own(module, hidden_states, gate)
-    normed = _normed(module, known, hidden_states)
-    if normed is None:
-        return own(module, hidden_states, gate)
-    return (normed * ACTIVATIONS[known.activation](gate.to(torch.float32))).to(hidden_states.dtype)
+    if not (_is_compiling() or module.training) and type(gate) is torch.Tensor:
+        known = served(module, gated=True)
+        given = _weight_and_eps(module, known, hidden_states)
+        if given is not None and guards.gate_fits(hidden_states, gate):
+            return known.run(hidden_states, gate, *given)  # type: ignore[no-any-return]
+    return type(module).forward(module, hidden_states, gate)
 
 
-def _normed(module: nn.Module, known: Served, x: Any) -> torch.Tensor | None:
-    """The kernel's result, or None where the class's own forward should run."""
-    if type(x) is not torch.Tensor or (known.automatic and not x.is_cuda):
+def _weight_and_eps(module: nn.Module, known: Served, x: Any) -> tuple[torch.Tensor | None, float] | None:
+    """Of a call that a kernel serves; None where the class's own forward should run."""
+    if known.run is None or type(x) is not torch.Tensor or (known.automatic and not x.is_cuda):
         return None
     weight = None if known.weight is None else module._parameters.get(known.weight, module._buffers.get(known.weight))
     if (weight is None) is not (known.weight is None):
@@ -126,5 +112,4 @@ def _normed(module: nn.Module, known: Served, x: Any) -> torch.Tensor | None:
         eps = _EPS_OF_NONE
     if type(eps) is not float or not guards.servable(x, weight):
         return None
-    assert known.run is not None
-    return known.run(x, weight, eps)  # type: ignore[no-any-return]
+    return weight, eps

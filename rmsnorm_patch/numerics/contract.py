@@ -101,7 +101,7 @@ FUSED_ADD = PlainOp(
     schema=f"(Tensor x, Tensor residual, Tensor? weight, {SPEC_ARGUMENTS}) -> (Tensor, Tensor)",
     operands=2,
     in_place=False,
-    check=operands.check_added,
+    check=operands.check_mixed_add,
     reference=_fused_add,
     fake=_fake_fused_add,
 )

@@ -6,6 +6,8 @@ repeat per call only what such a key does not cover: equal shapes and devices, a
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from ..errors import UnsupportedInput
@@ -56,14 +58,19 @@ def weight_fits(x: torch.Tensor, weight: torch.Tensor | None) -> bool:
     return weight is None or (weight.shape == x.shape[-1:] and _together(x, weight))
 
 
+def mixes_dtypes(x: torch.Tensor, residual: torch.Tensor) -> bool:
+    """Whether x + residual adds two dtypes, which the CUDA kernels leave to others."""
+    return x.dtype is not residual.dtype
+
+
 def sum_dtype(x: torch.Tensor, residual: torch.Tensor) -> torch.dtype:
     """dtype of x + residual: that of both, or fp32."""
-    return x.dtype if x.dtype is residual.dtype else torch.promote_types(x.dtype, residual.dtype)
+    return torch.promote_types(x.dtype, residual.dtype) if mixes_dtypes(x, residual) else x.dtype
 
 
 def alike(x: torch.Tensor, residual: torch.Tensor) -> bool:
     """The per-call part of `check_fused_add`: equal shapes, dtypes and devices."""
-    return residual.shape == x.shape and residual.dtype == x.dtype and _together(x, residual)
+    return residual.shape == x.shape and not mixes_dtypes(x, residual) and _together(x, residual)
 
 
 def _together(x: torch.Tensor, other: torch.Tensor) -> bool:
@@ -77,23 +84,10 @@ def check_fused_add(
     weight: torch.Tensor | None,
     spec: NormSpec,
     op: str = "fused_add_rms_norm",
+    mixed: bool = False,
 ) -> None:
-    """The checks of `check_rms_norm`, and that `residual` matches x in shape, dtype and device."""
-    check_added(x, residual, weight, spec, op)
-    if residual.dtype != x.dtype:
-        raise UnsupportedInput(
-            op, f"residual of dtype {residual.dtype} and x of dtype {x.dtype}", "equal dtypes", "cast one of them"
-        )
-
-
-def check_added(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor | None,
-    spec: NormSpec,
-    op: str = "fused_add_rms_norm",
-) -> None:
-    """The checks of `check_rms_norm`, and that `residual` is of a supported dtype, and of x's shape and device."""
+    """The checks of `check_rms_norm`, and that `residual` matches x in shape, device and dtype, or with `mixed` is of
+    any supported dtype."""
     check_rms_norm(x, weight, spec, op)
     if residual.shape != x.shape:
         raise UnsupportedInput(
@@ -110,6 +104,14 @@ def check_added(
         raise UnsupportedInput(
             op, f"residual on {residual.device} and x on {x.device}", "both on one device", "move one with .to(device)"
         )
+    if not mixed and mixes_dtypes(x, residual):
+        raise UnsupportedInput(
+            op, f"residual of dtype {residual.dtype} and x of dtype {x.dtype}", "equal dtypes", "cast one of them"
+        )
+
+
+check_mixed_add = partial(check_fused_add, mixed=True)
+"""What the op that returns its sum takes: an add of two dtypes gives fp32, which no operand could hold in place."""
 
 
 def check_in_place(
@@ -143,6 +145,13 @@ def check_written(name: str, tensor: torch.Tensor, op: str) -> None:
             "a tensor whose elements each have their own memory",
             f"pass {name}.contiguous(), or call fused_add_rms_norm",
         )
+
+
+def count_write(*tensors: torch.Tensor) -> None:
+    """Tell autograd's version counters that a kernel wrote these, as any in-place op does."""
+    for tensor in tensors:
+        if not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
 
 
 def check_aliasing(

@@ -147,7 +147,8 @@ def new_scales(x: torch.Tensor, quant: QuantSpec) -> torch.Tensor:
     if quant.layout == "row_major":
         return x.new_empty(shape, dtype=torch.float32)
     rows = x.numel() // x.shape[-1]
-    column = -(-rows // TMA_ROWS) * TMA_ROWS if quant.layout == "tma_aligned" else rows
+    # Rounded up as vLLM does it: a compiler must see of two symbols that they are equal, or it copies.
+    column = -(rows // -TMA_ROWS) * TMA_ROWS if quant.layout == "tma_aligned" else rows
     strides = [1]
     for size in reversed(shape[1:-1]):
         strides.insert(0, strides[0] * size)
@@ -238,26 +239,9 @@ def rms_norm_quantised(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(rows, scales, the norm's result as the unquantised op writes it, x + residual or x) of x [..., N], without or
     with a residual of its shape; weight: [N] or None. given: as `quantise` takes it."""
-    total = x if residual is None else x + residual
-    h = total.to(torch.float32)
-    if residual is not None and spec.sum == "fp32":
-        h = x.to(torch.float32) + residual.to(torch.float32)
-    h = h * torch.rsqrt(reference.mean_square(h, spec) + eps)
+    row, total = (x.to(torch.float32), x) if residual is None else reference.row_and_sum(x, residual, spec)
+    h = reference.divide_by_rms(row, spec, eps)
     normed = reference.scale(h, x.dtype, weight, spec)
-    values = normed if quant.value == "rounded" else _before_the_last_rounding(h, x.dtype, weight, spec)
+    values = normed if quant.value == "rounded" else reference.scale(h, x.dtype, weight, spec, rounded=False)
     rows, scales = quantise(values, quant, given)
     return rows.contiguous(), scales, normed.contiguous(), total
-
-
-def _before_the_last_rounding(
-    h: torch.Tensor, x_dtype: torch.dtype, weight: torch.Tensor | None, spec: NormSpec
-) -> torch.Tensor:
-    """fp32: `reference.scale` whose product is not rounded."""
-    value = h.to(spec.rounded_dtype(x_dtype, None if weight is None else weight.dtype)).to(torch.float32)
-    if not spec.has_weight or weight is None:
-        return value
-    if spec.weight_offset == "fp32":
-        weight = 1.0 + weight.to(torch.float32)
-    elif spec.weight_offset == "weight_dtype":
-        weight = 1.0 + weight
-    return weight.to(torch.float32) * value

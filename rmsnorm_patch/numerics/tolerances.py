@@ -58,6 +58,16 @@ over six summation orders and widths: 4), plus the two multiplies' roundings. ep
 
 SITE: dict[torch.dtype, SiteTolerance] = {torch.bfloat16: _HALF, torch.float16: _HALF, torch.float32: _FP32}
 
+_GATED_HALF = SiteTolerance(max_ulp=4, fraction=1e-3, flips=3)
+GATED: dict[torch.dtype, SiteTolerance] = {
+    torch.bfloat16: _GATED_HALF,
+    torch.float16: _GATED_HALF,
+    torch.float32: SiteTolerance(max_ulp=12, fraction=1.0, flips=0),
+}
+"""Gated norms. Halves, 4 ulp: a product with the gate that comes last rounds a third time, which carries the 2 ulp of
+the product before it to 4 at most. The share is that of `SITE`: the activation's own errors are of single elements and
+no larger than the row's. fp32, 12 ulp: the 8 of a norm, 2 of `exp`, one of the quotient, one of the products."""
+
 EXACT = SiteTolerance(max_ulp=0, fraction=0.0, flips=0)
 """The residual sum, and every output where the call ran the original arithmetic (`reference`): one IEEE addition, or
 the same code on the same input, has one result."""

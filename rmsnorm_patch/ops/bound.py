@@ -21,7 +21,8 @@ CompileForm = Literal["op", "decomposed"]
 COMPILE_VARIABLE = "RMSNORM_PATCH_COMPILE"
 
 _is_compiling = torch.compiler.is_compiling
-_BOUND: dict[tuple[str, NormSpec, str, bool], Bound] = {}
+_mixes_dtypes = operands.mixes_dtypes
+_BOUND: dict[tuple[str, NormSpec, str, bool, str], Bound] = {}
 forgotten_with(_BOUND.clear)
 
 
@@ -70,14 +71,16 @@ def bind_fused_add_rms_norm_(spec: NormSpec, backend: Backend = "auto", enable_p
 
 
 def bind(op: str, spec: NormSpec, backend: str = "auto", enable_pdl: bool | None = None) -> Bound:
-    """The callable of a plain op by its name (`numerics.contract`): one object for each variant, backend and mode."""
+    """The callable of a plain op by its name (`numerics.contract`): one object for each variant, backend and mode, and
+    for each value of RMSNORM_PATCH_BACKEND, which is read here."""
     if op not in PLAIN_OPS:
         raise ValueError(f"op: got {op!r}; allowed: {', '.join(map(repr, PLAIN_OPS))}")
     if not isinstance(spec, NormSpec):
         raise ValueError(f"spec: got {spec!r}; allowed: a NormSpec")
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}; allowed: {', '.join(map(repr, BACKENDS))}")
-    key = (op, spec.variant, backend, launch_mode.dependent(enable_pdl))
+    variable = os.environ.get(dispatch.BACKEND_VARIABLE, "") if backend == "auto" else ""
+    key = (op, spec.variant, backend, launch_mode.dependent(enable_pdl), variable)
     bound = _BOUND.get(key)
     if bound is None:
         bound = _BOUND.setdefault(key, Bound(*key))
@@ -93,6 +96,7 @@ class Bound:
     __slots__ = (
         "_adds",
         "_args",
+        "_cpu_is_forced",
         "_device_call",
         "_in_place",
         "_reference",
@@ -104,7 +108,8 @@ class Bound:
         "table",
     )
 
-    def __init__(self, op: str, spec: NormSpec, backend: str, dependent: bool) -> None:
+    def __init__(self, op: str, spec: NormSpec, backend: str, dependent: bool, variable: str = "") -> None:
+        """variable: what RMSNORM_PATCH_BACKEND says for backend "auto"."""
         self.op = op
         self.spec = spec
         self.backend = backend
@@ -113,6 +118,7 @@ class Bound:
         self._args = spec_args(spec, backend, dependent)
         self._in_place = PLAIN_OPS[op].in_place
         self._adds = PLAIN_OPS[op].fused_add
+        self._cpu_is_forced = bool(variable)
         self._reference = _reference_function(op, spec)
         self._routes: dict[tuple[Any, ...], tuple[str, Callable[..., Any]]] = {}
         self._device_call: Callable[..., Any] | None = None
@@ -126,7 +132,7 @@ class Bound:
             return self._traced(*args)
         call = self._device_call
         x, residual = args[0], args[1] if self._adds else None
-        if call is not None and x.is_cuda and (residual is None or residual.dtype is x.dtype):
+        if call is not None and x.is_cuda and (residual is None or not _mixes_dtypes(x, residual)):
             try:
                 return call(*args)
             except KernelBuildError:
@@ -134,7 +140,7 @@ class Bound:
                 if name == "cuda":
                     raise
                 return other(*args)
-        if self.backend == "reference" or (self.backend == "auto" and not (x.is_cuda or _is_forced(x))):
+        if self._takes_reference(x):
             return self._reference(*args)
         return self._route(x, args[-2], residual)[1](*args)
 
@@ -152,9 +158,15 @@ class Bound:
         self, x: torch.Tensor, weight: torch.Tensor | None = None, residual: torch.Tensor | None = None
     ) -> str:
         """ "reference", "triton" or "cuda": what a call with `x` runs (in eager mode)."""
-        if self.backend == "reference" or (self.backend == "auto" and not (x.is_cuda or _is_forced(x))):
+        if self._takes_reference(x):
             return "reference"
         return self._route(x, weight, residual)[0]
+
+    def _takes_reference(self, x: torch.Tensor) -> bool:
+        """Whether nothing is to choose: it was asked for, or `x` is on a device without kernels and none is forced."""
+        if self.backend != "auto":
+            return self.backend == "reference"
+        return not (x.is_cuda or (self._cpu_is_forced and x.device.type == "cpu"))
 
     def _route(
         self, x: torch.Tensor, weight: torch.Tensor | None, residual: torch.Tensor | None = None
@@ -189,11 +201,6 @@ class Bound:
     def __repr__(self) -> str:
         plain = "" if self.dependent else ", enable_pdl=False"
         return f"Bound({self.op!r}, {self.spec!r}, backend={self.backend!r}{plain})"
-
-
-def _is_forced(x: torch.Tensor) -> bool:
-    """Whether RMSNORM_PATCH_BACKEND names a backend for CPU tensors too."""
-    return bool(os.environ.get(dispatch.BACKEND_VARIABLE)) and x.device.type == "cpu"
 
 
 def _needs_grad(args: tuple[Any, ...]) -> bool:

@@ -175,9 +175,12 @@ def warmup(
     dtype: torch.dtype,
     weight_dtype: torch.dtype | None,
     device: torch.device,
+    residual_dtype: torch.dtype | None = None,
 ) -> None:
-    """Compile what `op` needs on `backend` for contiguous rows of `n` columns."""
-    _module(backend).warmup(op, spec, n, dtype, weight_dtype, device)
+    """Compile what `op` needs on `backend` for contiguous rows of `n` columns. residual_dtype: where it is not `dtype`,
+    which only Triton serves."""
+    more = {} if residual_dtype in (None, dtype) else {"residual_dtype": residual_dtype}
+    _module(backend).warmup(op, spec, n, dtype, weight_dtype, device, **more)
 
 
 def started_from_python(op: Op, spec: NormSpec) -> str:

@@ -69,7 +69,7 @@ class Flow:
 
     in_layer: (add, norm call) that can be one fused call. tail: the add whose sum the layer returns as its hidden
     state; tail_passive: nothing runs after it. entries: norm calls that read the layer's own argument.
-    norm_add: (norm attribute, add) of sandwich layouts. refused: (the add, norm attribute, why).
+    refused: (the add, norm attribute, why).
     """
 
     adds: list[Add] = field(default_factory=list)
@@ -78,7 +78,6 @@ class Flow:
     tail: Add | None = None
     tail_passive: bool = False
     entries: list[NormCall] = field(default_factory=list)
-    norm_add: list[tuple[str, Add]] = field(default_factory=list)
     refused: list[tuple[ast.AST, str, str]] = field(default_factory=list)
 
 
@@ -226,10 +225,6 @@ class _Reader:
         self._match_in_layer()
         self._match_tail()
         self.flow.entries = [call for call in self.flow.norms if call.source is self.parameter]
-        for add in self.flow.adds:
-            for operand in add.value.operands or ():
-                if operand.kind == "norm":
-                    self.flow.norm_add.append((operand.attr, add))
         return self.flow
 
     # statements

@@ -12,6 +12,7 @@ import torch.nn as nn
 from ..patch_state import foreign, original_class
 from ..scan.plan import Action, NormSite, PairSite
 from .dataflow import Add, Flow, NormCall, analyse, possible_pairs
+from .norm_add import NormAdd, norm_adds
 from .recompile import HELPERS, LayerKey, rewrite
 from .source import NoSource, Source, read_forward
 from .trace import Pair, Trace, holds, trace_layer
@@ -34,6 +35,7 @@ class Layer:
     cls: type
     source: Source
     flow: Flow
+    norm_adds: tuple[NormAdd, ...]
     norms: dict[str, NormSite]
     below: dict[str, NormSite]
     trace: Trace | None = None
@@ -49,6 +51,10 @@ class Layer:
     def live_pairs(self) -> list[tuple[Add, NormCall]]:
         """The in-layer pairs that this instance runs (an `if` on its attributes may leave some out)."""
         return [] if self.reason else [pair for pair in self.flow.in_layer if self._ran(*pair)]
+
+    def live_norm_adds(self) -> list[NormAdd]:
+        """The adds that can be one call with the norm whose result they take, of those that this instance runs."""
+        return [] if self.reason else [each for each in self.norm_adds if not each.reason and self._added(each)]
 
     def live_tail(self) -> Add | None:
         tail = self.flow.tail
@@ -86,6 +92,10 @@ class Layer:
                 why = f"a trace of its forward found a pair at line {pair.line} that its source does not show"
                 yield pair, f"{why}: {pair.how}" if pair.how else why
 
+    def _added(self, made: NormAdd) -> bool:
+        pairs = () if self.trace is None else self.trace.norm_adds
+        return any(made.attr == pair.norm and holds(made.add.node, pair.line) and not pair.how for pair in pairs)
+
     def _ran(self, add: Add, norm: NormCall) -> bool:
         pairs = () if self.trace is None else self.trace.pairs
         return any(norm.attr == pair.norm and holds(add.node, pair.line) and not pair.how for pair in pairs)
@@ -96,13 +106,14 @@ def read_layer(path: str, module: nn.Module, below: dict[str, NormSite]) -> Laye
     NoSource."""
     norms = {name: site for name, site in below.items() if "." not in name}
     cls = original_class(type(module))
-    source, flow, obstacle = _read_class(cls, getattr(cls, "forward", None), frozenset(norms))
-    layer = Layer(path, module, cls, source, flow, norms, below, reason=obstacle)
+    source, flow, added, obstacle = _read_class(cls, getattr(cls, "forward", None), frozenset(norms))
+    layer = Layer(path, module, cls, source, flow, added, norms, below, reason=obstacle)
     if not obstacle:
         layer.confirm()
-    shown = flow.in_layer or flow.refused or flow.norm_add or flow.tail is not None or flow.entries
+    shown = flow.in_layer or flow.refused or added or flow.tail is not None or flow.entries
     guessed = layer.trace is None and possible_pairs(source.tree, frozenset(norms))
-    return layer if shown or guessed or (layer.trace is not None and layer.trace.pairs) else None
+    traced = layer.trace is not None and (layer.trace.pairs or layer.trace.norm_adds)
+    return layer if shown or guessed or traced else None
 
 
 def in_layer_sites(layer: Layer) -> Iterator[PairSite]:
@@ -125,9 +136,35 @@ def in_layer_sites(layer: Layer) -> Iterator[PairSite]:
     for pair, why in layer.unshown():
         where = layer.source.at(pair.line)
         yield PairSite("in_layer", layer.path, layer.below[pair.norm].path, "leave", why, where)
-    for attr, add in layer.flow.norm_add:
-        reason = "the norm comes before the add; the norm alone is fused"
-        yield PairSite("norm_add", layer.path, layer.norm_path(attr), "leave", reason, layer.source.where(add.node))
+    yield from _norm_add_sites(layer)
+
+
+def _norm_add_sites(layer: Layer) -> Iterator[PairSite]:
+    """The lines of its adds of a norm's result."""
+    live, pairs = layer.live_norm_adds(), {id(add): norm.attr for add, norm in layer.live_pairs()}
+    for made in layer.norm_adds:
+        site = layer.norms[made.attr]
+        reader = layer.norms.get(pairs.get(id(made.add), ""))
+        with_next = reader is not None and reader.action == "fuse" and _alike(reader, site)
+        action, reason = decide(site, "norm, add and the next norm in one call" if with_next else _ADDED)
+        if made not in live:
+            action, reason = "leave", layer.reason or made.reason or _NOT_ADDED
+        yield PairSite("norm_add", layer.path, site.path, action, reason, layer.source.where(made.add.node))
+    for pair in sorted(() if layer.trace is None else layer.trace.norm_adds):
+        if not any(made.attr == pair.norm and holds(made.add.node, pair.line) for made in layer.norm_adds):
+            why = f"a trace of its forward found an add at line {pair.line} that its source does not show"
+            yield PairSite(
+                "norm_add", layer.path, layer.below[pair.norm].path, "leave", why, layer.source.at(pair.line)
+            )
+
+
+def _alike(one: NormSite, other: NormSite) -> bool:
+    """Whether both norms compute the same, but for the value of eps."""
+    return one.spec is not None and other.spec is not None and one.spec.variant == other.spec.variant
+
+
+_ADDED = "norm and add in one call"
+_NOT_ADDED = "a trace of its forward did not confirm that the add takes this norm's result, and alone does"
 
 
 def decide(site: NormSite, reason: str) -> tuple[Action, str]:
@@ -138,13 +175,16 @@ def decide(site: NormSite, reason: str) -> tuple[Action, str]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _read_class(cls: type, forward: object, norms: frozenset[str]) -> tuple[Source, Flow, str]:
-    """Source and flow, and why the forward cannot be rewritten, or "". forward: the class's at this moment."""
+def _read_class(cls: type, forward: object, norms: frozenset[str]) -> tuple[Source, Flow, tuple[NormAdd, ...], str]:
+    """Source, flow and adds of norms, and why the forward cannot be rewritten, or "". forward: the class's at this
+    moment."""
     source = read_forward(cls)
     flow = analyse(source.tree, norms, source.sums)
+    added = tuple(norm_adds(source.tree, flow))
     try:
         adds, entries = (add.index for add, _ in flow.in_layer), (call.attr for call in flow.entries)
-        rewrite(source, LayerKey(tuple(norms), tuple(adds), True, tuple(entries), ""), cls, _UNCALLED)
+        behind = (made.add.index for made in added if not made.reason)
+        rewrite(source, LayerKey(tuple(norms), tuple(adds), True, tuple(entries), "", tuple(behind)), cls, _UNCALLED)
     except (NoSource, SyntaxError) as error:
-        return source, flow, f"its forward cannot be rewritten: {error}"
-    return source, flow, ""
+        return source, flow, added, f"its forward cannot be rewritten: {error}"
+    return source, flow, added, ""

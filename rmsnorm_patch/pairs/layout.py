@@ -55,6 +55,8 @@ def layout(model: nn.Module, norm_sites: Iterable[NormSite]) -> Layout:
     """Read every layer and loop of `model`."""
     sites = {}
     for site in norm_sites:
+        if site.gating is not None:
+            continue  # a gated norm reads a mixer's output and no sum
         sites[id(model.get_submodule(site.path))] = site
     found = Layout()
     for path, module in model.named_modules():

@@ -23,6 +23,8 @@ _SEVERAL = "its sum may be read by different norms"
 _INDIRECT = "the layer is called by another function than the forward that was read"
 _THROUGH = "its sum passes through the forward of another module"
 _COPIED = "the norm reads a copy of its sum"
+_OUT_OF_LOOP = "its sum leaves the module whose loop runs the layer, and that loop was not read for a norm outside"
+_INTO_LOOP = "the norm is called inside the loop of another module, which was not read for a sum from outside"
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Ends(NamedTuple):
     tail: the layer whose last add it returns. leaves: the modules that pass this sum on, the module itself last; why:
     what keeps that sum from being handed over outside, or "". entry: the norm that reads the module's argument, or,
     where `copied`, a copy of it. receiver: the layer that calls this norm. enters: as `leaves`, the module itself
-    first.
+    first. closed: what keeps a sum of outside from being handed to that norm, or "".
     """
 
     tail: Layer | None = None
@@ -72,6 +74,7 @@ class Ends(NamedTuple):
     leaves: tuple[nn.Module, ...] = ()
     enters: tuple[nn.Module, ...] = ()
     why: str = ""
+    closed: str = ""
 
     @classmethod
     def of(cls, layer: Layer) -> Ends:
@@ -105,6 +108,7 @@ class Order:
             for loop in loops:
                 for module, reader in _passes(loop):
                     self._list_apart(module, reader, _THROUGH)
+            self._close(parent)
         elif type(parent) not in CONTAINERS and any(id(module) in self.ends for module in _children(parent)):
             self._read_calls(parent)
 
@@ -128,11 +132,23 @@ class Order:
             step = self._step(parent, module, reader) if reader is loop.final or id(reader) not in self.sites else None
             if step is None:
                 continue
-            why = self._no_tail(step, module, loop.modules)
+            why = self._no_tail(step, module, reader, loop.modules)
             if why:
                 self.apart.append(step.left(why))
             else:
                 self.steps.append(replace(step, passive=_is_passive(step, loop)))
+
+    def _close(self, parent: nn.Module) -> None:
+        """The ends of a module that runs layers in a loop, so that pairs with norms and sums outside have a line. None
+        of them is handed over: the link of a layer in the loop asks for the loop's frame alone."""
+        try:
+            calls = trace_calls(parent, original_class(type(parent)), read_forward(original_class(type(parent))))
+        except NoSource:
+            return
+        self._set_ends(parent, calls)
+        ends = self.ends.get(id(parent))
+        if ends is not None:
+            self.ends[id(parent)] = ends._replace(why=_OUT_OF_LOOP, closed=_INTO_LOOP)
 
     def _read_calls(self, parent: nn.Module) -> None:
         """Where no loop was read: by a trace, also of each `nn.Sequential` that is called as a module."""
@@ -162,9 +178,9 @@ class Order:
             found = found._replace(tail=ends.tail, leaves=(*ends.leaves, parent), why=why)
         for ends in into[:1]:
             receiver = ends.receiver if len(into) == 1 else None
-            found = found._replace(
-                entry=ends.entry, copied=ends.copied, receiver=receiver, enters=(parent, *ends.enters)
-            )
+            enters = (parent, *ends.enters)
+            found = found._replace(entry=ends.entry, copied=ends.copied, receiver=receiver, enters=enters)
+            found = found._replace(closed=ends.closed)
         self.ends[id(parent)] = found
 
     def _ends_of(self, module: nn.Module) -> Ends:
@@ -182,7 +198,7 @@ class Order:
             direct = module not in calls.indirect
             step = self._step(parent, module, reader) if direct and not others else None
             if step is not None:
-                why = self._no_tail(step, module, ())
+                why = self._no_tail(step, module, reader, ())
                 if not why:
                     self.steps.append(step)
                 elif step.layer.trace is not None and step.layer.trace.tail:
@@ -211,8 +227,8 @@ class Order:
         site = receiver.norms[entry.attr]
         return PlannedStep("cross_layer", parent, layer, site, norm, receiver, False, out.leaves, into.enters)
 
-    def _no_tail(self, step: PlannedStep, module: nn.Module, modules: tuple[nn.Module, ...]) -> str:
-        """Why `step`, from `module`, is not done, or "". modules: what the same loop runs."""
+    def _no_tail(self, step: PlannedStep, module: nn.Module, reader: nn.Module, modules: tuple[nn.Module, ...]) -> str:
+        """Why `step`, from `module` to `reader`, is not done, or "". modules: what the same loop runs."""
         layer = step.layer
         if layer.reason:
             return layer.reason
@@ -222,7 +238,7 @@ class Order:
             return layer.flow.tail.shared
         if layer.live_tail() is None:
             return "what it returns is not the sum of its last add alone"
-        return self.ends.get(id(module), _NOTHING).why
+        return self.ends.get(id(module), _NOTHING).why or self.ends.get(id(reader), _NOTHING).closed
 
     def _list_apart(self, module: nn.Module, reader: nn.Module, why: str) -> None:
         """The line of a pair that no step and no other line has."""

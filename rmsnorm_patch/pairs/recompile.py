@@ -1,6 +1,6 @@
 """A layer's forward with its residual-adds fused with the norms that read them, compiled anew from its own source.
 
-The original source is parsed, three kinds of statement are replaced, and the result is compiled as the original was:
+The original source is parsed, four kinds of statement are replaced, and the result is compiled as the original was:
 same file, same lines (a traceback shows the model's own source), same globals (the live dict; a copy of it breaks
 dynamo), same closure cells plus one cell for each helper, same defaults and decorators.
 
@@ -13,8 +13,12 @@ dynamo), same closure cells plus one cell for each helper, same defaults and dec
 
     y = self.norm(argument)      y = entry(self._modules["norm"], argument)
 
-What is exact for some tensors or modules only stands behind a question, with the original statements as the other
-answer (`questions`): an add in place, and a norm that is called by keyword, which a hook on it would see.
+    y = self.norm(y)             y = y
+    x = residual + y             x = norm_add(self._modules["norm"], 1, residual, y)
+
+The last one has a form for a sum that a norm reads (`norm_add_norm`) and for a layer's last one (`norm_add_tail`). What
+is exact for some tensors or modules only stands behind a question, with the original statements as the other answer
+(`questions`): an add in place, and a norm that is called by keyword, which a hook on it would see.
 
     x += b                       right = b; del right afterwards
                                  if unseen(x, right): _n, x = in_layer(self._modules["norm"], x, right)
@@ -38,11 +42,12 @@ import torch.nn as nn
 
 from ..patch_state import running_now, unhooked
 from . import questions
-from .dataflow import Add, Flow, NormCall, analyse
+from .dataflow import Add, NormCall, analyse
+from .norm_add import NormAdd, norm_adds
 from .source import NoSource, Source, read_forward
 
 _FUTURE_FLAGS = sum({getattr(__future__, name).compiler_flag for name in __future__.all_feature_names})
-HELPERS = ("in_layer", "tail", "entry")
+HELPERS = ("in_layer", "tail", "entry", "norm_add", "norm_add_norm", "norm_add_tail")
 """Names of the functions that a rewritten forward calls; who compiles it hands them over."""
 
 
@@ -51,7 +56,8 @@ class LayerKey(NamedTuple):
 
     norms: the class's norm attributes. in_layer: ranks of the adds fused with their norm. tail: whether the last add
     hands over. entries: norms that read the layer's argument, and so what the layer before handed over. digest: of the
-    source; a process with another version of the model's code keeps its own forward.
+    source; a process with another version of the model's code keeps its own forward. norm_adds: ranks of the adds fused
+    with the norm whose result they take.
     """
 
     norms: tuple[str, ...]
@@ -59,15 +65,20 @@ class LayerKey(NamedTuple):
     tail: bool
     entries: tuple[str, ...]
     digest: str
+    norm_adds: tuple[int, ...] = ()
 
 
 def layer_key(
-    cls: type, norms: frozenset[str], in_layer: frozenset[int], tail: bool, entries: frozenset[str]
+    cls: type,
+    norms: frozenset[str],
+    in_layer: frozenset[int],
+    tail: bool,
+    entries: frozenset[str],
+    norm_adds: frozenset[int] = frozenset(),
 ) -> LayerKey:
     """Raises NoSource."""
-    return LayerKey(
-        tuple(sorted(norms)), tuple(sorted(in_layer)), tail, tuple(sorted(entries)), read_forward(cls).digest
-    )
+    ranks, added = tuple(sorted(in_layer)), tuple(sorted(norm_adds))
+    return LayerKey(tuple(sorted(norms)), ranks, tail, tuple(sorted(entries)), read_forward(cls).digest, added)
 
 
 class Rewritten(NamedTuple):
@@ -83,16 +94,22 @@ def rewrite(source: Source, key: LayerKey, original: type, helpers: Mapping[str,
     helpers: what it calls, by the names in HELPERS. Raises NoSource."""
     tree = copy.deepcopy(source.tree)
     flow = analyse(tree, frozenset(key.norms), source.sums)
+    added = [each for each in norm_adds(tree, flow) if not each.reason and each.add.index in key.norm_adds]
+    behind = {each.add.index: each for each in added}
     for number, (add, norm) in enumerate((a, n) for a, n in flow.in_layer if a.index in key.in_layer):
         if add.within is not None:
-            _fuse_within(tree, add, norm)
+            _fuse_within(tree, add, norm, behind.pop(add.index, None))
         else:
-            _fuse_in_layer(tree, add, norm, f"_rmsnorm_normed_{number}")
+            _fuse_in_layer(tree, add, norm, f"_rmsnorm_normed_{number}", behind.pop(add.index, None))
     for call in flow.entries:
         if call.attr in key.entries:
             _read_entry(tree, call)
     if key.tail and flow.tail is not None:
-        _fuse_tail(tree, flow)
+        _fuse_tail(tree, flow.tail, behind.pop(flow.tail.index, None))
+    for each in behind.values():
+        _fuse_norm_add(tree, each)
+    for each in added:
+        _leave_to_the_add(each)
     called = {name: helpers[name] for name in HELPERS}
     return compiled(tree, source, original, {**called, "unseen": questions.unseen, "unhooked": unhooked})
 
@@ -158,11 +175,30 @@ def _helper(name: str, *arguments: ast.expr) -> ast.Call:
     return ast.Call(ast.Name(f"_rmsnorm_{name}", ast.Load()), list(arguments), [])
 
 
-def _fuse_in_layer(tree: ast.FunctionDef, add: Add, norm: NormCall, name: str) -> None:
+def _norm_add(tree: ast.FunctionDef, made: NormAdd, name: str, *first: ast.expr) -> ast.Call:
+    """The call of a helper that norms one of the operands which it is given, and adds."""
+    assert made.norm is not None
+    sides = [made.add.left, made.add.right]
+    if sides[made.side] is made.norm.node:
+        sides[made.side] = made.norm.argument
+    return _helper(name, *first, _module(tree, made.norm), ast.Constant(made.side), *sides)
+
+
+def _leave_to_the_add(made: NormAdd) -> None:
+    """In the norm's own statement, where it has one, its argument takes the result's name."""
+    assert made.norm is not None
+    if made.norm.statement is not made.add.statement:
+        _Substitute(made.norm.node, made.norm.argument).visit(made.norm.statement)
+
+
+def _fuse_in_layer(tree: ast.FunctionDef, add: Add, norm: NormCall, name: str, behind: NormAdd | None) -> None:
     target = add.statement.targets[0] if isinstance(add.statement, ast.Assign) else add.statement.target  # type: ignore[attr-defined]
     right = ast.Name(_RIGHT, ast.Load()) if add.in_place else add.right
     both = ast.Tuple([ast.Name(name, ast.Store()), target], ast.Store())
-    statements: list[ast.stmt] = [ast.Assign([both], _helper("in_layer", _module(tree, norm), add.left, right))]
+    call = _helper("in_layer", _module(tree, norm), add.left, right)
+    if behind is not None:
+        call = _norm_add(tree, behind, "norm_add_norm", _module(tree, norm))
+    statements: list[ast.stmt] = [ast.Assign([both], call)]
     conditions: list[ast.expr] = []
     if add.in_place:
         conditions.append(_helper("unseen", add.left, right))
@@ -205,9 +241,11 @@ def _all(conditions: list[ast.expr]) -> ast.expr:
     return conditions[0] if len(conditions) == 1 else ast.BoolOp(ast.And(), conditions)
 
 
-def _fuse_within(tree: ast.FunctionDef, add: Add, norm: NormCall) -> None:
+def _fuse_within(tree: ast.FunctionDef, add: Add, norm: NormCall, behind: NormAdd | None) -> None:
     """`self.norm(a + b)`: only the norm's result is wanted."""
     both = _helper("in_layer", _module(tree, norm), add.left, add.right)
+    if behind is not None:
+        both = _norm_add(tree, behind, "norm_add_norm", _module(tree, norm))
     call = ast.Subscript(both, ast.Constant(0), ast.Load())
     ast.fix_missing_locations(ast.copy_location(call, norm.node))
     _Substitute(norm.node, call).visit(norm.statement)
@@ -222,11 +260,17 @@ def _read_entry(tree: ast.FunctionDef, norm: NormCall) -> None:
     _Substitute(norm.node, call).visit(norm.statement)
 
 
-def _fuse_tail(tree: ast.FunctionDef, flow: Flow) -> None:
-    add = flow.tail
-    assert add is not None
+def _fuse_norm_add(tree: ast.FunctionDef, made: NormAdd) -> None:
+    call = _norm_add(tree, made, "norm_add")
+    ast.fix_missing_locations(ast.copy_location(call, made.add.node))
+    _Substitute(made.add.node, call).visit(made.add.statement)
+
+
+def _fuse_tail(tree: ast.FunctionDef, add: Add, behind: NormAdd | None) -> None:
     right = ast.Name(_RIGHT, ast.Load()) if add.in_place else add.right
     call = _helper("tail", _self(tree), add.left, right)
+    if behind is not None:
+        call = _norm_add(tree, behind, "norm_add_tail", _self(tree))
     if isinstance(add.statement, ast.AugAssign):
         handed = ast.If(
             _helper("unseen", add.left, right), [ast.Assign([add.statement.target], call)], [_own_add(add, right)]

@@ -15,7 +15,7 @@ import operator
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +29,8 @@ _CONTAINERS = (dict, list, set)
 _ADDS = (operator.add, operator.iadd, torch.add)
 _COPIES = ("clone", "contiguous", "detach")
 _ADD_METHODS = ("add", "add_", "__add__", "__radd__", "__iadd__")
+_MASKS = "transformers.masking_utils"
+"""Its functions make attention masks. They branch on values, and no hidden state comes out of them."""
 
 
 class Pair(NamedTuple):
@@ -46,12 +48,14 @@ class Trace:
 
     tail: line of the add whose sum was returned as the hidden state; 0 where it was none.
     entry: path of the norm that reads the layer's argument; "" where none does. copied: the same for a copy of it.
+    norm_adds: adds of what a norm computed, and that norm.
     """
 
     pairs: frozenset[Pair]
     tail: int
     entry: str
     copied: str = ""
+    norm_adds: frozenset[Pair] = frozenset()
 
 
 class Calls(NamedTuple):
@@ -139,7 +143,7 @@ def _run(
     recorder = _Recorder(source.function.__code__, norms)
     arguments, named = _arguments(recorder, source, optional)
     try:
-        returned = source.function(_stand_in(recorder, module, cls), *arguments, **named)
+        returned = _without_masks(source.function, recorder)(_stand_in(recorder, module, cls), *arguments, **named)
     except Exception as error:  # the model's own code on proxies: anything can happen
         raise NoSource(_untraceable(error)) from error
     return recorder, arguments[0], _first_of(returned)
@@ -160,14 +164,33 @@ def _untraceable(error: Exception) -> str:
     return f"its forward could not be traced ({type(error).__name__}: {str(error)[:120]})"
 
 
+def _without_masks(function: FunctionType, recorder: _Recorder) -> FunctionType:
+    """`function`, whose masks come out of one recorded call each."""
+    names = [name for name in function.__code__.co_names if name in function.__globals__]
+    makers = {name: function.__globals__[name] for name in names}
+    makers = {name: maker for name, maker in makers.items() if getattr(maker, "__module__", "") == _MASKS}
+    if not makers:
+        return function
+
+    def leaf(maker: Any) -> Any:
+        return lambda *given, **named: recorder.create_proxy("call_function", maker, (), {})
+
+    names_of = {**function.__globals__, **{name: leaf(maker) for name, maker in makers.items()}}
+    made = FunctionType(function.__code__, names_of, function.__name__, function.__defaults__, function.__closure__)
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
+
+
 def _first_of(returned: Any) -> Any:
-    """The hidden states of what was returned: itself, or the first of a tuple, which may have been put in front of
-    another module's results: `(hidden_states,) + attention[1:]`."""
+    """The hidden states of what was returned: itself, or the first of a tuple or of transformers' named outputs. The
+    tuple may have been put in front of another module's results: `(hidden_states,) + attention[1:]`."""
     while isinstance(returned, Proxy) and returned.node.target is operator.add:
         first = returned.node.args[0]
         if not isinstance(first, tuple) or not first or not isinstance(first[0], torch.fx.Node):
             break
         returned = returned.tracer.proxy(first[0])
+    if isinstance(returned, dict) and returned:
+        return next(iter(returned.values()))
     return returned[0] if isinstance(returned, (tuple, list)) and returned else returned
 
 
@@ -193,8 +216,14 @@ def _read(recorder: _Recorder, argument: Proxy, returned: Any, norms: frozenset[
         return written.get(tensor, tensor)
 
     readers: dict[Any, str] = {}
+    norm_adds: set[Pair] = set()
     for node in recorder.graph.nodes:
         given = [*node.args, *node.kwargs.values()]
+        if _is_add(node):
+            for norm in map(value, _operands(node)):
+                if norm.op == "call_module" and norm.target in norms:
+                    shared = "something else reads the norm's result" if len(norm.users) > 1 else ""
+                    norm_adds.add(Pair(node.meta["line"], norm.target, shared or _how(node)))
         if node.op == "call_module" and node.target in norms and len(given) == 1:
             readers.setdefault(value(given[0]), node.target)
         target = written_by(node)
@@ -206,7 +235,7 @@ def _read(recorder: _Recorder, argument: Proxy, returned: Any, norms: frozenset[
     tail = last.meta["line"] if last is not None and _is_add(last) else 0
     copies = [node for node in recorder.graph.nodes if node.op == "call_method" and node.target in _COPIES]
     copied = next((readers[node] for node in copies if node.args[0] is argument.node and node in readers), "")
-    return Trace(frozenset(pairs), tail, readers.get(argument.node, ""), copied)
+    return Trace(frozenset(pairs), tail, readers.get(argument.node, ""), copied, frozenset(norm_adds))
 
 
 def _is_add(node: Any) -> bool:

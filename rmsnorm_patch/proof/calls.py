@@ -11,8 +11,6 @@ from torch.nn.modules import module as _module
 from ..scan.plan import PairSite, Plan
 from .report import FiredProof, SiteProof
 
-_PAIR_KINDS = ("in_layer", "cross_layer", "final")
-
 
 def judge(
     model: nn.Module,
@@ -29,15 +27,16 @@ def judge(
     ran = {site.path: site for site in sites}
     planned = [prefix + site.path for site in plan.fused_norms()]
     pairs: dict[str, list[PairSite]] = {}
+    norm_adds: dict[str, list[PairSite]] = {}
     for pair in plan.fused_pairs():
-        if pair.kind in _PAIR_KINDS:
-            pairs.setdefault(prefix + pair.norm, []).append(pair)
+        adds = norm_adds if pair.kind == "norm_add" else pairs
+        adds.setdefault(prefix + pair.norm, []).append(pair)
     missing, fallbacks, first = [], [], ""
     fused = paired = pairs_expected = 0
     for path in planned:
         expected = original_calls.get(path, 0)
         calls = Counter(ran[path].calls) if path in ran else Counter()
-        own = calls["norm"] + calls["in_layer"] + calls["taken"] + calls["together"]
+        own = calls["norm"] + calls["norm_add"] + calls["in_layer"] + calls["taken"] + calls["together"]
         fused += own
         if own + calls["original"] != expected:
             missing.append(f"{path}: {own + calls['original']} calls, {expected} expected")
@@ -45,25 +44,25 @@ def judge(
         if calls["original"]:
             reasons = "; ".join(ran[path].reasons) or "no reason given"
             fallbacks.append(f"{path}: {calls['original']} calls by the original arithmetic, {reasons}")
-        wanted = min(expected, forwards * len(pairs.get(path, ())))
-        got = calls["in_layer"] + calls["taken"]
-        pairs_expected += wanted
-        paired += min(got, wanted)
-        if got < wanted:
-            explained = calls["apart"] + calls["kept"] + calls["refused"] + calls["original"]
-            why = "; ".join(ran[path].reasons) if explained else _why_apart(model, prefix, pairs[path])
-            outside = f"of {wanted} residual-adds outside the norm's call"
-            if why:
-                listed = min(explained, wanted - got) or wanted - got
-                fallbacks.append(f"{path}: {listed} {outside}, {why}")
-                got += listed
-            idle = [pair.layer for pair in pairs[path] if _did_not_run(prefix + pair.layer, planned, original_calls)]
-            if got < wanted and idle:
-                fallbacks.append(f"{path}: {wanted - got} {outside}, {idle[0]} did not run")
-                got = wanted
+        for got, adds in ((calls["in_layer"] + calls["taken"], pairs), (calls["norm_add"], norm_adds)):
+            wanted = min(expected, forwards * len(adds.get(path, ())))
+            pairs_expected += wanted
+            paired += min(got, wanted)
             if got < wanted:
-                missing.append(f"{path}: {wanted - got} {outside}")
-                first = first or path
+                explained = calls["apart"] + calls["kept"] + calls["refused"] + calls["original"]
+                why = "; ".join(ran[path].reasons) if explained else _why_apart(model, prefix, adds[path])
+                outside = f"of {wanted} residual-adds outside the norm's call"
+                if why:
+                    listed = min(explained, wanted - got) or wanted - got
+                    fallbacks.append(f"{path}: {listed} {outside}, {why}")
+                    got += listed
+                idle = [pair.layer for pair in adds[path] if _did_not_run(prefix + pair.layer, planned, original_calls)]
+                if got < wanted and idle:
+                    fallbacks.append(f"{path}: {wanted - got} {outside}, {idle[0]} did not run")
+                    got = wanted
+                if got < wanted:
+                    missing.append(f"{path}: {wanted - got} {outside}")
+                    first = first or path
     shared = _Shared(prefix, plan, ran, original_calls)
     fallbacks += shared.fallbacks
     missing += shared.missing
@@ -128,7 +127,7 @@ def _why_apart(model: nn.Module, prefix: str, pairs: Sequence[PairSite]) -> str:
         norm, layer = model.get_submodule(prefix + pair.norm), model.get_submodule(prefix + pair.layer)
         named = [("norm", norm), ("layer", layer)]
         owner = (prefix + pair.norm).rpartition(".")[0]
-        if pair.kind != "in_layer" and owner:
+        if pair.kind in ("cross_layer", "final") and owner:
             named.append(("next layer", model.get_submodule(owner)))
         for role, module in named:
             if "forward" in module.__dict__:

@@ -25,9 +25,9 @@ from .difference import bit_mismatches, bits, digest
 def is_call(event: observe.Event) -> bool:
     """Whether `event` stands for one call of its norm in the original model. "cross_layer" computes for a later call; a
     pair that fell back reports only why ("kept", too), and the norm that it called has an event of its own."""
-    return event.kind not in ("cross_layer", "kept", "single") and not (
-        event.kind == "in_layer" and event.backend == "original"
-    )
+    if event.kind in ("in_layer", "norm_add"):
+        return event.backend != "original"
+    return event.kind not in ("cross_layer", "kept", "single")
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Tape:
         if self.wanted > self.space:
             self.calls.clear()
             return False
-        entered = event.total if event.total is not None else event.operands[0]
+        entered = event.total if event.kind == "in_layer" and event.total is not None else event.operands[0]
         self.calls.append(Call(path, digest(entered), event.normed.detach().to("cpu", copy=True)))
         return True
 

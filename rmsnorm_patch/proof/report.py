@@ -100,11 +100,11 @@ def _ratio(value: float, bound: float) -> float:
 class SiteProof:
     """One norm: how it ran in the model's own run, and how far from the original.
 
-    calls: events by kind ("norm", "in_layer", "cross_layer", "kept", "taken", "together", "single"), "original" for
-        norm calls that fell back to the original arithmetic, "apart" for adds that were not fused with their norm in
-        the layer, "kept" for last adds of a layer that handed nothing over, "refused" for hand-overs that the norm
-        rightly did not take, since something else reached it. reasons: why. singles: why norms of a query and a key
-        did not share a call.
+    calls: events by kind ("norm", "norm_add", "in_layer", "cross_layer", "kept", "taken", "together", "single"),
+        "original" for norm calls that fell back to the original arithmetic, "apart" for adds that were not fused with
+        their norm in the layer, "kept" for last adds of a layer that handed nothing over, "refused" for hand-overs that
+        the norm rightly did not take, since something else reached it. reasons: why. singles: why norms of a query and
+        a key did not share a call.
     """
 
     path: str

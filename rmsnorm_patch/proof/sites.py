@@ -17,8 +17,11 @@ import torch.nn as nn
 
 from .. import ops
 from ..backends.names import Backend
+from ..fused.norm_add.op import bind_norm_add, bind_norm_add_norm
 from ..numerics import reference
-from ..numerics.tolerances import EXACT, EXACT_ERROR_RATIO, SITE, SiteTolerance
+from ..numerics.gating import gated_rms_norm_fp64
+from ..numerics.spec import NormSpec
+from ..numerics.tolerances import EXACT, EXACT_ERROR_RATIO, GATED, SITE, SiteTolerance
 from ..patch_state import original_class
 from ..rewrite import observe
 from ..scan.plan import NormSite
@@ -144,7 +147,8 @@ class SiteWatcher:
             if self.listener is not None:
                 self.listener(path, event)
             # the norm's own event is judged where an add and its norm were two calls
-            fell_apart = event.kind in ("kept", "single") or (event.kind == "in_layer" and event.backend == "original")
+            paired = event.kind in ("in_layer", "norm_add")
+            fell_apart = event.kind in ("kept", "single") or (paired and event.backend == "original")
             self._measure_sum(site, event)
             if not fell_apart and (self._only is None or path in self._only):
                 self._judge(site, event)
@@ -156,8 +160,8 @@ class SiteWatcher:
             return
         original = event.backend == "original"
         kind: str = event.kind
-        if original and kind in ("norm", "in_layer"):
-            kind = "apart" if kind == "in_layer" else "original"
+        if original and kind in ("norm", "in_layer", "norm_add"):
+            kind = "original" if kind == "norm" else "apart"
         if event.reason or kind not in ("apart", "kept"):
             site.calls[kind] += 1
         if event.kind == "single":
@@ -190,25 +194,26 @@ class SiteWatcher:
         left = event.operands[0]
         found = Difference()
         total = left
-        if len(event.operands) == 2:
+        if event.kind == "norm_add":  # the sum is of the norm's own bits; where it is None, the reader's event has it
+            found = found if event.total is None else compare_sum(event.total, event.normed + event.operands[1])
+        elif len(event.operands) == 2:
             total = left + event.operands[1]
             found = (
                 Difference(error="no residual sum returned") if event.total is None else compare_sum(event.total, total)
             )
-        expected = _original(event.norm, total)
+        expected = _original(event.norm, total, event.gate)
         dtype = site.judged_dtype(event.norm, total.dtype, expected.dtype, event.backend)
         kept = self._new_rows(site, total, event.normed)
         named = {"total_expected": total, "normed": event.normed, "normed_expected": expected}
         named |= dict(zip(("left", "right"), event.operands, strict=False))
-        if event.total is not None:
-            named["total"] = event.total
+        named |= {name: tensor for name, tensor in (("total", event.total), ("gate", event.gate)) if tensor is not None}
         if kept is not None:
             named = {name: tensor.detach().reshape(-1, tensor.shape[-1])[kept] for name, tensor in named.items()}
         if site.differs_by_design and event.backend != "original" and event.kind != "norm":
             return self._judge_by_design(site, event, expected, found)
         found = found + _compare_as(dtype, named["normed"], named["normed_expected"])
         self._put(site, self.run, event.backend, dtype, found)
-        if not site.failing and found.violations(_tolerance(event.backend, dtype), dtype):
+        if not site.failing and found.violations(_tolerance(site, event.backend, dtype), dtype):
             site.failing = _excerpt(named, event.norm, found.worst_row)
 
     def _judge_by_design(self, site: _Site, event: observe.Event, expected: torch.Tensor, found: Difference) -> None:
@@ -232,6 +237,7 @@ class SiteWatcher:
         operands: tuple[torch.Tensor, ...],
         fused: torch.Tensor,
         original: torch.Tensor,
+        gate: torch.Tensor | None = None,
     ) -> None:
         """Errors against the norm in fp64 of what the spec says it reads: the sum as it is stored, or the exact one."""
         assert site.plan is not None
@@ -243,7 +249,10 @@ class SiteWatcher:
             stored = x + operands[1]
             x = x.to(torch.float64) + operands[1].to(torch.float64) if site.differs_by_design else stored
         weight, eps = site.weight_and_eps(norm, operands[0].dtype)
-        exact = reference.rms_norm_fp64(x, weight, site.plan.spec, eps)
+        if site.plan.gating is None or gate is None:
+            exact = reference.rms_norm_fp64(x, weight, site.plan.spec, eps)
+        else:
+            exact = gated_rms_norm_fp64(x, gate, weight, site.plan.spec, site.plan.gating, eps)
         site.exact.setdefault(name, _Exact()).add(fused, original, exact)
 
     def _new_rows(self, site: _Site, total: torch.Tensor, normed: torch.Tensor) -> torch.Tensor | None:
@@ -269,6 +278,8 @@ class SiteWatcher:
         and must be the same runs when one site is judged alone."""
         if self.run != "captured" or len(event.operands) != 2 or site.plan is None or site.plan.spec is None:
             return
+        if event.kind == "norm_add":
+            return
         total = event.operands[0] + event.operands[1]
         if total.numel():
             self.sum_rms[site.plan.path] = float(total.to(torch.float64).pow(2).mean().sqrt())
@@ -281,7 +292,7 @@ class SiteWatcher:
 
     def _probe(self, site: _Site, path: str, event: observe.Event) -> None:
         """Once per site and form of call: the four families through the patched norm, or through the bound op."""
-        form = "norm" if len(event.operands) == 1 else "pair"
+        form = "norm_add" if event.kind == "norm_add" else "norm" if len(event.operands) == 1 else "pair"
         if site.plan is None or site.plan.spec is None or form in site.probed:
             return
         site.probed.add(form)
@@ -290,18 +301,39 @@ class SiteWatcher:
         for family in probes.FAMILIES:
             seed = probes.site_seed(self._seed, path, family)
             made = probes.operands(family, len(event.operands), x.shape[-1], x.dtype, x.device, eps, seed)
+            gate = None
+            if event.gate is not None:
+                (gate,) = probes.operands("randn", 1, x.shape[-1], event.gate.dtype, x.device, eps, seed + 1)
+            given = made if gate is None else (*made, gate)
             if form == "norm":
-                total, found, actual = made[0], Difference(), type(event.norm).forward(event.norm, made[0])
+                total, found, actual = made[0], Difference(), type(event.norm).forward(event.norm, *given)
+            elif form == "norm_add":
+                total, (found, actual) = made[0], self._probe_norm_add(spec, made, weight, eps)
+                made = made[:1]
             else:
                 total = made[0] + made[1]
                 actual, returned = ops.bind_fused_add_rms_norm(spec, self._backend)(*made, weight, eps)
                 found = compare_sum(returned, total)
-            expected = _original(event.norm, total)
+            expected = _original(event.norm, total, gate)
             dtype = site.judged_dtype(event.norm, total.dtype, expected.dtype, event.backend)
             found = found + _compare_as(dtype, actual, expected)
             name = f"{form}:{family}"
             self._put(site, name, event.backend, dtype, found)
-            self._measure_exact(site, name, event.norm, made, actual, expected)
+            self._measure_exact(site, name, event.norm, made, actual, expected, gate)
+
+    def _probe_norm_add(
+        self, spec: NormSpec, made: tuple[torch.Tensor, ...], weight: torch.Tensor | None, eps: float
+    ) -> tuple[Difference, torch.Tensor]:
+        """What the norm gives alone, and how far the ops with the add behind it are from that, an addition and the
+        fused op: all in bits."""
+        x, residual = made
+        normed = ops.bind_rms_norm(spec, self._backend)(x, weight, eps)
+        next_normed, total = ops.bind_fused_add_rms_norm(spec, self._backend)(normed, residual, weight, eps)
+        found = compare_sum(bind_norm_add(spec, self._backend)(x, residual, weight, eps), total)
+        both = bind_norm_add_norm(spec, self._backend)(x, residual, weight, eps, weight, eps)
+        for mine, separate in zip(both, (next_normed, total), strict=True):
+            found = found + compare_sum(mine, separate)
+        return found, normed
 
     def proofs(self) -> tuple[SiteProof, ...]:
         return tuple(self._proof(path, site) for path, site in self._sites.items())
@@ -313,7 +345,7 @@ class SiteWatcher:
     def _proof(self, path: str, site: _Site) -> SiteProof:
         measured = []
         for (name, backend, dtype), found in site.found.items():
-            tolerance = _tolerance(backend, dtype)
+            tolerance = _tolerance(site, backend, dtype)
             violations = found.violations(tolerance, dtype)
             fused_error, original_error = site.exact[name].relative() if name in site.exact else (None, None)
             if site.differs_by_design and (name.startswith("pair:") or name.endswith(":fp32 sum")):
@@ -336,13 +368,14 @@ def _ignore(event: observe.Event) -> None:
     """Calls that the proof itself makes are not the model's."""
 
 
-def _original(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def _original(norm: nn.Module, x: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
     original: Any = original_class(type(norm))
-    return original.forward(norm, x)
+    return original.forward(norm, x) if gate is None else original.forward(norm, x, gate)
 
 
-def _tolerance(backend: str, dtype: torch.dtype) -> SiteTolerance:
-    return EXACT if backend in _ORIGINAL_ARITHMETIC else SITE.get(dtype, EXACT)
+def _tolerance(site: _Site, backend: str, dtype: torch.dtype) -> SiteTolerance:
+    rows = SITE if site.plan is None or site.plan.gating is None else GATED
+    return EXACT if backend in _ORIGINAL_ARITHMETIC else rows.get(dtype, EXACT)
 
 
 def _compare_as(dtype: torch.dtype, actual: torch.Tensor, expected: torch.Tensor) -> Difference:

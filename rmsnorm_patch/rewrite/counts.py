@@ -48,17 +48,20 @@ class Reasons:
 class Calls:
     """Of one norm, since `apply`. Copies and pickles start at zero.
 
-    fused: computed with their add. handed_over: taken from the layer before. alone: computed by a kernel without an
-    add. reference: by the model's own operations, since no kernel is for that device or backend. fallen_back: by the
-    original arithmetic, since a guard said so. apart: adds that were to be computed with this norm and were not.
-    together: by a kernel that computes the query's and the key's norm in one launch. single: calls that were to be
-    computed so and were not; each is counted among the others, too.
+    fused: computed with their add. added: computed with the add behind them. handed_over: taken from the layer before.
+    alone: computed by a kernel without an add. reference: by the model's own operations, since no kernel is for that
+    device or backend. fallen_back: by the original arithmetic, since a guard said so. apart: adds that were to be
+    computed with this norm and were not. together: by a kernel that computes the query's and the key's norm in one
+    launch. single: calls that were to be computed so and were not; each is counted among the others, too.
     """
 
-    __slots__ = ("alone", "apart", "fallen_back", "fused", "handed_over", "reference", "single", "together")
+    __slots__ = (
+        *("added", "alone", "apart", "fallen_back", "fused", "handed_over", "reference", "single", "together"),
+    )
 
     def __init__(self) -> None:
         self.fused = 0
+        self.added = 0
         self.handed_over = 0
         self.alone = 0
         self.reference = 0

@@ -59,6 +59,28 @@ AMBIENT = (_is_grad_enabled, _dispatch_modes, _is_autocast_enabled, _is_jit_trac
 and no forward-mode differentiation, nothing around a call must see the ops (`launcher_pair.h` asks them)."""
 
 
+def gate_fits(x: torch.Tensor, gate: torch.Tensor) -> bool:
+    """Whether a kernel that may norm `x` may read this gate beside it."""
+    return (
+        type(gate) in _PLAIN
+        and gate.dtype in _DTYPES
+        and gate.shape == x.shape
+        and gate.device == x.device
+        and gate.layout is _strided
+        and not (gate.requires_grad and _is_grad_enabled())
+    )
+
+
+def gate_reason(x: torch.Tensor, gate: torch.Tensor) -> str:
+    """Why `gate_fits(x, gate)` is False, in words; "" where it is True."""
+    if gate_fits(x, gate):
+        return ""
+    if gate.requires_grad and _is_grad_enabled():
+        return "a gradient is wanted"
+    kind = f"gate is a {type(gate).__name__} {gate.dtype} {tuple(gate.shape)} on {gate.device}"
+    return f"{kind}, input {x.dtype} {tuple(x.shape)} on {x.device}"
+
+
 def ambient() -> bool:
     """Whether something around the call must see the ops: a dispatch or function mode, functorch, autocast, tracing."""
     return (

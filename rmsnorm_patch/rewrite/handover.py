@@ -7,7 +7,7 @@ eps that it has now.
 Anything else, a layer dropped, reordered, shared or left early, a hook that edits, a copy of the tensor, finds no
 match and computes.
 
-`put` and `take` are the two ends; where launcher.c is in use, launcher_pair.h does both without Python code.
+`put` and `take` are the two ends; where launcher.c is in use, launcher_hand_over.h does both without Python code.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ MAX_UNTAKEN = 64
 
 
 class Carry(NamedTuple):
-    """What rides on a sum tensor; launcher_pair.h makes it too. Copies and pickles of the tensor carry nothing.
+    """What rides on a sum tensor; launcher_hand_over.h makes it too. Copies and pickles of the tensor carry nothing.
 
     total: id of the sum (a reference would be a cycle, and keep every layer's sum until the next collection).
     version, written: of the sum and of the weight, None where none is counted. weight, eps: those that `normed` was
-    computed with.
+    computed with. backend: who computed it (as `observe.Event` says it); "" where nobody observed that.
     """
 
     normed: torch.Tensor
@@ -53,6 +53,7 @@ class Carry(NamedTuple):
     eps: float
     kernel: Any
     link: Any
+    backend: str
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None
@@ -69,13 +70,14 @@ def put(
     eps: float,
     kernel: Any,
     link: Link,
+    backend: str = "",
 ) -> None:
-    """Let `normed` ride on `total`, of which it is the norm."""
+    """Let `normed`, which `backend` made, ride on `total`, of which it is the norm."""
     version = None if total.is_inference() else total._version
     written = None if weight is None or weight.is_inference() else weight._version
     link.untaken += 1
     link.given += 1
-    total.__dict__[CARRIED] = Carry(normed, id(total), version, norm, weight, written, eps, kernel, link)
+    total.__dict__[CARRIED] = Carry(normed, id(total), version, norm, weight, written, eps, kernel, link, backend)
 
 
 def _nothing() -> None:
@@ -104,7 +106,7 @@ def take(norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor | None:
     carried.link.untaken = 0
     calls_of(norm).handed_over += 1
     if observe.active:
-        backend = carried.kernel.backend(hidden_states, carried.weight, hidden_states)
+        backend = carried.backend or carried.kernel.backend(hidden_states, carried.weight, hidden_states)
         observe.report(observe.Event("taken", norm, (hidden_states,), carried.normed, None, backend))
     return carried.normed
 
@@ -182,7 +184,7 @@ class Link:
 class LinkThrough(Link):
     """A link whose sum passes through the forward of other modules, `passages`, on its way.
 
-    loop: None while one of them has another forward or a hook that may edit. launcher_pair.h asks for it too.
+    loop: None while one of them has another forward or a hook that may edit. launcher_hand_over.h asks for it too.
     """
 
     __slots__ = ("_code", "passages")

@@ -17,6 +17,8 @@ import torch
 import torch.nn as nn
 
 from .. import ops
+from ..fused.norm_add.op import bind_norm_add, bind_norm_add_norm
+from ..numerics.operands import mixes_dtypes
 from ..numerics.spec import SUPPORTED_DTYPES
 from ..pairs.source import RENAMING
 from ..patch_state import STATE, original_class, replaced, unhooked
@@ -44,16 +46,36 @@ class NormKernel:
     cls: that class. original: the norm's own forward. fused: the bound op, or None for the reference backend, which is
     `a + b` and then `original`. on_cpu: whether CPU tensors go to `fused` too (a backend that was forced). mixes:
     whether it adds tensors of two dtypes, as Triton does.
-    implied_eps: that of a norm which has no attribute for it, or None in it.
+    implied_eps: that of a norm which has no attribute for it, or None in it. plain: the bound op of the norm alone.
+    norm_add, norm_add_norm: those of an add behind the norm, without and with the norm of the sum; None as `fused`.
     """
 
-    __slots__ = ("cls", "eps_attribute", "fused", "implied_eps", "mixes", "on_cpu", "original", "weight_attribute")
+    __slots__ = (
+        "cls",
+        "eps_attribute",
+        "fused",
+        "implied_eps",
+        "mixes",
+        "norm_add",
+        "norm_add_norm",
+        "on_cpu",
+        "original",
+        "plain",
+        "spec",
+        "weight_attribute",
+    )
 
     def __init__(self, cls: type) -> None:
         key: Any = cls._rmsnorm_patch_key  # type: ignore[attr-defined]
         self.cls = cls
         self.original: Callable[..., torch.Tensor] = original_class(cls).forward  # type: ignore[attr-defined]
-        self.fused = None if key.backend == "reference" else ops.bind_fused_add_rms_norm(key.spec, key.backend)
+        self.spec = key.spec
+        self.plain = ops.bind_rms_norm(key.spec, key.backend)
+        self.fused = self.norm_add = self.norm_add_norm = None
+        if key.backend != "reference":
+            self.fused = ops.bind_fused_add_rms_norm(key.spec, key.backend)
+            self.norm_add = bind_norm_add(key.spec, key.backend)
+            self.norm_add_norm = bind_norm_add_norm(key.spec, key.backend)
         self.mixes = key.backend != "cuda"
         self.on_cpu = key.backend not in ("auto", "reference")
         self.eps_attribute: str | None = key.eps_attribute
@@ -75,11 +97,15 @@ class NormKernel:
         """False where the reference backend is what there is for this tensor: `a + b` and then `original`."""
         return self.fused is not None and (x.is_cuda or self.on_cpu)
 
+    def adds(self, a: torch.Tensor, b: torch.Tensor) -> bool:
+        """Whether `fused` takes operands of these dtypes."""
+        return not mixes_dtypes(a, b) or (self.mixes and b.dtype in _DTYPES)
+
     def run(
         self, norm: nn.Module, a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor | None, eps: Any
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(norm(a + b), a + b), or None where a guard says no."""
-        if norm.training or type(eps) is not float or not _pair_servable(self, a, b, weight):
+        if norm.training or type(eps) is not float or not pair_servable(self, a, b, weight):
             return None
         if not self.serves(a):
             total = a + b
@@ -144,14 +170,16 @@ def tail(layer: nn.Module, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def entry(norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     """norm(hidden_states), without calling the module where the layer before has left it there."""
     if not _is_tracing():
+        carried: Carry | None = hidden_states.__dict__.get(CARRIED) if observe.active else None
         normed: torch.Tensor | None = native.take(norm, hidden_states)
         if normed is not None:
             try:  # noqa: SIM105
                 norm.__dict__[STATE][CALLS].handed_over += 1
             except KeyError:
                 pass
-            if observe.active:
-                observe.report(observe.Event("taken", norm, (hidden_states,), normed, None, "cuda"))
+            if carried is not None:
+                backend = carried.backend or carried.kernel.backend(hidden_states, carried.weight, hidden_states)
+                observe.report(observe.Event("taken", norm, (hidden_states,), normed, None, backend))
             return normed
     return norm(hidden_states)  # type: ignore[no-any-return]
 
@@ -192,23 +220,40 @@ def _in_layer_reference(
 
 def _tail(layer: nn.Module, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """`tail` with every check in Python."""
-    state = layer.__dict__.get(STATE)
-    link: Link | None = None if state is None else state.get(LINK)
-    norm = None if link is None else link.norm()
+    link, norm = link_of(layer)
     if link is None or norm is None:
         return a + b
-    kernel, done, kept = _KERNELS.get(norm.__class__), None, ""
+    kept = why_kept(layer, link, norm, a, b)
+    return hand_over(link, norm, kept, a, b)
+
+
+def link_of(layer: nn.Module) -> tuple[Link | None, nn.Module | None]:
+    """The layer's link, and the norm at its other end while there is one."""
+    state = layer.__dict__.get(STATE)
+    link: Link | None = None if state is None else state.get(LINK)
+    return link, None if link is None else link.norm()
+
+
+def why_kept(layer: nn.Module, link: Link, norm: nn.Module, a: torch.Tensor, b: torch.Tensor) -> str:
+    """Why nothing is handed over now, or "". Called by what the helper calls that the layer's forward calls."""
+    kernel = _KERNELS.get(norm.__class__)
     if kernel is None or _is_grad_enabled() or not unhooked(norm):
-        kept = "a gradient may be wanted" if _is_grad_enabled() else why_not(norm, kernel, a, b)
-    elif link.untaken >= MAX_UNTAKEN and link.rests(getattr(a, "shape", None)):
-        kept = f"the last {link.untaken} hand-overs were not taken; it is tried again from time to time"
-    elif not _undisturbed(layer, link):
-        kept = "a module was hooked, wrapped, moved or put between the layer and the norm since apply"
-    elif not _called_by_loop(link):
-        kept = "the layer was not called by the loop that was read"
-    elif not link.passive and torch.is_inference_mode_enabled():
-        kept = "code between the layer and the norm may edit the sum, and inference mode counts no edits"
-    else:
+        return "a gradient may be wanted" if _is_grad_enabled() else why_not(norm, kernel, a, b)
+    if link.untaken >= MAX_UNTAKEN and link.rests(getattr(a, "shape", None)):
+        return f"the last {link.untaken} hand-overs were not taken; it is tried again from time to time"
+    if not _undisturbed(layer, link):
+        return "a module was hooked, wrapped, moved or put between the layer and the norm since apply"
+    if not _called_by_loop(link):
+        return "the layer was not called by the loop that was read"
+    if not link.passive and torch.is_inference_mode_enabled():
+        return "code between the layer and the norm may edit the sum, and inference mode counts no edits"
+    return ""
+
+
+def hand_over(link: Link, norm: nn.Module, kept: str, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a + b, with the result of `norm` riding on it unless it is `kept` for that reason."""
+    kernel, done = _KERNELS.get(norm.__class__), None
+    if kernel is not None and not kept:
         weight, eps = kernel.weight_of(norm), kernel.eps_of(norm)
         done = kernel.run(norm, a, b, weight, eps)
     if kernel is None or done is None:
@@ -219,10 +264,11 @@ def _tail(layer: nn.Module, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
             observe.report(observe.Event("kept", norm, (a, b), total, total, "original", reason))
         return total
     normed, total = done
+    backend = ""
     if observe.active:
         backend = kernel.backend(a, weight, b)
         observe.report(observe.Event("cross_layer", norm, (a, b), normed, total, backend))
-    put(normed, total, norm, weight, eps, kernel, link)
+    put(normed, total, norm, weight, eps, kernel, link, backend)
     return total
 
 
@@ -236,7 +282,7 @@ def _called_by_loop(link: Link) -> bool:
     """
     loop = link.loop
     through = [*(link.passages.codes or ())] if isinstance(link, LinkThrough) else []
-    tail_frame = 2  # past this function and `_tail`
+    tail_frame = 3  # past this function, `why_kept` and `_tail`
     try:
         if (
             _getframe(tail_frame + link.depth).f_code is loop
@@ -262,12 +308,12 @@ def _called_by_loop(link: Link) -> bool:
     return True
 
 
-def _pair_servable(kernel: NormKernel, a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor | None) -> bool:
+def pair_servable(kernel: NormKernel, a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor | None) -> bool:
     """Whether a kernel may add `a` and `b` and norm the sum."""
     return (
         _servable(a, weight)
         and type(b) is torch.Tensor
-        and (a.dtype is b.dtype or (b.dtype in _DTYPES and kernel.mixes))
+        and kernel.adds(a, b)
         and a.shape == b.shape
         and a.get_device() == b.get_device()
         and b.layout is torch.strided
@@ -287,8 +333,7 @@ def why_not(norm: nn.Module, kernel: NormKernel | None, a: torch.Tensor, b: torc
     watched = guards.reason(a, None) or guards.reason(b, None)
     if watched:
         return watched
-    alike = a.dtype is b.dtype or (kernel.mixes and b.dtype in _DTYPES)
-    if type(a) is not type(b) or not alike or a.shape != b.shape or a.device != b.device:
+    if type(a) is not type(b) or not kernel.adds(a, b) or a.shape != b.shape or a.device != b.device:
         sides = (f"{type(x).__name__} {x.dtype} {tuple(x.shape)} on {x.device}" for x in (a, b))
         return f"the operands differ: {', '.join(sides)}"
     weight = kernel.weight_of(norm)

@@ -13,7 +13,7 @@ from ..pairs.recompile import LayerKey, layer_key, rewrite
 from ..pairs.source import read_forward
 from ..patch_state import original_class
 from ..scan.plan import Plan
-from . import handover, instance_forward, layer_calls
+from . import handover, instance_forward, layer_calls, norm_adds
 from .classes import Body, patched_class, register_factory
 from .handover import Step
 from .journal import Journal
@@ -24,6 +24,9 @@ _HELPERS: dict[str, Callable[..., Any]] = {
     "in_layer": layer_calls.in_layer,
     "tail": layer_calls.tail,
     "entry": layer_calls.entry,
+    "norm_add": norm_adds.norm_add,
+    "norm_add_norm": norm_adds.norm_add_norm,
+    "norm_add_tail": norm_adds.norm_add_tail,
 }
 
 
@@ -53,11 +56,16 @@ def install(plan: Plan, found: Layout, journal: Journal) -> None:
             if ("in_layer", layer.path, layer.norm_path(norm.attr)) in fused
         )
         tail = any(s.layer is layer and (s.kind, layer.path, s.site.path) in fused for s in found.steps)
-        if in_layer or tail:
+        added = frozenset(
+            each.add.index
+            for each in layer.live_norm_adds()
+            if ("norm_add", layer.path, layer.norm_path(each.attr)) in fused
+        )
+        if in_layer or tail or added:
             original = type(layer.module)
             entry = layer.live_entry() if handing_over else None
             entries = frozenset() if entry is None or layer.norms[entry.attr].action != "fuse" else {entry.attr}
-            key = layer_key(original, layer.norm_attributes, in_layer, tail, frozenset(entries))
+            key = layer_key(original, layer.norm_attributes, in_layer, tail, frozenset(entries), added)
             journal.swap_class(layer.module, patched_class(original, ROLE, key))
             instance_forward.adopt(layer.module, original, journal)
     for parent, steps in _chains(found, fused):

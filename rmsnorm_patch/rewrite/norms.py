@@ -17,10 +17,11 @@ import torch.nn as nn
 from .. import ops
 from ..backends.names import Backend
 from ..errors import PatchConflict
+from ..numerics.gating import GateSpec
 from ..numerics.spec import NormSpec
 from ..patch_state import STATE, is_patched, running_now
 from ..scan.plan import NormSite
-from . import guards, instance_forward, layer_calls, native, observe
+from . import gated, guards, instance_forward, layer_calls, native, observe
 from .classes import Body, patched_class, register_factory
 from .counts import CALLS, Calls, calls_of
 from .handover import take
@@ -46,30 +47,37 @@ class Key(NamedTuple):
     weight_attribute: str | None
     eps_attribute: str | None
     backend: Backend
+    gating: GateSpec | None = None
 
 
 def key_of(site: NormSite, backend: Backend) -> Key:
     """Modules that differ in nothing but the value of an eps attribute share a class."""
     assert site.spec is not None
     spec = site.spec.variant if site.eps_attribute is not None else site.spec
-    return Key(spec, site.weight_attribute, site.eps_attribute, backend)
+    return Key(spec, site.weight_attribute, site.eps_attribute, backend, site.gating)
 
 
 def body(original: type[nn.Module], key: Key) -> Body:
     """Factory of `classes`: the patched subclass of `original`."""
     key = Key(*key)
-    forward, belongs_to = _forward_of(original, key)
+    run: Any
+    if key.gating is None:
+        run = ops.bind_rms_norm(key.spec, key.backend)
+        forward, belongs_to = _forward_of(original, key)
+    else:
+        forward, belongs_to, run = gated.forward_of(original, key)
     namespace = {
         "forward": forward,
         # A later `kernelize` would put its kernel over this class, instance by instance.
         "kernel_condition": staticmethod(lambda module: False),
         "_rmsnorm_patch_forward": forward,
-        "_rmsnorm_patch_run": ops.bind_rms_norm(key.spec, key.backend),
+        "_rmsnorm_patch_run": run,
     }
 
     def made(cls: type) -> None:
         belongs_to(cls)
-        layer_calls.register(cls)
+        if key.gating is None:
+            layer_calls.register(cls)
 
     return Body(namespace, made)
 

@@ -104,8 +104,8 @@ def _query_key(query_norm: nn.Module, key_norm: nn.Module, query: torch.Tensor, 
     normed = pair(query, key, *weights, first.eps_of(query_norm))
     for norm, kernel in ((query_norm, first), (key_norm, second)):
         calls_of(norm).together += 1
-        if pair.table is not None:
-            native.enroll_query_key(type(norm), kernel, pair.table)
+        if pair.in_c is not None:
+            native.enroll_query_key(type(norm), kernel, pair.in_c)
     if observe.active:
         _report(query_norm, key_norm, (query, key), normed, "cuda")
     return normed

@@ -18,6 +18,7 @@ from .handover import LINK, MAX_UNTAKEN, Link
 
 OUTCOMES = {
     "fused": "in one call with the add in front",
+    "added": "in one call with the add behind",
     "handed_over": "taken from the layer before, whose last add computed it",
     "alone": "by a kernel, without an add",
     "together": "in one launch, a query's norm and its key's",
@@ -33,8 +34,8 @@ SHOWN = 20
 class SiteStatus:
     """The calls of one norm since `apply`.
 
-    path: module path from the model that was asked about. fused, handed_over, alone, reference, fallen_back: calls by
-        what they came to (`OUTCOMES`). why: reason -> calls that fell back.
+    path: module path from the model that was asked about. fused, added, handed_over, alone, reference, fallen_back:
+        calls by what they came to (`OUTCOMES`). why: reason -> calls that fell back.
     apart: adds that the plan computes with this norm and that were computed apart from it; why_apart: reason -> adds.
     not_taken: hand-overs to this norm that it did not take, one under way among them; they were computed in vain.
     together: calls that shared a launch with the norm of the key, or of the query. why_single: reason -> calls that
@@ -44,6 +45,7 @@ class SiteStatus:
     path: str
     class_name: str
     fused: int
+    added: int
     handed_over: int
     alone: int
     reference: int
@@ -89,7 +91,7 @@ class Status:
 
     def counts(self) -> dict[str, int]:
         """The sums over all sites, e.g. {"calls": 30, "fused": 12, "handed_over": 12, "alone": 6, ...}."""
-        names = SiteStatus("", "", 0, 0, 0, 0, {}, {}, 0).counts()
+        names = SiteStatus("", "", 0, 0, 0, 0, 0, {}, {}, 0).counts()
         return {name: sum(getattr(site, name) for site in self.sites) for name in names}
 
     def why(self) -> dict[str, int]:
@@ -182,6 +184,7 @@ def _site(path: str, norm: nn.Module, given: int) -> SiteStatus:
         path,
         original_class(type(norm)).__name__,
         calls.fused,
+        calls.added,
         handed_over,
         calls.alone,
         calls.reference,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -64,22 +64,32 @@ def _modules_of_other_dtype(model: nn.Module, norms: set[str | None]) -> Iterato
 
 def _inputs_of(model: nn.Module, sites: list[NormSite]) -> dict[str, set[torch.dtype]]:
     """Path -> the dtypes that the norm there is called with. Raises Rejected where the model does not run so."""
+    seen: dict[str, set[torch.dtype]] = {site.path: set() for site in sites}
+
+    def watch(made: nn.Module) -> None:
+        for path, dtypes in seen.items():
+            made.get_submodule(path).register_forward_pre_hook(_recording(dtypes))
+
+    run_without_memory(model, watch)
+    return seen
+
+
+def run_without_memory(model: nn.Module, prepare: Callable[[nn.Module], object]) -> None:
+    """Run a copy of `model` on the meta device, after `prepare` has seen that copy. The model itself is neither called
+    nor changed. Raises Rejected where it does not run so."""
     if any("forward" in m.__dict__ or any(getattr(m, name) for name in _HOOKS) for m in model.modules()):
         raise Rejected("hooks or forwards of their own stand on its modules")
     with undisturbed():
         try:
             inputs = _inputs(model)
             made = copy.deepcopy(model, _without_memory(model)).eval()
-            seen: dict[str, set[torch.dtype]] = {site.path: set() for site in sites}
-            for path, dtypes in seen.items():
-                made.get_submodule(path).register_forward_pre_hook(_recording(dtypes))
+            prepare(made)
             with torch.device("meta"):
                 made(**inputs)
         except Rejected:
             raise
         except Exception as error:  # the model's own code without values: anything can happen
             raise Rejected(f"it does not run on the meta device: {short(error)}") from error
-    return seen
 
 
 def _recording(dtypes: set[torch.dtype]) -> Any:

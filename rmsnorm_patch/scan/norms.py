@@ -13,8 +13,10 @@ from weakref import WeakKeyDictionary
 import torch.nn as nn
 
 from ..errors import UnsupportedModel
+from ..numerics.gating import GateSpec
 from ..numerics.spec import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, T5, NormSpec
 from .diagnose import explain
+from .gated import UNKNOWN, find_gated, takes_gate
 from .plan import NormSite
 from .probe import WEIGHTLESS, Found, find_spec, short, undisturbed
 from .subject import Rejected, Subject, examine, own_class, reachable_codes
@@ -22,6 +24,7 @@ from .subject import Rejected, Subject, examine, own_class, reachable_codes
 _NAMED_RMS = re.compile(r"RMS|Rms|rms(?=_|[nN]orm|$)")  # but not the "rms" of "LayerNormSelfAttention", lower-cased
 _NAMED_NORM = re.compile(r"norm", re.IGNORECASE)
 _REDUCTIONS = {"mean", "sum", "norm", "vector_norm", "rms_norm", "einsum", "var"}
+_FAILS = "its forward fails on a probe"
 _NAMES = {
     LLAMA: "llama",
     FP32_WEIGHT_MULTIPLY: "fp32-weight-multiply",
@@ -39,7 +42,8 @@ class Match:
     """What one module computes.
 
     spec: None where nothing matched, and `reason` says why. eps_attribute, weight_attribute: names found by behaviour;
-        None for an eps that is a constant in the code, and for a norm that uses no weight.
+        None for an eps that is a constant in the code, and for a norm that uses no weight. gating: of a gated norm,
+        whose `spec` is that of the norm in it.
     """
 
     spec: NormSpec | None
@@ -47,6 +51,7 @@ class Match:
     eps_attribute: str | None = None
     weight_attribute: str | None = None
     hidden_size: int | None = None
+    gating: GateSpec | None = None
 
 
 def variant_name(spec: NormSpec) -> str:
@@ -64,6 +69,35 @@ def variant_name(spec: NormSpec) -> str:
     )
     parts += [f"width={spec.width}"] * (spec.width is not None) + [f"group={spec.group}"] * (spec.group is not None)
     return " ".join(parts)
+
+
+def infer_norm(module: nn.Module, _shared: Cache | None = None) -> Match:
+    """`infer_spec`, and for a forward of two tensors the gated norm that it computes."""
+    match = infer_spec(module, _shared)
+    if match.spec is not None or not takes_gate(own_class(module)):
+        return match
+    gated = infer_gated(module, _shared)
+    if gated.spec is not None or gated.reason.startswith(_FAILS):  # it takes something else than a gate
+        return match if gated.spec is None else gated
+    return replace(match, reason=f"{match.reason}; {gated.reason}")
+
+
+def infer_gated(module: nn.Module, _shared: Cache | None = None) -> Match:
+    """The gated norm that equals `module`'s own forward of (x, gate) bit for bit, found as `infer_spec` finds one."""
+    try:
+        subject = examine(module, gated=True)
+        found = _find(subject, module, _shared)
+    except Rejected as rejection:
+        return Match(None, str(rejection))
+    reason = f"computes {variant_name(found.spec)} numerics {found.gating}, bit for bit in {found.pairs} dtype triples"
+    return Match(
+        spec=found.spec,
+        reason="; ".join(filter(None, (reason, subject.note))),
+        eps_attribute=found.eps_attribute,
+        weight_attribute=subject.weight_attribute,
+        hidden_size=subject.columns[0],
+        gating=found.gating,
+    )
 
 
 def infer_spec(module: nn.Module, _shared: Cache | None = None) -> Match:
@@ -95,7 +129,12 @@ def _find(subject: Subject, module: nn.Module, shared: Cache | None) -> Found:
     if key is None and shared is not None:
         # Attributes such as a config object: equal only while they are the very same objects, so for one scan.
         cache = shared
-        key = (subject.cls, subject.columns, tuple((name, id(v)) for name, v in sorted(subject.attributes.items())))
+        key = (
+            subject.cls,
+            subject.gated,
+            subject.columns,
+            tuple((name, id(v)) for name, v in sorted(subject.attributes.items())),
+        )
     known = None if key is None else cache.get(key)
     if known is None:
         known = _probe(subject, module)
@@ -109,11 +148,13 @@ def _find(subject: Subject, module: nn.Module, shared: Cache | None) -> Found:
 def _probe(subject: Subject, module: nn.Module) -> Found | str:
     with undisturbed():
         try:
+            if subject.gated:
+                return find_gated(subject, module) or UNKNOWN
             return find_spec(subject, module) or explain(subject)
         except Rejected as rejection:
             return str(rejection)
         except Exception as error:  # foreign code, which may fail in any way, say in training mode only
-            return f"its forward fails on a probe ({short(error)})"
+            return f"{_FAILS} ({short(error)})"
 
 
 def scan_norms(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> tuple[NormSite, ...]:
@@ -157,10 +198,10 @@ def _match_if_norm(module: nn.Module, shared: Cache) -> Match | None:
     name = own_class(module).__name__
     leaf = all(child is None for child in module._modules.values())
     if _NAMED_RMS.search(name) or (leaf and _NAMED_NORM.search(name)):
-        return infer_spec(module, shared)
+        return infer_norm(module, shared)
     if not leaf or not _built_like_a_norm(module):
         return None
-    match = infer_spec(module, shared)
+    match = infer_norm(module, shared)
     return match if match.spec is not None else None
 
 
@@ -193,6 +234,7 @@ def _site(module: nn.Module, paths: list[str], match: Match) -> NormSite:
         eps_attribute=match.eps_attribute,
         shared_paths=tuple(paths[1:]),
         weight_attribute=match.weight_attribute,
+        gating=match.gating,
     )
 
 

@@ -12,14 +12,15 @@ from ..backends.names import Backend
 from ..page import folded, numbered, numerics, page
 
 if TYPE_CHECKING:
+    from ..numerics.gating import GateSpec
     from ..numerics.spec import NormSpec
 
 
 Action = Literal["fuse", "leave"]
 PairKind = Literal["in_layer", "cross_layer", "final", "norm_add"]
 """in_layer: x = a + b; norm(x) within one layer's forward. cross_layer: the last add of a layer and the entry norm
-of the next. final: the last add of the last layer and the model's final norm. norm_add: norm(x) + residual
-(sandwich layouts), reported and not fused."""
+of the next. final: the last add of the last layer and the model's final norm. norm_add: residual + norm(x) (sandwich
+layouts); the add may be one of the other kinds too."""
 
 
 PAIR_MEANING: dict[PairKind, str] = {
@@ -45,6 +46,7 @@ class NormSite:
     falls_back: why calls of a norm that is fused will run the original arithmetic as the model is now; "" where nothing
         is known that would.
     inputs: dtypes that it is called with in a model of mixed dtypes; () where nobody looked, or none came.
+    gating: how the gate enters a norm that is called with one; `spec` is that of the norm in it.
     """
 
     path: str
@@ -59,6 +61,7 @@ class NormSite:
     weight_attribute: str | None = None
     falls_back: str = ""
     inputs: tuple[str, ...] = ()
+    gating: GateSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,8 @@ class Plan:
 
     def norm_groups(self, fold: bool = True) -> tuple[SiteGroup, ...]:
         def why(site: NormSite) -> str:
-            computed = f"{numerics(site.spec)}, N={site.hidden_size}"
+            gating = "" if site.gating is None else f" {site.gating}"
+            computed = f"{numerics(site.spec)}{gating}, N={site.hidden_size}"
             fused = f"{computed}; falls back: {site.falls_back}" if site.falls_back else computed
             return fused if site.action == "fuse" else site.reason
 

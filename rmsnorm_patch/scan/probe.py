@@ -21,6 +21,7 @@ import torch
 import torch.nn as nn
 
 from ..numerics import reference
+from ..numerics.gating import GateSpec
 from ..numerics.spec import (
     FP32_WEIGHT_MULTIPLY,
     GEMMA,
@@ -61,11 +62,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Found:
-    """spec: with the module's own eps. eps_attribute: None where eps is a constant in the code."""
+    """spec: with the module's own eps. eps_attribute: None where eps is a constant in the code. gating: of a norm whose
+    forward takes a gate."""
 
     spec: NormSpec
     eps_attribute: str | None
     pairs: int
+    gating: GateSpec | None = None
 
 
 @contextmanager
@@ -198,14 +201,24 @@ def _plausible(subject: Subject, case: Case, eps: float, got: torch.Tensor) -> l
     if any(same_bits(got, expected(case, spec, eps)) for spec in specs):
         return specs
     columns = case.x.shape[-1]
+    widths = sorted(k for k in _sizes(subject) if 0 < k < columns)
+    return [replace(spec, width=k) for k in widths for spec in specs] + [
+        replace(spec, group=g) for g in group_sizes(subject, columns) for spec in specs
+    ]
+
+
+def _sizes(subject: Subject) -> set[int]:
+    """Integers among the subject's attributes."""
     sizes: set[int] = set()
     for value in subject.attributes.values():
         sizes.update(size for size in (value if isinstance(value, tuple) else (value,)) if type(size) is int)
-    widths = sorted(k for k in sizes if 0 < k < columns)
-    groups = sorted({g for k in sizes if k > 0 and columns % k == 0 for g in (k, columns // k) if g < columns})
-    return [replace(spec, width=k) for k in widths for spec in specs] + [
-        replace(spec, group=g) for g in groups for spec in specs
-    ]
+    return sizes
+
+
+def group_sizes(subject: Subject, columns: int) -> list[int]:
+    """Columns of a group, which an attribute may name, or their number in a row."""
+    sizes = _sizes(subject)
+    return sorted({g for k in sizes if k > 0 and columns % k == 0 for g in (k, columns // k) if g < columns})
 
 
 def _check_own_eps(subject: Subject, columns: int, eps_attribute: str, spec: NormSpec) -> None:
@@ -223,10 +236,16 @@ def _check_own_eps(subject: Subject, columns: int, eps_attribute: str, spec: Nor
             raise Rejected(f"its own {eps_attribute}={spec.eps!r} does not enter as other values of {eps_attribute} do")
 
 
-def check_behaviour(subject: Subject, columns: int) -> None:
-    """Raises `Rejected` for a forward that is more than a function of its input's rows."""
+def check_behaviour(subject: Subject, columns: int, gate: torch.Tensor | None = None) -> None:
+    """Raises `Rejected` for a forward that is more than a function of its input's rows. gate: of a gated norm's."""
     case = probe_cases(columns)[0]
     forward = class_forward(subject.cls)
+    if gate is not None:
+        gated = forward
+
+        def forward(twin: nn.Module, x: torch.Tensor) -> Any:
+            return gated(twin, x, gate.reshape(x.shape).clone())
+
     twin = subject.twin(case.weight.clone())
     x = case.x.clone()
     before = {name: copy.copy(value) for name, value in twin.__dict__.items() if name in subject.attributes}

@@ -37,7 +37,7 @@ class Subject:
 
     weight_attribute: the one 1-D parameter or buffer, or None. columns: lengths of the last dimension to probe with,
         best guess first. attributes: what a twin carries. codes: code objects that forward can reach. note: what
-        stands over the class's own forward on this instance.
+        stands over the class's own forward on this instance. gated: its forward takes a gate beside its input.
     """
 
     cls: type[nn.Module]
@@ -47,6 +47,7 @@ class Subject:
     attributes: dict[str, Any]
     codes: tuple[types.CodeType, ...]
     note: str
+    gated: bool = False
 
     @property
     def key(self) -> Hashable | None:
@@ -57,7 +58,7 @@ class Subject:
         inherited = {name: getattr(self.cls, name, None) for name in named}
         read = {name: value for name, value in inherited.items() if _is_plain(value)} | self.attributes
         values = tuple((name, type(value), value) for name, value in sorted(read.items()))
-        return self.weight_attribute, self.weight_is_parameter, self.columns, values, self.codes
+        return self.weight_attribute, self.weight_is_parameter, self.columns, values, self.codes, self.gated
 
     def twin(self, weight: torch.Tensor | None) -> nn.Module:
         made = object.__new__(self.cls)  # FSDP's classes override __new__ to build another
@@ -81,8 +82,9 @@ def own_class(module: nn.Module) -> type[nn.Module]:
     return _unpatched(cls)
 
 
-def examine(module: nn.Module) -> Subject:
-    """The `Subject` of a module whose structure is a norm's; raises `Rejected` otherwise."""
+def examine(module: nn.Module, gated: bool = False) -> Subject:
+    """The `Subject` of a module whose structure is a norm's; raises `Rejected` otherwise. gated: its forward takes two
+    tensors."""
     cls = own_class(module)
     if isinstance(module, torch.jit.ScriptModule):
         raise Rejected("it is compiled by TorchScript, so its code cannot be run on probes")
@@ -93,7 +95,8 @@ def examine(module: nn.Module) -> Subject:
         raise Rejected(f"it has sub-modules ({', '.join(children[:4])})")
     weight_attribute, weight = _weight_of(module)
     codes = reachable_codes(cls)
-    _check_signature(cls)
+    if not gated:
+        _check_signature(cls)
     names = _names_in(codes)
     attributes = {
         name: value
@@ -114,6 +117,7 @@ def examine(module: nn.Module) -> Subject:
         attributes=attributes,
         codes=codes,
         note=_instance_forward_note(module),
+        gated=gated,
     )
 
 

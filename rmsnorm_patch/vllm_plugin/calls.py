@@ -13,7 +13,7 @@ from ..numerics.spec import NormSpec, WeightOffset
 from . import huggingface
 from .decision import SPECS
 
-VERSION = 5
+VERSION = 6
 """Raise it when the graphs that the routes produce change: it is part of vLLM's compile-cache key."""
 
 COMPILER_HEAD = 256
@@ -22,6 +22,11 @@ qkv before it and the rotary embedding behind it (measured: docs/decisions/vllm.
 
 IN_PLACE = True
 """Whether the fused op writes into tensors that their caller gave up (measured: docs/decisions/vllm.md)."""
+
+
+def called_ops() -> tuple[str, str]:
+    """The plain and the fused op that serve RMSNorm: what is tried before they are trusted."""
+    return RMS_NORM.name, FUSED_ADD_IN_PLACE.name if IN_PLACE else FUSED_ADD.name
 
 
 @cache

@@ -98,4 +98,4 @@ def _vllms_own(norm: Any, decision: Decision, vllm_config: Any) -> str:
         if first != decision.provider:
             return f"the IR priority was set to begin with {first!r}"
     spec = calls.spec_of(decision.provider, norm.has_weight, norm.variance_size_override)
-    return "its kernel was declined" if trial.any_declined(norm.weight, dtype, spec, FUNCTIONAL) else ""
+    return "its kernel was declined" if trial.any_declined(norm.weight, dtype, spec, calls.called_ops()) else ""

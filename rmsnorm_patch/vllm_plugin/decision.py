@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ..fused.linear_norm import splits as product_splits
+from ..fused.linear_norm import splits as linear_norm_splits
 from ..numerics.contract import FUNCTIONAL
 from ..numerics.spec import NormSpec
 from . import huggingface, settings
@@ -31,8 +31,12 @@ SPECS = {
 FUSIONS = ("fuse_allreduce_rms", "enable_qk_norm_rope_fusion", "fuse_qk_norm_rope_kvcache")
 """vLLM's passes, by their names in its configuration, that compute a norm together with a neighbour of it."""
 
+NORM_QUANT = "fuse_norm_quant"
+"""The pass of vLLM that computes a norm together with the quantisation behind it, in its CUDA ops."""
+
 WEIGHT_ONLY = frozenset({"awq", "awq_marlin", "gptq", "gptq_marlin", "bitsandbytes", "gguf"})
-"""Quantisations that keep activations in bf16/fp16: no activation quantisation follows the norm."""
+"""Quantisations that keep activations in bf16/fp16: no activation quantisation follows the norm. Of any other the
+graph tells, norm by norm."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,8 @@ class Facts:
     """What a decision rests on. incumbents: vLLM's default IR priority for rms_norm; capability: 90 for sm_90, None
     without an NVIDIA GPU; captures: whether CUDA graphs are; linear: `settings.read_linear()`; tried:
     `settings.read_tried()`; transformers: what its modules compute, where that was asked for; fusions: passes of vLLM
-    that may take norms into kernels of their own."""
+    that may take norms into kernels of their own; quantised: `settings.read_quantised()`; norm_quant: whether vLLM's
+    pass of that name is on."""
 
     requested: settings.Route
     version: str
@@ -58,6 +63,13 @@ class Facts:
     tried: str = ""
     transformers: huggingface.Numerics | None = None
     fusions: tuple[str, ...] = ()
+    quantised: settings.Quantised = "auto"
+    norm_quant: bool = False
+
+    @property
+    def may_quantise_rows(self) -> bool:
+        """Whether products of a compiled graph may read quantised rows."""
+        return self.compiled and self.quantization is not None and self.quantization not in WEIGHT_ONLY
 
 
 @dataclass(frozen=True)
@@ -66,7 +78,8 @@ class Decision:
     and the fused norm that reads it become one op (`linear_pass`), reorder: whose product may have other bits. offset:
     norms with fp32 `1 + w` weights are served too, by their class (`oot_route`). numerics: the classes of transformers
     that its norms compute as, "" for the engine's own numerics; refused: why these although transformers' were asked
-    for; invariant: it is a batch-invariant engine."""
+    for; invariant: it is a batch-invariant engine; quantised: norms write quantised rows where the graph has readers of
+    such (`quantised_pass`)."""
 
     route: Chosen
     provider: str
@@ -78,6 +91,7 @@ class Decision:
     numerics: str = ""
     refused: str = ""
     invariant: bool = False
+    quantised: bool = False
 
     def __str__(self) -> str:
         how = f"route {self.route}, provider {self.provider}" if self.route != "none" else "off, vLLM's own norms"
@@ -110,8 +124,8 @@ def _decide(facts: Facts) -> Decision:
         return _aside(f"vLLM {facts.version} does not offer the {route!r} route", warning=True)
     if facts.device_type not in ("cuda", "cpu"):
         return _aside(f"no kernels for device type {facts.device_type!r}")
-    if facts.compiled and facts.quantization is not None and facts.quantization not in WEIGHT_ONLY:
-        return _aside(f"quantization {facts.quantization!r}: the norm is fused with the activation quantisation")
+    if why := _left_to_quantisation(facts, route):
+        return _aside(why)
     if route == "oot" and facts.compiled and facts.tensor_parallel > 1:
         return _aside("tensor parallel: the out-of-tree norm would hide it from the all-reduce fusion")
     numerics = "" if facts.transformers is None or _no_transformers(facts) else facts.transformers.reason
@@ -125,7 +139,7 @@ def _decide(facts: Facts) -> Decision:
     if numerics and facts.transformers is not None:
         provider = facts.transformers.provider
     reason = f"{asked}; numerics of {numerics or _NAMES[provider]}"
-    measured = facts.device_type == "cuda" and facts.capability in product_splits.MEASURED
+    measured = facts.device_type == "cuda" and facts.capability in linear_norm_splits.MEASURED
     linear = facts.compiled and facts.captures and measured and facts.linear != "off"
     linear = linear and not facts.batch_invariant  # how a product is split depends on its rows
     reorder = linear and facts.linear == "reorder"
@@ -133,12 +147,28 @@ def _decide(facts: Facts) -> Decision:
         reason += "; norms add up the parts of split products"
     if reorder:
         reason += f", and of products that are split for them ({settings.LINEAR_VARIABLE}=reorder)"
+    quantised = facts.may_quantise_rows
+    if quantised:
+        reason += f"; quantization {facts.quantization!r}: norms write quantised rows where the graph reads such"
     if facts.batch_invariant:
         reason += "; batch-invariant: a row's bits follow from it and its length alone"
     # With tensor parallel a class would hide its norms from vLLM's fusion with the all-reduce, which numerics turn off.
     offset = bool(numerics) or not (facts.compiled and facts.tensor_parallel > 1)
     invariant = facts.batch_invariant
-    return Decision(route, provider, reason, False, linear, reorder, offset, numerics, invariant=invariant)
+    return Decision(
+        route, provider, reason, False, linear, reorder, offset, numerics, invariant=invariant, quantised=quantised
+    )
+
+
+def _left_to_quantisation(facts: Facts, route: str) -> str:
+    """Why vLLM's own norms run in front of quantisations, or ""."""
+    if not facts.may_quantise_rows:
+        return ""
+    if facts.quantised == "off":
+        return f"quantization {facts.quantization!r}: {settings.QUANTISED_VARIABLE}=off leaves its norms to vLLM"
+    if facts.norm_quant and route == "ir":
+        return f"quantization {facts.quantization!r}: vLLM's pass {NORM_QUANT} was turned on, and takes its norms"
+    return ""
 
 
 _NAMES = {
@@ -192,6 +222,8 @@ def facts_of(vllm_config: Any, incumbents: tuple[str, ...]) -> Facts:
         tried=settings.read_tried(),
         transformers=huggingface.asked_of(model),
         fusions=tuple(name for name in FUSIONS if getattr(compilation.pass_config, name, None)),
+        quantised=settings.read_quantised(),
+        norm_quant=bool(getattr(compilation.pass_config, NORM_QUANT, None)),
     )
 
 

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 from ..backends.cuda import nvrtc
-from ..fused.linear_norm import splits as product_splits
+from ..fused.linear_norm import splits as linear_norm_splits
 from ..numerics.contract import FUNCTIONAL
 from ..ops.dispatch import triton_installed
-from . import batch_invariant, calls, counterparts, linear_pass, settings
-from .decision import SPECS, Decision, decide, decision_for, facts_of
+from . import batch_invariant, calls, counterparts, linear_pass, quantised_pass, settings
+from .decision import NORM_QUANT, SPECS, Decision, decide, decision_for, facts_of
 from .log import logger, warn_once
 from .wrapping import wrap_once
 
@@ -47,18 +47,35 @@ def install_priority() -> None:
 
 
 def install_passes() -> None:
-    """For workers, which compile: our pass runs after those of vLLM's manager, which all of them hang on. It needs
-    nothing of what they leave, so the hook does not depend on vLLM's IR."""
+    """For workers, which compile: our passes run after those of vLLM's manager, which all of them hang on. They need
+    nothing of what those leave, so the hook does not depend on vLLM's IR."""
     try:
         from vllm.compilation.passes.pass_manager import PostGradPassManager
     except ImportError as error:
-        warn_once(f"products and norms stay apart: this vLLM keeps its graph passes elsewhere ({error})")
+        warn_once(f"norms stay apart from their neighbours: this vLLM keeps its graph passes elsewhere ({error})")
         return
-    wrap_once(PostGradPassManager, "configure", linear_pass.wrap_configure)
-    wrap_once(PostGradPassManager, "__call__", linear_pass.wrap_call)
-    wrap_once(PostGradPassManager, "uuid", linear_pass.wrap_uuid)
-    if linear_pass.tell not in product_splits.on_found:
-        product_splits.on_found.append(linear_pass.tell)
+    for name, *wrappers in (
+        ("configure", quantised_pass.wrap_configure, linear_pass.wrap_configure),
+        ("__call__", quantised_pass.wrap_call, linear_pass.wrap_call),
+        ("uuid", quantised_pass.wrap_uuid, linear_pass.wrap_uuid),
+    ):
+        wrap_once(PostGradPassManager, name, _in_turn(*wrappers))
+    if linear_pass.tell not in linear_norm_splits.on_found:
+        linear_norm_splits.on_found.append(linear_pass.tell)
+
+
+Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def _in_turn(*wrappers: Wrapper) -> Wrapper:
+    """One wrapper of several, the first of which is the innermost."""
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        for wrapper in wrappers:
+            original = wrapper(original)
+        return original
+
+    return wrap
 
 
 def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -74,7 +91,9 @@ def _default_priority(original: Callable[..., Any]) -> Callable[..., Any]:
         priority = original(cls, vllm_config)
         decision = decide(facts_of(vllm_config, tuple(priority.rms_norm)))
         if decision.numerics:
-            _keep_norms_apart(vllm_config)
+            _turn_off(vllm_config, "fuse_allreduce_rms")
+        if decision.quantised:
+            _turn_off(vllm_config, NORM_QUANT)
         if decision.route == "ir":
             for name in FUNCTIONAL:
                 setattr(priority, name, [decision.provider, *getattr(priority, name)])
@@ -83,12 +102,12 @@ def _default_priority(original: Callable[..., Any]) -> Callable[..., Any]:
     return get_default_ir_op_priority
 
 
-def _keep_norms_apart(vllm_config: Any) -> None:
-    """Turn off what would take norms with transformers' numerics, where that is a default; whoever has turned it on
-    keeps it, and the engine's numerics."""
+def _turn_off(vllm_config: Any, name: str) -> None:
+    """A pass of vLLM's that would take norms from us, where its being on is a default: with transformers' numerics, or
+    in front of quantisations. Whoever has turned it on keeps it."""
     passes = vllm_config.compilation_config.pass_config
-    if passes.fuse_allreduce_rms is None:
-        passes.fuse_allreduce_rms = False
+    if getattr(passes, name, None) is None:
+        setattr(passes, name, False)
 
 
 def _set_default(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -122,7 +141,7 @@ def _compute_hash(original: Callable[..., Any]) -> Callable[..., Any]:
 def fingerprint(decision: Decision, splits: str) -> str:
     """What a compiled graph depends on and vLLM cannot see. The toolchain decides which norms are served at all."""
     toolchain = nvrtc.find() is not None, triton_installed()
-    what = f"{decision.route} {decision.provider} {decision.linear} {splits} {decision.numerics}"
+    what = f"{decision.route} {decision.provider} {decision.linear} {splits} {decision.numerics} {decision.quantised}"
     return f"rmsnorm_patch {calls.VERSION} {what} {calls.forms()} {toolchain}"
 
 

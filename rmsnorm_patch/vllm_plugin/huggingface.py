@@ -140,7 +140,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 def judge(sites: tuple[NormSite, ...], model: str) -> Numerics:
     """The provider whose numerics all RMSNorms of transformers' model have. model: for the reason."""
-    known = [(site, site.spec) for site in sites if site.spec is not None]
+    known = [(site, site.spec) for site in sites if site.spec is not None and site.gating is None]
     found: dict[str, set[str]] = {}
     for site, spec in known:
         if spec.has_weight:

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ..numerics.contract import FUSED_ADD, RMS_NORM
 from . import calls, trial
 from .decision import SPECS
 
@@ -58,7 +57,7 @@ def _rms_norm_serves(provider: str) -> Callable[..., bool]:
         if x.device.type == "cpu":  # Dynamo traces through this on the CPU: no caches, no logging
             return weight is None or weight.dtype == x.dtype
         spec = calls.spec_of(provider, weight is not None, variance_size)
-        return not trial.declined(x, weight, spec, RMS_NORM.name)
+        return not trial.declined(x, weight, spec, calls.called_ops()[0])
 
     return serves
 
@@ -72,6 +71,6 @@ def _fused_add_serves(provider: str) -> Callable[..., bool]:
         if x.device.type == "cpu":
             return weight is None or weight.dtype == x.dtype
         spec = calls.spec_of(provider, weight is not None, variance_size)
-        return not trial.declined(x, weight, spec, FUSED_ADD.name)
+        return not trial.declined(x, weight, spec, calls.called_ops()[1])
 
     return serves

@@ -19,8 +19,8 @@ import torch
 from torch import fx
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 
-from ..fused.linear_norm import op as linear_ops
-from ..fused.linear_norm import splits as product_splits
+from ..fused.linear_norm import op as linear_norm_op
+from ..fused.linear_norm import splits as linear_norm_splits
 from ..numerics.contract import FUSED_ADD, FUSED_ADD_IN_PLACE
 from .decision import Decision, decision_for
 from .log import logger, warn_once
@@ -46,7 +46,7 @@ def join(graph: fx.Graph, splits: str = "") -> int:
 
 
 def _joined_op() -> Any:
-    return getattr(torch.ops.rmsnorm_patch, linear_ops.NAME).default
+    return getattr(torch.ops.rmsnorm_patch, linear_norm_op.NAME).default
 
 
 def _join_in_place(graph: fx.Graph, splits: str) -> int:
@@ -60,7 +60,7 @@ def _join_in_place(graph: fx.Graph, splits: str) -> int:
             continue
         rows, transposed = product.args
         if splits:
-            rest += [*linear_ops.DEFAULTS[len(rest) - 1 : -1], splits]
+            rest += [*linear_norm_op.DEFAULTS[len(rest) - 1 : -1], splits]
         with graph.inserting_before(norm):
             joined = graph.call_function(_joined_op(), (rows, transposed.args[0], residual, weight, *rest))
         joined.meta.update(x.meta)
@@ -100,7 +100,7 @@ def _functional_norms(graph: fx.Graph) -> Iterator[tuple[Any, dict[str, Any], tu
         if node.target is auto_functionalized and node.args == (written,):
             given, results = dict(node.kwargs), (1, 2)  # before what an op wrote is what it returned, here nothing
         elif node.target is plain:
-            given, results = _by_name(node), (0, 1)
+            given, results = arguments_by_name(node), (0, 1)
             # Nobody gave this residual up. Where it is read later, or is not the graph's own, writing it costs a copy.
             residual = given["residual"]
             if residual.op == "placeholder" or max(places[user] for user in residual.users) > places[node]:
@@ -111,7 +111,7 @@ def _functional_norms(graph: fx.Graph) -> Iterator[tuple[Any, dict[str, Any], tu
             yield node, given, results
 
 
-def _by_name(node: fx.Node) -> dict[str, Any]:
+def arguments_by_name(node: fx.Node) -> dict[str, Any]:
     """The arguments of an op's call, those that it left out included."""
     parameters = node.target._schema.arguments  # type: ignore[union-attr]
     given = dict(zip((parameter.name for parameter in parameters), node.args, strict=False))
@@ -164,7 +164,7 @@ def _writes(target: Any) -> bool:
 _TOLD: set[tuple[int, int]] = set()
 
 
-def tell(product: product_splits.Product, split: product_splits.Split) -> None:
+def tell(product: linear_norm_splits.Product, split: linear_norm_splits.Split) -> None:
     """One line for each matrix whose products come in parts."""
     matrix = product.n, product.k
     if split.kind == "parts" and matrix not in _TOLD:
@@ -178,7 +178,7 @@ def splits_of(vllm_config: Any, decision: Decision) -> str:
     if not decision.linear:
         return ""
     sizes = vllm_config.compilation_config.cudagraph_capture_sizes or ()
-    return product_splits.settings_of(sizes, decision.reorder)
+    return linear_norm_splits.settings_of(sizes, decision.reorder)
 
 
 def wrap_configure(original: Callable[..., Any]) -> Callable[..., Any]:

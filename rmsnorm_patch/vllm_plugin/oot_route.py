@@ -73,6 +73,9 @@ class _Norm:
     def _provider_of(self, decision: Decision) -> str:
         return decision.provider if decision.route == "oot" else ""
 
+    def _called_ops(self) -> tuple[str, ...]:
+        return calls.called_ops()
+
     def _choose(self) -> str:
         from vllm.config import get_current_vllm_config
 
@@ -84,7 +87,7 @@ class _Norm:
         if not provider:
             return ""
         spec = calls.spec_of(provider, self.has_weight, self.variance_size_override, self.rmsnorm_patch_offset)
-        return "" if trial.any_declined(self.weight, self.weight.dtype, spec, FUNCTIONAL) else provider
+        return "" if trial.any_declined(self.weight, self.weight.dtype, spec, self._called_ops()) else provider
 
     def _is_served(self, x: torch.Tensor) -> bool:
         if self._provider == "" or (self.has_weight and x.dtype != self.weight.dtype):
@@ -122,6 +125,9 @@ class _OffsetNorm(_Norm):
         if decision.numerics and huggingface.computes_offset(decision.provider):
             return decision.provider
         return "rmsnorm_patch" if decision.offset else ""
+
+    def _called_ops(self) -> tuple[str, ...]:
+        return FUNCTIONAL
 
     def _add_and_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None

@@ -15,6 +15,9 @@ VARIABLE = "RMSNORM_PATCH_VLLM"
 Linear = Literal["auto", "reorder", "off"]
 LINEARS: tuple[Linear, ...] = get_args(Linear)
 LINEAR_VARIABLE = "RMSNORM_PATCH_VLLM_LINEAR"
+Quantised = Literal["auto", "off"]
+QUANTISED: tuple[Quantised, ...] = get_args(Quantised)
+QUANTISED_VARIABLE = "RMSNORM_PATCH_VLLM_QUANTISED"
 Numerics = Literal["engine", "huggingface"]
 NUMERICS: tuple[Numerics, ...] = get_args(Numerics)
 NUMERICS_VARIABLE = "RMSNORM_PATCH_VLLM_NUMERICS"
@@ -35,6 +38,11 @@ def read_linear() -> Linear:
     return _one_of(LINEAR_VARIABLE, LINEARS)
 
 
+def read_quantised() -> Quantised:
+    """Whether `RMSNORM_PATCH_VLLM_QUANTISED` lets compiled engines be served whose products may quantise their rows."""
+    return _one_of(QUANTISED_VARIABLE, QUANTISED)
+
+
 def read_numerics() -> Numerics:
     """Whose arithmetic `RMSNORM_PATCH_VLLM_NUMERICS` asks for: that of the engine, or of transformers' modules."""
     return _one_of(NUMERICS_VARIABLE, NUMERICS)
@@ -49,6 +57,7 @@ def check() -> None:
     """Raise UnsupportedInput if one of the variables that engines follow has a value that it must not have."""
     read()
     read_linear()
+    read_quantised()
     read_numerics()
     launch_mode.read()
 

@@ -13,7 +13,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import ops
 from ..errors import RMSNormPatchError
+from ..fused.norm_quantised import op as norm_quantised_op
 from ..numerics.contract import PLAIN_OPS
+from ..numerics.quantisation import QuantSpec, rms_norm_quantised
 from ..numerics.spec import SUPPORTED_DTYPES, NormSpec
 from .log import warn_once
 
@@ -92,3 +94,87 @@ def _trial(
             if not torch.allclose(left.float(), right.float(), rtol=4 * torch.finfo(dtype).eps, atol=1e-6):
                 return "its kernel disagrees with the reference on this device"
     return ""
+
+
+def declined_quantised(
+    x: torch.Tensor, weight: torch.Tensor | None, spec: NormSpec, quant: QuantSpec, adds: bool, bounded: bool
+) -> str:
+    """Why no kernel writes quantised rows of tensors like these, or "". x and weight may be fake tensors; bounded: a
+    scale or an upper bound is given."""
+    weight_dtype = None if weight is None else weight.dtype
+    return _declined_quantised(x.dtype, x.shape[-1], weight_dtype, spec, quant, adds, bounded, x.device)
+
+
+@cache
+def _declined_quantised(
+    dtype: torch.dtype,
+    n: int,
+    weight_dtype: torch.dtype | None,
+    spec: NormSpec,
+    quant: QuantSpec,
+    adds: bool,
+    bounded: bool,
+    device: torch.device,
+) -> str:
+    if spec.group is not None:
+        return "the norm is one over groups"
+    if device.type != "cuda":
+        return ""
+    op = norm_quantised_op.FUSED if adds else norm_quantised_op.PLAIN
+    _trials.append(op)
+    try:
+        with _disable_current_modes():
+            why = _trial_quantised(op, dtype, n, weight_dtype, spec, quant, bounded, device)
+    finally:
+        _trials.pop()
+    if why:
+        warn_once(f"{op} of {n} columns, {quant.scheme}, is left to vLLM: {why}")
+    return why
+
+
+def _trial_quantised(
+    op: str,
+    dtype: torch.dtype,
+    n: int,
+    weight_dtype: torch.dtype | None,
+    spec: NormSpec,
+    quant: QuantSpec,
+    bounded: bool,
+    device: torch.device,
+) -> str:
+    """Run the op on a few rows and hold it against the definition; an rstd may differ in its last bits."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=device).to(dtype)
+
+    weight = None if weight_dtype is None else normal(n)
+    given = torch.full((1,), 0.02, device=device) if bounded else None
+    for m in ROWS:
+        x, residual = normal(m, n), normal(m, n) if op == norm_quantised_op.FUSED else None
+        want = rms_norm_quantised(x, residual, weight, spec, quant, 1e-6, given)
+        tensors = (x,) if residual is None else (x, residual)
+        rest = (*ops.spec_args(spec), *norm_quantised_op.quant_args(quant, both=True))
+        try:
+            run = getattr(torch.ops.rmsnorm_patch, op).default
+            got = run(*tensors, weight, given, quant.scheme, 1e-6, *rest)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        except (RMSNormPatchError, RuntimeError, OSError) as error:
+            return f"its kernel does not run here ({error})"
+        results = (*got, x if residual is None else residual)
+        if not all(_is_close(left, right) for left, right in zip(results, want, strict=True)):
+            return "its kernel disagrees with the reference on this device"
+    return ""
+
+
+def _is_close(got: torch.Tensor, want: torch.Tensor) -> bool:
+    """Within a step of the format: 1 of int8, an eighth of e4m3 and a subnormal's step; of a scale what a step of the
+    norm's largest result is; of plain rows four bits."""
+    if got.dtype == torch.int8:
+        rtol, atol = 0.0, 1.0
+    elif got.dtype == torch.float8_e4m3fn:
+        rtol, atol = 0.125, 2.0**-9
+    else:
+        rtol, atol = (2.0**-7, 0.0) if got.dtype == torch.float32 else (4 * torch.finfo(got.dtype).eps, 1e-6)
+    return torch.allclose(got.float(), want.float(), rtol=rtol, atol=atol)

@@ -7,12 +7,26 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .rows import FUSED, PAIR, PLAIN, Row, best_peer, gain, geometric_mean, ours, rate, select, shape, share, worst
+from rmsnorm_patch.bench.rows import (
+    FUSED,
+    PAIR,
+    PEERS,
+    PLAIN,
+    Row,
+    best_peer,
+    gain,
+    geometric_mean,
+    ours,
+    rate,
+    select,
+    shape,
+    share,
+    worst,
+)
+from rmsnorm_patch.bench.suites import PREFILL_N
 
 PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text())
 LONG_N = (65536, 131072, 262144)
-PREFILL_N = (*range(1024, 16385, 1024), 20480, 24576, 32768)
-PEERS = ("eager", "F.rms_norm", "inductor", "liger", "quack", "flashinfer", "flashinfer_cuda", "vllm")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -17,18 +18,28 @@ SHAPES = {
         vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
         num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192, rms_norm_eps=1e-5,
     ),
+    "gemma2-9b": dict(
+        model_type="gemma2", vocab_size=256000, hidden_size=3584, intermediate_size=14336, num_hidden_layers=42,
+        num_attention_heads=16, num_key_value_heads=8, head_dim=256, query_pre_attn_scalar=256,
+        max_position_embeddings=8192, rms_norm_eps=1e-6, tie_word_embeddings=True,
+    ),
     "tiny": dict(
         vocab_size=256, hidden_size=256, intermediate_size=512, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096, rms_norm_eps=1e-5,
+    ),
+    "tiny-gemma2": dict(
+        model_type="gemma2", vocab_size=256, hidden_size=256, intermediate_size=512, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=64, max_position_embeddings=4096, rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
     ),
 }  # fmt: skip
 
 
 def build(shape: str, device: str, layers: int | None = None) -> nn.Module:
-    """A Llama of the named shape with random weights, bf16, in eval mode."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    """A Llama, or what the named shape says, with random weights, bf16, in eval mode."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = LlamaConfig(**SHAPES[shape], tie_word_embeddings=False)
+    config = AutoConfig.for_model(**{"model_type": "llama", "tie_word_embeddings": False, **SHAPES[shape]})
     if layers:
         config.num_hidden_layers = layers
     torch.manual_seed(0)
@@ -47,9 +58,16 @@ def _norms(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
 
 
+def _check_is_llama(model: nn.Module) -> None:
+    """The other ways are for norms without 1 + w."""
+    if model.config.model_type != "llama":
+        raise ImportError(f"it is for Llama's norm, not for {model.config.model_type}'s")
+
+
 def functional_norm(model: nn.Module) -> None:
     """`F.rms_norm` in place of every norm's own forward, by the same class swap that we use (no extra host cost)."""
     cls = type(_norms(model)[0])
+    _check_is_llama(model)
 
     def forward(self, hidden_states):
         return torch.nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
@@ -61,6 +79,7 @@ def functional_norm(model: nn.Module) -> None:
 
 def liger_norm(model: nn.Module) -> None:
     """Liger's RMSNorm as its own monkey patch installs it on a Llama instance, and on that one alone."""
+    _check_is_llama(model)
     if not next(model.parameters()).is_cuda:
         raise ImportError("Liger's kernels need a GPU")
     from liger_kernel.transformers import apply_liger_kernel_to_llama
@@ -87,13 +106,25 @@ def patched(model: nn.Module) -> None:
     rmsnorm_patch.apply(model)
 
 
+def patched_apart(model: nn.Module) -> None:
+    """Patched, but adds behind norms (sandwich layouts) are calls of their own."""
+    import rmsnorm_patch
+    from rmsnorm_patch.rewrite import apply_plan
+
+    plan = rmsnorm_patch.plan(model)
+    apply_plan(model, dataclasses.replace(plan, pairs=tuple(p for p in plan.pairs if p.kind != "norm_add")))
+
+
 VARIANTS: dict[str, Callable[[nn.Module], None]] = {
     "stock": lambda model: None,
     "F.rms_norm": functional_norm,
     "liger": liger_norm,
     "patched": patched,
     "removed": removed_norm,
+    "patched-apart": patched_apart,
 }
+USUAL = ("stock", "F.rms_norm", "liger", "patched", "removed")
+"""Those that are compared where none are named."""
 
 
 def variants(model: nn.Module, wanted: list[str]) -> tuple[dict[str, nn.Module], dict[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -13,6 +14,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from .quantised import CONFIGS
 
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -48,7 +51,20 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "llama-8b-fp8": (LLAMA_8B, {"quantization": "fp8"}),
     "llama-8b-tp2": (LLAMA_8B, {"tensor_parallel_size": 2}),
     "tiny": (TINY, {}),
+    "tiny-fp8": (TINY, {"quantization": "fp8"}),
 }
+"""Shape -> config.json and further arguments of the engine. "fp8" quantises at load, a scale a row; the schemes of
+`quantised.CONFIGS` stand in config.json, as in a checkpoint that is quantised."""
+for _name, _config in (("llama-8b", LLAMA_8B), ("tiny", TINY)):
+    for _scheme, _quantisation in CONFIGS.items():
+        SHAPES[f"{_name}-{_scheme}"] = ({**_config, "quantization_config": _quantisation}, {})
+_FLASHINFER, _DEEPGEMM = "FlashInferFp8DeepGEMMDynamicBlockScaledKernel", "DeepGemmFp8BlockScaledMMKernel"
+ENVIRONMENT: dict[str, dict[str, str]] = {}
+"""Shape -> variables of its process: which of vLLM's products of blocks are not to be taken."""
+for _name in ("llama-8b-block", "tiny-block"):
+    for _product, _others in (("deepgemm", (_FLASHINFER,)), ("cutlass", (_FLASHINFER, _DEEPGEMM))):
+        SHAPES[f"{_name}-{_product}"] = SHAPES[_name]
+        ENVIRONMENT[f"{_name}-{_product}"] = {"VLLM_DISABLED_KERNELS": ",".join(_others)}
 DEPENDENT = "triton.enable_pdl"
 VARIANTS: dict[str, tuple[str, dict[str, bool]]] = {
     "stock": ("off", {}),
@@ -60,6 +76,7 @@ VARIANTS: dict[str, tuple[str, dict[str, bool]]] = {
     "ir-functional": ("ir", {}),
     "ir-heads": ("ir", {}),
     "oot": ("oot", {}),
+    "oot-noir": ("oot", {}),
     "removed": ("off", {}),
     "removed-dependent": ("off", {DEPENDENT: True}),
 }
@@ -69,6 +86,8 @@ UNTIMED = {"triton.autotune_pointwise": False, "combo_kernels": True, "benchmark
 PREFILL = (16, 1024)
 """Prompts, tokens of each."""
 REPLAYS = 40
+LABEL = 90
+"""Characters of a kernel's name in a listing."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +197,14 @@ def kernels_of_graph(graph: Any) -> dict[str, list[float]]:
     events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     rows = exposed([(event.name, event.time_range.start, event.time_range.end) for event in events])
     order = sorted(rows, key=lambda name: -rows[name][2])[:24]
-    return {name[:90]: [round(value / steps, 2) for value in rows[name]] for name in order}
+    return {label(name): [round(value / steps, 2) for value in rows[name]] for name in order}
+
+
+def label(name: str) -> str:
+    """A kernel's name; of a long one, which others may begin with too, its beginning and a mark of the whole."""
+    if len(name) <= LABEL:
+        return name
+    return f"{name[: LABEL - 9]} {hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def replayed_us(graph: Any) -> float:
@@ -274,12 +300,25 @@ def products(setting: str) -> Iterator[None]:
     os.environ[LINEAR_VARIABLE] = before
 
 
+@contextmanager
+def ir_hidden() -> Iterator[None]:
+    """The engines that start within find a vLLM whose IR takes no provider, as one without the IR."""
+    import vllm.kernels  # noqa: F401  vLLM's own providers are there
+    from vllm.ir.op import IrOp
+
+    register_impl = IrOp.register_impl
+    del IrOp.register_impl
+    yield
+    IrOp.register_impl = register_impl
+
+
 CHANGES: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "removed": norms_removed,
     "ir-apart": lambda: products("off"),
     "ir-reorder": lambda: products("reorder"),
     "ir-heads": lambda: changed("COMPILER_HEAD", 0),
     "ir-functional": lambda: changed("IN_PLACE", False),
+    "oot-noir": ir_hidden,
 }
 
 

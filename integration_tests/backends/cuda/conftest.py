@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from rmsnorm_patch.backends.cuda import cache, jit
+from rmsnorm_patch.backends.cuda import cache, driver, jit, launcher
 from rmsnorm_patch.backends.cuda.schedules import Config
 from rmsnorm_patch.kernel_files import kernels_dir
 from rmsnorm_patch.numerics.spec import LLAMA
+
+sys.path.insert(0, str(Path(__file__).parent))  # `recording_driver`: test folders are not packages
+
+from recording_driver import CONTEXT, PLAIN, STREAM, Driver
 
 KERNEL = """#include "abi.cuh"
 struct Args {
@@ -135,3 +140,36 @@ def fork() -> Iterator[Callable[..., multiprocessing.process.BaseProcess]]:
         if child.is_alive():
             child.kill()
         child.join()
+
+
+@pytest.fixture(scope="session")
+def driver_path(shared_library: Callable[..., Path]) -> Path:
+    return shared_library(Path(__file__).with_name("recording_driver.c"))
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache for all tests: the launcher is compiled once."""
+    return tmp_path_factory.mktemp("compiled") / "cache"
+
+
+@pytest.fixture
+def recorded(driver_path: Path, compiled: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(cache.DIRECTORY_VARIABLE, str(compiled))
+    monkeypatch.setattr(driver, "LIBRARY", str(driver_path))
+    monkeypatch.delenv(launcher.VARIABLE, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM, raising=False)
+    driver.library.cache_clear()
+    launcher.functions.cache_clear()
+    found = Driver(driver_path)
+    found.library.set_result(0)
+    found.library.set_context(CONTEXT)
+    found.expect(PLAIN)
+    yield found
+    driver.library.cache_clear()
+    launcher.functions.cache_clear()
+
+
+@pytest.fixture(params=["c", "python"])
+def functions(request: pytest.FixtureRequest, recorded: Driver) -> launcher.Functions:
+    return launcher.functions() if request.param == "c" else launcher.python_functions("asked for")

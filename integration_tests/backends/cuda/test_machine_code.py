@@ -15,8 +15,11 @@ import pytest
 import torch
 
 from rmsnorm_patch.backends.cuda import jit, nvrtc, schedules
-from rmsnorm_patch.fused.linear_norm import kernel as cuda_partials
-from rmsnorm_patch.fused.norm_quantised import kernel as norm_quantised
+from rmsnorm_patch.fused.gated_norm import kernel as gated_norm_kernel
+from rmsnorm_patch.fused.linear_norm import kernel as linear_norm_kernel
+from rmsnorm_patch.fused.norm_add import kernel as norm_add_kernel
+from rmsnorm_patch.fused.norm_quantised import kernel as norm_quantised_kernel
+from rmsnorm_patch.numerics.gating import GateSpec
 from rmsnorm_patch.numerics.quantisation import QuantSpec
 from rmsnorm_patch.numerics.spec import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, T5, NormSpec
 
@@ -34,6 +37,7 @@ _SPEC.loader.exec_module(kernel_table)
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 FUSED, PLAIN, PARTIALS = "fused_add_rms_norm", "rms_norm", "rms_norm_partials"
+ADDING = (FUSED, PARTIALS, norm_add_kernel.OP)
 ARCHS = (89, 90, 100, 103, 120)
 LENGTHS = (128, 1024, 4096, 16384)
 FP32_SUM = NormSpec(round_before_weight="none", output="input", sum="fp32")
@@ -48,6 +52,14 @@ VARIANTS = {
     "T5": (T5, FP32, BF16),
     "no weight": (NormSpec(has_weight=False), BF16, None),
 }
+
+
+FORMS = pytest.mark.parametrize("form", ["short", pytest.param("long", marks=[pytest.mark.long, pytest.mark.slow])])
+
+
+def drawn(form, choices, *of):
+    """All of the choices in the long form; in the short one that is drawn by what it is chosen for."""
+    return choices if form == "long" else random.Random(" ".join(map(str, of))).sample(choices, 1)
 
 
 @cache
@@ -79,11 +91,13 @@ def test_llama(arch, n):
             assert set(machine.loads) == set(machine.stores) == {widest}
 
 
+@FORMS
 @pytest.mark.parametrize("name", VARIANTS)
-def test_variants_do_not_spill(name):
+def test_variants_do_not_spill(name, form):
+    """The short form: one of the schedules of each length."""
     spec, x, weight = VARIANTS[name]
     for n in (4096, 16384):
-        for which in configurations(FUSED, n, 90, x):
+        for which in drawn(form, configurations(FUSED, n, 90, x), name, n):
             config, machine = code(FUSED, n, 90, which, spec, x, weight)
             check(config, machine, 90)
 
@@ -91,14 +105,13 @@ def test_variants_do_not_spill(name):
 EVERYWHERE = (128, 2880, 8192)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("lengths", [1, pytest.param(len(EVERYWHERE), marks=pytest.mark.long)])
+@FORMS
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("arch", ARCHS)
-def test_variants_everywhere(name, arch, lengths):
-    """The short form: one of the lengths for each variant and architecture, drawn by their names."""
+def test_variants_everywhere(name, arch, form):
+    """The short form: one of the lengths for each variant and architecture."""
     spec, x, weight = VARIANTS[name]
-    for n in random.Random(f"{name} {arch}").sample(EVERYWHERE, lengths):
+    for n in drawn(form, EVERYWHERE, name, arch):
         for op in (FUSED, PLAIN) if spec.sum == "rounded" else (FUSED,):
             which = configurations(op, n, arch, x)[-1]
             config, machine = code(op, n, arch, which, spec, x, weight)
@@ -122,15 +135,19 @@ def every_schedule(arch):
                 shortest = max(rule.n[0], -(-rule.row_bytes[0] // x.itemsize))
                 n = -(-shortest // step) * step
                 for op in kernel.ops:
-                    if op == norm_quantised.OP and arch < norm_quantised.FP8_CAPABILITY:
+                    if op == norm_quantised_kernel.OP and arch < norm_quantised_kernel.FP8_CAPABILITY:
                         continue
                     if (
                         op != "fused_add_rms_norm_" and schedules.DTYPE_NAMES[x] in kernel.x_dtypes
                     ):  # in place: the same code
                         config = schedules.configure(kernel, rule, (1, 1), (), op, n, x.itemsize)
-                        if op == norm_quantised.OP:  # one scheme of them
+                        if op == norm_quantised_kernel.OP:  # one scheme of them
                             quant = QuantSpec("fp8_token")
-                            (config,) = norm_quantised.schedules((config,), (config,), quant, True, True)
+                            (config,) = norm_quantised_kernel.schedules((config,), (config,), quant, True, True)
+                        if op == norm_add_kernel.OP:
+                            (config,) = norm_add_kernel.with_next((config,), True)
+                        if op == gated_norm_kernel.OP:  # one order of the two
+                            (config,) = gated_norm_kernel.schedules((config,), GateSpec("silu", "norm_first"), x)
                         yield in_parts(config, 4) if op == PARTIALS else config, op, n, x
 
 
@@ -153,13 +170,22 @@ def loads_around_the_wait(build):
     return tuple(re.findall(r"\bld\.(?!param)\S+", part) for part in around_the_wait(build))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", [90, 100, 103, 120])
-def test_no_schedule_reads_anything_before_the_previous_kernel_has_ended(arch):
-    """Not even the weight: the kernel in front may have written it, and ours may start before that can be seen."""
-    seen = set()
+def kinds_of_schedules(arch):
+    """Of `every_schedule` the first of each kernel, op, dtype and order of loads; the others differ in sizes."""
+    kinds = {}
     for config, op, n, x in every_schedule(arch):
-        above, below = loads_around_the_wait(kernel_table.build(config, LLAMA, op in (FUSED, PARTIALS), n, arch, x, x))
+        kinds.setdefault((config.kernel, op, x, config.defines), (config, op, n, x))
+    return kinds.values()
+
+
+@FORMS
+@pytest.mark.parametrize("arch", [90, 100, 103, 120])
+def test_no_schedule_reads_anything_before_the_previous_kernel_has_ended(arch, form):
+    """Not even the weight: the kernel in front may have written it, and ours may start before that can be seen. The
+    short form: one schedule of each kind."""
+    seen = set()
+    for config, op, n, x in every_schedule(arch) if form == "long" else kinds_of_schedules(arch):
+        above, below = loads_around_the_wait(kernel_table.build(config, LLAMA, op in ADDING, n, arch, x, x))
         assert not above, (config, op, n, above)
         assert below
         seen.add(config.kernel)
@@ -174,7 +200,7 @@ def test_the_assembler_leaves_every_kind_of_kernel_so(arch):
         if x == BF16:
             kinds[config.kernel, dict(config.defines)["WEIGHT_AT"]] = config, op, n
     for config, op, n in kinds.values():
-        machine = kernel_table.machine_code(kernel_table.build(config, LLAMA, op in (FUSED, PARTIALS), n, arch))
+        machine = kernel_table.machine_code(kernel_table.build(config, LLAMA, op in ADDING, n, arch))
         assert (machine.waits, machine.loads_before_wait) == (1, 0), config
     assert {kernel for kernel, _ in kinds} == kernels_on(arch)
 
@@ -248,20 +274,23 @@ def check_in_parts(config, n, parts, arch, spec, x):
     assert not machine.spills, (config, machine)
 
 
-@pytest.mark.parametrize("x", [BF16, FP16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("spec", [LLAMA, FP32_SUM], ids=["llama", "fp32_sum"])
+@FORMS
 @pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize("n", IN_PARTS)
-def test_a_product_in_parts(n, parts, spec, x):
-    for config in schedules_in_parts(n, parts, 90, x):
-        check_in_parts(config, n, parts, 90, spec, x)
+def test_a_product_in_parts(n, parts, form):
+    """The short form: in one dtype and with one rounding of the sum."""
+    ways = list(itertools.product((LLAMA, FP32_SUM), (BF16, FP16)))
+    for spec, x in drawn(form, ways, n, parts):
+        for config in schedules_in_parts(n, parts, 90, x):
+            check_in_parts(config, n, parts, 90, spec, x)
 
 
-@pytest.mark.parametrize("spec", [LLAMA, FP32_SUM], ids=["llama", "fp32_sum"])
+@FORMS
 @pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize("n", IN_PARTS)
-def test_a_product_in_parts_without_clusters(n, parts, spec):
-    for arch in (80, 89):
+def test_a_product_in_parts_without_clusters(n, parts, form):
+    """The short form: on one architecture and with one rounding of the sum."""
+    for arch, spec in drawn(form, list(itertools.product((80, 89), (LLAMA, FP32_SUM))), n, parts):
         for config in schedules_in_parts(n, parts, arch):
             assert config.cluster == 1
             check_in_parts(config, n, parts, arch, spec, BF16)
@@ -274,7 +303,7 @@ def test_schedules_of_products_in_parts(n, arch):
     configs = schedules.schedules(PARTIALS, BF16, n, arch)
     assert configs[0].m[0] == 1
     assert all(before.m[1] + 1 == after.m[0] for before, after in itertools.pairwise(configs))
-    assert configs[-1].m[1] >= cuda_partials.MOST_ROWS
+    assert configs[-1].m[1] >= linear_norm_kernel.MOST_ROWS
     for config in configs:
         assert config.threads % 32 == 0
         assert config.threads <= 512
@@ -316,9 +345,11 @@ def test_parts_are_served_where_the_fused_op_has_their_tree(monkeypatch):
         (100, 4096, BF16, False),
         (100, 4104, BF16, True),
     ):
-        monkeypatch.setattr(cuda_partials, "configs_for", lambda op, x, n, _, a=arch: schedules.schedules(op, x, n, a))
-        assert cuda_partials.serves(LLAMA, x, n, 0) is served, (arch, n, x)
-        assert not cuda_partials.serves(NormSpec(group=128), x, n, 0)
+        monkeypatch.setattr(
+            linear_norm_kernel, "configs_for", lambda op, x, n, _, a=arch: schedules.schedules(op, x, n, a)
+        )
+        assert linear_norm_kernel.serves(LLAMA, x, n, 0) is served, (arch, n, x)
+        assert not linear_norm_kernel.serves(NormSpec(group=128), x, n, 0)
 
 
 def test_the_page_is_current():
@@ -337,8 +368,8 @@ QUANTISED = {
 def check_quantised(name, n, arch, op="fused_add_rms_norm_", both=False):
     """Quantised rows take one store of a chunk's bytes, and the scales four bytes each."""
     quant, spec = QUANTISED[name]
-    own = schedules.schedules(norm_quantised.OP, BF16, n, arch)
-    for config in norm_quantised.schedules(own, schedules.schedules(op, BF16, n, arch), quant, False, both):
+    own = schedules.schedules(norm_quantised_kernel.OP, BF16, n, arch)
+    for config in norm_quantised_kernel.schedules(own, schedules.schedules(op, BF16, n, arch), quant, False, both):
         machine = kernel_table.machine_code(kernel_table.build(config, spec, op != PLAIN, n, arch))
         check(config, machine, arch)
         wide = {16 * config.vec} if op != PLAIN or both else set()
@@ -360,3 +391,75 @@ def test_quantised_rows_everywhere(name, arch):
     for n in (128, 8192, 16384) if arch < 100 else (128, 8192):
         check_quantised(name, n, arch, both=True)
     check_quantised(name, 2048, arch, PLAIN)
+
+
+def check_norm_add(n, arch, spec=LLAMA, x=BF16, weight=BF16):
+    """One wide load of x, residual and each weight for a chunk of a thread, one wide store of each result."""
+    for following in (False, True):
+        for config in norm_add_kernel.with_next(schedules.schedules(norm_add_kernel.OP, x, n, arch), following):
+            machine = kernel_table.machine_code(kernel_table.build(config, spec, True, n, arch, x, weight))
+            check(config, machine, arch)
+            width = 8 * x.itemsize * config.vec
+            chunks = -(-n // (config.vec * config.threads_per_row * config.cluster))
+            weights = 0 if weight is None else 1 + following
+            assert machine.loads == {width: chunks * (2 + weights)}, (config, machine)
+            assert machine.stores == {width: chunks * (1 + following)}, (config, machine)
+            assert machine.gpu_fences == 0
+
+
+@pytest.mark.parametrize("n", [3584, 4096, 16384])
+def test_adds_behind_norms(n):
+    check_norm_add(n, 90)
+    check_norm_add(n, 90, GEMMA)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("arch", ARCHS)
+def test_adds_behind_norms_everywhere(arch):
+    for n in (128, 2048, 2304, 5376, 8192):
+        check_norm_add(n, arch, GEMMA)
+    check_norm_add(4096, arch, LLAMA, FP32, FP32)
+    check_norm_add(4096, arch, NormSpec(has_weight=False), BF16, None)
+
+
+GATED = {
+    "rounded, then the gate": ("norm_first", LLAMA, BF16, BF16, BF16),
+    "fp32 weight, then the gate": ("norm_first", FP32_WEIGHT_MULTIPLY, BF16, FP32, BF16),
+    "the gate, then rounded": ("gate_first", LLAMA, BF16, BF16, BF16),
+    "the gate, then an fp32 weight": ("gate_first", LLAMA, BF16, FP32, BF16),
+    "fp32 rows, a half gate": ("gate_first", LLAMA, FP32, FP32, BF16),
+    "a half gate and weight, then": ("norm_first", LLAMA, FP32, BF16, BF16),
+    "half rows, an fp32 gate": ("norm_first", LLAMA, FP16, FP16, FP32),
+}
+
+
+def check_gated(name, n, arch, group=None):
+    """x and the gate are read once, in whole vectors of the dtype, and no gated kernel spills."""
+    order, spec, x, weight, gate = GATED[name]
+    gating, columns = GateSpec("silu", order), n if group is None else group
+    configs = schedules.schedules(gated_norm_kernel.OP, x, columns, arch)
+    assert configs
+    for config in gated_norm_kernel.schedules(configs, gating, gate):
+        build = kernel_table.build(
+            config, gated_norm_kernel.held(spec, gating), order == "gate_first", columns, arch, x, weight
+        )
+        if group is not None:
+            build = replace(build, weight_rows=n // group, two_level=True)
+        machine = kernel_table.machine_code(build)
+        check(config, machine, arch)
+        assert min(machine.loads) >= min(64, 16 * config.vec), (config, machine)
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_gated_rows(name):
+    check_gated(name, 128, 90)
+    check_gated(name, 8192, 90, group=1024)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", GATED)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_gated_rows_everywhere(name, arch):
+    for n in (128, 1024, 4096, 8192, 16384):
+        check_gated(name, n, arch)
+    check_gated(name, 8192, arch, group=512)

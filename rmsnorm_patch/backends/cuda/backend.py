@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from ...errors import UnsupportedInput
-from ...numerics import operands as validate
+from ...numerics import operands
 from ...numerics.contract import FUSED_ADD, PLAIN_OPS
 from ...numerics.spec import NormSpec
 from ..bindings import by_variant
@@ -26,6 +26,7 @@ from .schedules import Op, sm
 
 DLPACK_CUDA = 2
 """CUDA in DLPack's numbering of devices."""
+B = TypeVar("B", bound=Any)
 
 
 @lru_cache(maxsize=64)
@@ -78,41 +79,39 @@ def warmup(
     x = torch.empty(1, n, dtype=dtype, device=device)
     weight = None if weight_dtype is None or not spec.has_weight else torch.empty(n, dtype=weight_dtype, device=device)
     bound, _ = _bound(op, spec, enable_pdl=enable_pdl)
-    validate.check_rms_norm(x, weight, spec, op)
+    operands.check_rms_norm(x, weight, spec, op)
     bound.prepare(x, weight)
 
 
 @by_variant
 def _bound(op: Op, spec: NormSpec, dependent: bool) -> tuple[BoundOp, Callable[..., Any]]:
-    bound = BoundOp(op, spec, dependent, launcher.functions())
-    made = made_in_c(PLAIN_OPS[op].code, spec, bound)
-    if made is None:
-        python = launcher.python_functions("torch before 2.10 lacks what launcher.c asks it for")
-        bound = BoundOp(op, spec, dependent, python)
-        made = bound.functions.make_callable(PLAIN_OPS[op].code, spec.has_weight, bound)
-    bound.table, call = made
-    return bound, call
+    return started(PLAIN_OPS[op].code, spec, lambda functions: BoundOp(op, spec, dependent, functions))
 
 
-def made_in_c(code: int, spec: NormSpec, bound: Any) -> tuple[object, Callable[..., Any]] | None:
-    """(launcher.c's table of an op, its callable); None where torch is too old for launcher.c, or it is not in use.
-
-    code: of the op, as launcher.c numbers them. bound: what serves a call that launcher.c is not sure of."""
+def started(code: int, spec: NormSpec, make: Callable[[launcher.Functions], B]) -> tuple[B, Callable[..., Any]]:
+    """(what `make` makes for the launcher that starts its kernels, the callable that goes to it for all that launcher.c
+    does not serve). code: the op's number in launcher.c. What is made gets its `table` here."""
     empty_strided = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)  # Inductor's: skips the dispatcher
     exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-    if empty_strided is None or exchange is None:
-        return None
-    types = torch.Tensor, torch.nn.Parameter
-    return bound.functions.make_callable(  # type: ignore[no-any-return]
-        code, spec.has_weight, bound, *types, empty_strided, _wrote, exchange, DLPACK_CUDA
-    )
-
-
-def _wrote(x: torch.Tensor, residual: torch.Tensor) -> None:
-    """Tell autograd's version counters that both were written, as any in-place op does."""
-    for tensor in (x, residual):
-        if not tensor.is_inference():
-            torch.autograd.graph.increment_version(tensor)
+    bound, made = None, None
+    if empty_strided is not None and exchange is not None:
+        bound = make(launcher.functions())
+        made = bound.functions.make_callable(
+            code,
+            spec.has_weight,
+            bound,
+            torch.Tensor,
+            torch.nn.Parameter,
+            empty_strided,
+            operands.count_write,
+            exchange,
+            DLPACK_CUDA,
+        )
+    if bound is None or made is None:
+        bound = make(launcher.python_functions("torch before 2.10 lacks what launcher.c asks it for"))
+        made = bound.functions.make_callable(code, spec.has_weight, bound)
+    bound.table, call = made
+    return bound, call
 
 
 def default_eps(spec: NormSpec, x: torch.dtype) -> float:
@@ -135,7 +134,7 @@ class BoundOp:
         self.table: object = None
 
     def __repr__(self) -> str:
-        return f"cuda_backend.BoundOp({self.op!r}, {self.spec!r}, dependent={self.dependent})"
+        return f"BoundOp({self.op!r}, {self.spec!r}, dependent={self.dependent})"
 
     def __call__(self, x: torch.Tensor, *rest: Any) -> Any:
         residual = rest[0] if self.fused else None
@@ -149,7 +148,7 @@ class BoundOp:
         if x.numel():
             self._launch(x, residual, weight, eps, normed, total)
         if self.in_place:
-            _wrote(normed, total)  # type: ignore[arg-type]
+            operands.count_write(normed, total)  # type: ignore[arg-type]
             return None
         return (normed, total) if self.fused else normed
 
@@ -159,7 +158,7 @@ class BoundOp:
             raise UnsupportedInput(
                 self.op, f"x on {x.device}", "CUDA tensors for backend='cuda'", "use backend='auto' or 'reference'"
             )
-        if self.fused and others[0] is not None and others[0].dtype is not x.dtype:
+        if self.fused and others[0] is not None and operands.mixes_dtypes(x, others[0]):
             raise UnsupportedInput(
                 self.op,
                 f"residual of dtype {others[0].dtype} and x of dtype {x.dtype}",
@@ -256,22 +255,35 @@ class BoundOp:
 
     def _register(self, x: torch.Tensor, weight: torch.Tensor | None, chain: Chain, two_level: bool) -> None:
         """Let launcher.c serve such calls from now on, rows as aligned as contiguous ones are."""
-        weight_dtype = None if weight is None else weight.dtype
         # A two-level kernel belongs to the plan of contiguous rows.
         handle = chain.kernels[0].handle
         one_level = self.prepare(x, weight).kernels[0].handle if two_level else handle
-        self.functions.add_plan(
-            self.table,
-            one_level,
-            handle if two_level else 0,
-            x.dtype,
-            weight_dtype,
-            self.spec.output_dtype(x.dtype, weight_dtype),
-            x.shape[-1],
-            x.get_device(),
-            x.element_size(),
-            0 if weight is None else weight.element_size(),
-            default_eps(self.spec, x.dtype),
-            launcher.dlpack_code(x.dtype),
-            launcher.dlpack_code(weight_dtype),
-        )
+        add_plan(self.functions, self.table, self.spec, x, weight, one_level, handle if two_level else 0)
+
+
+def add_plan(
+    functions: launcher.Functions,
+    table: object,
+    spec: NormSpec,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    handle: int,
+    two_level: int,
+) -> None:
+    """Let the launcher serve rows like those of `x` by these kernels. two_level: of rows with two strides, or 0."""
+    weight_dtype = None if weight is None else weight.dtype
+    functions.add_plan(
+        table,
+        handle,
+        two_level,
+        x.dtype,
+        weight_dtype,
+        spec.output_dtype(x.dtype, weight_dtype),
+        x.shape[-1],
+        x.get_device(),
+        x.element_size(),
+        0 if weight is None else weight.element_size(),
+        default_eps(spec, x.dtype),
+        launcher.dlpack_code(x.dtype),
+        launcher.dlpack_code(weight_dtype),
+    )

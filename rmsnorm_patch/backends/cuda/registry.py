@@ -31,10 +31,12 @@ from ...kernel_files import kernels_dir
 from ...numerics.contract import PLAIN_OPS
 from ..rule_table import UNBOUNDED, Range, Table, content_of
 
-OPS = (*PLAIN_OPS, "rms_norm_pair", "rms_norm_partials", "rms_norm_quantised")
+OPS = (*PLAIN_OPS, "rms_norm_pair", "rms_norm_partials", "rms_norm_quantised", "rms_norm_add", "rms_norm_gated")
 """rms_norm_pair: two plain norms of one spec and N, each with its own rows and weight, in one launch (q and k).
 rms_norm_partials: fused_add_rms_norm_ of a product that comes in parts.
-rms_norm_quantised: the norm, with or without an add, that writes quantised rows."""
+rms_norm_quantised: the norm, with or without an add, that writes quantised rows.
+rms_norm_add: the norm and the add behind it, with or without the norm of the sum.
+rms_norm_gated: the norm of x times an activated gate, or the norm times one."""
 DTYPES = ("fp32", "bf16", "fp16")
 
 

@@ -13,29 +13,28 @@ from typing import Any, NamedTuple
 import torch
 
 from ...errors import UnsupportedInput
-from ...numerics import operands as validate
+from ...numerics import operands
 from ...numerics.contract import FUSED_ADD, IMPLIED_EPS, PLAIN_OPS, RMS_NORM
 from ...numerics.spec import NormSpec
 from ..bindings import by_variant
-from . import loader as triton_loader
-from . import schedules
+from . import loader, schedules
 
 MINIMUM_CAPABILITY = (8, 0)
 
 
 def missing() -> str:
     """Why triton cannot be imported; "" if it can."""
-    return triton_loader.triton_missing()
+    return loader.triton_missing()
 
 
 def available(device: torch.device | str) -> tuple[bool, str]:
     """Whether the Triton kernels run on `device`, and why not."""
     device = torch.device(device)
-    reason = triton_loader.triton_missing()
+    reason = loader.triton_missing()
     if reason:
         return False, reason
     if device.type == "cpu":
-        if triton_loader.interpreting():
+        if loader.interpreting():
             return True, "the CPU interpreter (TRITON_INTERPRET=1)"
         return False, "CPU tensors need TRITON_INTERPRET=1"
     if device.type != "cuda":
@@ -68,12 +67,16 @@ def warmup(
     weight_dtype: torch.dtype | None,
     device: torch.device | str = "cuda",
     enable_pdl: bool | None = None,
+    residual_dtype: torch.dtype | None = None,
 ) -> None:
-    """Compile what `op` needs for rows of `n` columns: one call on zeros; afterwards a CUDA graph can capture it."""
+    """Compile what `op` needs for rows of `n` columns: one call on zeros; afterwards a CUDA graph can capture it.
+
+    residual_dtype: None: that of `x`, `dtype`.
+    """
     x = torch.zeros(2, n, dtype=dtype, device=device)
     weight = None if weight_dtype is None else torch.zeros(n, dtype=weight_dtype, device=device)
-    operands = [x] + [torch.zeros_like(x) for _ in range(PLAIN_OPS[op].operands - 1)]
-    bind(op, spec, enable_pdl)(*operands, weight, 1e-6)
+    added = [torch.zeros_like(x, dtype=residual_dtype) for _ in range(PLAIN_OPS[op].operands - 1)]
+    bind(op, spec, enable_pdl)(x, *added, weight, 1e-6)
 
 
 class Rows(NamedTuple):
@@ -216,7 +219,7 @@ class _Op:
                 "CUDA devices from sm_80 on and ROCm devices; CPU tensors under TRITON_INTERPRET=1",
                 "use backend='auto', which takes the reference where no kernel runs",
             )
-        module = triton_loader.load(name, interpreted=not x.is_cuda)
+        module = loader.load(name, interpreted=not x.is_cuda)
         function = getattr(module, name)
         values = {**layout.constants, **constants}
         kernel = function[grid](*args, **values, **layout.options)
@@ -230,8 +233,8 @@ class RMSNorm(_Op):
         if not self.spec.has_weight:
             weight = None
         layout = self._layouts.get((x.dtype, x.shape[-1:], None if weight is None else weight.dtype))
-        if layout is None or not validate.weight_fits(x, weight):
-            validate.check_rms_norm(x, weight, self.spec, self.op)
+        if layout is None or not operands.weight_fits(x, weight):
+            operands.check_rms_norm(x, weight, self.spec, self.op)
             layout = self._layout(x, weight, x.dtype)
         y = new_result(x, layout.out_dtype)
         if not x.numel():
@@ -252,10 +255,10 @@ class FusedAddRMSNorm(_Op):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.spec.has_weight:
             weight = None
-        dtype = validate.sum_dtype(x, residual)
+        dtype = operands.sum_dtype(x, residual)
         layout = self._layouts.get((dtype, x.shape[-1:], None if weight is None else weight.dtype))
-        if layout is None or not (validate.weight_fits(x, weight) and validate.alike(x, residual)):
-            validate.check_added(x, residual, weight, self.spec, self.op)
+        if layout is None or not (operands.weight_fits(x, weight) and operands.alike(x, residual)):
+            operands.check_mixed_add(x, residual, weight, self.spec, self.op)
             layout = self._layout(x, weight, dtype)
         y = new_result(x, layout.out_dtype)
         total = new_result(x, dtype)
@@ -296,7 +299,7 @@ class FusedAddRMSNormInPlace(FusedAddRMSNorm):
     ) -> None:
         if not self.spec.has_weight:
             weight = None
-        validate.check_in_place(x, residual, weight, self.spec, self.op)
+        operands.check_in_place(x, residual, weight, self.spec, self.op)
         if not x.numel():
             return
         layout = self._layouts.get((x.dtype, x.shape[-1:], None if weight is None else weight.dtype))
@@ -311,9 +314,7 @@ class FusedAddRMSNormInPlace(FusedAddRMSNorm):
             x.copy_(normed)
         if total is not residual:
             residual.copy_(total)
-        for written in (x, residual):
-            if not written.is_inference():
-                torch.autograd.graph.increment_version(written)
+        operands.count_write(x, residual)
 
 
 def triton_dtype(dtype: torch.dtype) -> Any:

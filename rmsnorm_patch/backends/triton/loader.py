@@ -23,7 +23,7 @@ from ...locks import Lock
 
 _LOCK = Lock(waits=True)  # a module half imported, and the switch of `knobs` set, could not be mended
 _PACKAGES = {False: "_rmsnorm_patch_triton", True: "_rmsnorm_patch_triton_interpreted"}
-MODULES = ("row_math", "rms_norm", "fused_add_rms_norm", "rms_norm_quantised")
+MODULES = ("row_math", "rms_norm", "fused_add_rms_norm", "rms_norm_quantised", "rms_norm_add", "rms_norm_gated")
 
 
 def interpreting() -> bool:

@@ -22,7 +22,7 @@ from ... import ops
 from ...backends.bindings import kept
 from ...backends.names import Backend
 from ...errors import UnsupportedInput
-from ...numerics import operands as validate
+from ...numerics import operands
 from ...numerics.contract import FUSED_ADD_IN_PLACE, IMPLIED_EPS
 from ...numerics.spec import NormSpec
 from .splits import UNKNOWN, SplitFinder, finder_of, product_in_parts
@@ -46,14 +46,13 @@ def _linear_fused_add_rms_norm_(  # type: ignore[no-untyped-def]
         # adds up parts it saves.
         (plain if split.kind == "whole" else fused)(x, residual, weight, eps)
         return x
-    from . import kernel as cuda_partials
+    from . import kernel
 
     normed = _for_result(rows, matrix)
-    validate.check_in_place(normed, residual, weight, variant, NAME)
-    add_up, eps = cuda_partials.bound(variant, split.parts, enable_pdl=False), IMPLIED_EPS if eps is None else eps
+    operands.check_in_place(normed, residual, weight, variant, NAME)
+    add_up, eps = kernel.bound(variant, split.parts, enable_pdl=False), IMPLIED_EPS if eps is None else eps
     add_up(product_in_parts(rows, matrix, split.parts), residual, weight, eps, normed)
-    if not residual.is_inference():  # autograd counts what an in-place op wrote
-        torch.autograd.graph.increment_version(residual)
+    operands.count_write(residual)
     return normed
 
 
@@ -94,7 +93,7 @@ def _for_result(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
 def _fake(rows, matrix, residual, weight, eps, *spec):  # type: ignore[no-untyped-def]
     check(rows, matrix)
     normed = _for_result(rows, matrix)
-    validate.check_in_place(normed, residual, weight, _bound(weight is not None, *spec)[0], NAME)
+    operands.check_in_place(normed, residual, weight, _bound(weight is not None, *spec)[0], NAME)
     return normed
 
 

@@ -192,9 +192,9 @@ def _key(rows: torch.Tensor, matrix: torch.Tensor, weight: torch.Tensor | None, 
 
 
 def _is_few(m: int) -> bool:
-    from . import kernel as cuda_partials
+    from . import kernel
 
-    return 0 < m <= cuda_partials.MOST_ROWS
+    return 0 < m <= kernel.MOST_ROWS
 
 
 @cache
@@ -204,13 +204,13 @@ def _measured(device: int) -> bool:
 
 
 def _may_split(rows: torch.Tensor, matrix: torch.Tensor, spec: NormSpec) -> bool:
-    from . import kernel as cuda_partials
+    from . import kernel
 
     device = rows.get_device()
     return (
         _measured(device)
         and dispatch.available("cuda", rows.device)[0]
-        and cuda_partials.serves(spec, rows.dtype, matrix.shape[0], device)
+        and kernel.serves(spec, rows.dtype, matrix.shape[0], device)
     )
 
 
@@ -294,14 +294,14 @@ def _is_close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
 def _same_norms(
     products: list[Made], matrix: torch.Tensor, weight: torch.Tensor | None, spec: NormSpec, parts: int
 ) -> bool:
-    from . import kernel as cuda_partials
+    from . import kernel
 
     for made, product in products:
         x, residual, eps = product.clone(), product.flip(0), 1e-6
         total, normed = residual.clone(), torch.empty_like(product)
         ops.bind_fused_add_rms_norm_(spec, "cuda")(x, total, weight, eps)
         pieces = product_in_parts(made, matrix, parts)
-        cuda_partials.bound(spec, parts)(pieces, residual, weight, eps, normed)
+        kernel.bound(spec, parts)(pieces, residual, weight, eps, normed)
         if not (torch.equal(normed, x) and torch.equal(residual, total)):
             return False
     return True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -28,6 +29,21 @@ FP8_CAPABILITY = 89
 _SCHEMES = {"fp8_static": 0, "fp8_token": 1, "int8_token": 1, "fp8_block": 2}
 _STEPS = ("divide", "inverse", "limit_over_largest")
 _NOT_A_NUMBER = ("limit", "negative_limit", "nan")
+
+
+class Operands(NamedTuple):
+    """x: [..., N] on one device, any strides; residual: alike, or None; weight: [N] or None; given: fp32 [1], the scale
+    or an upper bound, or None."""
+
+    x: torch.Tensor
+    residual: torch.Tensor | None
+    weight: torch.Tensor | None
+    given: torch.Tensor | None
+    eps: float
+
+
+Results = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""(rows, scales, normed): scales of no elements where the scale is given, normed of none unless it is asked for."""
 
 
 def norm_of(fused_add: bool) -> Op:
@@ -112,11 +128,7 @@ def _bound(
 
 
 class BoundQuantised:
-    """f(x, residual, weight, given, eps) -> (rows, scales, normed); residual <- x + residual. The caller checks.
-
-    x: [..., N] on a CUDA device, any strides; residual: alike, or None; weight: [N] or None; given: fp32 [1] or None.
-    scales has no elements where the scale is given, normed none unless both are asked for.
-    """
+    """f(operands) -> results; residual <- x + residual. The caller checks."""
 
     def __init__(
         self,
@@ -141,34 +153,21 @@ class BoundQuantised:
         own = configs_for(OP, x.dtype, x.shape[-1], x.get_device())
         return schedules(own, configs, self.quant, self.bounded, self.both)
 
-    def __call__(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor | None,
-        weight: torch.Tensor | None,
-        given: torch.Tensor | None,
-        eps: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        rows, scales, normed = new_results(x, weight, self.spec, self.quant, self.both)
+    def __call__(self, operands: Operands) -> Results:
+        x, residual = operands.x, operands.residual
+        results = new_results(x, operands.weight, self.spec, self.quant, self.both)
         if not x.numel():
-            return rows, scales, normed
+            return results
         total = None if residual is None else _written_rows(residual)
-        self._launch(x, total, weight, given, eps, rows, scales, normed)
+        self._launch(operands, total, results)
         if residual is not None and total is not None and total.tensor.data_ptr() != residual.data_ptr():
             residual.copy_(total.tensor.view(residual.shape))
-        return rows, scales, normed
+        return results
 
-    def _launch(
-        self,
-        x: torch.Tensor,
-        total: Rows | None,
-        weight: torch.Tensor | None,
-        given: torch.Tensor | None,
-        eps: float,
-        quantised: torch.Tensor,
-        scales: torch.Tensor,
-        normed: torch.Tensor,
-    ) -> None:
+    def _launch(self, operands: Operands, total: Rows | None, results: Results) -> None:
+        """total: where the residual's rows lie, which the kernel reads and overwrites."""
+        x, _, weight, given, eps = operands
+        quantised, scales, normed = results
         n, size, where = x.shape[-1], x.element_size(), rows_of(x)
         m = x.numel() // n
         offsets = [n * size, where.tensor.data_ptr(), where.stride * size, where.outer * size]
@@ -205,10 +204,8 @@ class BoundQuantised:
         )
 
 
-def new_results(
-    x: torch.Tensor, weight: torch.Tensor | None, spec: NormSpec, quant: QuantSpec, both: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Unwritten (rows, scales, normed) for `x`: rows and normed contiguous; normed of no elements unless `both`."""
+def new_results(x: torch.Tensor, weight: torch.Tensor | None, spec: NormSpec, quant: QuantSpec, both: bool) -> Results:
+    """Unwritten results for `x`: rows and normed contiguous; normed of no elements unless `both`."""
     dtype = spec.output_dtype(x.dtype, None if weight is None else weight.dtype)
     rows = x.new_empty(x.shape, dtype=quant.dtype)
     return rows, new_scales(x, quant), x.new_empty(x.shape if both else (0,), dtype=dtype)

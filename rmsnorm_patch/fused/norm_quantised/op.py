@@ -31,6 +31,7 @@ from ...numerics.quantisation import QuantSpec, rms_norm_quantised
 from ...numerics.spec import NormSpec
 from ...ops import dispatch
 from . import kernel
+from .kernel import Operands, Results
 
 PLAIN, FUSED = "rms_norm_quantised", "fused_add_rms_norm_quantised_"
 _QUANT_ARGUMENTS = (
@@ -43,8 +44,6 @@ _NAMES = (
     *("value", "arithmetic", "layout", "power_of_two", "both"),
 )
 _DEFAULTS = (*ops.spec_args(NormSpec()), "rounded", "fused", "row_major", False, False)
-
-Results = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def quant_args(quant: QuantSpec, both: bool = False) -> tuple[str, str, str, bool, bool]:
@@ -63,14 +62,9 @@ class Variant:
     backend: Backend
     enable_pdl: bool
 
-    def check(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor | None,
-        weight: torch.Tensor | None,
-        given: torch.Tensor | None,
-    ) -> None:
+    def check(self, arguments: Operands) -> None:
         """Raise UnsupportedInput for operands that the op does not take."""
+        x, residual, weight, given, _ = arguments
         if residual is None:
             operands.check_rms_norm(x, weight, self.spec, self.op)
         else:
@@ -104,32 +98,9 @@ class Variant:
             got = "None" if given is None else f"{tuple(given.shape)} {given.dtype} on {given.device}"
             raise UnsupportedInput(self.op, f"given={got} for {scheme}", wanted, "correct the argument")
 
-    def run(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor | None,
-        weight: torch.Tensor | None,
-        given: torch.Tensor | None,
-        eps: float,
-    ) -> Results:
-        self.check(x, residual, weight, given)
-        backend, fused = self.backend_for(x), residual is not None
-        if backend != "reference":
-            if backend == "cuda":
-                call = kernel.bound(self.spec, self.quant, fused, given is not None, self.both, self.enable_pdl)
-                results = call(x, residual, weight, given, eps)
-            else:
-                from . import portable
-
-                portable_call = portable.bound(self.spec, self.quant, fused, self.both, self.enable_pdl)
-                results = portable_call(x, residual, weight, given, eps)
-            if residual is not None and not residual.is_inference():  # autograd counts what an in-place op wrote
-                torch.autograd.graph.increment_version(residual)
-            return results
-        rows, scales, normed, total = rms_norm_quantised(x, residual, weight, self.spec, self.quant, eps, given)
-        if residual is not None:
-            residual.copy_(total)
-        return rows, scales, normed if self.both else normed.new_empty(0)
+    def run(self, arguments: Operands) -> Results:
+        self.check(arguments)
+        return _RUN[self.backend_for(arguments.x)](self, arguments)
 
     def backend_for(self, x: torch.Tensor) -> str:
         """ "cuda", "triton" or "reference": what serves `x`. KernelBuildError where a forced backend does not."""
@@ -152,6 +123,37 @@ class Variant:
         return "reference"
 
 
+def _on_cuda(variant: Variant, arguments: Operands) -> Results:
+    fused_add, bounded = arguments.residual is not None, arguments.given is not None
+    bound = kernel.bound(variant.spec, variant.quant, fused_add, bounded, variant.both, variant.enable_pdl)
+    return _counted(bound(arguments), arguments)
+
+
+def _on_triton(variant: Variant, arguments: Operands) -> Results:
+    from . import portable
+
+    fused_add = arguments.residual is not None
+    bound = portable.bound(variant.spec, variant.quant, fused_add, variant.both, variant.enable_pdl)
+    return _counted(bound(arguments), arguments)
+
+
+def _counted(results: Results, arguments: Operands) -> Results:
+    if arguments.residual is not None:
+        operands.count_write(arguments.residual)
+    return results
+
+
+def _in_pytorch(variant: Variant, arguments: Operands) -> Results:
+    x, residual, weight, given, eps = arguments
+    rows, scales, normed, total = rms_norm_quantised(x, residual, weight, variant.spec, variant.quant, eps, given)
+    if residual is not None:
+        residual.copy_(total)
+    return rows, scales, normed if variant.both else normed.new_empty(0)
+
+
+_RUN = {"cuda": _on_cuda, "triton": _on_triton, "reference": _in_pytorch}
+
+
 @kept
 def _variant(op: str, scheme: str, has_weight: bool, *rest: object) -> Variant:
     """Of the arguments after eps, of which those at the end may be missing."""
@@ -169,27 +171,31 @@ def _variant_of(op: str, weight: object, scheme: str, rest: tuple[Any, ...], nam
     return _variant(op, scheme, weight is not None, *rest)
 
 
+def _operands(x, residual, weight, given, eps):  # type: ignore[no-untyped-def]
+    return Operands(x, residual, weight, given, IMPLIED_EPS if eps is None else eps)
+
+
 def _plain(x, weight, given, scheme, eps, *rest, **named):  # type: ignore[no-untyped-def]
     variant = _variant_of(PLAIN, weight, scheme, rest, named)
-    return variant.run(x, None, weight, given, IMPLIED_EPS if eps is None else eps)
+    return variant.run(_operands(x, None, weight, given, eps))
 
 
 def _fused(x, residual, weight, given, scheme, eps, *rest, **named):  # type: ignore[no-untyped-def]
     variant = _variant_of(FUSED, weight, scheme, rest, named)
-    return variant.run(x, residual, weight, given, IMPLIED_EPS if eps is None else eps)
+    return variant.run(_operands(x, residual, weight, given, eps))
 
 
-def _fake(x, residual, weight, given, variant):  # type: ignore[no-untyped-def]
-    variant.check(x, residual, weight, given)
-    return kernel.new_results(x, weight, variant.spec, variant.quant, variant.both)
+def _fake(variant: Variant, arguments: Operands) -> Results:
+    variant.check(arguments)
+    return kernel.new_results(arguments.x, arguments.weight, variant.spec, variant.quant, variant.both)
 
 
 def _fake_plain(x, weight, given, scheme, eps, *rest, **named):  # type: ignore[no-untyped-def]
-    return _fake(x, None, weight, given, _variant_of(PLAIN, weight, scheme, rest, named))
+    return _fake(_variant_of(PLAIN, weight, scheme, rest, named), _operands(x, None, weight, given, eps))
 
 
 def _fake_fused(x, residual, weight, given, scheme, eps, *rest, **named):  # type: ignore[no-untyped-def]
-    return _fake(x, residual, weight, given, _variant_of(FUSED, weight, scheme, rest, named))
+    return _fake(_variant_of(FUSED, weight, scheme, rest, named), _operands(x, residual, weight, given, eps))
 
 
 def _register() -> torch.library.Library:

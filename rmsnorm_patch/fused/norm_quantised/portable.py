@@ -8,10 +8,9 @@ import torch
 
 from ...backends.bindings import by_variant
 from ...backends.triton import backend, loader
-from ...numerics.contract import FUSED_ADD_IN_PLACE, RMS_NORM
 from ...numerics.quantisation import GROUP, QuantSpec
 from ...numerics.spec import NormSpec
-from .kernel import new_results, scale_strides
+from .kernel import Operands, Results, new_results, norm_of, scale_strides
 
 MODULE = "rms_norm_quantised"
 
@@ -52,14 +51,14 @@ def constants(layout: backend.Layout, spec: NormSpec, quant: QuantSpec, fused_ad
 
 
 class BoundPortable:
-    """f(x, residual, weight, given, eps) -> (rows, scales, normed), as `kernel.BoundQuantised`."""
+    """f(operands) -> results, as `kernel.BoundQuantised`."""
 
     def __init__(self, spec: NormSpec, quant: QuantSpec, fused_add: bool, both: bool, dependent: bool) -> None:
         self.spec = spec
         self.quant = quant
         self.both = both
         self.dependent = dependent
-        self.norm = FUSED_ADD_IN_PLACE.name if fused_add else RMS_NORM.name
+        self.norm = norm_of(fused_add)
         self.fused_add = fused_add
         self._layouts: dict[tuple[Any, ...], backend.Layout] = {}
 
@@ -71,14 +70,8 @@ class BoundPortable:
             self._layouts[key] = backend.Layout(self.norm, self.spec, x.dtype, x.shape[-1], dtype, target)
         return self._layouts[key]
 
-    def __call__(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor | None,
-        weight: torch.Tensor | None,
-        given: torch.Tensor | None,
-        eps: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def __call__(self, operands: Operands) -> Results:
+        x, residual, weight, given, eps = operands
         results = new_results(x, weight, self.spec, self.quant, self.both)
         if not x.numel():
             return results

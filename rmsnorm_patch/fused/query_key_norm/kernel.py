@@ -8,22 +8,22 @@ import torch
 
 from ...backends.bindings import by_variant
 from ...backends.cuda import launcher
-from ...backends.cuda.backend import bind, default_eps, made_in_c
+from ...backends.cuda.backend import bind, default_eps, started
 from ...backends.cuda.kernel_set import Chain, KernelSet, configs_for
 from ...backends.cuda.rows import MAX_ALIGN, Rows, power_of_two, rows_of
 from ...errors import UnsupportedInput
-from ...numerics import operands as validate
+from ...numerics import operands
 from ...numerics.contract import RMS_NORM
 from ...numerics.spec import NormSpec
 
 Pair = tuple[torch.Tensor, torch.Tensor]
-TWO_NORMS = 3
+TWO_NORMS = 5
 """Of this op, as launcher.c numbers them."""
 
 
 @by_variant
 def _bound(spec: NormSpec, dependent: bool) -> BoundPair:
-    return BoundPair(spec, dependent, launcher.functions())
+    return started(TWO_NORMS, spec, lambda functions: BoundPair(spec, dependent, functions))[0]
 
 
 def bind_rms_norm_pair(spec: NormSpec, enable_pdl: bool | None = None) -> BoundPair:
@@ -37,8 +37,8 @@ def bind_rms_norm_pair(spec: NormSpec, enable_pdl: bool | None = None) -> BoundP
 
 
 class BoundPair:
-    """The pair of one numerics variant. table: what launcher.c knows of it, for `rewrite.native`, once it can serve a
-    call; None before, and where launcher.c is not in use."""
+    """The pair of one numerics variant. table: what the launcher knows of it (`started`). in_c: the same for
+    `rewrite.native`, once launcher.c can serve a call; None before, and where it is not in use."""
 
     def __init__(self, spec: NormSpec, dependent: bool, functions: launcher.Functions) -> None:
         self.op = "rms_norm_pair"
@@ -48,6 +48,7 @@ class BoundPair:
         self.single = bind(RMS_NORM.name, spec, dependent)
         self.functions = functions
         self.table: object | None = None
+        self.in_c: object | None = None
 
     def __repr__(self) -> str:
         return f"BoundPair({self.spec!r}, dependent={self.dependent})"
@@ -57,7 +58,7 @@ class BoundPair:
         if not self.spec.has_weight:
             q_weight = k_weight = None
         for x, weight in ((q, q_weight), (k, k_weight)):
-            validate.check_rms_norm(x, weight, self.spec, self.op)
+            operands.check_rms_norm(x, weight, self.spec, self.op)
         if not q.is_cuda:
             raise UnsupportedInput(self.op, f"q on {q.device}", "CUDA tensors", "norm them with ops.bind_rms_norm")
         if self.why_apart(q, k, q_weight, k_weight):
@@ -135,16 +136,13 @@ class BoundPair:
 
     def _register(self, x: torch.Tensor, weight: torch.Tensor | None, chain: Chain, two_level: bool) -> None:
         """Let launcher.c serve such calls from now on."""
-        if self.functions.kind != "c":
-            return
-        made = made_in_c(TWO_NORMS, self.spec, self) if self.table is None else (self.table,)
-        if made is None:
+        if self.functions.kind != "c" or self.table is None:
             return
         weight_dtype = None if weight is None else weight.dtype
         handle = chain.kernels[0].handle
         one_level = self.kernels.contiguous(x, weight)[0].kernels[0].handle if two_level else handle
         self.functions.add_plan(
-            made[0],
+            self.table,
             one_level,
             handle if two_level else 0,
             x.dtype,
@@ -158,7 +156,7 @@ class BoundPair:
             launcher.dlpack_code(x.dtype),
             launcher.dlpack_code(weight_dtype),
         )
-        self.table = made[0]
+        self.in_c = self.table
 
 
 def _levels(rows: Rows, count: int) -> tuple[int, int, int]:

@@ -27,17 +27,18 @@ import torch
 
 from ....errors import KernelBuildError, UnsafeCacheError, UnsupportedInput
 from .. import cache, driver
-from . import in_python as launcher_ctypes
+from . import in_python
 
 VARIABLE = "RMSNORM_PATCH_LAUNCHER"
 CHOICES = ("auto", "c", "python")
-TOO_MANY_ROWS = launcher_ctypes.TOO_MANY_ROWS
+TOO_MANY_ROWS = in_python.TOO_MANY_ROWS
 _SOURCES = (
     "launcher.c",
     "launcher_start.h",
     "launcher_tensor.h",
     "launcher_pair.h",
     "launcher_query_key.h",
+    "launcher_hand_over.h",
     "launcher_abi.h",
 )
 _FLAGS = ("-O2", "-shared", "-fPIC", "-std=gnu11")
@@ -55,6 +56,9 @@ class Pairs:
     take: Callable[..., Any]
     alone: Callable[..., Any]
     query_key: Callable[..., Any]
+    norm_add: Callable[..., Any]
+    norm_add_norm: Callable[..., Any]
+    norm_hand_over: Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -167,5 +171,5 @@ def _open(path: str) -> tuple[Any, ...]:
 
 def python_functions(reason: str) -> Functions:
     """The launcher through ctypes."""
-    new_kernel, launch, make_callable, add_plan = launcher_ctypes.functions()
+    new_kernel, launch, make_callable, add_plan = in_python.functions()
     return Functions(new_kernel, launch, make_callable, add_plan, kind="python", reason=reason)

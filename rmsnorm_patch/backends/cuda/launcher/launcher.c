@@ -14,7 +14,7 @@
 #include "launcher_start.h"
 #include "launcher_tensor.h"
 
-enum { RMS_NORM, FUSED_ADD, FUSED_ADD_IN_PLACE, TWO_NORMS };
+enum { RMS_NORM, FUSED_ADD, FUSED_ADD_IN_PLACE, NORM_ADD, NORM_ADD_NORM, TWO_NORMS };
 enum { MAX_PLANS = 64 };
 
 /* Of the last allocation, which had `dims` dimensions of `sizes`. */
@@ -100,6 +100,19 @@ static Plan *plan_for(Table *table, const Tensor *x, uint32_t weight_code) {
     return plan && context == plan->kernel->context ? plan : 0;
 }
 
+/* Whether the tensor is a weight [n] for x, contiguous. */
+static int is_weight(const Table *table, PyObject *object, i64 n, const Tensor *x, Tensor *weight) {
+    return is_type(object, table->parameter_type, table->tensor_type) && !table->exchange->look(object, weight) &&
+           same_sizes(weight, &n, 1) && weight->device_type == x->device_type && weight->device == x->device &&
+           is_contiguous(weight);
+}
+
+/* How many operands the op has: x, residual, weight, eps, next weight, next eps, as far as it has them. -1: it is none
+ * of these. */
+static int operands_of(const Table *table) {
+    return table->op == RMS_NORM ? 3 : table->op == NORM_ADD_NORM ? 6 : table->op == TWO_NORMS ? -1 : 4;
+}
+
 /* The op. Sets *sure to 0 and returns 0 where the slow path has to decide; nothing has happened then. */
 static PyObject *fast(Table *table, PyObject *const *a, int *sure) {
     const int fused = table->op != RMS_NORM, in_place = table->op == FUSED_ADD_IN_PLACE;
@@ -162,6 +175,20 @@ static PyObject *fast(Table *table, PyObject *const *a, int *sure) {
         if (eps == -1.0 && PyErr_Occurred())
             return 0;
     }
+    double next_eps = plan->default_eps;
+    if (table->op == NORM_ADD_NORM) {
+        Tensor next_weight;
+        if (table->has_weight) {
+            if (!is_weight(table, a[4], n, &x, &next_weight) || next_weight.dtype != weight.dtype)
+                return 0;
+            values.next_weight = address_of(&next_weight);
+        }
+        if (a[5] != NONE) {
+            next_eps = PyFloat_AsDouble(a[5]);
+            if (next_eps == -1.0 && PyErr_Occurred())
+                return 0;
+        }
+    }
     const Kernel *kernel = plan->kernel;
     if (x_rows.inner || residual_rows.inner) {
         kernel = plan->two_level;
@@ -175,7 +202,7 @@ static PyObject *fast(Table *table, PyObject *const *a, int *sure) {
     rows *= n / columns;
     while (rows > kernel->m_max && kernel->next)
         kernel = kernel->next;
-    if ((addresses & kernel->mask) || (values.weight & kernel->weight_mask))
+    if ((addresses & kernel->mask) || ((values.weight | values.next_weight) & kernel->weight_mask))
         return 0;
     if (in_place && packed) {
         uint64_t bytes = (uint64_t)(rows * columns * plan->itemsize);
@@ -198,15 +225,18 @@ static PyObject *fast(Table *table, PyObject *const *a, int *sure) {
     values.residual_row_stride = residual_rows.stride;
     values.normed_row_stride = values.total_row_stride = columns;
     values.eps = (float)eps;
+    values.next_eps = (float)next_eps;
+    const int normed_wanted = table->op != NORM_ADD;
     PyObject *normed = 0, *total = 0;
     if (in_place) {
         values.normed = values.x;
         values.total = values.residual;
     } else {
-        normed = allocate_like(table, &plan->shape, &x, plan->out_dtype, &values.normed);
-        if (normed && fused)
+        if (normed_wanted)
+            normed = allocate_like(table, &plan->shape, &x, plan->out_dtype, &values.normed);
+        if (fused && (normed || !normed_wanted))
             total = allocate_like(table, &plan->shape, &x, plan->dtype, &values.total);
-        if (!normed || (fused && !total)) {
+        if ((normed_wanted && !normed) || (fused && !total)) {
             if (normed)
                 Py_DecRef(normed);
             return 0;
@@ -223,8 +253,8 @@ static PyObject *fast(Table *table, PyObject *const *a, int *sure) {
     }
     if (in_place)
         return PyObject_CallFunctionObjArgs(table->bump, x_object, residual_object, 0);
-    if (!fused)
-        return normed;
+    if (!fused || !normed_wanted)
+        return fused ? total : normed;
     PyObject *result = PyTuple_New(2);
     PyTuple_SetItem(result, 0, normed);
     PyTuple_SetItem(result, 1, total);
@@ -239,7 +269,7 @@ static PyObject *call(PyObject *self, PyObject *const *a, Py_ssize_t count) {
     if (!table)
         return 0;
     int sure = 0;
-    PyObject *result = table->op != TWO_NORMS && count == 3 + (table->op != RMS_NORM) ? fast(table, a, &sure) : 0;
+    PyObject *result = count == operands_of(table) ? fast(table, a, &sure) : 0;
     if (sure)
         return result;
     PyErr_Clear();
@@ -363,6 +393,9 @@ PyObject *rp_functions(const char *driver) {
         {"take", (PyCFunction)(void *)take, METH_FASTCALL, 0},
         {"alone", (PyCFunction)(void *)alone, METH_FASTCALL, 0},
         {"query_key", (PyCFunction)(void *)query_key, METH_FASTCALL, 0},
+        {"norm_add", (PyCFunction)(void *)norm_add, METH_FASTCALL, 0},
+        {"norm_add_norm", (PyCFunction)(void *)norm_add_norm, METH_FASTCALL, 0},
+        {"norm_hand_over", (PyCFunction)(void *)norm_hand_over, METH_FASTCALL, 0},
     };
     enum { COUNT = sizeof definitions / sizeof *definitions };
     PyObject *functions = PyTuple_New(COUNT);

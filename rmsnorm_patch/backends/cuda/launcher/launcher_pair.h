@@ -21,9 +21,10 @@ enum { GLOBAL_HOOKS = 4 };
 
 /* What `set_surroundings` was given; process-wide, as torch's own state is. */
 static struct {
-    PyObject *classes;   /* dict: patched norm class -> capsule of its Norm with the fused op */
-    PyObject *alone;     /* the same with the plain norm */
-    PyObject *query_key; /* the same with two plain norms */
+    PyObject *classes;                  /* dict: patched norm class -> capsule of its Norm with the fused op */
+    PyObject *alone;                    /* the same with the plain norm */
+    PyObject *norm_add, *norm_add_norm; /* the same with the ops of the add behind a norm */
+    PyObject *query_key;                /* the same with two plain norms */
     PyObject *unwatched; /* tuple of functions that give False or 0 while nothing around must see the ops */
     PyObject *function_modes,
         *function_mode_watches; /* how many there are; whether one is more than a default device */
@@ -36,8 +37,8 @@ static struct {
 } around;
 
 static PyObject *s_forward, *s_training, *s_parameters, *s_buffers, *s_modules, *s_state, *s_next, *s_carried, *s_level,
-    *s_norm, *s_untaken, *s_places, *s_all_places, *s_receiver, *s_passive, *s_depth, *s_caller, *s_loop, *s_f_code,
-    *s_version, *s_is_inference, *s_hooks[4], *zero;
+    *s_norm, *s_cuda, *s_untaken, *s_places, *s_all_places, *s_receiver, *s_passive, *s_depth, *s_caller, *s_loop,
+    *s_f_code, *s_version, *s_is_inference, *s_hooks[4], *zero;
 
 /* Whether no mode, transform, autocast, tracer or gradient may have to see the ops (guards.ambient). */
 static int nothing_watches(void) {
@@ -111,10 +112,9 @@ static void release(Served *served) {
             Py_DecRef(held[i]);
 }
 
-/* The op of `norm` on operands[0..count), weight and eps. *sure and the result as in `fast`. */
-static int serve(const Norm *norm, PyObject *module, PyObject *state, PyObject **operands, int count, Served *served) {
-    int sure = 0;
-    if (PyDict_GetItem(state, s_training) != (PyObject *)&_Py_FalseStruct || !nothing_watches())
+/* The weight and eps that the norm has now; 0 where it trains, or where they are none that a kernel takes. */
+static int read_norm(const Norm *norm, PyObject *module, PyObject *state, Served *served) {
+    if (PyDict_GetItem(state, s_training) != (PyObject *)&_Py_FalseStruct)
         return 0;
     served->weight = weight_of(norm, state);
     served->eps = eps_of(norm, module);
@@ -122,11 +122,34 @@ static int serve(const Norm *norm, PyObject *module, PyObject *state, PyObject *
         return 0;
     PyObject *type = PyObject_Type(served->eps);
     Py_DecRef(type);
-    if (type != (PyObject *)&PyFloat_Type)
+    return type == (PyObject *)&PyFloat_Type;
+}
+
+/* The op of `norm` on operands[0..count), weight and eps. *sure and the result as in `fast`. */
+static int serve(const Norm *norm, PyObject *module, PyObject *state, PyObject **operands, int count, Served *served) {
+    int sure = 0;
+    if (!nothing_watches() || !read_norm(norm, module, state, served))
         return 0;
     operands[count] = served->weight;
     operands[count + 1] = served->eps;
     served->result = fast(norm->table, operands, &sure);
+    return sure;
+}
+
+/* norm_add and its kin: operand `side` of a and b is what `inner` norms, the other one is added to that; then `next`,
+ * read already, norms the sum where it is not 0. The result is kept by `next`, else by `inner`. */
+static int serve_added(const Norm *norm, PyObject *inner, PyObject *side, PyObject *a, PyObject *b, Served *served,
+                       Served *next) {
+    PyObject *state = PyObject_GenericGetDict(inner, 0);
+    const int left = PyObject_IsTrue(side) == 0;
+    int sure = 0;
+    if (state && unhooked(state) && nothing_watches() && read_norm(norm, inner, state, served)) {
+        PyObject *operands[] = {left ? a : b,        left ? b : a, served->weight, served->eps, next ? next->weight : 0,
+                                next ? next->eps : 0};
+        (next ? next : served)->result = fast(norm->table, operands, &sure);
+    }
+    if (state)
+        Py_DecRef(state);
     return sure;
 }
 
@@ -171,193 +194,43 @@ static PyObject *in_layer(PyObject *self, PyObject *const *a, Py_ssize_t count) 
     return own(NONE);
 }
 
-/* Whether every module of a hand-over is where it was (places.Places.unchanged). */
-static int unchanged(PyObject *places) {
-    PyObject *all = PyObject_GetAttr(places, s_all_places);
-    if (!all)
-        return 0;
-    Py_ssize_t count = PyTuple_Size(all);
-    int same = count > 0;
-    for (Py_ssize_t i = 0; i < count && same; i++) {
-        PyObject *place = PyTuple_GetItem(all, i); /* (holder, name, module, class of the module, children or None) */
-        PyObject *holder = PyObject_CallNoArgs(PyTuple_GetItem(place, 0));
-        PyObject *module = PyObject_CallNoArgs(PyTuple_GetItem(place, 2));
-        PyObject *among = PyTuple_GetItem(place, 4);
-        same = holder && module && holder != NONE && module != NONE;
-        if (same) {
-            PyObject *type = PyObject_Type(module), *state = PyObject_GenericGetDict(holder, 0);
-            PyObject *modules = state ? PyDict_GetItem(state, s_modules) : 0;
-            same = type == PyTuple_GetItem(place, 3) && modules &&
-                   PyDict_GetItem(modules, PyTuple_GetItem(place, 1)) == module &&
-                   (among == NONE || PyDict_Size(modules) == PyLong_AsLongLong(among));
-            Py_DecRef(type);
-            if (state)
-                Py_DecRef(state);
-        }
-        if (holder)
-            Py_DecRef(holder);
-        if (module)
-            Py_DecRef(module);
-    }
-    Py_DecRef(all);
-    return same;
-}
-
-/* Whether the code of the frame `link.<up>` above the caller of `hand_over` is `code`. */
-static int runs_above(PyObject *link, PyObject *up, PyObject *code) {
-    PyObject *depth = PyObject_GetAttr(link, up);
-    PyObject *frame = depth ? PyObject_CallFunctionObjArgs(around.getframe, depth, 0) : 0;
-    int same = frame && is_attribute(frame, s_f_code, code);
-    if (depth)
-        Py_DecRef(depth);
-    if (frame)
-        Py_DecRef(frame);
-    return same;
-}
-
-/* No foreign code can see the sum between the add and the norm that reads it (layer_calls._undisturbed,
- * _called_by_loop).
- */
-static int undisturbed(PyObject *layer_state, PyObject *link, int inference) {
-    if (!is_empty(layer_state, s_hooks[0]) || PyDict_GetItem(layer_state, s_forward))
-        return 0;
-    PyObject *places = PyObject_GetAttr(link, s_places), *receiver_of = PyObject_GetAttr(link, s_receiver);
-    PyObject *loop = PyObject_GetAttr(link, s_loop);
-    int calm =
-        places && receiver_of && loop && (!inference || is_attribute(link, s_passive, (PyObject *)&_Py_TrueStruct));
-    calm = calm && runs_above(link, s_depth, loop) && runs_above(link, s_caller, around.call_impl) && unchanged(places);
-    if (calm && receiver_of != NONE) {
-        PyObject *receiver = PyObject_CallNoArgs(receiver_of);
-        PyObject *state = receiver && receiver != NONE ? PyObject_GenericGetDict(receiver, 0) : 0;
-        calm = state && is_empty(state, s_hooks[1]) && !PyDict_GetItem(state, s_forward);
-        if (state)
-            Py_DecRef(state);
-        if (receiver)
-            Py_DecRef(receiver);
-    }
-    PyObject *held[] = {places, receiver_of, loop};
-    for (int i = 0; i < 3; i++)
-        if (held[i])
-            Py_DecRef(held[i]);
-    return calm;
-}
-
-/* A new reference: the tensor's version, or None where none is counted. */
-static PyObject *version_of(PyObject *tensor) {
-    PyObject *inference = PyObject_CallMethodObjArgs(tensor, s_is_inference, 0);
-    if (!inference)
-        return 0;
-    int uncounted = PyObject_IsTrue(inference);
-    Py_DecRef(inference);
-    return uncounted ? own(NONE) : PyObject_GetAttr(tensor, s_version);
-}
-
-/* Puts handover.Carry on the sum. Gives 0 with an error set where that fails. */
-static int carry(const Norm *norm, PyObject *module, PyObject *link, i64 untaken, int inference, const Served *served) {
-    PyObject *normed = PyTuple_GetItem(served->result, 0), *total = PyTuple_GetItem(served->result, 1);
-    PyObject *written = served->weight == NONE ? own(NONE) : version_of(served->weight);
-    PyObject *fields = PyTuple_New(9);
-    PyObject *values[] = {own(normed),
-                          PyLong_FromUnsignedLongLong((uint64_t)(uintptr_t)total),
-                          own(inference ? NONE : zero), /* the sum was made just now */
-                          own(module),
-                          own(served->weight),
-                          written,
-                          own(served->eps),
-                          own(norm->kernel),
-                          own(link)};
-    for (int i = 0; i < 9; i++)
-        PyTuple_SetItem(fields, i, values[i]);
-    PyObject *carried = written ? PyObject_CallFunctionObjArgs(around.tuple_new, around.carry_type, fields, 0) : 0;
-    Py_DecRef(fields);
-    PyObject *count = PyLong_FromLongLong(untaken + 1);
-    int done =
-        carried && PyObject_SetAttr(link, s_untaken, count) == 0 && PyObject_SetAttr(total, s_carried, carried) == 0;
-    Py_DecRef(count);
-    if (carried)
-        Py_DecRef(carried);
-    return done;
-}
-
-/* hand_over(layer, a, b) -> a + b, with the next norm's result riding on it */
-static PyObject *hand_over(PyObject *self, PyObject *const *a, Py_ssize_t count) {
+/* norm_add(inner, side, a, b) -> a + b, operand `side` of which `inner` norms before it is added */
+static PyObject *norm_add(PyObject *self, PyObject *const *a, Py_ssize_t count) {
+    Norm *norm = count == 4 ? norm_of(around.norm_add, a[0]) : 0;
+    if (!norm)
+        return own(NONE);
     Served served = {0, 0, 0};
-    PyObject *layer_state = count == 3 && around.classes ? PyObject_GenericGetDict(a[0], 0) : 0, *total = 0;
-    PyObject *ours = layer_state ? PyDict_GetItem(layer_state, s_state) : 0;
-    PyObject *link = ours ? own(PyDict_GetItem(ours, s_next)) : 0, *module_of = 0, *module = 0, *state = 0,
-             *untaken = 0;
-    int sure = 0;
-    if (!link)
-        goto end;
-    module_of = PyObject_GetAttr(link, s_norm);
-    module = module_of ? PyObject_CallNoArgs(module_of) : 0;
-    Norm *norm = module ? norm_of(around.classes, module) : 0; /* of None, too: nothing is registered for its class */
-    untaken = norm ? PyObject_GetAttr(link, s_untaken) : 0;
-    if (!untaken || PyLong_AsLongLong(untaken) >= around.max_untaken)
-        goto end;
-    int inference = is_true_call(around.is_inference_mode_enabled);
-    state = PyObject_GenericGetDict(module, 0);
-    if (!state || !unhooked(state) || !undisturbed(layer_state, link, inference) || PyErr_Occurred())
-        goto end;
-    PyObject *operands[] = {a[1], a[2], 0, 0};
-    sure = serve(norm, module, state, operands, 2, &served);
-    if (sure && served.result && carry(norm, module, link, PyLong_AsLongLong(untaken), inference, &served))
-        total = own(PyTuple_GetItem(served.result, 1));
-end:
+    int sure = serve_added(norm, a[0], a[1], a[2], a[3], &served, 0);
+    PyObject *result = own(served.result);
     release(&served);
-    PyObject *held[] = {layer_state, link, module_of, module, state, untaken};
-    for (int i = 0; i < 6; i++)
-        if (held[i])
-            Py_DecRef(held[i]);
     if (sure)
-        return total;
+        return result;
     PyErr_Clear();
     return own(NONE);
 }
 
-/* Whether what was handed over is what the norm would compute now (handover.take). */
-static int is_current(PyObject *carried, const Norm *norm, PyObject *module, PyObject *state, PyObject *x) {
-    PyObject *version = PyTuple_GetItem(carried, 2), *written = PyTuple_GetItem(carried, 5);
-    if (PyTuple_GetItem(carried, 3) != module || PyTuple_GetItem(carried, 7) != norm->kernel ||
-        PyLong_AsUnsignedLongLong(PyTuple_GetItem(carried, 1)) != (uint64_t)(uintptr_t)x)
-        return 0;
-    PyObject *weight = weight_of(norm, state), *eps = eps_of(norm, module);
-    int same = weight && eps && weight == PyTuple_GetItem(carried, 4) &&
-               PyObject_RichCompareBool(eps, PyTuple_GetItem(carried, 6), Py_EQ) == 1;
-    PyObject *now[] = {version == NONE ? own(NONE) : PyObject_GetAttr(x, s_version),
-                       written == NONE || !same ? own(NONE) : PyObject_GetAttr(weight, s_version)};
-    same = same && now[0] && now[1] && PyObject_RichCompareBool(now[0], version, Py_EQ) == 1 &&
-           PyObject_RichCompareBool(now[1], written, Py_EQ) == 1;
-    PyObject *held[] = {weight, eps, now[0], now[1]};
-    for (int i = 0; i < 4; i++)
-        if (held[i])
-            Py_DecRef(held[i]);
-    return same;
+/* norm_add_norm(norm, inner, side, a, b) -> (norm(sum), sum), sum as in norm_add */
+static PyObject *norm_add_norm(PyObject *self, PyObject *const *a, Py_ssize_t count) {
+    Norm *norm = count == 5 ? norm_of(around.norm_add_norm, a[0]) : 0;
+    Norm *inner = norm ? norm_of(around.norm_add_norm, a[1]) : 0;
+    if (!inner || inner->table != norm->table)
+        return own(NONE);
+    Served served = {0, 0, 0}, next = {0, 0, 0};
+    PyObject *state = PyObject_GenericGetDict(a[0], 0);
+    int sure = state && unhooked(state) && read_norm(norm, a[0], state, &next) &&
+               serve_added(inner, a[1], a[2], a[3], a[4], &served, &next);
+    PyObject *result = own(next.result);
+    release(&served);
+    release(&next);
+    if (state)
+        Py_DecRef(state);
+    if (sure)
+        return result;
+    PyErr_Clear();
+    return own(NONE);
 }
 
-/* take(norm, x) -> the normed tensor that rides on x */
-static PyObject *take(PyObject *self, PyObject *const *a, Py_ssize_t count) {
-    PyObject *normed = 0, *riding = 0, *state = 0, *carried = 0;
-    Norm *norm = count == 2 ? norm_of(around.classes, a[0]) : 0;
-    if (!norm || !is_type(a[1], norm->table->tensor_type, norm->table->tensor_type))
-        return own(NONE);
-    riding = PyObject_GenericGetDict(a[1], 0);
-    carried = riding ? own(PyDict_GetItem(riding, s_carried)) : 0;
-    state = carried ? PyObject_GenericGetDict(a[0], 0) : 0;
-    if (state && unhooked(state) && is_true_call(around.is_grad_enabled) == 0) {
-        PyDict_DelItem(riding, s_carried);
-        if (is_current(carried, norm, a[0], state, a[1])) {
-            normed = own(PyTuple_GetItem(carried, 0));
-            PyObject_SetAttr(PyTuple_GetItem(carried, 8), s_untaken, zero);
-        }
-    }
-    PyObject *held[] = {riding, carried, state};
-    for (int i = 0; i < 3; i++)
-        if (held[i])
-            Py_DecRef(held[i]);
-    PyErr_Clear();
-    return normed ? normed : own(NONE);
-}
+#include "launcher_hand_over.h"
 
 /* new_norm(table, kernel, weight name or None, eps name or None, eps) -> capsule, to be put into the dict of classes */
 static PyObject *new_norm(PyObject *self, PyObject *const *a, Py_ssize_t count) {
@@ -378,12 +251,12 @@ static PyObject *new_norm(PyObject *self, PyObject *const *a, Py_ssize_t count) 
     return PyCapsule_New(norm, "rmsnorm_patch.norm", 0);
 }
 
-/* set_surroundings(classes, alone, unwatched, function_modes, function_mode_watches, transform, forward_ad,
- * is_grad_enabled, is_inference_mode_enabled, getframe, code of Module._call_impl, Carry, tuple.__new__, max_untaken,
- * global hooks (4-tuple), query_key): once a process. */
+/* set_surroundings(classes, alone, norm_add, norm_add_norm, unwatched, function_modes, function_mode_watches,
+ * transform, forward_ad, is_grad_enabled, is_inference_mode_enabled, getframe, code of Module._call_impl, Carry,
+ * tuple.__new__, max_untaken, global hooks (4-tuple), query_key): once a process. */
 static PyObject *set_surroundings(PyObject *self, PyObject *const *a, Py_ssize_t count) {
-    if (count != 16 || PyTuple_Size(a[14]) != GLOBAL_HOOKS) {
-        PyErr_SetString(PyExc_TypeError, "set_surroundings takes 16 arguments");
+    if (count != 18 || PyTuple_Size(a[16]) != GLOBAL_HOOKS) {
+        PyErr_SetString(PyExc_TypeError, "set_surroundings takes 18 arguments");
         return 0;
     }
     static const char *const names[] = {"_forward_hooks", "_forward_pre_hooks", "_backward_hooks",
@@ -403,6 +276,7 @@ static PyObject *set_surroundings(PyObject *self, PyObject *const *a, Py_ssize_t
                    {&s_carried, "_rmsnorm_patch_normed"},
                    {&s_level, "_current_level"},
                    {&s_norm, "norm"},
+                   {&s_cuda, "cuda"},
                    {&s_untaken, "untaken"},
                    {&s_places, "places"},
                    {&s_all_places, "_places"},
@@ -418,7 +292,7 @@ static PyObject *set_surroundings(PyObject *self, PyObject *const *a, Py_ssize_t
         *strings[i].place = PyUnicode_InternFromString(strings[i].text);
     zero = PyLong_FromLongLong(0);
     for (int i = 0; i < GLOBAL_HOOKS; i++)
-        around.global_hooks[i] = own(PyTuple_GetItem(a[14], i));
+        around.global_hooks[i] = own(PyTuple_GetItem(a[16], i));
     PyObject **places[] = {&around.unwatched,
                            &around.function_modes,
                            &around.function_mode_watches,
@@ -431,10 +305,12 @@ static PyObject *set_surroundings(PyObject *self, PyObject *const *a, Py_ssize_t
                            &around.carry_type,
                            &around.tuple_new};
     for (int i = 0; i < 11; i++)
-        *places[i] = own(a[2 + i]);
-    around.max_untaken = PyLong_AsLongLong(a[13]);
+        *places[i] = own(a[4 + i]);
+    around.max_untaken = PyLong_AsLongLong(a[15]);
     around.classes = own(a[0]);
     around.alone = own(a[1]);
-    around.query_key = own(a[15]);
+    around.norm_add = own(a[2]);
+    around.norm_add_norm = own(a[3]);
+    around.query_key = own(a[17]);
     return own(NONE);
 }

@@ -20,7 +20,7 @@ static void release_side(Side *side) {
 }
 
 /* Whether nobody watches the norm and its weight and eps can be read. */
-static int read_norm(const Norm *norm, Side *side) {
+static int read_side(const Norm *norm, Side *side) {
     side->state = PyObject_GenericGetDict(side->module, 0);
     if (!side->state || !unhooked(side->state) ||
         PyDict_GetItem(side->state, s_training) != (PyObject *)&_Py_FalseStruct)
@@ -108,7 +108,7 @@ static PyObject *query_key(PyObject *self, PyObject *const *a, Py_ssize_t count)
     Side query = {a[0], a[2]}, key = {a[1], a[3]};
     PyObject *result = 0;
     int sure = 0;
-    if (read_norm(norm, &query) && read_norm(other, &key) && PyObject_RichCompareBool(query.eps, key.eps, Py_EQ) == 1 &&
+    if (read_side(norm, &query) && read_side(other, &key) && PyObject_RichCompareBool(query.eps, key.eps, Py_EQ) == 1 &&
         nothing_watches() && read_rows(norm->table, &query) && read_rows(norm->table, &key) &&
         query.x.dtype == key.x.dtype && query.x.device == key.x.device && query.weight.dtype == key.weight.dtype &&
         query.x.sizes[query.x.dims - 1] == key.x.sizes[key.x.dims - 1])

@@ -3,7 +3,7 @@
 #pragma once
 #include "launcher_abi.h"
 
-/* What a plain call knows, by the names that kernels/cuda/plain_ops.cuh gives the fields. */
+/* What a plain call knows, by the names that kernels/cuda/plain_ops.cuh and rms_norm_add.cu give the fields. */
 typedef struct {
     uint64_t x, residual, weight, normed, total;
     i64 m, x_row_stride, residual_row_stride, normed_row_stride, total_row_stride;
@@ -11,7 +11,8 @@ typedef struct {
     /* The second set of rows of a kernel that takes two; m2 is 0 for any other. */
     uint64_t x2, weight2, normed2;
     i64 m2, x2_row_stride, normed2_row_stride, inner_rows2, x2_outer_stride;
-    float eps;
+    float eps, next_eps;
+    uint64_t next_weight;
 } Values;
 
 #define VALUE(name) {#name, offsetof(Values, name), sizeof(((Values *)0)->name)}
@@ -39,7 +40,9 @@ static const struct {
                     VALUE(normed2_row_stride),
                     VALUE(inner_rows2),
                     VALUE(x2_outer_stride),
-                    VALUE(eps)};
+                    VALUE(eps),
+                    VALUE(next_eps),
+                    VALUE(next_weight)};
 enum { KNOWN_VALUES = sizeof known_values / sizeof *known_values, MAX_PLAIN_BYTES = KNOWN_VALUES * 8 };
 
 /* `size` bytes of Values that go to the arguments as they lie. */

@@ -1,0 +1,175 @@
+"""The kernels of each op, as their sets choose, fill and start them, for an sm_90 that is not here."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import replace
+
+import pytest
+import torch
+from recording_driver import BF16, CONTEXT, FUNCTION, PAIR, PARTIALS, PROGRAMMATIC, STREAM, N
+
+from rmsnorm_patch import ops
+from rmsnorm_patch.backends.cuda import backend as cuda_backend
+from rmsnorm_patch.backends.cuda import driver, jit, kernel_set, schedules
+from rmsnorm_patch.errors import KernelBuildError
+from rmsnorm_patch.fused.linear_norm import kernel as linear_norm_kernel
+from rmsnorm_patch.fused.norm_quantised import kernel as norm_quantised_kernel
+from rmsnorm_patch.fused.query_key_norm import kernel as query_key_norm_kernel
+from rmsnorm_patch.numerics.contract import PLAIN_OPS
+from rmsnorm_patch.numerics.quantisation import QuantSpec
+from rmsnorm_patch.numerics.spec import LLAMA
+
+
+@pytest.mark.parametrize("dependent", [True, False])
+@pytest.mark.parametrize("arch", [89, 90])
+def test_the_switch_reaches_the_kernels_of_every_op(functions, recorded, monkeypatch, arch, dependent):
+    monkeypatch.setattr(kernel_set, "_function", lambda *_: FUNCTION)
+    monkeypatch.setattr(kernel_set, "_capability", lambda *_: arch)
+    monkeypatch.setattr(driver, "primary_context", lambda *_: CONTEXT)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (arch // 10, arch % 10))
+    single = cuda_backend.BoundOp("fused_add_rms_norm_", LLAMA, dependent, functions)
+    x = torch.empty(2, 4096, dtype=BF16)
+    for op in (single, linear_norm_kernel.BoundPartials(LLAMA, 2, dependent, functions)):
+        configs = schedules.schedules(op.kernels.op, BF16, 4096, arch)
+        for loaded in op.kernels._build(configs, x, BF16, 16, 16, False).kernels:
+            recorded.expect(loaded.arguments)
+            functions.launch(loaded.handle, STREAM, 2, bytes(loaded.arguments.size))
+            last = recorded.last
+            assert (PROGRAMMATIC in [last[f"id{i}"] for i in range(last["count"])]) == (dependent and arch >= 90)
+
+
+def test_every_op_with_kernels_is_bound_anew_once_all_is_forgotten(recorded, monkeypatch):
+    guards = torch._C._dynamo.guards
+    monkeypatch.setattr(guards, "_empty_strided_cuda", guards._empty_strided_cpu, raising=False)
+    ops.forget()
+    held = [
+        *(lambda op=op: cuda_backend.bind(op, LLAMA) for op in PLAIN_OPS),
+        lambda: linear_norm_kernel.bound(LLAMA, 2),
+        lambda: query_key_norm_kernel.bind_rms_norm_pair(LLAMA),
+        lambda: norm_quantised_kernel.bound(LLAMA, QuantSpec("fp8_token"), True, False, False),
+    ]
+    before = [bind() for bind in held]
+    assert all(bind() is first for bind, first in zip(held, before, strict=True))
+    ops.forget()
+    assert all(bind() is not first for bind, first in zip(held, before, strict=True))
+    ops.forget()
+
+
+@pytest.fixture
+def device_of_sm_90(recorded, monkeypatch):
+    """Every kernel set builds for an sm_90 whose kernels the recording driver starts."""
+    monkeypatch.setattr(kernel_set, "_function", lambda *_: FUNCTION)
+    monkeypatch.setattr(kernel_set, "_capability", lambda *_: 90)
+    monkeypatch.setattr(kernel_set, "configs_for", lambda op, dtype, n, _: schedules.schedules(op, dtype, n, 90))
+    monkeypatch.setattr(query_key_norm_kernel, "configs_for", kernel_set.configs_for)
+    monkeypatch.setattr(norm_quantised_kernel, "configs_for", kernel_set.configs_for)
+    monkeypatch.setattr(driver, "primary_context", lambda *_: CONTEXT)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    return recorded
+
+
+@pytest.mark.parametrize("op", PLAIN_OPS)
+def test_a_set_starts_the_kernel_of_a_plain_op_and_says_once_that_its_calls_are_plain(device_of_sm_90, functions, op):
+    row, plain = PLAIN_OPS[op], []
+    bound = cuda_backend.BoundOp(op, LLAMA, True, replace(functions, add_plan=lambda *values: plain.append(values)))
+    x, residual, weight, normed, total = (
+        torch.randn(shape).bfloat16() for shape in ((3, N), (3, N), N, (3, N), (3, N))
+    )
+    places = (x, residual) if row.in_place else (normed, total if row.fused_add else None)
+    for _ in range(2):
+        bound._launch(x, residual if row.fused_add else None, weight, 1e-6, *places)
+        last = device_of_sm_90.last
+        assert (last["x"], last["weight"], last["m"]) == (x.data_ptr(), weight.data_ptr(), 3)
+        assert last["residual"] == (residual.data_ptr() if row.fused_add else 0)
+        assert (last["normed"], last["total"]) == tuple(0 if each is None else each.data_ptr() for each in places)
+        assert [last[f"{name}_row_stride"] for name in ("x", "normed")] == [N, N]
+    assert len(plain) == 1
+    assert plain[0][0] is bound.table
+
+
+def test_a_set_starts_the_kernel_for_parts(device_of_sm_90, functions):
+    bound = linear_norm_kernel.BoundPartials(LLAMA, 2, True, functions)
+    parts, residual, weight, normed = (torch.randn(shape) for shape in ((2, 3, 4096), (3, 4096), 4096, (3, 4096)))
+    residual, weight, normed = residual.bfloat16(), weight.bfloat16(), normed.bfloat16()
+    device_of_sm_90.expect(PARTIALS)
+    for _ in range(2):
+        bound(parts, residual, weight, 1e-6, normed)
+        last = device_of_sm_90.last
+        assert [last[name] for name in ("parts", "residual", "weight", "normed", "total")] == [
+            each.data_ptr() for each in (parts, residual, weight, normed, residual)
+        ]
+        assert [last[f"{name}_row_stride"] for name in ("parts", "residual", "normed", "total")] == [4096] * 4
+        assert (last["part_stride"], last["eps"]) == (3 * 4096, ctypes.c_float(1e-6).value)
+        few, _ = schedules.schedules(bound.kernels.op, BF16, 4096, 90)
+        assert (last["grid"], few.cluster > 1) == (3 * few.cluster, True)
+    assert len(bound.kernels._chains) == 1
+
+
+def test_a_set_starts_the_kernel_for_queries_and_keys(device_of_sm_90, functions):
+    bound = query_key_norm_kernel.BoundPair(LLAMA, True, functions)
+    packed = torch.randn(3, 6, 128).bfloat16()
+    q, k = packed[:, :4], packed[:, 4:5]
+    q_weight, k_weight = torch.randn(128).bfloat16(), torch.randn(128).bfloat16()
+    device_of_sm_90.expect(PAIR)
+    normed = bound._launch_pair(q, k, q_weight, k_weight, 1e-6)
+    last = device_of_sm_90.last
+    assert [last[name] for name in ("x", "weight", "normed", "m", "x_row_stride", "inner_rows", "x_outer_stride")] == [
+        *(each.data_ptr() for each in (q, q_weight, normed[0])),
+        12,
+        128,
+        4,
+        6 * 128,
+    ]
+    assert [last[name] for name in ("x2", "weight2", "normed2", "m2", "normed2_row_stride")] == [
+        *(each.data_ptr() for each in (k, k_weight, normed[1])),
+        3,
+        128,
+    ]
+    (served,) = schedules.schedules("rms_norm_pair", BF16, 128, 90)
+    assert last["grid"] == -(-12 // served.rows_per_cta) + -(-3 // served.rows_per_cta)
+
+
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("scheme", ["fp8_static", "fp8_token", "fp8_block"])
+def test_a_set_starts_the_kernel_of_quantised_rows(device_of_sm_90, functions, scheme, both):
+    """Rows of a wider tensor, two levels of them; the residual's lie one after another and are written in place."""
+    quant = QuantSpec(scheme, layout="tma_aligned" if scheme == "fp8_block" else "row_major")
+    given = torch.ones(1) if scheme == "fp8_static" else None
+    bound = norm_quantised_kernel.BoundQuantised(LLAMA, quant, True, given is not None, both, True, functions)
+    x = torch.randn(2, 7, 8192).bfloat16()[:, :6:2, :4096]
+    residual, weight = torch.randn(2, 3, 4096).bfloat16(), torch.randn(4096).bfloat16()
+    device_of_sm_90.expect(jit.source_of(norm_quantised_kernel.SOURCE).arguments)
+    rows, scales, normed = bound(norm_quantised_kernel.Operands(x, residual, weight, given, 1e-6))
+    last = device_of_sm_90.last
+    assert [last[name] for name in ("x", "residual", "weight", "total", "quantised")] == [
+        each.data_ptr() for each in (x, residual, weight, residual, rows)
+    ]
+    assert last["given"] == (0 if given is None else given.data_ptr())
+    assert last["scales"] == (scales.data_ptr() if scales.numel() else 0)
+    assert last["normed"] == (normed.data_ptr() if both else 0)
+    assert [last[name] for name in ("m", "x_row_stride", "inner_rows", "x_outer_stride")] == [6, 16384, 3, 7 * 8192]
+    assert [last[name] for name in ("total_row_stride", "total_outer_stride")] == [4096, 3 * 4096]
+    strides = {"fp8_static": [0, 0], "fp8_token": [1, 1], "fp8_block": [1, 8]}[scheme]
+    assert [last[f"scale_{name}_stride"] for name in ("row", "group")] == strides
+    assert last["eps"] == ctypes.c_float(1e-6).value
+
+
+def test_a_residual_that_no_kernel_can_write_is_written_through_a_copy(device_of_sm_90, functions):
+    bound = norm_quantised_kernel.BoundQuantised(LLAMA, QuantSpec("fp8_token"), True, False, False, True, functions)
+    x = torch.randn(2, 3, 4096).bfloat16()
+    apart = torch.randn(2, 7, 4096).bfloat16()[:, :6:2]
+    device_of_sm_90.expect(jit.source_of(norm_quantised_kernel.SOURCE).arguments)
+    before = apart._version
+    bound(norm_quantised_kernel.Operands(x, apart, None, None, 1e-6))
+    assert device_of_sm_90.last["total"] not in (0, apart.data_ptr())
+    assert device_of_sm_90.last["total_row_stride"] == 4096
+    assert apart._version == before + 1
+
+
+def test_a_launch_that_fails_names_op_shape_and_error(device_of_sm_90, functions):
+    bound = linear_norm_kernel.BoundPartials(LLAMA, 2, True, functions)
+    operands = torch.randn(2, 3, 4096), torch.randn(3, 4096).bfloat16(), None, 1e-6, torch.randn(3, 4096).bfloat16()
+    device_of_sm_90.library.set_result(719)
+    with pytest.raises(KernelBuildError, match=r"rms_norm_partials: launch on cpu, x \(3, 4096\) torch.bfloat16"):
+        bound(*operands)

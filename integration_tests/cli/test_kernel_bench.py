@@ -1,0 +1,78 @@
+"""`rmsnorm-patch bench-kernels`: its refusals anywhere, its table and document on a GPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rmsnorm_patch.cli.kernel_bench import Request, kernel_table
+
+
+def bench(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "rmsnorm_patch", "bench-kernels", *words]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_machine_without_a_gpu_is_told_so(repository: Path) -> None:
+    ended = bench("--suite", "hot", "--json", cwd=repository)
+    assert ended.returncode == 5
+    document = json.loads(ended.stdout)
+    assert document["exit_status"] == 5
+    assert document["error"]["got"] == "no CUDA device"
+
+
+def test_processes_that_compile_ahead_are_asked_for_the_same_cases() -> None:
+    request = Request(
+        ("hot", "qk"), {"op": "", "mode": "cold", "dtype": "fp16", "m": [1, 2], "n": None}, ("ours",), (), 20, 60.0
+    )
+    words = [
+        "--suite",
+        "hot",
+        "--suite",
+        "qk",
+        "--only",
+        "ours",
+        "--mode",
+        "cold",
+        "--row-dtype",
+        "fp16",
+        "--m",
+        "1",
+        "--m",
+        "2",
+    ]
+    assert request.arguments() == ["bench-kernels", *words]
+
+
+def test_the_table_has_the_best_of_ours_and_the_best_peer() -> None:
+    shape = {"op": "rms_norm", "mode": "cold", "dtype": "bf16", "variant": "", "m": 4096, "n": 2048}
+    us = {"ours": 4.0, "ours_triton": 5.0, "quack": 6.0, "liger": 8.0}
+    table = kernel_table([{**shape, "us": us, "failed": {}, "roofline_us": 3.8}])
+    cells = [next(iter(column.cells)) for column in table.columns]
+    others = "ours_triton 5.00, liger 8.00"
+    assert cells == ["rms_norm cold bf16", "4096 x 2048", "4.00", "quack 6.00", "1.500", "0.950", others]
+
+
+@pytest.mark.gpu
+def test_kernels_are_timed_beside_peers_and_drawn(repository: Path, tmp_path: Path) -> None:
+    plot, rows = tmp_path / "times.svg", tmp_path / "rows.json"
+    shapes = ("--op", "rms_norm", "--m", "64", "--n", "256", "--n", "512", "--replays", "5")
+    ended = bench(*shapes, "--json", "--plot", str(plot), "--rows", str(rows), cwd=repository)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    document = json.loads(ended.stdout)
+    assert document["device"]["name"] == torch.cuda.get_device_name(0)
+    assert json.loads(rows.read_text()) == document["rows"]
+    for row in document["rows"]:
+        assert {"ours", "ours_triton", "eager", "F.rms_norm", "inductor"} <= row["us"].keys()
+        assert min(row["us"].values()) > 0
+        assert row["roofline_us"] > 0
+    assert "<svg" in plot.read_text()
+    refused = bench("--op", "layer_norm", "--json", cwd=repository)
+    assert refused.returncode == 2
+    assert "not one of fused_add_rms_norm" in json.loads(refused.stdout)["error"]["got"]

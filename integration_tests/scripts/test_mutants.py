@@ -1,0 +1,140 @@
+"""Faults are generated from sources as they are, run by the tests that fit, and survivors are told one by one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+PYTHON = '''"""A docstring with 3 < 4."""
+LIMIT: int = 7
+
+def f(a: int = 1, *, b: bool = True) -> int:
+    """Another, 5 + 6."""
+    if a <= 2 and not b:
+        a += 1
+        store(a)
+    return a, b
+'''
+CUDA = """// A comment: 1 < 2
+#define N 3
+static_assert(4 < 5, "6");
+template <int K>
+__device__ void f(float (&sums)[8]) {
+    for (int i = 0; i < K; ++i) sums[i] = sums[i] + 1.0f;
+    __syncthreads();
+    if (K == 2 && !done) store_row<K>(sums);
+    asm volatile("bar.sync 0;" ::: "memory");
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def faults(script) -> ModuleType:
+    return script("mutation.faults")
+
+
+@pytest.fixture(scope="module")
+def mutants(script) -> ModuleType:
+    return script("mutants")
+
+
+def changes(faults: ModuleType, name: str, text: str) -> set[tuple[str, str]]:
+    return {(" ".join(fault.before.split()), fault.after) for fault in faults.faults_of(name, text)}
+
+
+def test_faults_of_python(faults):
+    """Of what runs: no docstring, annotation, default or module constant."""
+    assert changes(faults, "f.py", PYTHON) == {
+        ("<=", "<"),
+        ("2", "3"),
+        ("and", " or "),
+        ("not", ""),
+        ("+=", "-="),
+        ("1", "2"),
+        ("store(a)", "pass"),
+        ("a, b", "b, a"),
+    }
+
+
+def test_faults_of_cuda(faults):
+    """Barriers, stores and inline assembly go as statements; comments, macros, templates and assertions stay."""
+    found = changes(faults, "f.cu", CUDA)
+    assert found >= {
+        ("__syncthreads();", ";"),
+        ("store_row<K>(sums);", ";"),
+        ("sums[i] = sums[i] + 1.0f;", ";"),
+        ('asm volatile("bar.sync 0;" ::: "memory");', ";"),
+        ("<", "<="),
+        ("==", "!="),
+        ("&&", "||"),
+        ("!", ""),
+        ("+", "-"),
+        ("1.0f", "2.0f"),
+    }
+    assert not {"3", "4", "5", "int"} & {before for before, _ in found}
+
+
+def test_every_python_fault_compiles_and_names_are_unique(faults, mutants):
+    for suite in mutants.SUITES:
+        found = mutants.faults(suite)
+        assert len({fault.named() for fault in found}) == len(found) > 400
+        for fault in found:
+            text = (mutants.ROOT / fault.file).read_text()
+            assert text[fault.start : fault.end] == fault.before
+            assert fault.applied(text) != text
+            if fault.file.endswith(".py"):
+                compile(fault.applied(text), fault.file, "exec")
+
+
+def test_every_file_has_tests_or_probes(mutants, script):
+    """Of a file without any, every fault would survive."""
+    kernels = {Path(fault.file).name for fault in mutants.faults("cuda") if fault.file.endswith(".cu")}
+    assert kernels <= set(script("mutation.on_gpu").MAKERS)
+    for suite in ("triton", "layer_calls"):
+        for file in {fault.file for fault in mutants.faults(suite)}:
+            asked = mutants.SUITES[suite].asked(file)
+            assert asked, file
+            assert all((mutants.ROOT / test).exists() for test in asked), file
+
+
+def test_a_sample_follows_from_its_seed(mutants):
+    first, again, other = (mutants.chosen("triton", 20, seed, "") for seed in (1, 1, 2))
+    assert first == again != other
+    assert len(first) == 20
+
+
+def test_what_is_called_equivalent_is_a_fault_of_today_with_a_reason(mutants):
+    names = {fault.named() for suite in mutants.SUITES for fault in mutants.faults(suite)}
+    for name, why in mutants.equivalents().items():
+        assert name in names, name
+        assert len(why) > 20, name
+
+
+def test_tests_see_the_fault_and_nobody_else_does(repository: Path, tmp_path: Path):
+    """A fault of the rewrite layer in a program of its own: one that kills, one that does not, and the right source."""
+    test = tmp_path / "test_it.py"
+    test.write_text(
+        "from rmsnorm_patch.rewrite import handover\n\ndef test_it():\n    assert handover.MAX_UNTAKEN == 64\n"
+    )
+    program = """
+import sys
+from pathlib import Path
+sys.path[:0] = [sys.argv[1] + "/scripts"]
+from mutation import faults, in_python
+root, test = Path(sys.argv[1]), sys.argv[2]
+file = "rmsnorm_patch/rewrite/handover.py"
+text = (root / file).read_text()
+for before, after in (("MAX_UNTAKEN = 64", "MAX_UNTAKEN = 65"), ("link.untaken += 1", "link.untaken += 2")):
+    start = text.index(before)
+    fault = faults.Fault(file, 1, start, start + len(before), before, after, "constant", "")
+    print(in_python.ends(root, fault, [test], 120)[0])
+print(in_python.ends(root, None, [test], 120)[0])
+"""
+    words = [sys.executable, "-c", program, repository, test]
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["killed", "survived", "survived"]
+    assert "MAX_UNTAKEN = 64" in (repository / "rmsnorm_patch/rewrite/handover.py").read_text()

@@ -1,0 +1,110 @@
+"""Every numbered case names tests that exist, or says why it has none; the page is that of the cases and results."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+LAST = 95
+REPORT = """<testsuites><testsuite>
+<testcase classname="integration_tests.test_a" name="test_one[x::y]"/>
+<testcase classname="integration_tests.test_a" name="test_one[z]"><failure/></testcase>
+<testcase classname="integration_tests.gpu.test_b" name="test_two"><skipped/></testcase>
+<testcase classname="integration_tests.gpu.test_b" name="test_three"><error/></testcase>
+</testsuite></testsuites>"""
+
+
+@pytest.fixture(scope="module")
+def reliability(script) -> ModuleType:
+    return script("reliability")
+
+
+def functions(path: Path) -> dict[str, ast.FunctionDef]:
+    return {node.name: node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
+
+
+def marked(function: ast.FunctionDef) -> set[int]:
+    """Numbers in `@case(1, 2)` or `@pytest.mark.case(1, 2)`."""
+    calls = [d for d in function.decorator_list if isinstance(d, ast.Call)]
+    marks = [call for call in calls if ast.unparse(call.func).split(".")[-1] == "case"]
+    return {ast.literal_eval(argument) for mark in marks for argument in mark.args}
+
+
+def test_each_number_is_there_once(reliability):
+    numbers = [case.number for area in reliability.read_cases() for case in area.cases]
+    assert numbers == list(range(1, LAST + 1))
+
+
+def test_each_case_has_tests_that_exist_or_says_why_not(reliability):
+    known = {path: functions(path) for path in reliability.TESTS.rglob("test_*.py")}
+    for area in reliability.read_cases():
+        for case in area.cases:
+            assert case.tests or case.gap, case
+            assert len(set(case.tests)) == len(case.tests), case
+            for test in case.tests:
+                file, _, name = test.partition("::")
+                assert name.startswith("test_"), test
+                assert name in known.get(reliability.TESTS / file, {}), test
+
+
+def test_marks_of_gpu_tests_and_cases_agree(reliability):
+    """A test that carries a number is named by that case, and those of the file of cases carry one each."""
+    named = {case.number: case.tests for area in reliability.read_cases() for case in area.cases}
+    for path in sorted((reliability.TESTS / "gpu").glob("test_*.py")):
+        for name, function in functions(path).items():
+            numbers = marked(function)
+            if path.name == "test_adversarial.py" and name.startswith("test_"):
+                assert numbers, name
+            assert all(f"gpu/{path.name}::{name}" in named[number] for number in numbers), name
+
+
+def test_the_page_is_that_of_cases_and_results(reliability):
+    text = reliability.page(reliability.read_cases(), reliability.read_results())
+    assert reliability.PAGE.read_text() == text, "run scripts/reliability.py"
+
+
+def test_reports_are_counted_by_function_and_a_skip_is_no_result(reliability, tmp_path):
+    (tmp_path / "report.xml").write_text(REPORT)
+    assert reliability.counts_of([tmp_path / "report.xml"]) == {
+        "test_a.py::test_one": {"passed": 1, "failed": 1},
+        "gpu/test_b.py::test_three": {"passed": 0, "failed": 1},
+    }
+
+
+def test_results_are_kept_by_machine_and_the_newest_counts(reliability, tmp_path):
+    """Of tests that a case names; one that was not run again keeps its result."""
+    first, second = reliability.named_tests(reliability.read_cases())[:2]
+    line = '<testsuite><testcase classname="{}" name="{}">{}</testcase></testsuite>'
+
+    def report(test: str, inside: str = "") -> Path:
+        file, _, name = test.partition("::")
+        path = tmp_path / "report.xml"
+        path.write_text(line.format(f"integration_tests.{file[:-3].replace('/', '.')}", name, inside))
+        return path
+
+    for test, inside in ((first, "<failure/>"), (second, ""), ("test_api.py::test_nothing", ""), (first, "")):
+        reliability.take([report(test, inside)], "A GPU", tmp_path / "kept")
+    results = reliability.read_results(tmp_path / "kept")
+    assert {test: [(r.machine, r.passed, r.failed) for r in last] for test, last in results.items()} == {
+        first: [("A GPU", 1, 0)],
+        second: [("A GPU", 1, 0)],
+    }
+    assert set(json.loads((tmp_path / "kept" / "a-gpu.json").read_text())) == {"machine", "tests"}
+
+
+def test_a_failure_a_gap_and_a_test_that_was_not_run_are_said(reliability):
+    def ended(failed: int) -> list:
+        return [reliability.Result("CPU", 1, failed, "2026-01-01", "abc")]
+
+    case = reliability.Case(1, "something", ("a.py::test_a", "b.py::test_b"))
+    assert reliability.verdict(case, {}) == "not run"
+    assert reliability.verdict(case, {"a.py::test_a": ended(0)}) == "passed; 1 not run"
+    assert reliability.verdict(case, {"a.py::test_a": ended(0), "b.py::test_b": ended(0)}) == "passed"
+    assert reliability.verdict(case, {"a.py::test_a": ended(0), "b.py::test_b": ended(1)}) == "**failed**"
+    text = reliability.page([reliability.Area("X", [reliability.Case(2, "else", (), "no reason")])], {})
+    assert "| 2 | else | no test |" in text
+    assert "| 2 | else | no reason |" in text

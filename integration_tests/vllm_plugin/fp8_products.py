@@ -1,0 +1,64 @@
+"""Products of fp8 rows for vLLM on the CPU, which has some for the newest processors alone: opaque ops, behind vLLM's
+own quantisation of their rows, as CUTLASS's products stand in a graph on a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+@torch.library.custom_op("rmsnorm_patch_tests::product", mutates_args=())
+def product(
+    rows: torch.Tensor, matrix: torch.Tensor, row_scales: torch.Tensor, scales: torch.Tensor, block: int
+) -> torch.Tensor:
+    """rows: [M, K]; matrix: [K, N]; row_scales: one, [M, 1] or [M, K / block]; scales: one, [N, 1] or, of blocks,
+    [N / block, K / block]."""
+    left, right = rows.float(), matrix.float()
+    if block:
+        left = left * row_scales.repeat_interleave(block, 1)[:, : rows.shape[1]]
+        whole = scales.repeat_interleave(block, 0).repeat_interleave(block, 1)
+        right = right * whole[: matrix.shape[1], : matrix.shape[0]].t()
+    else:
+        left, right = left * row_scales, right * scales.reshape(1, -1)
+    return (left @ right).to(torch.bfloat16)
+
+
+@product.register_fake
+def _(rows: Any, matrix: Any, row_scales: Any, scales: Any, block: Any) -> torch.Tensor:
+    return rows.new_empty(rows.shape[0], matrix.shape[1], dtype=torch.bfloat16)
+
+
+def _quantised(matrix: torch.Tensor, scale: torch.Tensor, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """For vLLM's loader, which gives the matrices that it merges one scale."""
+    return (matrix.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale
+
+
+def install() -> None:
+    from vllm import _custom_ops
+    from vllm.model_executor.kernels import linear
+    from vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel import Fp8BlockScaledMMLinearKernel
+    from vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel import FP8ScaledMMLinearKernel
+    from vllm.platforms import PlatformEnum
+
+    class Able:
+        @classmethod
+        def is_supported(cls, compute_capability: Any = None) -> tuple[bool, None]:
+            return True, None
+
+        @classmethod
+        def can_implement(cls, config: Any) -> tuple[bool, None]:
+            return True, None
+
+    class Product(Able, FP8ScaledMMLinearKernel):  # type: ignore[misc]
+        def apply_scaled_mm(self, *, A: Any, B: Any, As: Any, Bs: Any, output_shape: Any, **_: Any) -> Any:
+            return product(A, B, As, Bs, 0).view(*output_shape)
+
+    class BlockProduct(Able, Fp8BlockScaledMMLinearKernel):  # type: ignore[misc]
+        def apply_block_scaled_mm(self, A: Any, B: Any, As: Any, Bs: Any) -> Any:
+            return product(A, B.t(), As, Bs, self.weight_group_shape.col)
+
+    _custom_ops.scaled_fp8_quant = _quantised
+    linear._POSSIBLE_FP8_KERNELS[PlatformEnum.CPU].insert(0, Product)
+    linear._POSSIBLE_FP8_BLOCK_KERNELS[PlatformEnum.CPU].insert(0, BlockProduct)

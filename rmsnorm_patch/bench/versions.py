@@ -1,0 +1,19 @@
+"""Versions of what a measurement ran with."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+
+PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "quack-kernels", "flashinfer-python", "vllm")
+
+
+def versions() -> dict[str, str]:
+    """Package -> version of this interpreter and of those of PACKAGES that are installed."""
+    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,170 @@
+"""The gated norm as an op of graphs, and as a callable for eager code.
+
+    rms_norm_gated(x, gate, weight?, activation, order, eps, ...) -> normed
+
+x, gate: [..., N] of fp16, bf16 or fp32 each, any strides; weight: [N] or None. activation, order: of a `GateSpec`. The
+arguments after eps are `ops.spec_args`. The result is contiguous, of the shape of x, of `GateSpec.output_dtype`.
+There is no backward: under grad patched modules use the original arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ... import ops
+from ...backends import launch_mode
+from ...backends.bindings import kept
+from ...backends.names import Backend
+from ...errors import KernelBuildError
+from ...numerics.contract import IMPLIED_EPS, SPEC_ARGUMENTS
+from ...numerics.gating import GateSpec, check_gated, gated_rms_norm
+from ...numerics.spec import NormSpec
+from ...ops import dispatch
+from . import kernel
+
+NAME = "rms_norm_gated"
+SCHEMA = f"(Tensor x, Tensor gate, Tensor? weight, str activation, str order, {SPEC_ARGUMENTS}) -> Tensor"
+_NAMES = ("round_before_weight", "weight_offset", "output", "sum", "width", "group", "backend", "enable_pdl")
+_DEFAULTS = ops.spec_args(NormSpec())
+
+
+def bind(spec: NormSpec, gating: GateSpec, backend: Backend = "auto", enable_pdl: bool | None = None) -> Bound:
+    """f(x, gate, weight, eps) -> normed: one object for each variant, backend and mode. eps=None is fp32's epsilon.
+    UnsupportedInput for a value of RMSNORM_PATCH_PDL that is none."""
+    return _bound(spec.variant, gating, backend, launch_mode.dependent(enable_pdl))
+
+
+@kept
+def _bound(spec: NormSpec, gating: GateSpec, backend: Backend, dependent: bool) -> Bound:
+    return Bound(spec, gating, backend, dependent)
+
+
+class Bound:
+    """The gated norm of one numerics variant on one backend.
+
+    An instance, not a function: held as a class attribute it does not turn into a method.
+    """
+
+    def __init__(self, spec: NormSpec, gating: GateSpec, backend: Backend, dependent: bool) -> None:
+        self.spec = spec
+        self.gating = gating
+        self.backend = backend
+        self.dependent = dependent
+        self._arguments = ops.spec_args(spec, backend, dependent)
+        self._routes: dict[tuple[Any, ...], tuple[str, Callable[..., torch.Tensor]]] = {}
+
+    def __repr__(self) -> str:
+        return f"Bound({NAME!r}, {self.spec!r}, {self.gating!r}, backend={self.backend!r})"
+
+    def __call__(
+        self, x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor | None, eps: float | None
+    ) -> torch.Tensor:
+        weight = weight if self.spec.has_weight else None
+        _, run = self._route(x, gate, weight)
+        if gate.shape != x.shape or gate.device != x.device or (weight is not None and weight.device != x.device):
+            check_gated(x, gate, weight, self.spec, NAME)
+        return run(x, gate, weight, IMPLIED_EPS if eps is None else eps)
+
+    def traced(
+        self, x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor | None, eps: float | None
+    ) -> torch.Tensor:
+        """The call as the op of a graph."""
+        op = getattr(getattr(torch.ops, ops.NAMESPACE), NAME).default
+        gating = self.gating
+        return op(x, gate, weight, gating.activation, gating.order, eps, *self._arguments)  # type: ignore[no-any-return]
+
+    def backend_for(self, x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor | None) -> str:
+        """ "cuda", "triton" or "reference": what serves such a call, whatever its number of rows. KernelBuildError
+        where a forced backend does not."""
+        return self._route(x, gate, weight if self.spec.has_weight else None)[0]
+
+    def prepare(self, x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor | None) -> str:
+        """Compile what serves contiguous rows like those of `x`, and name the backend."""
+        backend, run = self._route(x, gate, weight)
+        if isinstance(run, kernel.BoundGated):
+            run.prepare(x, weight)
+        elif backend == "triton":
+            run(torch.zeros_like(x), torch.zeros_like(gate), weight, 1e-6)
+        return backend
+
+    def _route(
+        self, x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor | None
+    ) -> tuple[str, Callable[..., torch.Tensor]]:
+        shape = None if weight is None else weight.shape
+        key = (x.dtype, gate.dtype, x.shape[-1:], None if weight is None else weight.dtype, shape, x.device)
+        route = self._routes.get(key)
+        if route is None:
+            check_gated(x, gate, weight, self.spec, NAME)
+            route = self._routes[key] = self._new_route(x, gate)
+        return route
+
+    def _new_route(self, x: torch.Tensor, gate: torch.Tensor) -> tuple[str, Callable[..., torch.Tensor]]:
+        backend = self._choose(x)
+        if backend == "cuda":
+            return backend, kernel.bound(self.spec, self.gating, gate.dtype, self.dependent)
+        if backend == "triton":
+            from . import portable
+
+            return backend, portable.bound(self.spec, self.gating, self.dependent)
+        return backend, self._reference
+
+    def _choose(self, x: torch.Tensor) -> str:
+        asked = dispatch.requested_backend(self.backend)
+        if asked == "reference" or (asked == "auto" and not x.is_cuda):
+            return "reference"
+        why = ""
+        if asked != "triton":
+            runs, why = dispatch.available("cuda", x.device)
+            why = kernel.serves(self.spec, x) if runs else why
+            if not why:
+                return "cuda"
+            if asked == "cuda":
+                raise KernelBuildError(NAME, why, "rows of a multiple of 16 bytes on sm_80 and newer", "use 'auto'")
+        if dispatch.triton_installed():
+            runs, why = dispatch.available("triton", x.device)
+            if runs:
+                return "triton"
+        if asked == "triton":
+            raise KernelBuildError(NAME, why or "no Triton", "devices with Triton kernels", "use backend='auto'")
+        return "reference"
+
+    def _reference(self, x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+        return gated_rms_norm(x, gate, weight, self.spec, self.gating, eps).contiguous()
+
+
+def _variant(weight: object, activation: str, order: str, rest: tuple[Any, ...], named: dict[str, Any]) -> Bound:
+    missing = zip(_NAMES[len(rest) :], _DEFAULTS[len(rest) :], strict=True)
+    arguments: tuple[Any, ...] = (*rest, *(named.get(name, default) for name, default in missing))
+    *spec, backend, enable_pdl = arguments
+    return bind(_spec(weight is not None, *spec), GateSpec(activation, order), backend, enable_pdl)  # type: ignore[arg-type]
+
+
+@kept
+def _spec(has_weight: bool, before: Any, offset: Any, output: Any, sum_of: Any, width: Any, group: Any) -> NormSpec:
+    return NormSpec(0.0, before, offset, has_weight, output, sum_of, width, group)
+
+
+def _run(x, gate, weight, activation, order, eps, *rest, **named):  # type: ignore[no-untyped-def]
+    return _variant(weight, activation, order, rest, named)(x, gate, weight, eps)
+
+
+def _fake(x, gate, weight, activation, order, eps, *rest, **named):  # type: ignore[no-untyped-def]
+    bound = _variant(weight, activation, order, rest, named)
+    check_gated(x, gate, weight, bound.spec, NAME)
+    return kernel.new_result(x, weight, bound.spec, bound.gating)
+
+
+def _register() -> torch.library.Library:
+    library = torch.library.Library(ops.NAMESPACE, "FRAGMENT")
+    library.define(NAME + SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+    for key in ("CPU", "CUDA"):
+        library.impl(NAME, _run, key)
+    torch.library.register_fake(f"{ops.NAMESPACE}::{NAME}", _fake, lib=library)
+    return library
+
+
+_LIBRARY = _register()
+"""Kept for the life of the process: a Library takes its ops with it."""

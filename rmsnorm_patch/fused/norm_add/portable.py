@@ -1,0 +1,95 @@
+"""The Triton kernel: for devices without the CUDA kernel, and for CPU tensors under TRITON_INTERPRET=1.
+
+Both of Triton's norms must have one schedule for the row length, since that is the order in which they add.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ...backends.triton import backend, loader
+from ...numerics.contract import FUSED_ADD, IMPLIED_EPS, RMS_NORM
+from ...numerics.spec import NormSpec
+
+MODULE = "rms_norm_add"
+_NAMES = ("N", "WIDTH", "VEC", "ROWS", "BLOCK", "CHUNKS", "HAS_WEIGHT", "OFFSET", "ROUNDED", "PRODUCT", "OUT", "PACKED")
+
+
+def layouts(spec: NormSpec, x: torch.Tensor, weight: torch.Tensor | None, dependent: bool) -> list[backend.Layout]:
+    """Those of `rms_norm` and `fused_add_rms_norm` for rows like those of `x`."""
+    target, dtype = backend.Target.of(x.device, dependent), None if weight is None else weight.dtype
+    return [backend.Layout(name, spec, x.dtype, x.shape[-1], dtype, target) for name in (RMS_NORM.name, FUSED_ADD.name)]
+
+
+def cannot_serve(spec: NormSpec, x: torch.Tensor, weight: torch.Tensor | None) -> str:
+    """Why no kernel gives the norms' own bits for rows like those of `x`; "" if one does."""
+    if spec.group is not None:
+        return f"groups of {spec.group} columns"
+    plain, fused = (layout.schedule for layout in layouts(spec, x, weight, True))
+    if plain.streamed or fused.streamed:
+        return f"rows of {x.shape[-1]} do not stay in registers"
+    order = ("rows", "block", "chunks", "num_warps")
+    unlike = [name for name in order if getattr(plain, name) != getattr(fused, name)]
+    return f"the norms' schedules differ in {', '.join(unlike)}" if unlike else ""
+
+
+def constants(layout: backend.Layout, following: bool) -> dict[str, Any]:
+    """The kernel's compile-time constants but NESTED."""
+    made = {name: layout.constants[name] for name in (*_NAMES, "DEPENDENT")}
+    return {**made, "NEXT": following}
+
+
+def bind(op: Any, dependent: bool) -> tuple[Callable[..., Any], None]:
+    """The callable of an `op.BoundNormAdd`; launcher.c starts no kernel of Triton's."""
+    return BoundPortable(op, dependent), None
+
+
+class BoundPortable:
+    """f(x, residual, weight, eps) -> sum, or f(..., next_weight, next_eps) -> (normed, sum), as
+    `kernel.BoundKernel`."""
+
+    def __init__(self, op: Any, dependent: bool) -> None:
+        self.op = op
+        self.dependent = dependent
+        self._layouts: dict[tuple[Any, ...], backend.Layout] = {}
+
+    def _layout(self, x: torch.Tensor, weight: torch.Tensor | None) -> backend.Layout:
+        key = (x.dtype, x.shape[-1], None if weight is None else weight.dtype, x.device)
+        if key not in self._layouts:
+            _, self._layouts[key] = layouts(self.op.spec, x, weight, self.dependent)
+        return self._layouts[key]
+
+    def __call__(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, eps: float | None, *following: Any
+    ) -> Any:
+        self.op.check(x, residual, weight, eps, *following)
+        next_weight, next_eps = following or (weight, eps)
+        total = backend.new_result(x, x.dtype)
+        normed = backend.new_result(x, x.dtype) if following else total
+        layout = self._layout(x, weight)
+        if x.numel():
+            (x, residual), rows = backend.place_rows(layout, x, residual)
+            weights = [x if each is None else backend.aligned(each, layout) for each in (weight, next_weight)]
+            numbers = (IMPLIED_EPS if each is None else float(each) for each in (eps, next_eps))
+            strides = (stride // layout.vec for where in rows for stride in where[1:])
+            count = x.numel() // layout.columns
+            function = getattr(loader.load(MODULE, interpreted=not x.is_cuda), MODULE)
+            with torch.cuda.device_of(x):
+                function[(-(-count // layout.schedule.rows), 1, 1)](
+                    x,
+                    residual,
+                    *weights,
+                    normed,
+                    total,
+                    *numbers,
+                    count,
+                    rows[0].inner,
+                    *strides,
+                    NESTED=rows[0].inner > 1,
+                    **constants(layout, bool(following)),
+                    **layout.options,
+                )
+        return (normed, total) if following else total

@@ -1,0 +1,121 @@
+"""The forward of a patched gated norm: one kernel call, else the original. Weight and eps are read at every call."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn as nn
+
+from ..fused.gated_norm import op
+from ..patch_state import running_now
+from . import guards, observe
+from .counts import calls_of
+from .traced import keeps_op
+
+if TYPE_CHECKING:
+    from .norms import Key
+
+NO_GATE = "the norm is called without a gate"
+
+_Tensor = torch.Tensor
+_is_dynamo_tracing = torch.compiler.is_dynamo_compiling
+
+
+def forward_of(original: type[nn.Module], key: Key) -> tuple[FunctionType, Callable[[type], None], op.Bound]:
+    """The forward with the original's argument names and defaults, a function that tells it the class that it is made
+    for, and what it calls."""
+    assert key.gating is not None
+    assert key.eps_attribute is not None
+    patched: type = original
+    backend = key.backend
+    run = op.bind(key.spec, key.gating, backend)
+    weight_name, eps_name = key.weight_attribute, key.eps_attribute
+    reference_only, automatic = backend == "reference", backend == "auto"
+
+    def belongs_to(cls: type) -> None:
+        nonlocal patched
+        patched = cls
+
+    def forward(self, hidden_states, gate):  # type: ignore[no-untyped-def]
+        if type(self) is not patched and not isinstance(self, patched):  # held by somebody beyond `revert`
+            return running_now(self, original, original.forward)(self, hidden_states, gate)
+        if _is_dynamo_tracing():
+            return traced(self, hidden_states, gate)
+        if type(hidden_states) is not _Tensor or type(gate) is not _Tensor:
+            why = NO_GATE if gate is None else f"operands are a {_name(hidden_states)} and a {_name(gate)}"
+        elif reference_only or (automatic and not hidden_states.is_cuda):
+            normed = original.forward(self, hidden_states, gate)
+            calls_of(self).reference += 1
+            if observe.active:
+                report(self, hidden_states, gate, normed, "reference")
+            return normed
+        else:
+            weight, eps = weight_of(self), getattr(self, eps_name)
+            why = why_not(self, hidden_states, gate, weight, eps)
+            if not why:
+                normed = run(hidden_states, gate, weight, eps)
+                calls_of(self).alone += 1
+                if observe.active:
+                    report(self, hidden_states, gate, normed, run.backend_for(hidden_states, gate, weight))
+                return normed
+        calls_of(self).fallen_back.add(why)
+        normed = original.forward(self, hidden_states, gate)
+        if observe.active:
+            report(self, hidden_states, gate, normed, "original", why)
+        return normed
+
+    def weight_of(self: nn.Module) -> torch.Tensor | None:
+        weight = self._parameters.get(weight_name)  # type: ignore[arg-type]
+        return self._buffers.get(weight_name) if weight is None else weight  # type: ignore[arg-type]
+
+    def why_not(self: nn.Module, x: torch.Tensor, gate: torch.Tensor, weight: Any, eps: Any) -> str:
+        """Why no kernel may serve; "" where one may."""
+        if self.training:
+            return guards.TRAINING
+        if type(eps) is float and weight is not None and guards.servable(x, weight) and guards.gate_fits(x, gate):
+            return ""
+        if weight is None:
+            return f"the norm's {weight_name} is not a parameter or buffer of its own"
+        return guards.eps_reason(eps) or guards.reason(x, weight) or guards.gate_reason(x, gate)
+
+    def traced(self, hidden_states, gate):  # type: ignore[no-untyped-def]
+        """Inside `torch.compile`: the op where `keeps_op` and a kernel would run, else the original arithmetic."""
+        kind, weight = hidden_states.device.type, weight_of(self)
+        if (
+            reference_only
+            or (automatic and kind != "cuda")
+            or not keeps_op(kind)
+            or gate is None
+            or weight is None
+            or self.training
+            or gate.shape != hidden_states.shape
+            or not (guards.traceable(hidden_states, weight) and guards.traceable(gate, None))
+        ):
+            return original.forward(self, hidden_states, gate)
+        return run.traced(hidden_states, gate, weight, getattr(self, eps_name))
+
+    def report(self, hidden_states, gate, normed, backend, why=""):  # type: ignore[no-untyped-def]
+        observe.report(observe.Event("norm", self, (hidden_states,), normed, None, backend, why, gate))
+
+    return _in_the_guise_of(original, forward), belongs_to, run
+
+
+def _name(value: object) -> str:
+    return type(value).__name__
+
+
+def _in_the_guise_of(original: type[nn.Module], forward: Any) -> FunctionType:
+    """`forward` with the names and defaults of the original's."""
+    own: Any = original.forward
+    _, *arguments = inspect.signature(own).parameters.values()
+    names = dict(zip(("hidden_states", "gate"), (argument.name for argument in arguments), strict=True))
+    defaults = tuple(argument.default for argument in arguments if argument.default is not argument.empty)
+    code = forward.__code__.replace(co_varnames=tuple(names.get(name, name) for name in forward.__code__.co_varnames))
+    made = FunctionType(code, forward.__globals__, forward.__name__, defaults, forward.__closure__)
+    for name in ("__doc__", "__name__", "__qualname__", "__module__"):
+        setattr(made, name, getattr(own, name, None))
+    return made

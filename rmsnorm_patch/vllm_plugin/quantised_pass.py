@@ -1,0 +1,353 @@
+"""A change of vLLM's graph after all of its passes: a norm and the quantisation that reads it become one op
+(`fused.norm_quantised`).
+
+What reads a norm decides, not the name of the model's quantisation. A reader that quantises for itself, or does not,
+reads plain rows, and the norm stays as it is. Readers of both kinds get two outputs. Each norm in front of a
+quantisation that none of our kernels has is named in the log.
+
+The pass starts from our own ops, in the forms that `linear_pass` knows, and runs in front of it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch._higher_order_ops.auto_functionalize import auto_functionalized
+
+from ..fused.norm_quantised import kernel as norm_quantised_kernel
+from ..fused.norm_quantised import op as norm_quantised_op
+from ..numerics.contract import FUSED_ADD, FUSED_ADD_IN_PLACE, RMS_NORM
+from ..numerics.quantisation import QuantSpec, Value
+from ..numerics.spec import NormSpec
+from . import arithmetic, quantisations, trial
+from .decision import decision_for
+from .linear_pass import arguments_by_name
+from .log import logger, warn_once
+from .quantisations import Quantisation
+
+aten = torch.ops.aten
+_SPEC = ("round_before_weight", "weight_offset", "output", "sum", "width", "group")
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm of ours in a graph. op: which; arguments: by name. rows: what holds its result, from behind `node` on;
+    total: what holds the sum, where that is a result of the node. functional: the node writes nothing."""
+
+    node: fx.Node
+    op: str
+    arguments: dict[str, Any]
+    rows: fx.Node
+    total: fx.Node | None
+    functional: bool
+
+    @property
+    def adds(self) -> bool:
+        return self.op != RMS_NORM.name
+
+    @property
+    def spec(self) -> NormSpec:
+        return NormSpec(
+            0.0, has_weight=self.arguments["weight"] is not None, **{name: self.arguments[name] for name in _SPEC}
+        )
+
+
+def fuse(graph: fx.Graph) -> int:
+    """Let each norm of a graph write quantised rows whose readers want them; returns how many do."""
+    count = 0
+    for node in list(graph.nodes):
+        norm = norm_of(node)
+        if norm is not None:
+            count += _fuse(graph, norm, {node: place for place, node in enumerate(graph.nodes)})
+    return count
+
+
+def norm_of(node: fx.Node) -> Norm | None:
+    """The norm of ours that a node is; None for any other, and for one whose results go on as a pair."""
+    ops = torch.ops.rmsnorm_patch
+    if node.target is ops.rms_norm.default:
+        return Norm(node, RMS_NORM.name, arguments_by_name(node), node, None, functional=True)
+    if node.target is ops.fused_add_rms_norm.default:
+        return _of_results(node, FUSED_ADD.name, arguments_by_name(node), first=0)
+    if node.target is ops.fused_add_rms_norm_.default:
+        rows: Any = node.args[0]
+        return Norm(node, FUSED_ADD_IN_PLACE.name, arguments_by_name(node), rows, None, functional=False)
+    if node.target is auto_functionalized and node.args == (ops.fused_add_rms_norm_.default,):
+        # The first place is for what an op returns, here nothing; behind it is what it wrote.
+        return _of_results(node, FUSED_ADD_IN_PLACE.name, dict(node.kwargs), first=1)
+    return None
+
+
+def _of_results(node: fx.Node, op: str, arguments: dict[str, Any], first: int) -> Norm | None:
+    results: dict[Any, list[fx.Node]] = {first: [], first + 1: []}
+    for user in node.users:
+        if user.target is not operator.getitem or user.args[1] not in results:
+            return None
+        results[user.args[1]].append(user)
+    rows, totals = results.values()
+    if len(rows) != 1 or len(totals) > 1:
+        return None
+    return Norm(node, op, arguments, rows[0], totals[0] if totals else None, functional=True)
+
+
+Places = dict[fx.Node, int]
+"""Where each node stood when its norm was looked at; nodes that were put in since have no place."""
+
+
+def _fuse(graph: fx.Graph, norm: Norm, places: Places) -> bool:
+    """Whether the norm writes quantised rows now."""
+    found, left = _quantisations_of(norm, places)
+    first = None
+    for one in found:
+        why = _declined(norm, one, places)
+        if first is None and not why:
+            first = one
+        elif first is None or one.key != first.key:
+            left.append(f"{one.name}: {why or 'another quantisation reads the same rows'}")
+    for why in left:
+        _tell(norm, f"keeps plain rows for {why}")
+    if first is None:
+        if not left:
+            _tell_plain(norm, places)
+        return False
+    both = _replace(graph, norm, [one for one in found if one.key == first.key], places)
+    _tell_served(norm, first, both)
+    return True
+
+
+def _quantisations_of(norm: Norm, places: Places) -> tuple[list[Quantisation], list[str]]:
+    """What quantises the norm's rows, the first in the graph first; and what else does, with the reason why that is
+    left alone."""
+
+    def come_after(node: fx.Node) -> bool:
+        return places[node] > places[norm.node]
+
+    found, left = list[Quantisation](), list[str]()
+    readers = quantisations.readers(norm.rows, come_after, arithmetic.ARITHMETIC.__contains__)
+    for reader in sorted(readers, key=places.__getitem__):
+        one: Quantisation | str
+        if call := quantisations.call_of(reader):
+            one, name = quantisations.of_op(call, norm.rows), f"{quantisations.NAMESPACE}.{call.name}"
+        elif quantisations.is_quantised(reader):
+            one, name = arithmetic.of_arithmetic(reader, norm.rows, come_after), "a quantisation in arithmetic"
+        else:
+            continue
+        if isinstance(one, str):
+            left.append(f"{name}: {one}")
+        else:
+            spec = one.spec if one.is_op else replace(one.spec, value=_value(norm.spec))
+            found.append(replace(one, spec=spec, name=name))
+    return found, left
+
+
+def _value(spec: NormSpec) -> Value:
+    """What arithmetic reads that the compiler would have fused with the norm: its fp32 value, where the norm has the
+    numerics of such a fusion. Any other norm stands for an op, whose result is stored first."""
+    return "fp32" if (spec.sum, spec.round_before_weight) == ("fp32", "none") else "rounded"
+
+
+def _declined(norm: Norm, found: Quantisation, places: Places) -> str:
+    """Why the kernel does not write these rows for this norm, or ""."""
+    if found.given is not None and places[found.given] > places[norm.node]:
+        return "its scale is computed behind the norm"
+    x, weight = norm.arguments["x"].meta["val"], norm.arguments["weight"]
+    if x.dim() != 2:
+        return f"the rows have {x.dim()} dimensions"
+    if not isinstance(x.shape[-1], int):
+        return "the graph is one for rows of any length"
+    if norm.op == FUSED_ADD.name and not _is_given_up(norm.arguments["residual"], norm.node):
+        return "nobody gave up the residual, which would be copied first"
+    if not norm.functional and not _is_the_only_name(norm.rows, norm.node, places):
+        return "a view of the rows was taken before the norm wrote them"
+    value = None if weight is None else weight.meta["val"]
+    return trial.declined_quantised(x, value, norm.spec, found.spec, norm.adds, found.given is not None)
+
+
+def _is_given_up(residual: fx.Node, norm: fx.Node) -> bool:
+    return residual.op != "placeholder" and all(user is norm for user in residual.users)
+
+
+def _is_the_only_name(rows: fx.Node, norm: fx.Node, places: Places) -> bool:
+    """Whether what a norm writes in place is read behind it through `rows` alone: by no view that was taken before, and
+    by nothing that `rows` is itself a view of."""
+
+    def is_done(node: fx.Node) -> bool:
+        """Whether a node, and what may be a view of it, is read before the norm alone."""
+        return places[node] < places[norm] and (not _may_be_a_view(node) or all(map(is_done, node.users)))
+
+    if not all(places[user] >= places[norm] or is_done(user) for user in rows.users):
+        return False
+    while _may_be_a_view(rows) and rows.all_input_nodes:
+        viewed, rows = rows, rows.all_input_nodes[0]
+        if not all(user is viewed or is_done(user) for user in rows.users):
+            return False
+    return True
+
+
+def _may_be_a_view(node: fx.Node) -> bool:
+    """Whether a node's value may be memory of another one; what is no op with a schema counts as one that is."""
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or node.target is auto_functionalized:
+        return False
+    return schema is None or any(argument.alias_info is not None for argument in schema.arguments)
+
+
+def _replace(graph: fx.Graph, norm: Norm, same: list[Quantisation], places: Places) -> bool:
+    """Put the op that writes quantised rows in place of the norm, and its results in place of what quantised them.
+    Returns whether somebody reads the plain rows too."""
+
+    def replace_behind(old: fx.Node, new: fx.Node, node: fx.Node) -> None:
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: places.get(user, -1) > places[node])
+
+    with graph.inserting_before(norm.node):
+        made, results = _insert(graph, norm, same[0])
+        rows, scales, normed, *totals = results
+        for one in same:
+            for held, result in (*((old, rows) for old in one.rows), *((old, scales) for old in one.scales)):
+                replace_behind(held, _as_shaped(graph, result, held), one.node)
+    replace_behind(norm.rows, normed, norm.node)
+    if norm.total is not None:
+        norm.total.replace_all_uses_with(totals[0])
+    for one in same:
+        _erase_unread(graph, one.nodes)
+    both = bool(normed.users)
+    if not both:
+        _write_rows_once(made, norm, same[0].spec)
+    _erase_unread(graph, results)
+    if norm.functional and norm.rows is not norm.node:
+        _erase_unread(graph, [norm.rows] if norm.total is None else [norm.rows, norm.total])
+    graph.erase_node(norm.node)
+    return both
+
+
+def _insert(graph: fx.Graph, norm: Norm, found: Quantisation) -> tuple[fx.Node, list[fx.Node]]:
+    """The op, with both outputs, and each of its results; in front of the norm."""
+    name = norm_quantised_op.FUSED if norm.adds else norm_quantised_op.PLAIN
+    op = getattr(torch.ops.rmsnorm_patch, name).default
+    quant = found.spec
+    names = ("value", "arithmetic", "layout", "power_of_two", "both")
+    more = dict(zip(names, norm_quantised_op.quant_args(quant, both=True), strict=True))
+    arguments = {**norm.arguments, "given": found.given, "scheme": quant.scheme, **more}
+    values = _values(norm, quant, both=True)
+    if norm.adds and norm.functional:
+        made = graph.call_function(auto_functionalized, (op,), arguments)
+        values = *values, norm.arguments["residual"].meta["val"]
+    else:
+        made = graph.call_function(op, tuple(arguments[argument.name] for argument in op._schema.arguments))
+    made.meta["val"] = values
+    if stack := norm.node.meta.get("nn_module_stack"):  # no more: some of it belongs to the norm's own arguments
+        made.meta["nn_module_stack"] = stack
+    results = []
+    for place, value in enumerate(values):
+        results.append(graph.call_function(operator.getitem, (made, place)))
+        results[-1].meta["val"] = value
+    return made, results
+
+
+def _values(norm: Norm, quant: QuantSpec, both: bool) -> tuple[torch.Tensor, ...]:
+    weight = norm.arguments["weight"]
+    value = None if weight is None else weight.meta["val"]
+    return norm_quantised_kernel.new_results(norm.arguments["x"].meta["val"], value, norm.spec, quant, both)
+
+
+def _write_rows_once(made: fx.Node, norm: Norm, quant: QuantSpec) -> None:
+    if made.target is auto_functionalized:
+        made.kwargs = {**made.kwargs, "both": False}
+    else:
+        made.args = (*made.args[:-1], False)
+    made.meta["val"] = *_values(norm, quant, both=False), *made.meta["val"][3:]
+
+
+def _as_shaped(graph: fx.Graph, result: fx.Node, held: fx.Node) -> fx.Node:
+    """A result [M, ...] in the shape that its readers know: arithmetic has groups in a dimension of their own."""
+    value = held.meta["val"]
+    if value.dim() == 2:
+        return result
+    shaped = graph.call_function(aten.reshape.default, (result, [-1, *value.shape[1:]]))
+    shaped.meta["val"] = value
+    return shaped
+
+
+def _erase_unread(graph: fx.Graph, nodes: list[fx.Node]) -> None:
+    """Erase those that nobody reads; each stands before what it reads."""
+    for node in dict.fromkeys(nodes):
+        if not node.users and node.op != "placeholder":
+            graph.erase_node(node)
+
+
+_TOLD: set[tuple[Any, ...]] = set()
+
+
+def _tell(norm: Norm, what: str, *once: Any) -> None:
+    """One line in the log; where something is to be told `once`, only for the first norm of it."""
+    path, columns = _path(norm), str(norm.arguments["x"].meta["val"].shape[-1])
+    key = (columns, *once) if once else (path, columns, what)
+    if key not in _TOLD:
+        _TOLD.add(key)
+        logger.info("rmsnorm_patch: %s (%s columns) %s", path, columns, what)
+
+
+def _tell_served(norm: Norm, found: Quantisation, both: bool) -> None:
+    spec = found.spec
+    value = "its fp32 value" if spec.value == "fp32" else "its rounded value"
+    second = ", and plain rows beside them" if both else ""
+    text = f"writes {spec.scheme} rows of {value}, in place of {found.name}{second}; so do others like it"
+    _tell(norm, text, spec, found.name, both)
+
+
+def _tell_plain(norm: Norm, places: Places) -> None:
+    """Which plain rows are read by whom."""
+    behind = (user for user in norm.rows.users if places[user] > places[norm.node])
+    names = sorted({str(user.args[0] if user.target is auto_functionalized else user.target) for user in behind})
+    if norm.rows.meta["val"].dim() == 2:
+        _tell(norm, f"writes plain rows, as {', '.join(names)} reads them; so do others like it", "plain", *names)
+
+
+def _path(norm: Norm) -> str:
+    """Where a norm stands in the model, as far as its graph says."""
+    for node in (norm.node, norm.rows, *norm.rows.users):
+        if stack := node.meta.get("nn_module_stack"):
+            path = str(list(stack.values())[-1][0])
+            return path.replace("L['self'].", "").replace("L['s'].", "")
+    return "a norm"
+
+
+def wrap_configure(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Of vLLM's manager of passes: it learns whether its engine's products may read quantised rows."""
+
+    def configure(self: Any, config: Any) -> None:
+        original(self, config)
+        self.rmsnorm_patch_quantised = decision_for(config).quantised
+
+    return configure
+
+
+def wrap_call(original: Callable[..., Any]) -> Callable[..., Any]:
+    def call(self: Any, graph: fx.Graph) -> None:
+        original(self, graph)
+        if _fuses(self):
+            try:
+                fuse(graph)
+            except Exception as error:  # each norm leaves a right graph
+                warn_once(f"not every norm writes quantised rows: {type(error).__name__}: {error}")
+
+    return call
+
+
+def wrap_uuid(original: Callable[..., Any]) -> Callable[..., Any]:
+    """As `linear_pass.wrap_uuid`."""
+
+    def uuid(self: Any) -> str:
+        return f"{original(self)}|rmsnorm_patch quantised {_fuses(self)}"
+
+    return uuid
+
+
+def _fuses(manager: Any) -> bool:
+    """What `wrap_configure` has told a manager; one that was configured before leaves norms as they are."""
+    return getattr(manager, "rmsnorm_patch_quantised", False)

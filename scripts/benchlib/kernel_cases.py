@@ -1,0 +1,212 @@
+"""Random calls of the norms' ops, each judged: against fp64, the reference's roundings, canaries and poisoned results.
+
+`drawn(variant, seed)` is one call of a variant (op, spec, dtypes, row length); `fault_in(case)` makes it and says what
+is wrong with it. The same cases run on a GPU and, with the interpreted Triton kernels, on a CPU.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rmsnorm_patch import ops
+from rmsnorm_patch.numerics import reference
+from rmsnorm_patch.numerics.spec import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, T5, NormSpec
+from rmsnorm_patch.numerics.tolerances import SITE
+from rmsnorm_patch.proof.difference import compare
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+CANARY = 1234.0
+SPECS = (
+    LLAMA,
+    FP32_WEIGHT_MULTIPLY,
+    GEMMA,
+    T5,
+    NormSpec(has_weight=False),
+    NormSpec(weight_offset="weight_dtype"),
+    NormSpec(output="input"),
+    NormSpec(sum="fp32", round_before_weight="none", output="input"),
+    NormSpec(width=100),
+    NormSpec(group=64),
+)
+LENGTHS = (1, 7, 64, 96, 111, 128, 192, 256, 513, 576, 768, 769, 896, 1024, 1536, 1600, 2048, 2052, 2560, 2880, 3072,
+           3584, 4096, 4098, 5120, 5125, 6144, 7168, 8192, 9216, 12288, 16384, 20480, 24449, 32768, 65536)  # fmt: skip
+DTYPES = ((BF16, BF16), (BF16, BF16), (FP16, FP16), (FP32, FP32), (BF16, FP32), (FP16, FP32))
+OPS = ("rms_norm", "fused_add_rms_norm", "fused_add_rms_norm_")
+LAYOUTS = ("dense", "dense", "offset", "padded", "two levels")
+ELEMENTS = 1 << 22
+"""At most in one call."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a kernel is compiled for. layout: how operands lie beside the dense ones."""
+
+    op: str
+    spec: NormSpec
+    dtype: torch.dtype
+    weight_dtype: torch.dtype
+    n: int
+    layout: str
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. rows: [M] or, in two levels, [M, 3]. scale: of the values. special: what stands in the first rows."""
+
+    variant: Variant
+    m: int
+    eps: float
+    scale: float
+    special: str
+    seed: int
+
+    @property
+    def named(self) -> str:
+        v = self.variant
+        return f"{v.op} {v.spec} {v.dtype} {v.weight_dtype} {self.m}x{v.n} {v.layout} eps={self.eps} scale={self.scale} {self.special} seed={self.seed}"  # noqa: E501
+
+
+def variants(count: int, seed: int) -> list[Variant]:
+    """`count` different variants that have a kernel."""
+    draw, found = random.Random(seed), {}
+    while len(found) < count:
+        op, spec, n = draw.choice(OPS), draw.choice(SPECS), draw.choice(LENGTHS)
+        dtype, weight_dtype = draw.choice(DTYPES)
+        if (spec.group and n % spec.group) or (spec.width and n <= spec.width):
+            continue
+        if op.endswith("_") and spec.output_dtype(dtype, weight_dtype if spec.has_weight else None) != dtype:
+            continue
+        if op == "rms_norm" and spec.sum == "fp32":
+            continue
+        found[Variant(op, spec, dtype, weight_dtype, n, draw.choice(LAYOUTS))] = None
+    return list(found)
+
+
+def drawn(variant: Variant, seed: int) -> Case:
+    draw = random.Random(f"{variant} {seed}")
+    most = max(1, ELEMENTS // variant.n)
+    m = min(most, draw.choice((1, 2, 3, 4, 5, 8, 16, 17, 31, 33, 64, 100, 129, 257, 600, 1025, 2100)))
+    eps = draw.choice((1e-6, 1e-5, 1e-6, 0.25))
+    scale = draw.choice((1.0, 1.0, 1e-3, 30.0))
+    return Case(variant, m, eps, scale, draw.choice(("", "", "zeros", "nan", "inf", "last columns")), seed)
+
+
+class Guarded:
+    """Rows of values inside an allocation full of canaries, which must stay as they are."""
+
+    def __init__(self, case: Case, device: str, generator: torch.Generator, written: bool) -> None:
+        v = case.variant
+        levels = (case.m, 3) if v.layout == "two levels" else (case.m,)
+        padding = 0 if v.layout in ("dense", "offset") else 24
+        start = (3 if v.layout == "offset" else 0) + 4 * (v.n + padding)  # rows before the first
+        shape = (*levels, v.n)
+        strides = [v.n + padding]
+        if len(levels) == 2:
+            strides = [5 * strides[0], strides[0]]
+        size = start + sum(s * (k - 1) for s, k in zip(strides, levels, strict=True)) + 5 * (v.n + padding)
+        self.memory = torch.full((size,), CANARY, dtype=v.dtype, device=device)
+        self.rows = self.memory.as_strided(shape, (*strides, 1), start)
+        values = torch.randn(shape, generator=generator, device=device) * case.scale
+        flat = values.view(-1, v.n)
+        if case.special == "zeros":
+            flat[0] = 0
+        elif case.special in ("nan", "inf"):
+            flat[-1, v.n // 2] = float(case.special)
+        elif case.special == "last columns":
+            flat[:, : -min(8, v.n)] *= 1e-3
+        self.rows.copy_(values)
+        self.written = written
+
+    def broken(self) -> bool:
+        """Whether anything but the rows changed; call it once the rows are no longer needed."""
+        self.rows.fill_(CANARY)
+        return bool((self.memory != CANARY).any())
+
+
+def _poison(case: Case, device: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Neighbours that must keep their canaries, and blocks of NaN which the allocator gives to the results."""
+    shape = (case.m * (3 if case.variant.layout == "two levels" else 1), case.variant.n)
+    blocks = [torch.full(shape, CANARY, dtype=case.variant.dtype, device=device) for _ in range(5)]
+    for block in blocks[1::2]:
+        block.fill_(float("nan"))
+    return blocks[::2], blocks[1::2]
+
+
+Op = Callable[..., Any]
+
+
+def fault_in(case: Case, backend: str, device: str, bind: Callable[[str, NormSpec, str], Op] | None = None) -> str:
+    """What is wrong with one call, or "". bind: what makes the op, for tests; default `ops.bind`."""
+    v, bound = case.variant, (bind or _bind)(case.variant.op, case.variant.spec, backend)
+    generator = torch.Generator(device).manual_seed(case.seed)
+    x = Guarded(case, device, generator, v.op.endswith("_"))
+    residual = Guarded(case, device, generator, v.op.endswith("_"))
+    weight = None
+    if v.spec.has_weight:
+        weight = torch.rand(v.n, generator=generator, device=device) + 0.5
+        weight = (weight - float(v.spec.weight_offset != "none")).to(v.weight_dtype)
+    kept_x, kept_residual = x.rows.clone(), residual.rows.clone()
+    neighbours, poison = _poison(case, device)
+    del poison
+    total = want_total = None
+    if v.op == "rms_norm":
+        normed = bound(x.rows, weight, case.eps)
+        want = reference.rms_norm(kept_x, weight, v.spec, case.eps)
+        summed = kept_x
+    else:
+        want, want_total = reference.fused_add_rms_norm(kept_x, kept_residual, weight, v.spec, case.eps)
+        summed = want_total if v.spec.sum == "rounded" else kept_x.float() + kept_residual.float()
+        if x.written:
+            bound(x.rows, residual.rows, weight, case.eps)
+            normed, total = x.rows.clone(), residual.rows.clone()
+        else:
+            normed, total = bound(x.rows, residual.rows, weight, case.eps)
+    found = [*_values(normed, want, summed, weight, case), *_sums(total, want_total)]
+    if not x.written and not (_same(x.rows, kept_x) and _same(residual.rows, kept_residual)):
+        found.append("an operand was written")
+    if x.broken() or residual.broken() or any(bool((block != CANARY).any()) for block in neighbours):
+        found.append("something was written outside")
+    return "; ".join(found)
+
+
+def _bind(op: str, spec: NormSpec, backend: str) -> Op:
+    return ops.bind(op, spec, backend)  # type: ignore[arg-type]
+
+
+def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
+    return torch.equal(left.nan_to_num(7.0), right.nan_to_num(7.0)) and torch.equal(left.isnan(), right.isnan())
+
+
+def _sums(total: torch.Tensor | None, want: torch.Tensor | None) -> Iterator[str]:
+    if total is not None and want is not None and not _same(total, want):
+        yield "the sum is not x + residual"
+
+
+def _values(
+    got: torch.Tensor, want: torch.Tensor, summed: torch.Tensor, weight: torch.Tensor | None, case: Case
+) -> Iterator[str]:
+    """Against the reference with its roundings, and against fp64 with the reference's own error as the measure."""
+    if got.dtype != want.dtype or got.shape != want.shape:
+        yield f"{got.dtype} {tuple(got.shape)} in place of {want.dtype} {tuple(want.shape)}"
+        return
+    spec, dtype = case.variant.spec, case.variant.dtype
+    got, want, summed = (t.reshape(-1, t.shape[-1]) for t in (got, want, summed))
+    if not torch.equal(got.isfinite(), want.isfinite()):
+        yield "NaN or infinity in another place than the reference has them"
+        return
+    if got.dtype == dtype:
+        yield from compare(got, want).violations(SITE[dtype], dtype)
+    rows = summed.isfinite().all(-1) & want.isfinite().all(-1)
+    if not bool(rows.any()):
+        return
+    exact = reference.rms_norm_fp64(summed[rows], weight, spec, case.eps)
+    error, own = ((y[rows].double() - exact).square().mean().sqrt().item() for y in (got, want))
+    step = torch.finfo(spec.rounded_dtype(dtype, None if weight is None else weight.dtype)).eps
+    size = exact.square().mean().sqrt().item()
+    if error > 1.05 * own + step * size * (got.shape[-1] * int(rows.sum())) ** -0.5 + 8 * 2.0**-24 * size:
+        yield f"rms error {error:.3e} against fp64, the reference's own {own:.3e}"

@@ -1,0 +1,314 @@
+"""Say of each numbered case which tests hold it and how they last ended: writes docs/reliability.md.
+
+    python scripts/reliability.py                     write the page from the cases and the results
+    python scripts/reliability.py --check             exit 1 where the page is stale
+    python scripts/reliability.py run --where cpu     run the tests that cases name, keep their results, write the page
+    python scripts/reliability.py take REPORT.xml     keep the results in pytest's own reports, write the page
+
+Cases: `integration_tests/adversarial/cases.toml`. Results: `records/cases`, a file for each machine. What was skipped
+is no result. `--results` names another folder to keep them in, and then no page is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+from benchlib.pages import wrapped  # noqa: E402
+from benchlib.stamp import stamp  # noqa: E402
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PAGE = ROOT / "docs" / "reliability.md"
+TESTS = ROOT / "integration_tests"
+CASES = TESTS / "adversarial" / "cases.toml"
+RESULTS = ROOT / "records" / "cases"
+MUTANTS, FUZZ = ROOT / "records" / "mutants", ROOT / "records" / "fuzz"
+EQUIVALENT = ROOT / "scripts" / "mutation" / "equivalent.toml"
+WHERE = {"cpu": "CPU", "vllm": "CPU, with vLLM", "gpu": "GPU"}
+
+Results = dict[str, list["Result"]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """number: of the list, never reused. tests: file::function below `integration_tests`. gap: what no test holds, and
+    why. record: a part of a GPU record that speaks of it."""
+
+    number: int
+    statement: str
+    tests: tuple[str, ...]
+    gap: str = ""
+    record: str = ""
+
+
+@dataclass(frozen=True)
+class Result:
+    """How the runs of one test function ended on one machine: counts over its parameters."""
+
+    machine: str
+    passed: int
+    failed: int
+    date: str
+    commit: str
+
+
+@dataclass
+class Area:
+    name: str
+    cases: list[Case] = field(default_factory=list)
+
+
+def read_cases() -> list[Area]:
+    """The areas and their cases, in the order of the file."""
+    areas = tomllib.loads(CASES.read_text())["area"]
+    return [Area(a["name"], [Case(**{**c, "tests": tuple(c["tests"])}) for c in a["case"]]) for a in areas]
+
+
+def named_tests(areas: Iterable[Area]) -> list[str]:
+    """Every test that a case names, once."""
+    return list(dict.fromkeys(test for area in areas for case in area.cases for test in case.tests))
+
+
+def where(test: str) -> str:
+    """Which environment runs it: a key of WHERE."""
+    return {"gpu": "gpu", "vllm_plugin": "vllm"}.get(test.partition("/")[0], "cpu")
+
+
+def read_results(folder: Path = RESULTS) -> Results:
+    """test -> its last result on each machine."""
+    found: Results = {}
+    for path in sorted(folder.glob("*.json")):
+        record = json.loads(path.read_text())
+        for test, result in record["tests"].items():
+            found.setdefault(test, []).append(Result(record["machine"], **result))
+    return found
+
+
+def counts_of(reports: Iterable[Path]) -> dict[str, dict[str, int]]:
+    """test -> passed and failed of its parameters, from pytest's XML; a test that was only skipped is left out."""
+    found: dict[str, dict[str, int]] = {}
+    for report in reports:
+        for case in ElementTree.parse(report).getroot().iter("testcase"):
+            if case.find("skipped") is not None:
+                continue
+            file = case.get("classname", "").replace(".", "/").removeprefix(f"{TESTS.name}/")
+            counts = found.setdefault(
+                f"{file}.py::{case.get('name', '').partition('[')[0]}", {"passed": 0, "failed": 0}
+            )
+            is_red = case.find("failure") is not None or case.find("error") is not None
+            counts["failed" if is_red else "passed"] += 1
+    return found
+
+
+def take(reports: Iterable[Path], machine: str, folder: Path = RESULTS) -> int:
+    """Keep what the reports say of tests that a case names; how many."""
+    wanted = set(named_tests(read_cases()))
+    when = stamp()
+    new = {test: {**counts, **when} for test, counts in counts_of(reports).items() if test in wanted}
+    path = folder / (re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-") + ".json")
+    before = json.loads(path.read_text())["tests"] if path.exists() else {}
+    kept = {test: result for test, result in sorted({**before, **new}.items()) if test in wanted}
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": machine, "tests": kept}, indent=1) + "\n")
+    return len(new)
+
+
+def run(place: str, machine: str, folder: Path, words: list[str]) -> int:
+    """Run the tests of one environment that cases name, with this interpreter; pytest's exit status."""
+    tests = [f"{TESTS.name}/{test}" for test in named_tests(read_cases()) if where(test) == place]
+    with tempfile.TemporaryDirectory() as name:
+        report = Path(name) / "junit.xml"
+        status = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-m", "not long", *tests, f"--junitxml={report}", *words],
+            cwd=ROOT, check=False,
+        ).returncode  # fmt: skip
+        print(f"{take([report], machine, folder)} results kept in {folder}")
+    return status
+
+
+def machine_here(place: str) -> str:
+    """The GPU's name, or that of the environment on the CPU."""
+    if place != "gpu":
+        return WHERE[place]
+    import torch
+
+    if not torch.cuda.is_available():
+        raise SystemExit("reliability: --where gpu needs a CUDA device; this machine has none")
+    return torch.cuda.get_device_name(0)
+
+
+def verdict(case: Case, results: Results) -> str:
+    """One word for the last results of a case's tests, and what is missing."""
+    last = [result for test in case.tests for result in results.get(test, ())]
+    if any(result.failed for result in last):
+        return "**failed**"
+    missing = [test for test in case.tests if test not in results]
+    if not case.tests:
+        return "no test"
+    if missing:
+        return "not run" if len(missing) == len(case.tests) else f"passed; {len(missing)} not run"
+    return "passed"
+
+
+def sanitizer_rows() -> tuple[str, list[dict[str, Any]]]:
+    """Of the record that last has such rows: its name, and the rows."""
+    folder = ROOT / "records"
+    for path in [*sorted(folder.glob("*.json")), *sorted((folder / "superseded").glob("*.json"), reverse=True)]:
+        rows = json.loads(path.read_text()).get("sanitizer")
+        if rows:
+            return path.relative_to(ROOT).as_posix(), rows
+    return "", []
+
+
+def _table(area: Area, results: Results) -> Iterator[str]:
+    yield from (f"## {area.name}", "", "| case | what must hold | last result |", "|---|---|---|")
+    for case in area.cases:
+        yield f"| {case.number} | {case.statement} | {verdict(case, results)} |"
+    yield ""
+
+
+def _tests(cases: list[Case], results: Results) -> Iterator[str]:
+    yield from ("## Tests", "", "Files are below `integration_tests`.", "")
+    yield from ("| case | test | where | last result |", "|---|---|---|---|")
+    for case in cases:
+        for test in case.tests:
+            text = ", ".join(_ended(result) for result in results.get(test, ())) or "not run"
+            yield f"| {case.number} | `{test}` | {WHERE[where(test)]} | {text} |"
+    name, rows = sanitizer_rows()
+    for case in cases:
+        if case.record:
+            told = ", ".join(f"{row['tool']} {row['errors']}" for row in rows)
+            yield f"| {case.number} | `scripts/gpu_record.py run --parts sanitizer` | GPU | errors: {told}; `{name}` |"
+    yield ""
+
+
+def _gaps(cases: list[Case]) -> Iterator[str]:
+    yield from ("## What no test holds", "", "| case | what must hold | what is missing, and why |", "|---|---|---|")
+    yield from (f"| {case.number} | {case.statement} | {case.gap} |" for case in cases if case.gap)
+
+
+def _mutants() -> Iterator[str]:
+    """Counts of each run of generated faults, and every survivor of the last run with the reason it has, if any."""
+    runs = [json.loads(path.read_text()) for path in sorted(MUTANTS.glob("*.json"))]
+    why = {entry["fault"]: entry["why"] for entry in tomllib.loads(EQUIVALENT.read_text()).get("equivalent", ())}
+    told = "`scripts/mutants.py` changes one constant, bound, operator, branch, call or store at a time and runs the "
+    told += "tests that fit. A run may take a sample by seed, and may be cut short."
+    yield from ("## Generated faults", "", told)
+    yield from ("", "| suite | faults | run | how they ended | sample | when |", "|---|---|---|---|---|---|")
+    for run in runs:
+        ends = ", ".join(f"{count} {end}" for end, count in run["ends"].items() if count and end != "not run")
+        sample = "all" if run["sample"] is None else f"{run['sample']['size']} by seed {run['sample']['seed']}"
+        yield f"| {run['suite']} | {run['faults']} | {run['run']} | {ends} | {sample} | {_stamp(run)} |"
+    survivors = [(name, run["suite"]) for run in runs for name in (*run["equivalent"], *run["survived"])]
+    killed = [entry for run in runs for entry in run.get("killed_since", ())]
+    if survivors:
+        yield from ("", "| survivor | why it is none |", "|---|---|")
+        yield from (f"| {_cell(name)} | {why.get(name, 'not known yet')} |" for name, _ in survivors)
+    if killed:
+        yield from ("", "| survived that run | what fails on it since |", "|---|---|")
+        yield from (f"| {_cell(entry['fault'])} | `{entry['test']}` |" for entry in killed)
+    yield ""
+
+
+def _fuzz() -> Iterator[str]:
+    told = (
+        "`scripts/fuzz_kernels.py` makes random calls and holds each against fp64, with canaries around the operands "
+    )
+    told += "and NaN in the results' memory."
+    yield from ("## Fuzzed kernels", "", told)
+    found = [json.loads(path.read_text()) for path in sorted(FUZZ.glob("*.json"))]
+    if not found:
+        yield from ("", "No run is recorded yet.", "")
+        return
+    yield from ("", "| device | backend | calls | kernels' variants | wrong | when |", "|---|---|---|---|---|---|")
+    for run in found:
+        made = f"{run['made']} | {run['variants']} | {run['wrong']}"
+        yield f"| {run['device']} | {run['backend']} | {made} | {run['date']}, seed {run['seed']} |"
+    yield ""
+
+
+def _stamp(run: dict[str, Any]) -> str:
+    return f"{run['date']} at {run['commit']}" if run["commit"] else run["date"]
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _ended(result: Result) -> str:
+    counts = f"{result.passed} passed" + (f", **{result.failed} failed**" if result.failed else "")
+    commit = f" at {result.commit}" if result.commit else ""
+    return f"{counts}, {result.machine}, {result.date}{commit}"
+
+
+def page(areas: list[Area], results: Results) -> str:
+    """The page in full."""
+    cases = [case for area in areas for case in area.cases]
+    words = [verdict(case, results) for case in cases]
+    lines = [
+        "# Reliability",
+        "",
+        "Written by `scripts/reliability.py` from `integration_tests/adversarial/cases.toml` and what runs recorded. "
+        "Each case is a bug that shipped somewhere, or one that was found here. How it last ended is the result of its "
+        "tests, with the machine and the commit. A test that was skipped has no result.",
+        "",
+        "| cases | passed | passed in part | failed | not run | without a test |",
+        "|---|---|---|---|---|---|",
+        f"| {len(cases)} | {words.count('passed')} | {sum(w.startswith('passed;') for w in words)} "
+        f"| {words.count('**failed**')} | {words.count('not run')} | {words.count('no test')} |",
+        "",
+    ]
+    for area in areas:
+        lines += _table(area, results)
+    lines += [*_mutants(), *_fuzz(), *_tests(cases, results), *_gaps(cases)]
+    return wrapped("\n".join(lines).rstrip() + "\n")
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="exit 1 where the page is stale")
+    verbs = parser.add_subparsers(dest="verb")
+    for name in ("run", "take"):
+        verb = verbs.add_parser(name)
+        verb.add_argument("--where", choices=tuple(WHERE), required=name == "run", default="cpu", help="environment")
+        verb.add_argument("--results", type=Path, default=RESULTS, help="folder to keep results in")
+    verbs.choices["run"].add_argument("words", nargs="*", metavar="PYTEST_ARGUMENT", help="behind --")
+    verbs.choices["take"].add_argument("reports", nargs="+", type=Path, metavar="REPORT.xml")
+    verbs.choices["take"].add_argument("--machine", help="its name; default: this one's")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parsed()
+    status = 0
+    if args.verb == "run":
+        status = run(args.where, machine_here(args.where), args.results, args.words)
+    elif args.verb == "take":
+        machine = args.machine or machine_here(args.where)
+        print(f"{take(args.reports, machine, args.results)} results kept in {args.results}")
+    text = page(read_cases(), read_results())
+    if args.check:
+        raise SystemExit(0 if PAGE.exists() and PAGE.read_text() == text else "docs/reliability.md is stale")
+    if args.verb is None or args.results == RESULTS:
+        PAGE.write_text(text)
+    raise SystemExit(status)
+
+
+if __name__ == "__main__":
+    main()
