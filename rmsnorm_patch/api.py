@@ -156,7 +156,10 @@ def _scan(model: nn.Module, settings: Settings) -> tuple[Plan, Layout]:
     norms, notes = expect(model, scan_norms(model, settings.include, settings.exclude))
     found = layout(model, norms)
     pairs = found.pairs()
-    changed = [site.path for site in norms if site.action == "fuse"] + [p.layer for p in pairs if p.action == "fuse"]
+    query_key = found.query_key(pairs, dispatch.requested_backend(settings.backend))
+    changed = [site.path for site in norms if site.action == "fuse"]
+    changed += [pair.layer for pair in pairs if pair.action == "fuse"]
+    changed += [site.layer for site in query_key if site.action == "fuse"]
     wanted = Plan(
         model_class=type(model).__name__,
         backend=settings.backend,
@@ -165,6 +168,7 @@ def _scan(model: nn.Module, settings: Settings) -> tuple[Plan, Layout]:
         include=settings.include,
         exclude=settings.exclude,
         notes=(*notes, *registries.notes({type(model.get_submodule(path)): None for path in changed})),
+        query_key=query_key,
     )
     return wanted, found
 
@@ -191,7 +195,7 @@ def _earlier(model: nn.Module, settings: Settings) -> Report | None:
                 "call revert on this module first",
             )
     report = applied_report(model)
-    if report is None or (report.norms, report.layers) != patched_paths(model):
+    if report is None or (report.norms, report.layers, report.attentions) != patched_paths(model):
         return None
     return report
 

@@ -14,10 +14,12 @@ import torch
 from rmsnorm_patch.backends.cuda import backend as cuda_backend
 from rmsnorm_patch.backends.cuda import jit, launcher
 from rmsnorm_patch.fused.norm_add import kernel as norm_add
+from rmsnorm_patch.fused.query_key_norm.kernel import TWO_NORMS, BoundPair
 from rmsnorm_patch.numerics.spec import NormSpec
 
-FUNCTION, CONTEXT = 0x7000, 1
+FUNCTION, TWO_SETS, CONTEXT = 0x7000, 0x7003, 1
 PLAIN = jit.source_of("rms_norm_rows.cu").arguments
+PAIR = jit.source_of("rms_norm_pair.cu").arguments
 
 
 class Driver:
@@ -65,6 +67,15 @@ def norm_add_table(op: str, spec: NormSpec, n: int) -> Any:
     arguments, which = jit.source_of("rms_norm_add.cu").arguments, FUNCTION + code - 2
     handle = bound.functions.new_kernel(which, CONTEXT, n, 2**63 - 1, 1, 1, 32, 0, 4, 4, 0, arguments)
     _add_plan(bound, handle, n)
+    return bound.table
+
+
+def table_of_two(spec: NormSpec, n: int) -> Any:
+    """The same for the norms of a query and a key, in rows of one level and of two."""
+    bound, _ = cuda_backend.started(TWO_NORMS, spec, lambda functions: BoundPair(spec, True, functions))
+    handle = bound.functions.new_kernel(TWO_SETS, CONTEXT, n, 2**63 - 1, 1, 1, 32, 0, 4, 4, 0, PAIR)
+    code, fp32 = launcher.dlpack_code(torch.float32), torch.float32
+    bound.functions.add_plan(bound.table, handle, handle, fp32, fp32, fp32, n, 0, 4, 4, 1e-6, code, code)
     return bound.table
 
 

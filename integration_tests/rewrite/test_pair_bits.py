@@ -100,8 +100,10 @@ def test_bit_identical_with_every_cache(small_model, tokens, model_type: str, dt
     assert identical(before, after)
     pairs = 2 * LAYERS
     assert (ran["in_layer"], ran["cross_layer"], ran["taken"]) == (LAYERS, LAYERS, LAYERS)
+    shared = 2 * len(list(plan.fused_query_key()))
+    assert ran["together"] == shared
     assert ran["norm_add"] == len(list(plan.fused_pairs("norm_add")))
-    assert ran["norm"] == len(list(plan.fused_norms())) - pairs - ran["norm_add"]
+    assert ran["norm"] == len(list(plan.fused_norms())) - pairs - ran["norm_add"] - shared
     for cache, text in texts.items():
         assert torch.equal(greedy(model, tokens, cache), text), cache
     rmsnorm_patch.revert(model)
@@ -121,7 +123,15 @@ def test_llama_is_one_norm_and_two_fused_calls_a_layer(small_model, tokens) -> N
     ("model_type", "expected"),
     [
         # norms stand behind the sub-layers: no norm reads a sum but the final one
-        ("olmo2", {"final/fuse": 1, "norm_add/fuse": 2 * LAYERS, "norm/fuse": 4 * LAYERS + 1}),
+        (
+            "olmo2",
+            {
+                "final/fuse": 1,
+                "norm_add/fuse": 2 * LAYERS,
+                "norm/fuse": 4 * LAYERS + 1,
+                "query_key/leave": LAYERS,  # q and k of different widths
+            },
+        ),
         ("cohere2", None),  # LayerNorm
         ("starcoder2", None),  # LayerNorm
     ],

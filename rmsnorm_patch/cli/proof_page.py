@@ -95,7 +95,11 @@ def page_of(proof: Proof, plan: Plan) -> str:
             ("worst margin used", _percent(max(judged)) if judged else "none measured"),
             ("greedy tokens", _greedy(proof)),
         ],
-        left=[group for group in (*plan.norm_groups(), *plan.pair_groups()) if group.action == "leave"],
+        left=[
+            group
+            for group in (*plan.norm_groups(), *plan.pair_groups(), *plan.query_key_groups())
+            if group.action == "leave"
+        ],
         percent=_percent,
     )
 

@@ -23,7 +23,7 @@ def plan_table(plan: Plan, width: int) -> Table:
     table.add_column("site, kind, numerics / why", no_wrap=True)
     digits = len(str(max((group.count for group in plan.norm_groups()), default=0)))
     room = width - len("| action | ") - digits - len(" |  |")
-    for groups in (plan.norm_groups(), plan.pair_groups()):
+    for groups in (plan.norm_groups(), plan.pair_groups(), plan.query_key_groups()):
         table.add_section()
         for group in groups:
             lines = wrapped(group.where, room, "  ") + wrapped(f"  {group.what}: {group.why}", room, "  ")

@@ -11,21 +11,24 @@ from dataclasses import dataclass, field
 
 import torch.nn as nn
 
-from ..scan.plan import NormSite, PairSite
+from ..backends.names import Backend
+from ..scan.plan import NormSite, PairSite, QueryKeySite
 from .layer import Layer, decide, in_layer_sites, read_layer
 from .order import CONTAINERS, Order, PlannedStep
+from .query_key import Attention, read_attention
 from .source import NoSource
 
 
 @dataclass
 class Layout:
     """What was read from a model. `unread`: (layer path, norm path, why) for forwards without readable source.
-    `apart`: what runs one after the other without a hand-over."""
+    `apart`: what runs one after the other without a hand-over. `attentions`: those that norm a query and a key."""
 
     layers: dict[str, Layer] = field(default_factory=dict)
     steps: list[PlannedStep] = field(default_factory=list)
     unread: list[tuple[str, str, str]] = field(default_factory=list)
     apart: list[PairSite] = field(default_factory=list)
+    attentions: dict[str, Attention] = field(default_factory=dict)
 
     def pairs(self) -> tuple[PairSite, ...]:
         """Every pair, in the order of the layers."""
@@ -41,6 +44,12 @@ class Layout:
             found.extend(site for site in dict.fromkeys(self.apart) if site.layer == layer.path)
         return tuple(found)
 
+    def query_key(self, pairs: Iterable[PairSite], backend: Backend) -> tuple[QueryKeySite, ...]:
+        """Every attention's query and key norms. pairs, backend: those of the plan."""
+        rewritten = frozenset(pair.layer for pair in pairs if pair.action == "fuse")
+        attentions = self.attentions.values()
+        return tuple(site for attention in attentions for site in attention.sites(rewritten, backend))
+
 
 def layout(model: nn.Module, norm_sites: Iterable[NormSite]) -> Layout:
     """Read every layer and loop of `model`."""
@@ -53,6 +62,9 @@ def layout(model: nn.Module, norm_sites: Iterable[NormSite]) -> Layout:
     for path, module in model.named_modules():
         below = dict(_norms_below(module, sites))
         if below and type(module) not in CONTAINERS:
+            attention = read_attention(path, module, below)
+            if attention is not None:
+                found.attentions[path] = attention
             try:
                 layer = read_layer(path, module, below)
             except NoSource as reason:

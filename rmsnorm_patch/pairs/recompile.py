@@ -110,17 +110,22 @@ def rewrite(source: Source, key: LayerKey, original: type, helpers: Mapping[str,
         _fuse_norm_add(tree, each)
     for each in added:
         _leave_to_the_add(each)
+    called = {name: helpers[name] for name in HELPERS}
+    return compiled(tree, source, original, {**called, "unseen": questions.unseen, "unhooked": unhooked})
+
+
+def compiled(
+    tree: ast.FunctionDef, source: Source, original: type, helpers: Mapping[str, Callable[..., Any]]
+) -> Rewritten:
+    """`tree`, the changed forward of `source`, under the decorators of `source`. helpers: what it calls as
+    `_rmsnorm_<name>`. Raises NoSource."""
     _ask_class(tree)
     patched = types.CellType()
 
     def now(layer: nn.Module) -> Callable[..., Any]:
         return running_now(layer, original, source.function)
 
-    called = {f"_rmsnorm_{name}": types.CellType(helpers[name]) for name in HELPERS}
-    called |= {
-        "_rmsnorm_unseen": types.CellType(questions.unseen),
-        "_rmsnorm_unhooked": types.CellType(unhooked),
-    }
+    called = {f"_rmsnorm_{name}": types.CellType(helper) for name, helper in helpers.items()}
     called |= {"_rmsnorm_type": types.CellType(type), "_rmsnorm_isinstance": types.CellType(isinstance)}
     called |= {"_rmsnorm_class": patched, "_rmsnorm_now": types.CellType(now)}
     made = _compile(tree, source.function, called)
@@ -281,6 +286,11 @@ def _replace(block: list[ast.stmt], old: ast.stmt, new: list[ast.stmt]) -> None:
         ast.fix_missing_locations(ast.copy_location(statement, old))
     at = block.index(old)
     block[at : at + 1] = new
+
+
+def substitute(statement: ast.stmt, old: ast.AST, new: ast.expr) -> None:
+    """Put `new` where `old` is in `statement`."""
+    _Substitute(old, new).visit(statement)
 
 
 class _Substitute(ast.NodeTransformer):

@@ -110,6 +110,24 @@ def trace_calls(module: nn.Module, cls: type, source: Source) -> Calls:
     return Calls(frozenset(first), frozenset(last), usual, seldom, frozenset(indirect))
 
 
+def trace_reached(
+    module: nn.Module, cls: type, source: Source, norms: frozenset[str], optional: bool
+) -> tuple[list[torch.fx.Node], str]:
+    """The nodes of a forward as far as it runs on proxies, in their order, and why it ended there, or "".
+
+    Of an attention nothing is wanted beyond its norms, and much of what follows them cannot run on proxies. A shape
+    that is unpacked has two sizes: of the batch and of the sequence. norms: paths below `module`. optional: give
+    arguments that are None else. Raises NoSource where it cannot be begun."""
+    recorder = _ShapeRecorder(source.function.__code__, {id(module.get_submodule(path)): path for path in norms})
+    arguments, named = _arguments(recorder, source, optional)
+    ended = ""
+    try:
+        source.function(_stand_in(recorder, module, cls), *arguments, **named)
+    except Exception as error:  # the model's own code on proxies: anything can happen
+        ended = _untraceable(error)
+    return list(recorder.graph.nodes), ended
+
+
 def _producer(node: Any) -> nn.Module | None:
     """The module whose hidden state `node` is: its result, or the first of its results."""
     while isinstance(node, torch.fx.Node) and node.target is operator.getitem and node.args[1] == 0:
@@ -123,18 +141,27 @@ def _run(
 ) -> tuple[_Recorder, Proxy, Any]:
     """What was recorded, the hidden states given and those returned. optional: give arguments that are None else."""
     recorder = _Recorder(source.function.__code__, norms)
-    stand_in: Any = object.__new__(cls)
-    for name, value in module.__dict__.items():  # what the forward stores in them must not reach the module
-        stand_in.__dict__[name] = copy.copy(value) if type(value) in _CONTAINERS else value
-    stand_in.__dict__["_modules"] = {
-        name: None if child is None else _Leaf(recorder, name, child) for name, child in module._modules.items()
-    }
     arguments, named = _arguments(recorder, source, optional)
     try:
-        returned = _without_masks(source.function, recorder)(stand_in, *arguments, **named)
+        returned = _without_masks(source.function, recorder)(_stand_in(recorder, module, cls), *arguments, **named)
     except Exception as error:  # the model's own code on proxies: anything can happen
-        raise NoSource(f"its forward could not be traced ({type(error).__name__}: {str(error)[:120]})") from error
+        raise NoSource(_untraceable(error)) from error
     return recorder, arguments[0], _first_of(returned)
+
+
+def _stand_in(recorder: _Recorder, module: nn.Module, cls: type) -> Any:
+    """An instance of `cls` with what `module` has, whose children record their calls."""
+    made: Any = object.__new__(cls)
+    for name, value in module.__dict__.items():  # what the forward stores in them must not reach the module
+        made.__dict__[name] = copy.copy(value) if type(value) in _CONTAINERS else value
+    made.__dict__["_modules"] = {
+        name: None if child is None else _Leaf(recorder, name, child) for name, child in module._modules.items()
+    }
+    return made
+
+
+def _untraceable(error: Exception) -> str:
+    return f"its forward could not be traced ({type(error).__name__}: {str(error)[:120]})"
 
 
 def _without_masks(function: FunctionType, recorder: _Recorder) -> FunctionType:
@@ -199,7 +226,7 @@ def _read(recorder: _Recorder, argument: Proxy, returned: Any, norms: frozenset[
                     norm_adds.add(Pair(node.meta["line"], norm.target, shared or _how(node)))
         if node.op == "call_module" and node.target in norms and len(given) == 1:
             readers.setdefault(value(given[0]), node.target)
-        target = _written(node)
+        target = written_by(node)
         if target is not None:
             tensors[node] = tensors.get(target, target)
             written[tensors[node]] = node
@@ -226,7 +253,7 @@ def _operands(node: torch.fx.Node) -> list[Any]:
     return [*node.args[:2], *named][:2]
 
 
-def _written(node: torch.fx.Node) -> torch.fx.Node | None:
+def written_by(node: torch.fx.Node) -> torch.fx.Node | None:
     """What an operation in place writes to."""
     if isinstance(out := node.kwargs.get("out"), torch.fx.Node):
         return out
@@ -286,6 +313,23 @@ class _Value(Proxy):
 
     def __iadd__(self, other: Any) -> Proxy:
         return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+
+class _ShapeRecorder(_Recorder):
+    """Unpacks a shape's leading sizes, as an attention does to view its rows as heads."""
+
+    def proxy(self, node: torch.fx.Node) -> Proxy:
+        return _Shape(node, self)
+
+    def iter(self, obj: Proxy) -> Iterator[Any]:
+        return iter([self.create_proxy("call_function", operator.getitem, (obj, at), {}) for at in range(2)])
+
+
+class _Shape(_Value):
+    """`(*shape, -1)` asks for a length, and goes on where there is none (TypeError)."""
+
+    def __len__(self) -> int:
+        raise TypeError("a proxy has no length")
 
 
 class _Leaf:

@@ -36,7 +36,7 @@ def judge(
     for path in planned:
         expected = original_calls.get(path, 0)
         calls = Counter(ran[path].calls) if path in ran else Counter()
-        own = calls["norm"] + calls["norm_add"] + calls["in_layer"] + calls["taken"]
+        own = calls["norm"] + calls["norm_add"] + calls["in_layer"] + calls["taken"] + calls["together"]
         fused += own
         if own + calls["original"] != expected:
             missing.append(f"{path}: {own + calls['original']} calls, {expected} expected")
@@ -63,6 +63,10 @@ def judge(
                 if got < wanted:
                     missing.append(f"{path}: {wanted - got} {outside}")
                     first = first or path
+    shared = _Shared(prefix, plan, ran, original_calls)
+    fallbacks += shared.fallbacks
+    missing += shared.missing
+    first = first or shared.first
     for path in ran.keys() - set(planned):
         missing.append(f"{path}: ran fused, and the plan leaves it alone")
         first = first or path
@@ -79,7 +83,33 @@ def judge(
         missing=tuple(missing),
         site=first,
         strict=strict,
+        together_expected=shared.expected,
+        together=shared.together,
     )
+
+
+class _Shared:
+    """The norms of queries and keys that the plan puts into one launch."""
+
+    def __init__(
+        self, prefix: str, plan: Plan, ran: Mapping[str, SiteProof], original_calls: Mapping[str, int]
+    ) -> None:
+        self.expected = self.together = 0
+        self.fallbacks: list[str] = []
+        self.missing: list[str] = []
+        self.first = ""
+        for path in dict.fromkeys(prefix + p for site in plan.fused_query_key() for p in (site.query, site.key)):
+            expected, site = original_calls.get(path, 0), ran.get(path)
+            calls = site.calls if site is not None else {}
+            got, explained = calls.get("together", 0), calls.get("single", 0)
+            self.expected += expected
+            self.together += min(got, expected)
+            apart = f"{path}: {expected - got} of {expected} calls did not share a launch with its query or key"
+            if got < expected and site is not None and explained:
+                self.fallbacks.append(f"{apart}, {'; '.join(site.singles)}")
+            if got + explained < expected:
+                self.missing.append(apart)
+                self.first = self.first or path
 
 
 def _did_not_run(layer: str, planned: Sequence[str], original_calls: Mapping[str, int]) -> bool:

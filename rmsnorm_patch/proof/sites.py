@@ -42,6 +42,7 @@ class _Site:
     calls: Counter[str] = field(default_factory=Counter)
     backends: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
+    singles: Counter[str] = field(default_factory=Counter)
     found: dict[tuple[str, str, torch.dtype], Difference] = field(default_factory=dict)
     exact: dict[str, _Exact] = field(default_factory=dict)
     probed: set[str] = field(default_factory=set)
@@ -147,7 +148,7 @@ class SiteWatcher:
                 self.listener(path, event)
             # the norm's own event is judged where an add and its norm were two calls
             paired = event.kind in ("in_layer", "norm_add")
-            fell_apart = event.kind == "kept" or (paired and event.backend == "original")
+            fell_apart = event.kind in ("kept", "single") or (paired and event.backend == "original")
             self._measure_sum(site, event)
             if not fell_apart and (self._only is None or path in self._only):
                 self._judge(site, event)
@@ -163,6 +164,9 @@ class SiteWatcher:
             kind = "original" if kind == "norm" else "apart"
         if event.reason or kind not in ("apart", "kept"):
             site.calls[kind] += 1
+        if event.kind == "single":
+            site.singles[event.reason] += 1
+            return
         site.backends[event.backend] += 1
         if event.reason:
             site.reasons[event.reason] += 1
@@ -356,6 +360,7 @@ class SiteWatcher:
             backends=dict(site.backends),
             reasons=dict(site.reasons),
             measurements=tuple(measured),
+            singles=dict(site.singles),
         )
 
 

@@ -41,14 +41,16 @@ APPLIED = "applied"
 
 def apply_plan(model: nn.Module, plan: Plan, found: Layout | None = None) -> Report:
     """Patch `model` as `plan` says, wholly or not at all. found: what was read from it for the plan; None reads it."""
-    from . import layers, norms
+    from . import layers, norms, query_key
 
     journal = Journal()
     with _changing(journal.rollback):
         try:
             for site in plan.fused_norms():
                 norms.install(model.get_submodule(site.path), site, plan.backend, journal)
-            layers.install(plan, layout(model, plan.norms) if found is None else found, journal)
+            found = layout(model, plan.norms) if found is None else found
+            layers.install(plan, found, journal)
+            query_key.install(plan, found, journal)
             report = Report(plan, *patched_paths(model), _notes(model))
             journal.set_state(model, APPLIED, report)
         except BaseException as error:
@@ -95,12 +97,13 @@ def applied_report(model: nn.Module) -> Report | None:
     return model.__dict__.get(STATE, {}).get(APPLIED)
 
 
-def patched_paths(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Module paths of the patched norms and of the patched layers that are in `model` now."""
+def patched_paths(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Module paths of the patched norms, of the patched layers and of the patched attentions in `model` now."""
     roles = {path: role_of(module) for path, module in model.named_modules()}
     return (
         tuple(path for path, role in roles.items() if role == "norm"),
         tuple(path for path, role in roles.items() if role == "layer"),
+        tuple(path for path, role in roles.items() if role == "attention"),
     )
 
 

@@ -36,7 +36,7 @@ _FACTORIES: dict[str, Factory] = {}
 _CLASSES: dict[tuple[type, str, Hashable], type] = {}
 _LOCK = Lock()
 
-_MADE_BY = {"norm": "norms", "layer": "layers"}
+_MADE_BY = {"norm": "norms", "layer": "layers", "attention": "query_key"}
 """Role -> the module of this folder that registers its factory."""
 
 

@@ -51,10 +51,13 @@ class Calls:
     fused: computed with their add. added: computed with the add behind them. handed_over: taken from the layer before.
     alone: computed by a kernel without an add. reference: by the model's own operations, since no kernel is for that
     device or backend. fallen_back: by the original arithmetic, since a guard said so. apart: adds that were to be
-    computed with this norm and were not.
+    computed with this norm and were not. together: by a kernel that computes the query's and the key's norm in one
+    launch. single: calls that were to be computed so and were not; each is counted among the others, too.
     """
 
-    __slots__ = ("added", "alone", "apart", "fallen_back", "fused", "handed_over", "reference")
+    __slots__ = (
+        *("added", "alone", "apart", "fallen_back", "fused", "handed_over", "reference", "single", "together"),
+    )
 
     def __init__(self) -> None:
         self.fused = 0
@@ -64,6 +67,8 @@ class Calls:
         self.reference = 0
         self.fallen_back = Reasons()
         self.apart = Reasons()
+        self.together = 0
+        self.single = Reasons()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Calls:
         return Calls()

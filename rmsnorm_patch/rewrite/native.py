@@ -1,9 +1,9 @@
-"""launcher.c's part in a patched model: the checks and the call of a pair, or of a norm alone, in one C function each
-(`launcher_pair.h`).
+"""launcher.c's part in a patched model: the checks and the call of a pair, of a norm alone, or of a query's and a key's
+norm, in one C function each (`launcher_pair.h`, `launcher_query_key.h`).
 
-`in_layer`, `hand_over`, `take`, `alone` and those of an add behind a norm are called first; they give None, and have
-done nothing, for whatever they are not sure of, and where there is no C launcher. A norm class is served once `enroll`
-(for `alone`, `enroll_alone`) was called for it.
+`in_layer`, `hand_over`, `take`, `alone`, `query_key` and those of an add behind a norm are called first; they give
+None, and have done nothing, for whatever they are not sure of, and where there is no C launcher. A norm class is served
+once `enroll` (for `alone`, `enroll_alone`, and so on) was called for it.
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ norm_add_norm: Callable[..., Any] = _declined
 norm_hand_over: Callable[..., Any] = _declined
 """(layer, inner, side, a, b) -> the sum of `norm_add`, with the next norm's result riding on it, or None."""
 
+query_key: Callable[..., Any] = _declined
+"""(query norm, key norm, query, key) -> (norm of query, norm of key) or None."""
+
 _classes: dict[type, Any] = {}
 """What the C functions know: patched norm class -> how to read its weight and eps, and the op. They hold this dict."""
 _alone: dict[type, Any] = {}
@@ -49,6 +52,8 @@ _alone: dict[type, Any] = {}
 _norm_add: dict[type, Any] = {}
 _norm_add_norm: dict[type, Any] = {}
 """The same for the functions of these names."""
+_query_key: dict[type, Any] = {}
+"""The same for `query_key`."""
 
 
 def enroll(cls: type, kernel: Any) -> None:
@@ -66,8 +71,13 @@ def enroll_norm_add(cls: type, kernel: Any, table: object, following: bool) -> N
     _enroll(_norm_add_norm if following else _norm_add, cls, kernel, table)
 
 
+def enroll_query_key(cls: type, kernel: Any, table: object) -> None:
+    """Let `query_key` serve the norms of `cls`; `table`: that of the op that norms two (`BoundPair.in_c`)."""
+    _enroll(_query_key, cls, kernel, table)
+
+
 def _enroll(classes: dict[type, Any], cls: type, kernel: Any, table: object) -> None:
-    global in_layer, hand_over, take, alone, norm_add, norm_add_norm, norm_hand_over
+    global in_layer, hand_over, take, alone, norm_add, norm_add_norm, norm_hand_over, query_key
     pairs = None if cls in classes else launcher.functions().pairs
     if pairs is None:
         return
@@ -76,6 +86,7 @@ def _enroll(classes: dict[type, Any], cls: type, kernel: Any, table: object) -> 
         in_layer, hand_over, take, alone = pairs.in_layer, pairs.hand_over, pairs.take, pairs.alone
         norm_add, norm_add_norm = pairs.norm_add, pairs.norm_add_norm
         norm_hand_over = pairs.norm_hand_over
+        query_key = pairs.query_key
     names = kernel.weight_attribute, kernel.eps_attribute
     classes[cls] = pairs.new_norm(table, kernel, *names, float(kernel.implied_eps))
 
@@ -104,4 +115,5 @@ def _set_surroundings(pairs: launcher.Pairs) -> None:
             _module._global_backward_hooks,
             _module._global_backward_pre_hooks,
         ),
+        _query_key,
     )

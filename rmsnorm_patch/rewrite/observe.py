@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 import torch.nn as nn
 
-EventKind = Literal["norm", "norm_add", "in_layer", "cross_layer", "kept", "taken"]
+EventKind = Literal["norm", "norm_add", "in_layer", "cross_layer", "kept", "taken", "together", "single"]
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,12 @@ class Event:
 
     kind: "norm" = a norm alone; "in_layer"/"cross_layer" = residual-add and norm in one call; "kept" = a layer's last
         add that handed nothing over to the norm that it is linked to, for `reason`; "taken" = a norm that returned what
-        the previous layer's tail had computed for it; "norm_add" = a norm in one call with the add of its result.
+        the previous layer's tail had computed for it; "norm_add" = a norm in one call with the add of its result;
+        "together" = one of the query's and the key's norm, computed in one call; "single" = one of the two that its
+        attention has to call by itself, for `reason`; it has no operands.
     norm: the norm module. operands: (x,) or the add's (left, right) in source order, for "norm_add" (what is normed,
-        what that is added to); (sum,) where it was made before. normed, total: the results (`total` None for "norm" and
-        "taken", and for "norm_add" where the event of the norm that reads the sum follows; for "kept", which norms
+        what that is added to); (sum,) where it was made before. normed, total: the results (`total` None but for an
+        add, and for "norm_add" where the event of the norm that reads the sum follows; for "kept", which norms
         nothing, both are the sum). A kernel that norms and adds writes no `normed`: for the observer it is computed.
     backend: "cuda", "triton" or "reference"; a guard that sent the call to the original arithmetic reports
         "original" with `reason`.

@@ -18,13 +18,15 @@ class Report:
 
     plan: what was asked for and what the scan found, the sites left alone and why among it.
     norms: module paths of the norms whose class was swapped. layers: module paths of the layers whose forward now
-        calls a fused op. notes: what a user should know beside that.
+        calls a fused op. attentions: of those that norm queries and keys in one launch. notes: what a user should know
+        beside that.
     proof: the report of `verify`, where `apply` was asked to prove itself. It is not kept on the model.
     """
 
     plan: Plan
     norms: tuple[str, ...]
     layers: tuple[str, ...] = ()
+    attentions: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     proof: Any = field(default=None, compare=False)
 
@@ -51,12 +53,15 @@ class Report:
         """Every norm and layer that was patched, every site of the plan, the notes and the proof."""
         lines = [self._headline(), "norms with another class", *(f"  {path or '(root)'}" for path in self.norms)]
         lines += ["layers with another forward", *(f"  {path or '(root)'}" for path in self.layers)]
+        if self.attentions:
+            lines += ["attentions with another forward", *(f"  {path or '(root)'}" for path in self.attentions)]
         lines += ["plan", *self.plan.explain().splitlines(), *(f"note: {note}" for note in self.notes)]
         proof = [] if self.proof is None else [str(getattr(self.proof, "explain", self.proof.__str__)())]
         return "\n".join([page(lines), *proof])
 
     def _headline(self) -> str:
         done = f"{len(self.norms)} norms and {len(self.layers)} layers and stacks patched"
+        done += f", {len(self.attentions)} attentions" if self.attentions else ""
         return f"{self.plan.model_class}: {done}"
 
     def with_proof(self, proof: Any) -> Report:
@@ -69,6 +74,7 @@ class Report:
             "counts": self.counts(),
             "norms": list(self.norms),
             "layers": list(self.layers),
+            "attentions": list(self.attentions),
             "notes": list(self.notes),
             "plan": self.plan.to_dict(),
         }

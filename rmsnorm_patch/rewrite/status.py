@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch.nn as nn
@@ -21,6 +21,7 @@ OUTCOMES = {
     "added": "in one call with the add behind",
     "handed_over": "taken from the layer before, whose last add computed it",
     "alone": "by a kernel, without an add",
+    "together": "in one launch, a query's norm and its key's",
     "reference": "by the model's own operations: no kernel is for this device or backend",
     "fallen_back": "by the original arithmetic, for the reasons below",
 }
@@ -37,6 +38,8 @@ class SiteStatus:
         calls by what they came to (`OUTCOMES`). why: reason -> calls that fell back.
     apart: adds that the plan computes with this norm and that were computed apart from it; why_apart: reason -> adds.
     not_taken: hand-overs to this norm that it did not take, one under way among them; they were computed in vain.
+    together: calls that shared a launch with the norm of the key, or of the query. why_single: reason -> calls that
+        were to and did not.
     """
 
     path: str
@@ -49,6 +52,8 @@ class SiteStatus:
     why: Mapping[str, int]
     why_apart: Mapping[str, int]
     not_taken: int
+    together: int = 0
+    why_single: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def fallen_back(self) -> int:
@@ -67,7 +72,8 @@ class SiteStatus:
 
     def to_dict(self) -> dict[str, Any]:
         plain = {"path": self.path, "class_name": self.class_name, **self.counts()}
-        return {**plain, "why": dict(self.why), "why_apart": dict(self.why_apart)}
+        why = {"why": dict(self.why), "why_apart": dict(self.why_apart), "why_single": dict(self.why_single)}
+        return {**plain, **why}
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,10 @@ class Status:
         """Reason -> adds that were computed apart from their norm, the most frequent first."""
         return _summed(site.why_apart for site in self.sites)
 
+    def why_single(self) -> dict[str, int]:
+        """Reason -> norms of queries and keys that did not share a launch, the most frequent first."""
+        return _summed(site.why_single for site in self.sites)
+
     def __str__(self) -> str:
         """A page: the sums and the reasons, lines of at most 120 characters."""
         return page([*self._headlines(), *self._reasons(SHOWN), *summarised(self._notes())])
@@ -110,6 +120,7 @@ class Status:
             "counts": self.counts(),
             "why": self.why(),
             "why_apart": self.why_apart(),
+            "why_single": self.why_single(),
             "sites": [site.to_dict() for site in self.sites],
             "notes": list(self.notes),
             "not_counted": NOT_COUNTED,
@@ -130,6 +141,7 @@ class Status:
         for title, name in (
             ("fallen back to the original arithmetic", "why"),
             ("adds computed apart from their norm", "why_apart"),
+            ("norms of queries and keys that did not share a launch", "why_single"),
         ):
             lines = list(_grouped((site.path, getattr(site, name)) for site in self.sites))
             if lines:
@@ -179,6 +191,8 @@ def _site(path: str, norm: nn.Module, given: int) -> SiteStatus:
         calls.fallen_back.counts(),
         calls.apart.counts(),
         max(given - handed_over, 0),
+        calls.together,
+        calls.single.counts(),
     )
 
 
@@ -191,7 +205,7 @@ def _replaced(modules: list[tuple[str, nn.Module]]) -> Iterator[str]:
     now = dict(modules)
     for root, module in modules:
         report = applied_report(module)
-        for below in () if report is None else (*report.norms, *report.layers):
+        for below in () if report is None else (*report.norms, *report.layers, *report.attentions):
             path = f"{root}.{below}".strip(".")
             found = now.get(path)
             if found is None or not _is_ours(found):

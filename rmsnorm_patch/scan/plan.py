@@ -81,6 +81,22 @@ class PairSite:
 
 
 @dataclass(frozen=True)
+class QueryKeySite:
+    """Two norms of one attention forward, the query's and the key's, that one launch can compute.
+
+    layer: module path of the attention. query, key: module paths of its norms; the same where one module norms both.
+    source: "file.py:line" of the query's norm in the attention's own source.
+    """
+
+    layer: str
+    query: str
+    key: str
+    action: Action
+    reason: str
+    source: str = ""
+
+
+@dataclass(frozen=True)
 class SiteGroup:
     """Sites that are treated alike for the same reason, those of the layers of a stack for example.
 
@@ -120,6 +136,7 @@ class Plan:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    query_key: tuple[QueryKeySite, ...] = ()
 
     def fused_norms(self) -> Iterator[NormSite]:
         return (site for site in self.norms if site.action == "fuse")
@@ -127,10 +144,14 @@ class Plan:
     def fused_pairs(self, kind: PairKind | None = None) -> Iterator[PairSite]:
         return (p for p in self.pairs if p.action == "fuse" and kind in (None, p.kind))
 
+    def fused_query_key(self) -> Iterator[QueryKeySite]:
+        return (site for site in self.query_key if site.action == "fuse")
+
     def counts(self) -> dict[str, int]:
-        """Sites per kind and action, e.g. {"norm/fuse": 65, "in_layer/fuse": 32}."""
+        """Sites per kind and action, e.g. {"norm/fuse": 65, "in_layer/fuse": 32, "query_key/fuse": 32}."""
         found = Counter(f"norm/{site.action}" for site in self.norms)
         found.update(f"{pair.kind}/{pair.action}" for pair in self.pairs)
+        found.update(f"query_key/{site.action}" for site in self.query_key)
         return dict(sorted(found.items()))
 
     def norm_groups(self, fold: bool = True) -> tuple[SiteGroup, ...]:
@@ -151,6 +172,13 @@ class Plan:
 
         return _grouped(((p.action, PAIR_MEANING[p.kind], p.norm, why(p)) for p in self.pairs), fold)
 
+    def query_key_groups(self, fold: bool = True) -> tuple[SiteGroup, ...]:
+        def why(site: QueryKeySite) -> str:
+            return site.source if site.action == "fuse" else site.reason
+
+        what = "q and k norms in one launch"
+        return _grouped(((s.action, what, s.query, why(s)) for s in self.query_key), fold)
+
     def __str__(self) -> str:
         """A page: sites by kind with their counts, lines of at most 120 characters."""
         return page(self._lines(fold=True, shown=SHOWN_GROUPS, notes=SHOWN_NOTES))
@@ -161,16 +189,23 @@ class Plan:
 
     def _lines(self, fold: bool, shown: int | None, notes: int | None) -> Iterator[str]:
         fused = (sum(1 for _ in self.fused_norms()), sum(1 for _ in self.fused_pairs()))
-        yield f"{self.model_class}, backend {self.backend}: {fused[0]} of {len(self.norms)} norms fused, " + (
-            f"{fused[1]} of {len(self.pairs)} adds with their norm"
-        )
+        line = f"{self.model_class}, backend {self.backend}: {fused[0]} of {len(self.norms)} norms fused, "
+        line += f"{fused[1]} of {len(self.pairs)} adds with their norm"
+        if self.query_key:
+            together = sum(1 for _ in self.fused_query_key())
+            line += f", {together} of {len(self.query_key)} attentions norm q and k in one launch"
+        yield line
         falling = sum(1 for site in self.fused_norms() if site.falls_back)
         if falling:
             yield f"as the model is now, {falling} of the fused norms will run the original arithmetic (falls back)"
         for option, patterns in (("include", self.include), ("exclude", self.exclude)):
             if patterns:
                 yield f"{option}: {', '.join(patterns)}"
-        for name, groups in (("norms", self.norm_groups(fold)), ("adds", self.pair_groups(fold))):
+        for name, groups in (
+            ("norms", self.norm_groups(fold)),
+            ("adds", self.pair_groups(fold)),
+            ("queries and keys", self.query_key_groups(fold)),
+        ):
             if groups:
                 yield name
             yield from (group.line() for group in groups[:shown])

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from ...backends.bindings import by_variant
 from ...backends.cuda import launcher
-from ...backends.cuda.backend import bind, default_eps
-from ...backends.cuda.kernel_set import KernelSet, configs_for
+from ...backends.cuda.backend import bind, default_eps, started
+from ...backends.cuda.kernel_set import Chain, KernelSet, configs_for
 from ...backends.cuda.rows import MAX_ALIGN, Rows, power_of_two, rows_of
 from ...errors import UnsupportedInput
 from ...numerics import operands
@@ -18,14 +17,16 @@ from ...numerics.contract import RMS_NORM
 from ...numerics.spec import NormSpec
 
 Pair = tuple[torch.Tensor, torch.Tensor]
+TWO_NORMS = 5
+"""Of this op, as launcher.c numbers them."""
 
 
 @by_variant
 def _bound(spec: NormSpec, dependent: bool) -> BoundPair:
-    return BoundPair(spec, dependent, launcher.functions())
+    return started(TWO_NORMS, spec, lambda functions: BoundPair(spec, dependent, functions))[0]
 
 
-def bind_rms_norm_pair(spec: NormSpec, enable_pdl: bool | None = None) -> Callable[..., Pair]:
+def bind_rms_norm_pair(spec: NormSpec, enable_pdl: bool | None = None) -> BoundPair:
     """f(q, k, q_weight, k_weight, eps) -> (norm of q, norm of k), each bit for bit what `rms_norm` gives.
 
     q: [..., N], k: [..., N] of one dtype on one CUDA device, any strides; weights: [N] of one dtype, or both None.
@@ -36,7 +37,8 @@ def bind_rms_norm_pair(spec: NormSpec, enable_pdl: bool | None = None) -> Callab
 
 
 class BoundPair:
-    """The pair of one numerics variant."""
+    """The pair of one numerics variant. table: what the launcher knows of it (`started`). in_c: the same for
+    `rewrite.native`, once launcher.c can serve a call; None before, and where it is not in use."""
 
     def __init__(self, spec: NormSpec, dependent: bool, functions: launcher.Functions) -> None:
         self.op = "rms_norm_pair"
@@ -44,6 +46,9 @@ class BoundPair:
         self.dependent = dependent
         self.kernels = KernelSet(self.op, spec, dependent, False, functions)
         self.single = bind(RMS_NORM.name, spec, dependent)
+        self.functions = functions
+        self.table: object | None = None
+        self.in_c: object | None = None
 
     def __repr__(self) -> str:
         return f"BoundPair({self.spec!r}, dependent={self.dependent})"
@@ -56,19 +61,28 @@ class BoundPair:
             operands.check_rms_norm(x, weight, self.spec, self.op)
         if not q.is_cuda:
             raise UnsupportedInput(self.op, f"q on {q.device}", "CUDA tensors", "norm them with ops.bind_rms_norm")
-        alike = (
-            q.dtype == k.dtype
-            and q.shape[-1] == k.shape[-1]
-            and q.device == k.device
-            and (q_weight is None) == (k_weight is None)
-            and (q_weight is None or q_weight.dtype == k_weight.dtype)
-        )
-        served = alike and q.numel() and k.numel() and self.spec.group is None
-        if not served or not configs_for(self.op, q.dtype, q.shape[-1], q.get_device()):
+        if self.why_apart(q, k, q_weight, k_weight):
             return self.single(q, q_weight, eps), self.single(k, k_weight, eps)
         return self._launch_pair(
             q, k, q_weight, k_weight, default_eps(self.spec, q.dtype) if eps is None else float(eps)
         )
+
+    def why_apart(
+        self, q: torch.Tensor, k: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None
+    ) -> str:
+        """Why q and k, on CUDA devices, take a launch each; "" where one norms both."""
+        if q.dtype != k.dtype or q.shape[-1] != k.shape[-1] or q.device != k.device:
+            sides = (f"{x.dtype} rows of {x.shape[-1]} on {x.device}" for x in (q, k))
+            return f"q and k differ: {', '.join(sides)}"
+        if (q_weight is None) != (k_weight is None) or (
+            q_weight is not None and k_weight is not None and q_weight.dtype != k_weight.dtype
+        ):
+            return "the weights of q and k differ in dtype, or one has none"
+        if not q.numel() or not k.numel():
+            return "q or k has no rows"
+        if self.spec.group is not None or not configs_for(self.op, q.dtype, q.shape[-1], q.get_device()):
+            return f"no kernel norms two tensors of {q.dtype} rows of {q.shape[-1]} in one launch"
+        return ""
 
     def _launch_pair(self, q: torch.Tensor, k: torch.Tensor, q_weight: Any, k_weight: Any, eps: float) -> Pair:
         n = q.shape[-1]
@@ -83,7 +97,9 @@ class BoundPair:
             offsets += [rows.tensor.data_ptr(), rows.stride * size, rows.outer * size]
         addresses = [0 if weight is None else weight.data_ptr() for weight in weights]
         weight_align = power_of_two(*addresses) if q_weight is not None else MAX_ALIGN
-        chain, _ = self.kernels.chain(q, q_weight, power_of_two(*offsets), weight_align, two_level)
+        chain, plain = self.kernels.chain(q, q_weight, power_of_two(*offsets), weight_align, two_level)
+        if plain:
+            self._register(q, q_weight, chain, two_level)
         m, m2 = q.numel() // n, k.numel() // n
         (first, inner, outer), (second, inner2, outer2) = (
             _levels(rows, count) for rows, count in zip(sets, (m, m2), strict=True)
@@ -111,6 +127,36 @@ class BoundPair:
             eps=eps,
         )
         return normed[0], normed[1]
+
+    def prepare(self, x: torch.Tensor, weight: torch.Tensor | None) -> None:
+        """Compile and load the kernels for contiguous rows like those of `x`; launches nothing."""
+        chain, plain = self.kernels.contiguous(x, weight)
+        if plain:
+            self._register(x, weight, chain, False)
+
+    def _register(self, x: torch.Tensor, weight: torch.Tensor | None, chain: Chain, two_level: bool) -> None:
+        """Let launcher.c serve such calls from now on."""
+        if self.functions.kind != "c" or self.table is None:
+            return
+        weight_dtype = None if weight is None else weight.dtype
+        handle = chain.kernels[0].handle
+        one_level = self.kernels.contiguous(x, weight)[0].kernels[0].handle if two_level else handle
+        self.functions.add_plan(
+            self.table,
+            one_level,
+            handle if two_level else 0,
+            x.dtype,
+            weight_dtype,
+            self.spec.output_dtype(x.dtype, weight_dtype),
+            x.shape[-1],
+            x.get_device(),
+            x.element_size(),
+            0 if weight is None else weight.element_size(),
+            default_eps(self.spec, x.dtype),
+            launcher.dlpack_code(x.dtype),
+            launcher.dlpack_code(weight_dtype),
+        )
+        self.in_c = self.table
 
 
 def _levels(rows: Rows, count: int) -> tuple[int, int, int]:

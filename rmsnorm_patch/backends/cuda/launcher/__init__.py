@@ -37,6 +37,7 @@ _SOURCES = (
     "launcher_start.h",
     "launcher_tensor.h",
     "launcher_pair.h",
+    "launcher_query_key.h",
     "launcher_hand_over.h",
     "launcher_abi.h",
 )
@@ -45,7 +46,8 @@ _FLAGS = ("-O2", "-shared", "-fPIC", "-std=gnu11")
 
 @dataclass(frozen=True)
 class Pairs:
-    """What the layers of a patched model call (launcher_pair.h; `rewrite.native` is the Python side)."""
+    """What the layers of a patched model call (launcher_pair.h, launcher_query_key.h; `rewrite.native` is the Python
+    side)."""
 
     set_surroundings: Callable[..., None]
     new_norm: Callable[..., Any]
@@ -53,6 +55,7 @@ class Pairs:
     hand_over: Callable[..., Any]
     take: Callable[..., Any]
     alone: Callable[..., Any]
+    query_key: Callable[..., Any]
     norm_add: Callable[..., Any]
     norm_add_norm: Callable[..., Any]
     norm_hand_over: Callable[..., Any]

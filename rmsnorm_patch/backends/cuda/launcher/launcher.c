@@ -9,13 +9,20 @@
  * op whose host side is Python needs nothing here; make_callable(op, has_weight, slow, torch...) returns a plain op
  * itself: it takes tensors, checks what must be checked in every call, allocates the results and launches the plan that
  * add_plan registered for (dtype, weight dtype, N, device). Whatever it is not sure of goes to `slow`. launcher_pair.h
- * has what a patched model's layers call.
+ * has what a patched model's layers call, launcher_query_key.h what its attentions do: TWO_NORMS has a table for it.
  */
 #include "launcher_start.h"
 #include "launcher_tensor.h"
 
-enum { RMS_NORM, FUSED_ADD, FUSED_ADD_IN_PLACE, NORM_ADD, NORM_ADD_NORM };
+enum { RMS_NORM, FUSED_ADD, FUSED_ADD_IN_PLACE, NORM_ADD, NORM_ADD_NORM, TWO_NORMS };
 enum { MAX_PLANS = 64 };
+
+/* Of the last allocation, which had `dims` dimensions of `sizes`. */
+typedef struct {
+    PyObject *size, *strides;
+    int dims;
+    i64 sizes[MAX_DIMS];
+} Shape;
 
 typedef struct {
     uint32_t x_code, weight_code; /* dtypes in DLPack's terms; 0: no weight */
@@ -24,9 +31,7 @@ typedef struct {
     i64 itemsize, weight_itemsize;
     double default_eps;
     Kernel *kernel, *two_level; /* two_level: for x [.., inner, N] whose leading dimensions cannot be merged */
-    PyObject *size, *strides;   /* of the last allocation, which had `dims` dimensions of `sizes` */
-    int dims;
-    i64 sizes[MAX_DIMS];
+    Shape shape, second;        /* second: of the second set of rows, where an op has two */
 } Plan;
 
 typedef struct {
@@ -37,7 +42,7 @@ typedef struct {
 } Table;
 
 /* A contiguous tensor's sizes and strides as tuples: what the allocator takes. */
-static int remember_shape(Plan *plan, const i64 *sizes, int dims) {
+static int remember_shape(Shape *shape, const i64 *sizes, int dims) {
     PyObject *size = PyTuple_New(dims), *strides = PyTuple_New(dims);
     if (!size || !strides)
         return 0;
@@ -47,11 +52,11 @@ static int remember_shape(Plan *plan, const i64 *sizes, int dims) {
         PyTuple_SetItem(strides, d, PyLong_FromLongLong(stride));
         stride *= sizes[d] > 1 ? sizes[d] : 1;
     }
-    PyObject *old[2] = {plan->size, plan->strides};
-    plan->size = size;
-    plan->strides = strides;
-    plan->dims = dims;
-    memcpy(plan->sizes, sizes, (size_t)dims * sizeof *sizes);
+    PyObject *old[2] = {shape->size, shape->strides};
+    shape->size = size;
+    shape->strides = strides;
+    shape->dims = dims;
+    memcpy(shape->sizes, sizes, (size_t)dims * sizeof *sizes);
     for (int i = 0; i < 2; i++)
         if (old[i])
             Py_DecRef(old[i]);
@@ -70,6 +75,31 @@ static PyObject *allocate(const Table *table, PyObject *size, PyObject *strides,
     return tensor;
 }
 
+/* A contiguous tensor of the sizes of `x`; `shape` remembers them. */
+static PyObject *allocate_like(const Table *table, Shape *shape, const Tensor *x, PyObject *dtype, uint64_t *address) {
+    if (!(shape->size && same_sizes(x, shape->sizes, shape->dims)) && !remember_shape(shape, x->sizes, x->dims))
+        return 0;
+    PyObject *size = own(shape->size), *strides = own(shape->strides); /* allocating may run other threads' calls */
+    PyObject *made = allocate(table, size, strides, dtype, address);
+    Py_DecRef(size);
+    Py_DecRef(strides);
+    return made;
+}
+
+/* The plan for rows like those of `x`, with a weight of this dtype; 0 where there is none, or another context. */
+static Plan *plan_for(Table *table, const Tensor *x, uint32_t weight_code) {
+    Plan *plan = 0;
+    for (int i = 0; i < table->count && !plan; i++) {
+        Plan *candidate = &table->plans[i];
+        if (candidate->x_code == x->dtype && candidate->weight_code == weight_code &&
+            candidate->n == x->sizes[x->dims - 1] && candidate->device == x->device)
+            plan = candidate;
+    }
+    void *context = 0;
+    cuCtxGetCurrent(&context);
+    return plan && context == plan->kernel->context ? plan : 0;
+}
+
 /* Whether the tensor is a weight [n] for x, contiguous. */
 static int is_weight(const Table *table, PyObject *object, i64 n, const Tensor *x, Tensor *weight) {
     return is_type(object, table->parameter_type, table->tensor_type) && !table->exchange->look(object, weight) &&
@@ -77,8 +107,11 @@ static int is_weight(const Table *table, PyObject *object, i64 n, const Tensor *
            is_contiguous(weight);
 }
 
-/* How many operands the op has: x, residual, weight, eps, next weight, next eps, as far as it has them. */
-static int operands_of(const Table *table) { return table->op == RMS_NORM ? 3 : table->op == NORM_ADD_NORM ? 6 : 4; }
+/* How many operands the op has: x, residual, weight, eps, next weight, next eps, as far as it has them. -1: it is none
+ * of these. */
+static int operands_of(const Table *table) {
+    return table->op == RMS_NORM ? 3 : table->op == NORM_ADD_NORM ? 6 : table->op == TWO_NORMS ? -1 : 4;
+}
 
 /* The op. Sets *sure to 0 and returns 0 where the slow path has to decide; nothing has happened then. */
 static PyObject *fast(Table *table, PyObject *const *a, int *sure) {
@@ -102,16 +135,8 @@ static PyObject *fast(Table *table, PyObject *const *a, int *sure) {
     i64 rows = 1;
     for (int d = 0; d < x.dims - 1; d++)
         rows *= x.sizes[d];
-    Plan *plan = 0;
-    for (int i = 0; i < table->count && !plan; i++) {
-        Plan *candidate = &table->plans[i];
-        if (candidate->x_code == x.dtype && candidate->weight_code == weight.dtype && candidate->n == n &&
-            candidate->device == x.device)
-            plan = candidate;
-    }
-    void *context = 0;
-    cuCtxGetCurrent(&context);
-    if (!plan || rows == 0 || !x.data || context != plan->kernel->context)
+    Plan *plan = plan_for(table, &x, weight.dtype);
+    if (!plan || rows == 0 || !x.data)
         return 0;
 
     const i64 columns =
@@ -207,17 +232,10 @@ static PyObject *fast(Table *table, PyObject *const *a, int *sure) {
         values.normed = values.x;
         values.total = values.residual;
     } else {
-        if (!(plan->size && same_sizes(&x, plan->sizes, plan->dims)) && !remember_shape(plan, x.sizes, x.dims))
-            return 0;
-        PyObject *size = plan->size, *strides = plan->strides;
-        Py_IncRef(size);
-        Py_IncRef(strides);
         if (normed_wanted)
-            normed = allocate(table, size, strides, plan->out_dtype, &values.normed);
+            normed = allocate_like(table, &plan->shape, &x, plan->out_dtype, &values.normed);
         if (fused && (normed || !normed_wanted))
-            total = allocate(table, size, strides, plan->dtype, &values.total);
-        Py_DecRef(size);
-        Py_DecRef(strides);
+            total = allocate_like(table, &plan->shape, &x, plan->dtype, &values.total);
         if ((normed_wanted && !normed) || (fused && !total)) {
             if (normed)
                 Py_DecRef(normed);
@@ -244,6 +262,7 @@ static PyObject *fast(Table *table, PyObject *const *a, int *sure) {
 }
 
 #include "launcher_pair.h"
+#include "launcher_query_key.h"
 
 static PyObject *call(PyObject *self, PyObject *const *a, Py_ssize_t count) {
     Table *table = PyCapsule_GetPointer(self, "rmsnorm_patch.table");
@@ -373,6 +392,7 @@ PyObject *rp_functions(const char *driver) {
         {"hand_over", (PyCFunction)(void *)hand_over, METH_FASTCALL, 0},
         {"take", (PyCFunction)(void *)take, METH_FASTCALL, 0},
         {"alone", (PyCFunction)(void *)alone, METH_FASTCALL, 0},
+        {"query_key", (PyCFunction)(void *)query_key, METH_FASTCALL, 0},
         {"norm_add", (PyCFunction)(void *)norm_add, METH_FASTCALL, 0},
         {"norm_add_norm", (PyCFunction)(void *)norm_add_norm, METH_FASTCALL, 0},
         {"norm_hand_over", (PyCFunction)(void *)norm_hand_over, METH_FASTCALL, 0},

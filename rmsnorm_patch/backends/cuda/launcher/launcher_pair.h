@@ -24,6 +24,7 @@ static struct {
     PyObject *classes;                  /* dict: patched norm class -> capsule of its Norm with the fused op */
     PyObject *alone;                    /* the same with the plain norm */
     PyObject *norm_add, *norm_add_norm; /* the same with the ops of the add behind a norm */
+    PyObject *query_key;                /* the same with two plain norms */
     PyObject *unwatched; /* tuple of functions that give False or 0 while nothing around must see the ops */
     PyObject *function_modes,
         *function_mode_watches; /* how many there are; whether one is more than a default device */
@@ -252,10 +253,10 @@ static PyObject *new_norm(PyObject *self, PyObject *const *a, Py_ssize_t count) 
 
 /* set_surroundings(classes, alone, norm_add, norm_add_norm, unwatched, function_modes, function_mode_watches,
  * transform, forward_ad, is_grad_enabled, is_inference_mode_enabled, getframe, code of Module._call_impl, Carry,
- * tuple.__new__, max_untaken, global hooks (4-tuple)): once a process. */
+ * tuple.__new__, max_untaken, global hooks (4-tuple), query_key): once a process. */
 static PyObject *set_surroundings(PyObject *self, PyObject *const *a, Py_ssize_t count) {
-    if (count != 17 || PyTuple_Size(a[16]) != GLOBAL_HOOKS) {
-        PyErr_SetString(PyExc_TypeError, "set_surroundings takes 17 arguments");
+    if (count != 18 || PyTuple_Size(a[16]) != GLOBAL_HOOKS) {
+        PyErr_SetString(PyExc_TypeError, "set_surroundings takes 18 arguments");
         return 0;
     }
     static const char *const names[] = {"_forward_hooks", "_forward_pre_hooks", "_backward_hooks",
@@ -310,5 +311,6 @@ static PyObject *set_surroundings(PyObject *self, PyObject *const *a, Py_ssize_t
     around.alone = own(a[1]);
     around.norm_add = own(a[2]);
     around.norm_add_norm = own(a[3]);
+    around.query_key = own(a[17]);
     return own(NONE);
 }

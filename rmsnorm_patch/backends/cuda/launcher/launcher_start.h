@@ -8,6 +8,9 @@ typedef struct {
     uint64_t x, residual, weight, normed, total;
     i64 m, x_row_stride, residual_row_stride, normed_row_stride, total_row_stride;
     i64 inner_rows, x_outer_stride, residual_outer_stride;
+    /* The second set of rows of a kernel that takes two; m2 is 0 for any other. */
+    uint64_t x2, weight2, normed2;
+    i64 m2, x2_row_stride, normed2_row_stride, inner_rows2, x2_outer_stride;
     float eps, next_eps;
     uint64_t next_weight;
 } Values;
@@ -29,6 +32,14 @@ static const struct {
                     VALUE(inner_rows),
                     VALUE(x_outer_stride),
                     VALUE(residual_outer_stride),
+                    VALUE(x2),
+                    VALUE(weight2),
+                    VALUE(normed2),
+                    VALUE(m2),
+                    VALUE(x2_row_stride),
+                    VALUE(normed2_row_stride),
+                    VALUE(inner_rows2),
+                    VALUE(x2_outer_stride),
                     VALUE(eps),
                     VALUE(next_eps),
                     VALUE(next_weight)};
@@ -97,7 +108,8 @@ static int start_plain(const Kernel *kernel, void *stream, const Values *values)
         const Run *run = &kernel->runs[i];
         memcpy((char *)arguments + run->to, (const char *)values + run->from, run->size);
     }
-    return start(kernel, stream, (values->m + kernel->rows_per_cta - 1) / kernel->rows_per_cta, arguments);
+    const i64 each = kernel->rows_per_cta;
+    return start(kernel, stream, (values->m + each - 1) / each + (values->m2 + each - 1) / each, arguments);
 }
 
 /* Where each field of the kernel's `struct Args` comes from; `plain` where all are known. Fields that lie as in Values

@@ -1,0 +1,507 @@
+"""The norms of queries and keys: in which forwards they are found, and that rewritten ones compute the same bits."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import importlib
+import importlib.util
+import inspect
+import linecache
+import pickle
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn as nn
+import transformers
+from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+import rmsnorm_patch
+from rmsnorm_patch.pairs import query_key as reading
+from rmsnorm_patch.pairs.layout import layout
+from rmsnorm_patch.rewrite import observe, query_key
+
+TOKENS = torch.arange(3, 12).repeat(2, 1)
+FORMS = {
+    "qwen3": {},  # the norm around the viewed product
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "gemma3_text": {},  # a statement of its own, after the transpose
+    "exaone4": {},
+    "glm4_moe": {"use_qk_norm": True, "n_routed_experts": 8},  # in a branch
+    "hunyuan_v1_dense": {},  # after the rotation
+    "nanochat": {},  # the same, and the rotation's arguments are optional
+    "olmo2": {"num_key_value_heads": 4},  # over the whole width
+    "afmoe": {},  # a statement of its own, transposed in it
+    "lfm2": {"layer_types": ["full_attention", "conv", "full_attention"]},  # viewed with unpacked sizes
+}
+"""Types by the form in which their attention norms queries and keys."""
+
+
+@pytest.fixture
+def qwen3(small_model: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+    return small_model("qwen3", num_hidden_layers=2)
+
+
+@torch.no_grad()
+def outputs(model: PreTrainedModel) -> list[torch.Tensor]:
+    """Logits of a forward, and what greedy decoding with a cache gives."""
+    torch.manual_seed(0)
+    made = model.generate(TOKENS, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    return [model(TOKENS).logits, made]
+
+
+def ran(model: PreTrainedModel) -> Counter[str]:
+    found: Counter[str] = Counter()
+    with torch.no_grad(), observe.observing(lambda event: found.update([event.kind])):
+        model(TOKENS)
+    return found
+
+
+def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def reasons(model: nn.Module) -> set[str]:
+    return {site.reason for site in rmsnorm_patch.plan(model).query_key if site.action == "leave"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kind", FORMS)
+def test_bits_stay_in_each_form(small_model, kind: str, dtype: torch.dtype) -> None:
+    model = small_model(kind, dtype, num_hidden_layers=3, **FORMS[kind])
+    classes = [type(module) for module in model.modules()]
+    before = outputs(model)
+    report = rmsnorm_patch.apply(model, backend="reference")
+    sites = list(report.plan.fused_query_key())
+    assert sites
+    assert report.counts()["query_key/fuse"] == len(sites)
+    assert {site.layer for site in sites} == set(report.attentions)
+    assert ran(model)["together"] == 2 * len(sites)
+    assert same(before, outputs(model))
+    assert rmsnorm_patch.status(model).why_single() == {}
+    rmsnorm_patch.revert(model)
+    assert [type(module) for module in model.modules()] == classes
+    assert same(before, outputs(model))
+
+
+def test_plan_and_report_name_the_line(qwen3) -> None:
+    plan = rmsnorm_patch.plan(qwen3)
+    (first, _) = plan.query_key
+    assert (first.query, first.key) == ("model.layers.0.self_attn.q_norm", "model.layers.0.self_attn.k_norm")
+    lines, begin = inspect.getsourcelines(type(qwen3.model.layers[0].self_attn).forward)
+    number = int(first.source.rpartition(":")[2])
+    assert "self.q_norm(" in lines[number - begin]
+    page = " ".join(str(plan).split())
+    assert "2 of 2 attentions norm q and k in one launch" in page
+    assert f"q and k norms in one launch: {first.source}" in page
+    assert plan.to_dict()["query_key"][0]["layer"] == "model.layers.0.self_attn"
+
+
+def test_a_proof_counts_them_and_turns_red_where_they_are_crossed(qwen3, monkeypatch: pytest.MonkeyPatch) -> None:
+    rmsnorm_patch.apply(qwen3)
+    fired = rmsnorm_patch.verify(qwen3, TOKENS, greedy_tokens=2).fired
+    assert (fired.together, fired.together_expected, fired.fallbacks) == (4, 4, ())
+    own = query_key._query_key
+    for wrong in (
+        lambda q_norm, k_norm, q, k: tuple(x * 1.5 for x in own(q_norm, k_norm, q, k)),
+        lambda q_norm, k_norm, q, k: (own(q_norm, k_norm, q, k)[0], k_norm(k)),
+    ):
+        monkeypatch.setattr(query_key, "_query_key", wrong)
+        with pytest.raises(rmsnorm_patch.VerificationFailed):
+            rmsnorm_patch.verify(qwen3, TOKENS, greedy_tokens=2)
+
+
+def test_a_hooked_norm_is_called_where_the_model_calls_it(qwen3) -> None:
+    attention = qwen3.model.layers[0].self_attn
+    order: list[str] = []
+    for name in ("q_proj", "q_norm", "k_proj", "k_norm"):
+        getattr(attention, name).register_forward_hook(lambda *_, name=name: order.append(name))
+    before, called = outputs(qwen3), list(order)
+    rmsnorm_patch.apply(qwen3)
+    order.clear()
+    assert same(before, outputs(qwen3))
+    assert order == called
+    status = rmsnorm_patch.status(qwen3)
+    assert list(status.why_single()) == ["a norm has hooks or a forward of its own"]
+    assert "norms of queries and keys that did not share a launch" in str(status)
+    fired = rmsnorm_patch.verify(qwen3, TOKENS, greedy_tokens=0).fired
+    assert (fired.together, fired.together_expected) == (2, 4)
+    assert any("a norm has hooks" in text for text in fired.fallbacks)
+    with pytest.raises(rmsnorm_patch.VerificationFailed):
+        rmsnorm_patch.verify(qwen3, TOKENS, greedy_tokens=0, strict=True)
+
+
+def test_gradients_keep_the_models_own_order(qwen3) -> None:
+    def gradients() -> list[torch.Tensor]:
+        qwen3.zero_grad()
+        qwen3(TOKENS).logits.float().pow(2).mean().backward()
+        return [p.grad.clone() for p in qwen3.parameters()]
+
+    before = gradients()
+    rmsnorm_patch.apply(qwen3)
+    assert same(before, gradients())
+    assert set(rmsnorm_patch.status(qwen3).why_single()) == {"a gradient may be wanted"}
+
+
+def test_a_compiled_graph_is_the_models_own(qwen3) -> None:
+    graphs: list[list[str]] = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> torch.fx.GraphModule:
+        graphs.append([f"{node.op} {node.target}" for node in graph.graph.nodes])
+        return graph
+
+    def compile_and_run() -> list[str]:
+        graphs.clear()
+        torch.compiler.reset()
+        attention = qwen3.model.layers[0].self_attn
+        cos = torch.ones(2, 9, attention.head_dim)
+        with torch.no_grad():
+            torch.compile(attention, backend=keep, fullgraph=True)(torch.ones(2, 9, 64), (cos, cos), None)
+        return graphs[0]
+
+    before = compile_and_run()
+    rmsnorm_patch.apply(qwen3)
+    assert compile_and_run() == before
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_are_patched_models_of_their_own(qwen3, way) -> None:
+    before = outputs(qwen3)
+    rmsnorm_patch.apply(qwen3)
+    made = way(qwen3)
+    rmsnorm_patch.revert(qwen3)
+    assert ran(made)["together"] == 4
+    assert ran(qwen3) == {}
+    assert same(before, outputs(made))
+
+
+def test_a_bound_forward_held_beyond_revert_runs_the_models_own(qwen3) -> None:
+    rmsnorm_patch.apply(qwen3)
+    attention = qwen3.model.layers[0].self_attn
+    held = attention.forward
+    rmsnorm_patch.revert(qwen3)
+    cos = torch.ones(1, 9, attention.head_dim)
+    found: list[observe.Event] = []
+    with torch.no_grad(), observe.observing(found.append):
+        (result, _) = held(torch.ones(1, 9, 64), (cos, cos), None)
+        assert torch.equal(result, attention(torch.ones(1, 9, 64), (cos, cos), None)[0])
+    assert found == []
+
+
+def test_a_traceback_shows_the_models_own_lines(qwen3) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("stop")
+
+    attention = qwen3.model.layers[0].self_attn
+    attention.k_proj.register_forward_hook(fail)
+    seen = []
+    for patch in (False, True):
+        if patch:
+            rmsnorm_patch.apply(qwen3)
+        with torch.no_grad(), pytest.raises(RuntimeError, match="stop") as caught:
+            qwen3(TOKENS)
+        frames = traceback.extract_tb(caught.value.__traceback__)
+        seen.append([(frame.filename, frame.lineno) for frame in frames if frame.name == "forward"])
+    file, line = next(at for at in seen[0] if "self.k_norm(" in linecache.getline(*at))
+    assert (file, line) in seen[1]
+
+
+def test_what_one_launch_does_not_take_is_said(small_model) -> None:
+    model = small_model("olmo2", num_hidden_layers=1)
+    assert reasons(model) == {"rows of 64 and of 32: one launch takes rows of one length"}
+    with torch.device("meta"):
+        wide = small_model("olmo2", num_hidden_layers=1, num_key_value_heads=16, num_attention_heads=16, head_dim=256)
+    (reason,) = reasons(wide)
+    assert reason.startswith("rows of 4096: needs N <= 512")
+    model = small_model("qwen3", num_hidden_layers=1)
+    attention = model.model.layers[0].self_attn
+    attention.k_norm.variance_epsilon = 1e-3
+    assert reasons(model) == {"the two norms compute differently: their numerics or eps are not the same"}
+    attention.k_norm = nn.LayerNorm(16)
+    assert reasons(model) == {"the norm k_norm is left alone: it has a bias (bias)"}
+    read = layout(model, rmsnorm_patch.plan(small_model("qwen3", num_hidden_layers=1)).norms)
+    assert {site.reason for site in read.query_key((), "triton")} == {"backend triton has no kernel for two norms"}
+    (site,) = rmsnorm_patch.plan(small_model("qwen3", num_hidden_layers=1), exclude=["*.k_norm"]).query_key
+    assert site.reason.startswith("the norm k_norm is left alone: ")
+
+
+def test_an_eps_changed_after_apply_is_read(qwen3) -> None:
+    rmsnorm_patch.apply(qwen3)
+    for layer in qwen3.model.layers:
+        layer.self_attn.k_norm.variance_epsilon = 1e-2
+    patched = outputs(qwen3)
+    rmsnorm_patch.revert(qwen3)
+    assert same(patched, outputs(qwen3))
+
+
+# forms
+
+
+class Base(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_norm = LlamaRMSNorm(16)
+        self.k_norm = LlamaRMSNorm(16)
+        self.q_proj = nn.Linear(16, 32)
+        self.k_proj = nn.Linear(16, 32)
+        self.dropout = nn.Dropout(0.5)
+        self.flag = True
+
+    def rows(self, x):
+        return self.k_proj(x).view(*x.shape[:-1], 2, 16)
+
+
+class Plain(Base):
+    def forward(self, x):
+        q = self.q_norm(self.q_proj(x).view(*x.shape[:-1], -1, 16)).transpose(1, 2) * 0.5
+        k: torch.Tensor = self.k_norm(hidden_states=self.k_proj(x).view(*x.shape[:-1], -1, 16)).to(x.dtype)
+        return q.sum() + k.sum()
+
+
+class OneNorm(Base):
+    def forward(self, x):
+        q = self.q_norm(self.q_proj(x).view(*x.shape[:-1], 2, 16))
+        q = q.transpose(1, 2)
+        k = self.q_norm(self.k_proj(x).view(*x.shape[:-1], 2, 16))
+        return q.sum() + k.sum()
+
+
+class Chained(Base):
+    def forward(self, x):
+        q = self.q_norm(x)
+        k = self.k_norm(q)
+        return k
+
+
+class ReadsItsResult(Base):
+    def forward(self, x):
+        q = self.q_norm(x)
+        k = self.k_norm(self.q_proj(q).view(*x.shape[:-1], 2, 16))
+        return k
+
+
+class ProductBetween(Base):
+    def forward(self, x):
+        q = self.q_norm(self.q_proj(x).view(*x.shape[:-1], 2, 16))
+        x = self.dropout(x)
+        k = self.k_norm(self.k_proj(x).view(*x.shape[:-1], 2, 16))
+        return q.sum() + k.sum()
+
+
+class DropsIn(Base):
+    def forward(self, x):
+        q = self.dropout(self.q_norm(self.q_proj(x).view(*x.shape[:-1], 2, 16)))
+        k = self.k_norm(self.k_proj(x).view(*x.shape[:-1], 2, 16))
+        return q.sum() + k.sum()
+
+
+class WritesInPlace(Base):
+    def forward(self, x):
+        q = self.q_norm(x)
+        k = self.k_norm(x.mul_(2))
+        return q.sum() + k.sum()
+
+
+class AnotherBranch(Base):
+    def forward(self, x):
+        q = self.q_norm(x)
+        k = x
+        if self.flag:
+            k = self.k_norm(x)
+        return q.sum() + k.sum()
+
+
+class OwnMethod(Base):
+    def forward(self, x):
+        q = self.q_norm(self.q_proj(x).view(*x.shape[:-1], 2, 16))
+        k = self.k_norm(self.rows(x))
+        return q.sum() + k.sum()
+
+
+class OneStatement(Base):
+    def forward(self, x):
+        q, k = self.q_norm(x), self.k_norm(x)
+        return q.sum() + k.sum()
+
+
+class WritesInMethod(Base):
+    def rows(self, x):
+        return super().rows(x.mul_(2))
+
+    def forward(self, x):
+        q = self.q_norm(x)
+        k = self.k_norm(self.rows(x))
+        return q.sum() + k.sum()
+
+
+class RunsInProperty(Base):
+    @property
+    def scale(self):
+        self.dropout(torch.ones(1))
+        return 2
+
+    def forward(self, x):
+        q = self.q_norm(x)
+        k = self.k_norm(x * self.scale)
+        return q.sum() + k.sum()
+
+
+FUSED = (Plain, OneNorm, OwnMethod)
+LEFT = {
+    Chained: "k_norm reads what is computed after q_norm",
+    ReadsItsResult: "k_norm reads what is computed after q_norm",
+    ProductBetween: "code runs between the two norms",
+    DropsIn: "the statement of q_norm does more than shape the norm's result",
+    WritesInPlace: "what k_norm reads is computed in another way than by a module and in shape",
+    AnotherBranch: "the two norms stand in different branches",
+    OneStatement: "both norms stand in one statement",
+    WritesInMethod: "a trace of its forward shows that code runs between the two norms",
+    RunsInProperty: "a trace of its forward shows that code runs between the two norms",
+}
+
+
+class Model(nn.Module):
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.attention = kind()
+
+    def forward(self, x):
+        return self.attention(x)
+
+
+@torch.no_grad()
+def run(model: nn.Module) -> tuple[torch.Tensor, Counter[str]]:
+    torch.manual_seed(1)
+    found: Counter[str] = Counter()
+    with observe.observing(lambda event: found.update([event.kind])):
+        return model(torch.linspace(-1, 1, 3 * 2 * 16).view(2, 3, 16)), found
+
+
+@pytest.mark.parametrize("kind", FUSED)
+def test_forms_that_are_fused(kind) -> None:
+    torch.manual_seed(0)
+    model = Model(kind).eval()
+    before, _ = run(model)
+    rmsnorm_patch.apply(model)
+    after, found = run(model)
+    assert found == {"together": 2}
+    assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("kind", LEFT)
+def test_forms_that_are_left(kind) -> None:
+    torch.manual_seed(0)
+    model = Model(kind).eval()
+    assert reasons(model) == {LEFT[kind]}
+    before, _ = run(model)
+    rmsnorm_patch.apply(model)
+    after, found = run(model)
+    assert "together" not in found
+    assert torch.equal(before, after)
+
+
+# transformers' own attentions
+
+SHOWN = 73
+"""Classes of transformers 5.24 whose forward shows the norms of a query and a key, RMSNorms or not."""
+NOT_SHOWN = {
+    "code runs between the two norms": 6,
+    "the two norms stand in different branches": 4,
+    "both norms stand in one statement": 3,
+    "k_norm reads what is computed after q_norm": 2,
+}
+
+
+class Sums:
+    """What `find` asks of a source."""
+
+    sums: frozenset[str] = frozenset()
+
+
+def forwards() -> Iterator[tuple[str, ast.FunctionDef]]:
+    for path in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
+        for cls in ast.parse(path.read_text()).body:
+            for function in cls.body if isinstance(cls, ast.ClassDef) else ():
+                if isinstance(function, ast.FunctionDef) and function.name == "forward":
+                    yield cls.name, function
+
+
+@pytest.mark.skipif(not transformers.__version__.startswith("5.24."), reason="pinned for transformers 5.24")
+def test_every_attention_of_transformers_is_read() -> None:
+    shown, others = set(), Counter()
+    for name, function in forwards():
+        called = (node.func for node in ast.walk(function) if isinstance(node, ast.Call))
+        attributes = {f.attr for f in called if isinstance(f, ast.Attribute) and ast.unparse(f.value) == "self"}
+        norms = frozenset(attribute for attribute in attributes if "norm" in attribute)
+        for found in reading.find(Sums(), function, norms):  # type: ignore[arg-type]
+            if found.named and not found.reason:
+                shown.add(name)
+            elif found.named:
+                others[found.reason] += 1
+    assert {"Qwen3VLTextAttention", "Qwen3OmniMoeThinkerTextAttention", "Olmo3Attention", "Llama4TextAttention"} < shown
+    assert len(shown) == SHOWN
+    assert dict(others) == NOT_SHOWN
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformers.models.qwen3_vl") is None, reason="an older transformers")
+@pytest.mark.parametrize("kind", ["qwen3_vl", "qwen3_vl_moe", "glm_ocr", "internvl"])
+def test_relatives_that_see(kind: str) -> None:
+    """Text and vision attentions of models that are no causal LMs."""
+    module = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
+    configuration = importlib.import_module(f"transformers.models.{kind}.configuration_{kind}")
+    torch.manual_seed(0)
+    attention, inputs = ATTENTIONS[kind](module, configuration)
+    holder = nn.ModuleDict({"attention": attention.eval()})
+    before = attention_outputs(attention, inputs)
+    report = rmsnorm_patch.apply(holder)
+    assert report.counts()["query_key/fuse"] == 1
+    assert torch.equal(before, attention_outputs(attention, inputs))
+    assert rmsnorm_patch.status(holder).counts()["reference"] == 2
+
+
+@torch.no_grad()
+def attention_outputs(attention: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    result = attention(**inputs)
+    return result[0] if isinstance(result, tuple) else result
+
+
+def text(name: str, config: str) -> Callable[..., tuple[nn.Module, dict[str, Any]]]:
+    def make(module: Any, configuration: Any) -> tuple[nn.Module, dict[str, Any]]:
+        made = getattr(configuration, config)(
+            hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_hidden_layers=1
+        )
+        made._attn_implementation = "eager"
+        cos = torch.linspace(0, 1, 5 * 16).view(1, 5, 16)
+        inputs = {"hidden_states": torch.randn(1, 5, 64), "position_embeddings": (cos, cos), "attention_mask": None}
+        return getattr(module, name)(made, layer_idx=0), inputs
+
+    return make
+
+
+def vision(name: str, config: str, rotated: bool) -> Callable[..., tuple[nn.Module, dict[str, Any]]]:
+    def make(module: Any, configuration: Any) -> tuple[nn.Module, dict[str, Any]]:
+        sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_heads": 4, "use_qk_norm": True}
+        made = getattr(configuration, config)(**sizes)
+        made._attn_implementation = "eager"
+        attention = getattr(module, name)(made)
+        if not rotated:
+            return attention, {"hidden_states": torch.randn(1, 5, 64)}
+        cos = torch.linspace(0, 1, 5 * 16).view(5, 16)
+        inputs: dict[str, Any] = {"hidden_states": torch.randn(5, 64), "cu_seqlens": torch.tensor([0, 5])}
+        return attention, {**inputs, "position_embeddings": (cos, cos)}
+
+    return make
+
+
+ATTENTIONS = {
+    "qwen3_vl": text("Qwen3VLTextAttention", "Qwen3VLTextConfig"),
+    "qwen3_vl_moe": text("Qwen3VLMoeTextAttention", "Qwen3VLMoeTextConfig"),
+    "glm_ocr": vision("GlmOcrVisionAttention", "GlmOcrVisionConfig", rotated=True),
+    "internvl": vision("InternVLVisionAttention", "InternVLVisionConfig", rotated=False),
+}

@@ -1,0 +1,211 @@
+"""launcher.c in an attention: the norms of a query and its key in one launch, on the CPU with a driver that computes.
+
+Where a check says no, nothing is launched and the norms' own arithmetic runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from native_driver import Driver, held, table_of_two
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
+
+import rmsnorm_patch
+from rmsnorm_patch.rewrite import layer_calls, native, observe, query_key
+
+TOKENS = torch.arange(1, 8)[None]
+LAYERS = 2
+
+
+def serve(model: PreTrainedModel, path: Path) -> Driver:
+    """Apply, and let launcher.c serve the queries and keys."""
+    rmsnorm_patch.apply(model)
+    for site in rmsnorm_patch.plan(model).fused_query_key():
+        for norm in map(model.get_submodule, (site.query, site.key)):
+            kernel, spec = layer_calls.kernel_of(norm), type(norm)._rmsnorm_patch_key.spec
+            assert kernel is not None
+            native.enroll_query_key(type(norm), kernel, table_of_two(spec, norm.weight.numel()))
+    return Driver(path)
+
+
+@pytest.fixture
+def model(small_model: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+    return small_model("qwen3", torch.float32, num_hidden_layers=LAYERS)
+
+
+@pytest.fixture
+def served(model, launchers) -> tuple[PreTrainedModel, Driver]:
+    return model, serve(model, launchers)
+
+
+@pytest.fixture
+def norms(served) -> tuple[nn.Module, nn.Module]:
+    attention = served[0].model.layers[0].self_attn
+    return attention.q_norm, attention.k_norm
+
+
+def rows(*shape: int, n: int = 16) -> torch.Tensor:
+    return torch.randn(*shape, n, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def own(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    kernel = layer_calls.kernel_of(norm)
+    assert kernel is not None
+    return kernel.original(norm, x)
+
+
+def close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def call(norms: tuple[nn.Module, nn.Module], q: torch.Tensor, k: torch.Tensor) -> None:
+    """Both results are right, whoever computed them."""
+    with torch.no_grad():
+        for norm, x, y in zip(norms, (q, k), query_key.query_key(*norms, q, k), strict=True):
+            assert close(y, own(norm, x))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3_text"])
+def test_a_model_computes_what_it_did(small_model, launchers, kind: str, mode) -> None:
+    """Gemma's norms read a transposed view: rows of two levels. Its 1 + w is none that the driver computes."""
+    model = small_model(kind, torch.float32, num_hidden_layers=LAYERS)
+    if kind == "gemma3_text":
+        model.apply(lambda module: nn.init.zeros_(module.weight) if "norm" in str(type(module)).lower() else None)
+    with mode():
+        before = model(TOKENS).logits
+        found = serve(model, launchers)
+        if kind == "gemma3_text":
+            for norm in (m for name, m in model.named_modules() if name.endswith(("q_norm", "k_norm"))):
+                norm.weight.data = torch.ones_like(norm.weight)
+            model(TOKENS)
+            assert found.launches == LAYERS
+            return
+        events: list[observe.Event] = []
+        with observe.observing(events.append):
+            after = model(TOKENS).logits
+    shared = [event for event in events if event.kind == "together"]
+    assert found.launches == LAYERS
+    assert len(shared) == 2 * LAYERS
+    assert {event.backend for event in shared} == {"cuda"}
+    assert close(before, after)
+    counts = rmsnorm_patch.status(model).counts()
+    assert counts["together"] == 2 * LAYERS
+
+
+@pytest.mark.parametrize(
+    ("q", "k"),
+    [
+        (rows(2, 3, 4), rows(2, 3, 2)),
+        (rows(1, 3, 4).transpose(1, 2), rows(1, 3, 2).transpose(1, 2)),
+        (rows(2, 3, 8)[:, :, ::2], rows(2, 3, 2)),
+        (rows(2, 3, 4, n=32)[..., :16], rows(1, 3, 2).transpose(1, 2)),
+        (rows(), rows(1, 1, 5)),
+    ],
+    ids=["contiguous", "transposed", "every other head", "half of a row", "one row"],
+)
+def test_rows_wherever_they_lie(served, norms, q, k) -> None:
+    _, found = served
+    call(norms, q, k)
+    assert found.launches == 1
+
+
+def test_shapes_take_turns(served, norms) -> None:
+    _, found = served
+    for length in (1, 3, 1, 2):
+        call(norms, rows(2, length, 4), rows(2, length, 2))
+    assert found.launches == 4
+
+
+@pytest.mark.parametrize(
+    ("q", "k"),
+    [
+        (rows(2, 3, 4).double(), rows(2, 3, 2).double()),
+        (rows(2, 3, 4).bfloat16(), rows(2, 3, 2)),
+        (rows(0, 3, 4), rows(0, 3, 2)),
+        (rows(2, 3, 4, n=32)[..., ::2], rows(2, 3, 2)),
+        (rows(2, 3, 4).transpose(1, 2), rows(2, 3, 2).transpose(1, 2)),
+    ],
+    ids=["doubles", "two dtypes", "no rows", "strided elements", "three levels"],
+)
+def test_other_tensors_are_normed_by_the_norms(served, norms, q, k) -> None:
+    _, found = served
+    call(norms, q, k)
+    assert found.launches == 0
+
+
+class Modes(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+class Dispatch(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("around", [Modes, Dispatch, lambda: torch.autocast("cpu"), nullcontext])
+def test_who_must_see_the_ops_sees_them(served, norms, around) -> None:
+    _, found = served
+    with torch.no_grad(), around():
+        query_key.query_key(*norms, rows(2, 3, 4), rows(2, 3, 2))
+    assert found.launches == (around is nullcontext)
+
+
+def test_eps_and_weights_are_the_modules_at_the_call(served, norms) -> None:
+    _, found = served
+    q_norm, k_norm = norms
+    q_norm.variance_epsilon = k_norm.variance_epsilon = 0.5
+    k_norm.weight = nn.Parameter(torch.full_like(k_norm.weight, 3.0))
+    call(norms, rows(2, 3, 4), rows(2, 3, 2))
+    assert found.eps() == [0.5]
+    k_norm.variance_epsilon = 0.25
+    call(norms, rows(2, 3, 4), rows(2, 3, 2))
+    k_norm.variance_epsilon = torch.tensor(0.5)
+    call(norms, rows(2, 3, 4), rows(2, 3, 2))
+    assert found.launches == 1
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_norm_that_is_watched_is_called(served, norms, which: int) -> None:
+    model, found = served
+    seen: list[int] = []
+    handle = norms[which].register_forward_hook(lambda *_: seen.append(1))
+    with torch.no_grad():
+        model(TOKENS)
+        assert (found.launches, seen) == (LAYERS - 1, [1])
+        handle.remove()
+        norms[which].train()
+        model(TOKENS)
+    assert found.launches == 2 * (LAYERS - 1)
+
+
+def test_a_refused_launch_runs_the_norms(served, norms) -> None:
+    _, found = served
+    found.library.set_result(1)
+    call(norms, rows(2, 3, 4), rows(2, 3, 2))
+    assert found.launches == 0
+
+
+def test_nothing_is_leaked(served, norms, collect_garbage) -> None:
+    q, k = rows(2, 3, 4), rows(2, 3, 2)
+    refused = rows(2, 3, 2).double()
+    watched = (q, k, refused, *norms, *(norm.weight for norm in norms), norms[0].variance_epsilon)
+    with torch.no_grad():
+        for _ in range(10):
+            query_key.query_key(*norms, q, k)
+            query_key.query_key(*norms, q, refused)
+        objects, counts = held(watched, collect_garbage)
+        for _ in range(50):
+            query_key.query_key(*norms, q, k)
+            query_key.query_key(*norms, q, refused)
+        objects_after, counts_after = held(watched, collect_garbage)
+    assert counts_after == counts
+    assert abs(objects_after - objects) < 50

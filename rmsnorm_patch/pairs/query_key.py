@@ -1,0 +1,389 @@
+"""The query's and the key's norm of one attention forward, which one launch can compute.
+
+    q = self.q_norm(self.q_proj(x).view(s)).transpose(1, 2)
+    k = self.k_norm(self.k_proj(x).view(s)).transpose(1, 2)
+
+becomes
+
+    if together(q_norm, k_norm):
+        _q = self.q_proj(x).view(s)
+        _k = self.k_proj(x).view(s)
+        _q, _k = query_key(q_norm, k_norm, _q, _k)
+        q = _q.transpose(1, 2)
+        k = _k.transpose(1, 2)
+    else:
+        the model's own statements
+
+What the key's norm reads is computed ahead of the query's norm, and of nothing else but what shapes its result. So it
+must not read anything that stands in between. As for pairs, the source must show this, and a trace must confirm it.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.fx
+import torch.nn as nn
+
+from ..backends.cuda.schedules import no_kernel, schedules
+from ..backends.names import Backend
+from ..patch_state import foreign, original_class
+from ..scan.plan import NormSite, QueryKeySite
+from .dataflow import NormCall, analyse, assigned_names, is_passive, self_attribute
+from .recompile import Rewritten, compiled, substitute
+from .source import NoSource, Source, read_forward
+from .trace import holds, trace_reached, written_by
+
+HELPERS = ("together", "query_key")
+"""Names of the functions that a rewritten forward calls; who compiles it hands them over."""
+OP = "rms_norm_pair"
+_OLDEST = 80
+"""Compute capability whose kernel a plan asks about; the rules of later ones serve the same rows."""
+
+_SHAPING = frozenset(
+    [
+        "contiguous",
+        "expand",
+        "flatten",
+        "float",
+        "movedim",
+        "permute",
+        "reshape",
+        "squeeze",
+        "swapaxes",
+        "to",
+        "transpose",
+        "type",
+        "type_as",
+        "unflatten",
+        "unsqueeze",
+        "view",
+    ]
+)
+"""Methods of a tensor that compute or move nothing but the tensor itself, and write nothing."""
+_PLAIN = (ast.Constant, ast.Name, ast.expr_context, ast.operator, ast.unaryop)
+_NESTED = (ast.Attribute, ast.Subscript, ast.Slice, ast.Tuple, ast.List, ast.Starred, ast.UnaryOp, ast.BinOp)
+_QUERY, _KEY = ("q_", "qk_", "query_", "norm_q"), ("k_", "qk_", "key_", "norm_k")
+"""How the attributes of a query's and a key's norm begin (`Together.named`)."""
+
+
+@dataclass(eq=False)
+class Together:
+    """Two norm calls of one forward. reason: why they cannot be one launch, or ""."""
+
+    query: NormCall
+    key: NormCall
+    reason: str
+
+    @property
+    def named(self) -> bool:
+        """Whether the norms are named as a query's and a key's: others that cannot be one launch are not reported."""
+        return self.query.attr.startswith(_QUERY) and self.key.attr.startswith(_KEY)
+
+
+class AttentionKey(NamedTuple):
+    """What is rewritten in an attention class; plain data, so that a pickle can name it.
+
+    norms: the class's norm attributes. ranks: which of what `find` gives are fused. digest: of the source; a process
+    with another version of the model's code keeps its own forward.
+    """
+
+    norms: tuple[str, ...]
+    ranks: tuple[int, ...]
+    digest: str
+
+
+@dataclass
+class Attention:
+    """One module whose forward was read. norms: attribute -> site. reasons: for each of `found` why it is left alone,
+    "" where it can be fused, None where this instance does not run it."""
+
+    path: str
+    module: nn.Module
+    source: Source
+    norms: dict[str, NormSite]
+    found: list[Together]
+    reasons: list[str | None]
+
+    def sites(self, rewritten: frozenset[str], backend: Backend) -> Iterator[QueryKeySite]:
+        """The plan's lines. rewritten: paths of layers whose forwards are changed for their adds."""
+        for each, reason in zip(self.found, self.reasons, strict=True):
+            if reason is None:
+                continue
+            query, key = self.norms[each.query.attr], self.norms[each.key.attr]
+            if not reason and self.path in rewritten:
+                reason = "its forward is rewritten for its adds"
+            if not reason and backend == "triton":
+                reason = "backend triton has no kernel for two norms"
+            reason = reason or self._why_apart(query, key)
+            if reason and not each.named:
+                continue
+            action, reason = ("leave", reason) if reason else ("fuse", "both norms in one launch")
+            where = self.source.where(each.query.node)
+            yield QueryKeySite(self.path, query.path, key.path, action, reason, where)  # type: ignore[arg-type]
+
+    def key(self, fused: set[tuple[str, str]]) -> AttentionKey | None:
+        """What is rewritten where `fused` names the norms' paths; None where nothing is."""
+        named = [(self.norms[each.query.attr].path, self.norms[each.key.attr].path) for each in self.found]
+        ranks = tuple(rank for rank, paths in enumerate(named) if paths in fused and self.reasons[rank] == "")
+        return AttentionKey(tuple(sorted(self.norms)), ranks, self.source.digest) if ranks else None
+
+    def _why_apart(self, query: NormSite, key: NormSite) -> str:
+        """Why the kernel does not take the two norms in one launch, or ""."""
+        for site in (query, key):
+            if site.action != "fuse" or site.spec is None:
+                return f"the norm {site.path.rpartition('.')[2]} is left alone: {site.reason}"
+        assert query.spec is not None
+        assert key.spec is not None
+        if query.spec.variant != key.spec.variant or _eps(self.module, query) != _eps(self.module, key):
+            return "the two norms compute differently: their numerics or eps are not the same"
+        if query.weight_dtype != key.weight_dtype:
+            return f"weights of {query.weight_dtype} and of {key.weight_dtype}: one launch takes one dtype"
+        if query.spec.group is not None:
+            return "grouped norms: one launch takes rows with one rstd each"
+        n, other, dtype = query.hidden_size, key.hidden_size, getattr(torch, query.weight_dtype or "bfloat16")
+        if n is None or other is None:  # weightless norms: the call shows it
+            return ""
+        if n != other:
+            return f"rows of {n} and of {other}: one launch takes rows of one length"
+        return "" if schedules(OP, dtype, n, _OLDEST) else f"rows of {n}: {no_kernel(OP, dtype, n, _OLDEST)}"
+
+
+def _eps(attention: nn.Module, site: NormSite) -> object:
+    norm = getattr(attention, site.path.rpartition(".")[2], None)
+    assert site.spec is not None
+    return site.spec.eps if site.eps_attribute is None else getattr(norm, site.eps_attribute, None)
+
+
+def read_attention(path: str, module: nn.Module, below: Mapping[str, NormSite]) -> Attention | None:
+    """The attention at `path`, whose norm children are `below`; None where no two of its norms belong together, and for
+    a forward without readable source."""
+    norms = {name: site for name, site in below.items() if "." not in name}
+    cls = original_class(type(module))
+    try:
+        source, found, obstacle = _read_class(cls, getattr(cls, "forward", None), frozenset(norms))
+    except NoSource:
+        return None
+    if not found:
+        return None
+    stranger = foreign(module)
+    obstacle = f"its forward is not its class's: {stranger}" if stranger is not None else obstacle
+    reasons: list[str | None] = [obstacle] * len(found)
+    if not obstacle:
+        reasons = _witness(module, cls, source, found, frozenset(norms))
+    return Attention(path, module, source, norms, found, reasons)
+
+
+@functools.lru_cache(maxsize=1024)
+def _read_class(cls: type, forward: object, norms: frozenset[str]) -> tuple[Source, list[Together], str]:
+    """Source and finds, and why the forward cannot be rewritten, or "". forward: the class's at this moment."""
+    source = read_forward(cls)
+    found = list(find(source, source.tree, norms))
+    ranks = tuple(rank for rank, each in enumerate(found) if not each.reason)
+    try:
+        rewrite_attention(source, AttentionKey(tuple(norms), ranks, ""), cls, dict.fromkeys(HELPERS, _uncalled))
+    except (NoSource, SyntaxError) as error:
+        return source, found, f"its forward cannot be rewritten: {error}"
+    return source, found, ""
+
+
+def _uncalled(*operands: object) -> None:
+    """Stands in a forward that is compiled only to see whether it can be."""
+
+
+# what the source shows
+
+
+def find(source: Source, tree: ast.FunctionDef, norms: frozenset[str]) -> Iterator[Together]:
+    """The norm calls of `tree` that belong together, and those that look as if they did, with why they do not."""
+    calls = analyse(tree, norms, source.sums).norms
+    used: NormCall | None = None
+    self_name = next((a.arg for a in (*tree.args.posonlyargs, *tree.args.args)), "")
+    for query, key in itertools.pairwise(calls):
+        if query is used:
+            continue
+        found = Together(query, key, _why_not(query, key, self_name))
+        if not found.reason:
+            used = key
+        if not found.reason or found.named:
+            yield found
+
+
+def _why_not(query: NormCall, key: NormCall, self_name: str) -> str:
+    if key.block is not query.block:
+        return "the two norms stand in different branches"
+    begin, end = query.block.index(query.statement), query.block.index(key.statement)
+    if begin == end:
+        return "both norms stand in one statement"
+    for call in (query, key):
+        if not _only_shapes(call.statement, call.node):
+            return f"the statement of {call.attr} does more than shape the norm's result"
+    between = query.block[begin + 1 : end]
+    if not all(is_passive(statement) or _only_shapes(statement, None) for statement in between):
+        return "code runs between the two norms"
+    if not _is_projection(key.argument, self_name):
+        return f"what {key.attr} reads is computed in another way than by a module and in shape"
+    read = {node.id for node in ast.walk(key.argument) if isinstance(node, ast.Name)}
+    if read & assigned_names([query.statement, *between]):
+        return f"{key.attr} reads what is computed after {query.attr}"
+    return ""
+
+
+def _only_shapes(statement: ast.stmt, norm: ast.Call | None) -> bool:
+    """Whether `statement` binds one name to the result of `norm`, or to a value known before (None), in another shape
+    or dtype or scaled."""
+    if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
+        target, value = statement.targets[0], statement.value
+    elif isinstance(statement, ast.AnnAssign) and statement.value is not None:
+        target, value = statement.target, statement.value
+    else:
+        return False
+    return isinstance(target, ast.Name) and _shapes(value, norm)
+
+
+def _shapes(value: ast.expr, core: ast.Call | None) -> bool:
+    if value is core or (core is None and _is_plain(value)):
+        return True
+    if isinstance(value, ast.BinOp):
+        sides = (value.left, value.right)
+        return any(_shapes(one, core) and _is_plain(other) for one, other in (sides, sides[::-1]))
+    return _is_shaping(value) and _shapes(value.func.value, core)  # type: ignore[attr-defined]
+
+
+def _is_shaping(value: ast.expr) -> bool:
+    """`x.method(...)`, a method of `_SHAPING` with arguments that run nothing."""
+    return (
+        isinstance(value, ast.Call)
+        and isinstance(value.func, ast.Attribute)
+        and value.func.attr in _SHAPING
+        and all(_is_plain(argument) for argument in (*value.args, *(keyword.value for keyword in value.keywords)))
+    )
+
+
+def _is_plain(value: ast.AST) -> bool:
+    """Whether the expression calls nothing: names, their attributes, constants and arithmetic of these."""
+    if isinstance(value, _PLAIN):
+        return True
+    return isinstance(value, _NESTED) and all(_is_plain(child) for child in ast.iter_child_nodes(value))
+
+
+def _is_projection(value: ast.expr, self_name: str) -> bool:
+    """Whether nothing runs for `value` but children of the module and methods that shape their results."""
+    if _is_plain(value):
+        return True
+    if not isinstance(value, ast.Call):
+        return False
+    arguments = (*value.args, *(keyword.value for keyword in value.keywords))
+    if self_attribute(value.func, self_name) is not None:
+        return all(_is_projection(argument, self_name) for argument in arguments)
+    return _is_shaping(value) and _is_projection(value.func.value, self_name)  # type: ignore[attr-defined]
+
+
+# what a trace shows
+
+
+def _witness(
+    module: nn.Module, cls: type, source: Source, found: list[Together], norms: frozenset[str]
+) -> list[str | None]:
+    """`Attention.reasons`, by a trace without the optional arguments; where it ends ahead of the norms, with them."""
+    reasons: list[str | None] = []
+    for optional in (False, True):
+        try:
+            nodes, ended = trace_reached(module, cls, source, norms, optional)
+        except NoSource as why:
+            return [str(why)] * len(found)
+        reasons = [_confirm(each, nodes, ended) for each in found]
+        if not ended or ended not in reasons:
+            break
+    return reasons
+
+
+def _confirm(each: Together, nodes: list[torch.fx.Node], ended: str) -> str | None:
+    """ "" where the trace shows what the source shows, None where the forward runs neither norm; else why not."""
+    at = [_place(call, nodes) for call in (each.query, each.key)]
+    if at == [None, None] and not ended:
+        return None
+    if each.reason or None in at:
+        return each.reason or ended or "a trace of its forward shows one of the two norms alone"
+    query, key = (nodes[place] for place in at if place is not None)
+    needed: set[torch.fx.Node] = set()
+    waiting = [key]
+    while waiting:
+        for node in waiting.pop().all_input_nodes:
+            if node not in needed:
+                needed.add(node)
+                waiting.append(node)
+    between = nodes[nodes.index(query) + 1 : nodes.index(key)]
+    if query in needed or nodes.index(key) < nodes.index(query):
+        return "a trace of its forward shows that one norm reads the other's result"
+    if any(written_by(node) is not None or (node.op == "call_module" and node not in needed) for node in between):
+        return "a trace of its forward shows that code runs between the two norms"
+    return ""
+
+
+def _place(call: NormCall, nodes: list[torch.fx.Node]) -> int | None:
+    """Where the one call of the norm stands among the nodes."""
+    at = [
+        place
+        for place, node in enumerate(nodes)
+        if node.op == "call_module" and node.target == call.attr and holds(call.node, node.meta["line"])
+    ]
+    return at[0] if len(at) == 1 else None
+
+
+# the rewritten forward
+
+
+def rewrite_attention(
+    source: Source, key: AttentionKey, original: type, helpers: Mapping[str, Callable[..., Any]]
+) -> Rewritten:
+    """The forward of `source`, which is that of `original`, with the norms of `key` fused, under its own decorators.
+
+    helpers: what it calls, by the names in HELPERS. Raises NoSource."""
+    tree = copy.deepcopy(source.tree)
+    found = list(find(source, tree, frozenset(key.norms)))
+    for rank in key.ranks:
+        _fuse(tree, found[rank])
+    return compiled(tree, source, original, {name: helpers[name] for name in HELPERS})
+
+
+_ROWS = ("_rmsnorm_query", "_rmsnorm_key")
+"""Hold the rows of both, then their norms."""
+
+
+def _fuse(tree: ast.FunctionDef, each: Together) -> None:
+    block, calls = each.query.block, (each.query, each.key)
+    begin, end = block.index(each.query.statement), block.index(each.key.statement) + 1
+    own = block[begin:end]
+    together = copy.deepcopy(own)
+    self_name = (*tree.args.posonlyargs, *tree.args.args)[0].arg
+    norms = ", ".join(f'{self_name}._modules["{call.attr}"]' for call in calls)
+    rows = ", ".join(_ROWS)
+    body: list[ast.stmt] = []
+    for name, call in zip(_ROWS, calls, strict=True):
+        row = ast.Assign([ast.Name(name, ast.Store())], copy.deepcopy(call.argument))
+        body.append(ast.fix_missing_locations(ast.copy_location(row, call.statement)))
+        before = own.index(call.statement)
+        at = list(ast.walk(own[before])).index(call.node)
+        substitute(together[before], list(ast.walk(together[before]))[at], ast.Name(name, ast.Load()))
+    body.append(_statement(f"{rows} = _rmsnorm_query_key({norms}, {rows})", each.query.statement))
+    body += [*together, _statement(f"del {rows}", each.key.statement)]
+    question = _statement(f"if _rmsnorm_together({norms}): pass", each.query.statement)
+    assert isinstance(question, ast.If)
+    question.body, question.orelse = body, own
+    block[begin:end] = [question]
+
+
+def _statement(text: str, beside: ast.stmt) -> ast.stmt:
+    """`text`, on the lines of one of the model's own statements."""
+    made = ast.parse(text).body[0]
+    for node in ast.walk(made):
+        ast.copy_location(node, beside)
+    return made

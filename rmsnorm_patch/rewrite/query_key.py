@@ -1,0 +1,159 @@
+"""The q and k norms of an attention in one launch: the class of such an attention, and what its forward calls.
+
+`together` is asked before anything else runs. Where it says no, the model's own statements run, in their own order: a
+norm that somebody watches is called when the model calls it. `query_key` gets the rows of both and norms them in one
+launch, or by the norms themselves where that cannot be.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from .. import ops
+from ..fused.query_key_norm.kernel import BoundPair, bind_rms_norm_pair
+from ..pairs.layout import Layout
+from ..pairs.query_key import AttentionKey, rewrite_attention
+from ..pairs.source import read_forward
+from ..patch_state import STATE, unhooked
+from ..scan.plan import Plan
+from . import guards, instance_forward, native, observe
+from .classes import Body, patched_class, register_factory
+from .counts import CALLS, calls_of
+from .journal import Journal
+from .layer_calls import NormKernel, kernel_of
+
+ROLE = "attention"
+
+Two = tuple[torch.Tensor, torch.Tensor]
+_is_tracing = torch.compiler.is_dynamo_compiling
+_is_grad_enabled = torch.is_grad_enabled
+_NO_TENSOR = torch.empty(0, device="cpu")
+
+
+def attention_factory(original: type, key: AttentionKey) -> Body:
+    """The patched class has a `forward` of its own, unless the source is not the one that the key was made for."""
+    key = AttentionKey(*key)
+    source = read_forward(original)
+    if source.digest != key.digest:
+        return Body({}, lambda cls: None)
+    return Body(*rewrite_attention(source, key, original, {"together": together, "query_key": query_key}))
+
+
+register_factory(ROLE, attention_factory)
+
+
+def install(plan: Plan, found: Layout, journal: Journal) -> None:
+    """Swap the classes of the attentions that the plan fuses. found: what was read when `plan` was made."""
+    fused: dict[str, set[tuple[str, str]]] = {}
+    for site in plan.fused_query_key():
+        fused.setdefault(site.layer, set()).add((site.query, site.key))
+    for attention in found.attentions.values():
+        key = attention.key(fused.get(attention.path, set()))
+        if key is not None:
+            original = type(attention.module)
+            journal.swap_class(attention.module, patched_class(original, ROLE, key))
+            instance_forward.adopt(attention.module, original, journal)
+
+
+def together(query_norm: nn.Module, key_norm: nn.Module) -> bool:
+    """Whether what the key's norm reads may be computed before the query's norm: nobody watches the norms, and no
+    gradient or graph keeps their order."""
+    if _is_tracing():
+        return False
+    if not _is_grad_enabled() and unhooked(query_norm) and unhooked(key_norm):
+        return True
+    reason = "a gradient may be wanted" if _is_grad_enabled() else "a norm has hooks or a forward of its own"
+    _apart(query_norm, key_norm, reason)
+    return False
+
+
+def query_key(query_norm: nn.Module, key_norm: nn.Module, query: torch.Tensor, key: torch.Tensor) -> Two:
+    """(query_norm(query), key_norm(key)), in one launch where the guards hold. query, key: [..., N]."""
+    done: Two | None = native.query_key(query_norm, key_norm, query, key)
+    if done is None:
+        return _query_key(query_norm, key_norm, query, key)
+    try:
+        query_norm.__dict__[STATE][CALLS].together += 1
+        key_norm.__dict__[STATE][CALLS].together += 1
+    except KeyError:  # another thread reverts the model
+        pass
+    if observe.active:
+        _report(query_norm, key_norm, (query, key), done, "cuda")
+    return done
+
+
+def _query_key(query_norm: nn.Module, key_norm: nn.Module, query: torch.Tensor, key: torch.Tensor) -> Two:
+    """`query_key` with every check in Python."""
+    kernels = kernel_of(query_norm), kernel_of(key_norm)
+    first, second = kernels
+    if first is not None and second is not None and not (first.serves(query) or second.serves(key)):
+        normed = first.original(query_norm, query), second.original(key_norm, key)
+        for norm in (query_norm, key_norm):
+            calls_of(norm).reference += 1
+        if observe.active:
+            _report(query_norm, key_norm, (query, key), normed, "reference")
+        return normed
+    reason, pair = _pair_for(query_norm, key_norm, kernels, query, key)
+    if pair is None or first is None or second is None:
+        _apart(query_norm, key_norm, reason)
+        return query_norm(query), key_norm(key)
+    weights = first.weight_of(query_norm), second.weight_of(key_norm)
+    normed = pair(query, key, *weights, first.eps_of(query_norm))
+    for norm, kernel in ((query_norm, first), (key_norm, second)):
+        calls_of(norm).together += 1
+        if pair.in_c is not None:
+            native.enroll_query_key(type(norm), kernel, pair.in_c)
+    if observe.active:
+        _report(query_norm, key_norm, (query, key), normed, "cuda")
+    return normed
+
+
+def _pair_for(
+    query_norm: nn.Module,
+    key_norm: nn.Module,
+    kernels: tuple[NormKernel | None, NormKernel | None],
+    query: torch.Tensor,
+    key: torch.Tensor,
+) -> tuple[str, BoundPair | None]:
+    """The kernel that norms both, or why there is none."""
+    first, second = kernels
+    settings: list[Any] = []
+    for norm, kernel, x in ((query_norm, first, query), (key_norm, second, key)):
+        if kernel is None:
+            return f"a norm is a {type(norm).__name__} that is not patched", None
+        weight, eps = kernel.weight_of(norm), kernel.eps_of(norm)
+        why = guards.TRAINING if norm.training else guards.reason(x, weight) or guards.eps_reason(eps)
+        if not why and (weight is None) is not (kernel.weight_attribute is None):
+            why = f"a norm's {kernel.weight_attribute} is not a parameter or buffer of its own"
+        if why:
+            return why, None
+        of_class: Any = vars(type(norm))["_rmsnorm_patch_key"]
+        settings.append((of_class.spec.variant, of_class.backend, float(eps)))
+    if settings[0] != settings[1]:
+        return "the two norms compute differently: their numerics, eps or backend are not the same", None
+    assert first is not None
+    assert second is not None
+    weights = first.weight_of(query_norm), second.weight_of(key_norm)
+    spec, backend, _ = settings[0]
+    serving = ops.bind_rms_norm(spec, backend).backend_for(query, weights[0])
+    if serving != "cuda":
+        return f"backend {serving} has no kernel for two norms", None
+    pair = bind_rms_norm_pair(spec)
+    why = pair.why_apart(query, key, *weights)
+    return why, None if why else pair
+
+
+def _apart(query_norm: nn.Module, key_norm: nn.Module, reason: str) -> None:
+    """Count, and tell an observer, that two norms are not one launch."""
+    for norm in (query_norm, key_norm):
+        calls_of(norm).single.add(reason)
+        if observe.active:
+            observe.report(observe.Event("single", norm, (), _NO_TENSOR, None, "original", reason))
+
+
+def _report(query_norm: nn.Module, key_norm: nn.Module, rows: Two, normed: Two, backend: str) -> None:
+    for norm, x, y in zip((query_norm, key_norm), rows, normed, strict=True):
+        observe.report(observe.Event("together", norm, (x,), y, None, backend))
