@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from benchlib import timing
 
+from rmsnorm_patch.bench import timing
 from rmsnorm_patch.fused.gated_norm import op
 from rmsnorm_patch.numerics.tolerances import GATED
 from rmsnorm_patch.proof.difference import compare
