@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,6 +56,9 @@ SHAPES = {
 def module_of(shape: Shape) -> nn.Module:
     folder, _, name = shape.module.partition(".")
     cls: Any = getattr(importlib.import_module(f"transformers.models.{folder}.modeling_{folder}"), name)
+    missing = shape.arguments.keys() - inspect.signature(cls).parameters.keys()
+    if missing:
+        raise SystemExit(f"bench_gated: {name} takes no {', '.join(missing)}; install transformers 5.24 or newer")
     norm: nn.Module = cls(shape.n, **shape.arguments, eps=EPS)
     torch.manual_seed(0)
     norm.weight = nn.Parameter(torch.rand(shape.n).add(0.5).to(DTYPE), requires_grad=False)

@@ -18,6 +18,7 @@ from .row_math import (
     scale,
     square,
     store_row,
+    sum_after_rounding,
     wait_for_inputs,
     weight_row,
     widened_again,
@@ -55,6 +56,7 @@ def rms_norm_add(
     PRODUCT: tl.constexpr,
     OUT: tl.constexpr,
     PACKED: tl.constexpr,
+    NVIDIA: tl.constexpr,
     DEPENDENT: tl.constexpr,
     NEXT: tl.constexpr,
 ):
@@ -91,7 +93,7 @@ def rms_norm_add(
             w = load_weight(weight, cols, c, N, BLOCK, ROWS)
         h = widened_again(xs[c], zero, PACKED)
         normed = scale(h * rstd, w, HAS_WEIGHT, OFFSET, ROUNDED, PRODUCT, OUT)
-        total = (normed.to(tl.float32) + residuals[c].to(tl.float32)).to(OUT)
+        total = sum_after_rounding(normed.to(tl.float32), residuals[c].to(tl.float32), zero, NVIDIA).to(OUT)
         totals = totals + (total,)
         at = c * BLOCK + cols
         # Beyond a row's end an offset or an infinite rstd may have made something of nothing.

@@ -183,6 +183,21 @@ def widened_again(x, zero, PACKED: tl.constexpr):
 
 
 @triton.jit
+def sum_after_rounding(product, term, zero, NVIDIA: tl.constexpr):
+    """product + term, fp32 values, where `product` may come straight out of a multiplication: that keeps its own
+    rounding. Left alone, the compiler contracts the two to an FMA, also of bf16 values, which an add then joins.
+
+    An add with its rounding named is never contracted. Elsewhere -0, which the compiler cannot know, is added first:
+    an FMA of a product and -0 is the rounded product.
+    """
+    if NVIDIA:
+        return tl.inline_asm_elementwise(
+            "add.rn.f32 $0, $1, $2;", "=f,f,f", [product, term], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return (product + (zero | -2147483648).to(tl.float32, bitcast=True)) + term
+
+
+@triton.jit
 def square(h, cols, WIDTH: tl.constexpr, N: tl.constexpr):
     """h * h where the column counts towards the variance, else 0."""
     if WIDTH < N:
@@ -214,7 +229,8 @@ def scale(
     """Round h = x * rstd (fp32) to ROUNDED, multiply by the weight with its offset, round to PRODUCT, then to OUT.
 
     Each rounding is a cast and back, never folded away, and no product feeds an addition: nothing here can be
-    contracted to an FMA, so the result is the reference's, bit for bit, for an equal rstd.
+    contracted to an FMA, so the result is the reference's, bit for bit, for an equal rstd. Who adds to the result takes
+    `sum_after_rounding`.
     """
     h = h.to(ROUNDED).to(tl.float32)
     if HAS_WEIGHT:

@@ -130,8 +130,8 @@ def _prepare_site(
         backend = ops.bind(op, site.spec, plan.backend).backend_for(x, weight, residual)
     named = None if residual_dtype is None else _name(residual_dtype)
     made = Prepared(op, n, _name(dtype), _name(weight.dtype), backend, str(weight.device), named)
-    if backend == "reference":
-        return None
+    if backend == "reference" or (backend == "cuda" and residual_dtype not in (None, dtype)):
+        return None  # CUDA's kernels add one dtype: where they are asked for, such an add stays a call of its own
     if made not in done and behind is not None:
         behind.warmup(x, weight)
     elif made not in done:

@@ -133,6 +133,7 @@ class Layout:
         kernel = (RMS_NORM if plain else FUSED_ADD).name
         self.schedule = schedules.schedule(kernel, self.columns, dtype.itemsize, target.warp_size, wide_sum)
         self.vec = schedules.vector_elements(self.columns, dtype.itemsize)
+        self.nvidia = target.packed
         self.groups = n // self.columns
         dense = (self.columns // self.vec, 0)
         self.dense = (1, *dense), (1, *dense, *dense)

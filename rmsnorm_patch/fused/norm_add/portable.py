@@ -39,7 +39,7 @@ def cannot_serve(spec: NormSpec, x: torch.Tensor, weight: torch.Tensor | None) -
 def constants(layout: backend.Layout, following: bool) -> dict[str, Any]:
     """The kernel's compile-time constants but NESTED."""
     made = {name: layout.constants[name] for name in (*_NAMES, "DEPENDENT")}
-    return {**made, "NEXT": following}
+    return {**made, "NVIDIA": layout.nvidia, "NEXT": following}
 
 
 def bind(op: Any, dependent: bool) -> tuple[Callable[..., Any], None]:

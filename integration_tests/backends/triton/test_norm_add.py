@@ -1,0 +1,65 @@
+"""The Triton kernel of an add behind a norm, compiled for devices that are not here: its product keeps its rounding."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from rmsnorm_patch.backends.triton import loader
+from rmsnorm_patch.backends.triton.backend import Layout, Target
+from rmsnorm_patch.fused.norm_add import portable
+from rmsnorm_patch.numerics.spec import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, NormSpec
+
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def compiled(target: GPUTarget, spec: NormSpec, dtype: torch.dtype, n: int) -> Any:
+    known = Target(target.warp_size) if target.backend == "hip" else Target.nvidia(int(target.arch) // 10)
+    layout = Layout("rms_norm", spec, dtype, n, dtype, known)
+    made: dict[str, Any] = portable.constants(layout, True) | {"NESTED": False}
+    kernel = getattr(loader.load(portable.MODULE, interpreted=False), portable.MODULE)
+    signature, attributes = {}, {}
+    for index, argument in enumerate(kernel.arg_names):
+        pointer = argument.endswith("_ptr")
+        plain = f"*{NAMES[dtype]}" if pointer else "fp32" if argument.endswith("eps") else "i32"
+        signature[argument] = "constexpr" if argument in made else plain
+        if pointer:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=made, attrs=attributes)
+    return layout, triton.compile(source, target=target, options=layout.options)
+
+
+@pytest.mark.parametrize("spec", [LLAMA, GEMMA, FP32_WEIGHT_MULTIPLY], ids=["llama", "gemma", "one rounding"])
+@pytest.mark.parametrize("dtype", NAMES, ids=str)
+@pytest.mark.parametrize("arch", [80, 90])
+def test_no_product_is_contracted_with_the_sum(
+    arch: int, dtype: torch.dtype, spec: NormSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every element of a thread is added to the residual by an add whose rounding is named, and no FMA joins values of
+    16 bits but for a product of its own, whose term is -0."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    n = 1024
+    layout, made = compiled(GPUTarget("cuda", arch, 32), spec, dtype, n)
+    ptx = made.asm["ptx"]
+    schedule = layout.schedule
+    elements = schedule.rows * schedule.block * schedule.chunks // (32 * schedule.num_warps)
+    assert len(re.findall(r"\badd\.rn\.f32\b", ptx)) >= elements
+    zeros = {name for name, value in re.findall(r"mov\.b(?:16|32)\s+(%\w+), (-?\w+);", ptx) if value in NEGATIVE_ZEROS}
+    for fma in re.findall(r"fma\.rn\.(?:b?f16(?:x2)?)\s+([^;]+);", ptx):
+        assert fma.split(", ")[-1] in zeros, fma
+
+
+NEGATIVE_ZEROS = ("-32768", "32768", "0x8000", "-2147450880", "0x80008000", "2147516416")
+
+
+def test_it_compiles_for_amd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    _, made = compiled(GPUTarget("hip", "gfx942", 64), LLAMA, torch.float32, 1024)
+    assert "s_endpgm" in made.asm["amdgcn"]
