@@ -205,6 +205,43 @@ def test_calls_of_other_kinds_are_served_or_declined(environment: Environment, r
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+ANOTHER_ROUTE = """
+import logging
+import os
+import torch
+from rmsnorm_patch import vllm_plugin
+from rmsnorm_patch.vllm_plugin.log import logger
+lines = []
+logger.info = lambda text, *values: lines.append(text % values)
+vllm_plugin.register()
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.layernorm import RMSNorm
+for route in ("ir", "oot", "oot", "ir"):
+    os.environ["RMSNORM_PATCH_VLLM"] = route
+    config = VllmConfig()
+    with set_current_vllm_config(config):
+        config.kernel_config.ir_op_priority.set_default()  # as a worker's start does
+        norm = RMSNorm(64, dtype=torch.bfloat16)
+    print("FOUND", route, type(norm).__name__, getattr(norm, "_provider", ""))
+print("SAID", [line.split("route ")[1].split(",")[0] for line in lines])
+"""
+
+
+def test_a_process_may_hold_engines_of_both_routes(environment: Environment, run_program: Run) -> None:
+    """Each gets the route that was asked for when it starts, and the log says so."""
+    done = run_program(["-c", ANOTHER_ROUTE], environment(RMSNORM_PATCH_VLLM="ir"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [line.split() for line in done.stdout.splitlines() if line.startswith(("FOUND", "SAID"))]
+    assert [line[1:3] for line in found[:4]] == [
+        ["ir", "RMSNorm"],
+        ["oot", "PatchedRMSNorm"],
+        ["oot", "PatchedRMSNorm"],
+        ["ir", "PatchedRMSNorm"],
+    ]
+    assert [len(line) for line in found[:4]] == [3, 4, 4, 3]  # the class stands by in an engine of route ir
+    assert found[4] == ["SAID", "['ir',", "'oot']"]
+
+
 def test_in_a_batch_invariant_engine_the_norm_calls_the_ir_ops(environment: Environment, run_program: Run) -> None:
     """vLLM's own passes by them, on CUDA and with VLLM_BATCH_INVARIANT; so it does where another provider is first."""
     code = (

@@ -20,7 +20,8 @@ from .decision import NORM_QUANT, SPECS, Decision, decide, decision_for, facts_o
 from .log import logger, warn_once
 from .wrapping import wrap_once
 
-_LOGGED: set[int] = set()
+_LOGGED: set[tuple[int, str]] = set()
+"""Process, what it said."""
 
 
 def install() -> None:
@@ -117,13 +118,24 @@ def _set_default(original: Callable[..., Any]) -> Callable[..., Any]:
         from vllm.config import get_current_vllm_config_or_none
 
         vllm_config = get_current_vllm_config_or_none()
-        if vllm_config is not None and batch_invariant.passes_by_ir(decision_for(vllm_config)):
-            from vllm.model_executor.layers.layernorm import RMSNorm
-
-            wrap_once(RMSNorm, "forward_cuda", batch_invariant.wrap_forward)
+        if vllm_config is not None:
+            _prepare_classes(decision_for(vllm_config))
         log(vllm_config, self)
 
     return set_default
+
+
+def _prepare_classes(decision: Decision) -> None:
+    """Before the worker builds its model. A process may hold several engines: the first one's route was another one's
+    perhaps, and then our class was not registered when the plugin was loaded."""
+    if decision.route == "oot":
+        from . import oot_route
+
+        oot_route.register()
+    if batch_invariant.passes_by_ir(decision):
+        from vllm.model_executor.layers.layernorm import RMSNorm
+
+        wrap_once(RMSNorm, "forward_cuda", batch_invariant.wrap_forward)
 
 
 def _compute_hash(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -146,10 +158,9 @@ def fingerprint(decision: Decision, splits: str) -> str:
 
 
 def log(vllm_config: Any, priority: Any = None) -> None:
-    """One line per worker: what was selected and why."""
-    if vllm_config is None or os.getpid() in _LOGGED:
+    """What was selected and why: a line for each worker, and one more where its next engine gets something else."""
+    if vllm_config is None:
         return
-    _LOGGED.add(os.getpid())
     decision = decision_for(vllm_config)
     if decision.warning:
         warn_once(decision.reason + "; the engine serves with its own kernels")
@@ -157,4 +168,6 @@ def log(vllm_config: Any, priority: Any = None) -> None:
     text = str(decision)
     if decision.route == "ir" and priority is not None and priority.rms_norm[0] not in SPECS:
         text += f"; but the IR priority was set to begin with {priority.rms_norm[0]!r}, which comes first"
-    logger.info("rmsnorm_patch: worker %d: %s", os.getpid(), text)
+    if (said := (os.getpid(), text)) not in _LOGGED:
+        _LOGGED.add(said)
+        logger.info("rmsnorm_patch: worker %d: %s", *said)
