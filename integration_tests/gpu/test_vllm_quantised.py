@@ -80,7 +80,7 @@ def engines(
             folder = sources[model]
             if scheme != "fp8":
                 folder = quantise_checkpoint(folder, work / f"checkpoint-{scheme}", scheme.partition("-")[0])
-            for route in ("off", "auto"):
+            for route in ("off", "ir"):
                 futures[scheme, route] = pool.submit(run, scheme, route, folder)
         yield lambda scheme, route: futures[scheme, route].result()
 
@@ -89,7 +89,7 @@ def engines(
 @pytest.mark.parametrize("scheme", WRITES)
 def test_the_device_ran_the_kernel_that_writes_quantised_rows(scheme: str, engines: Any) -> None:
     """Replays of CUDA graphs included: for every norm but the last, which the head of the model reads."""
-    answer = engines(scheme, "auto")
+    answer = engines(scheme, "ir")
     model, rows, value = SCHEMES[scheme]
     forwards = answer["forwards"]
     assert forwards >= TOKENS
@@ -105,7 +105,7 @@ def test_the_device_ran_the_kernel_that_writes_quantised_rows(scheme: str, engin
 @pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme not in WRITES])
 def test_norms_in_front_of_opaque_products_are_plain_ones(scheme: str, engines: Any) -> None:
     """W4A16, and blocks where the product quantises for itself; where it does not, they write quantised rows."""
-    answer = engines(scheme, "auto")
+    answer = engines(scheme, "ir")
     layers = LAYERS[SCHEMES[scheme][0]]
     assert sum(answer["kernels"].values()) == (1 + 2 * layers) * answer["forwards"]
     opaque = scheme != "block" or "dynamic_flashinfer_deepgemm_blockscale_gemm" in answer["log"]
@@ -117,7 +117,7 @@ def test_norms_in_front_of_opaque_products_are_plain_ones(scheme: str, engines: 
 def test_logprobs_are_those_of_stock(scheme: str, engines: Any) -> None:
     """Up to the first token that differs, which in a model of random weights may be a tie: the best logprobs of both
     are then as near."""
-    stock, patched = engines(scheme, "off"), engines(scheme, "auto")
+    stock, patched = engines(scheme, "off"), engines(scheme, "ir")
     assert stock["kernels"] == {}
     assert stock["trace_at_start"] == stock["trace"] == []
     for ours, theirs, got, want in zip(

@@ -10,10 +10,13 @@ import pytest
 
 from rmsnorm_patch import vllm_plugin
 from rmsnorm_patch.errors import UnsupportedInput
-from rmsnorm_patch.vllm_plugin import huggingface, settings
+from rmsnorm_patch.vllm_plugin import huggingface, schemes, settings
 from rmsnorm_patch.vllm_plugin.decision import SPECS, Facts, _incumbents_without_ir, decide
 
 CUDA = Facts("auto", "0.26.0", has_ir=True, has_oot=True, device_type="cuda", compiled=True)
+
+
+NO_GAIN = {"quantization": "fp8", "without_gain": schemes.GIVEN_SCALE}
 
 
 @pytest.mark.parametrize(
@@ -59,6 +62,7 @@ def test_served(changes: dict, route: str, provider: str) -> None:
         ({"device_type": "tpu"}, "no kernels for device type 'tpu'", False),
         ({"quantization": "fp8", "quantised": "off"}, "RMSNORM_PATCH_VLLM_QUANTISED=off leaves its norms", False),
         ({"quantization": "fp8", "norm_quant": True}, "vLLM's pass fuse_norm_quant was turned on", False),
+        (NO_GAIN, "a given scale, and steps were not seen to be shorter; RMSNORM_PATCH_VLLM=ir serves", False),
         ({"requested": "oot", "tensor_parallel": 2}, "all-reduce fusion", False),
         ({"tensor_parallel": 2}, "RMSNORM_PATCH_VLLM=ir serves them all the same", False),
         ({"incumbents": ("oink", "native")}, "begins with 'oink'", False),
@@ -142,6 +146,9 @@ def test_norms_with_fp32_weights_are_served_on_both_routes(changes: dict, offset
         ({"quantization": "fp8", "compiled": False, "incumbents": ("vllm_c",)}, False),
         ({"quantization": "fp8", "quantised": "off"}, False),
         ({"quantization": "fp8", "norm_quant": True}, False),
+        (NO_GAIN, False),
+        ({**NO_GAIN, "requested": "ir"}, True),
+        ({**NO_GAIN, "requested": "oot"}, True),
         ({"quantization": "fp8", "tensor_parallel": 2}, False),
         ({"quantization": "fp8", "requested": "off"}, False),
     ],

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from ..fused.linear_norm import splits as linear_norm_splits
 from ..numerics.contract import FUNCTIONAL
 from ..numerics.spec import NormSpec
-from . import huggingface, settings
+from . import huggingface, schemes, settings
 from .wrapping import original_of
 
 Chosen = Literal["ir", "oot", "none"]
@@ -45,7 +45,7 @@ class Facts:
     without an NVIDIA GPU; captures: whether CUDA graphs are; linear: `settings.read_linear()`; tried:
     `settings.read_tried()`; transformers: what its modules compute, where that was asked for; fusions: passes of vLLM
     that may take norms into kernels of their own; quantised: `settings.read_quantised()`; norm_quant: whether vLLM's
-    pass of that name is on."""
+    pass of that name is on; without_gain: `schemes.without_gain()`."""
 
     requested: settings.Route
     version: str
@@ -65,6 +65,7 @@ class Facts:
     fusions: tuple[str, ...] = ()
     quantised: settings.Quantised = "auto"
     norm_quant: bool = False
+    without_gain: str = ""
 
     @property
     def may_quantise_rows(self) -> bool:
@@ -168,6 +169,11 @@ def _left_to_quantisation(facts: Facts, route: str) -> str:
         return f"quantization {facts.quantization!r}: {settings.QUANTISED_VARIABLE}=off leaves its norms to vLLM"
     if facts.norm_quant and route == "ir":
         return f"quantization {facts.quantization!r}: vLLM's pass {NORM_QUANT} was turned on, and takes its norms"
+    if facts.without_gain and facts.requested == "auto":
+        how = f"{settings.VARIABLE}=ir serves its norms all the same"
+        return (
+            f"quantization {facts.quantization!r}: {facts.without_gain}, and steps were not seen to be shorter; {how}"
+        )
     return ""
 
 
@@ -224,6 +230,7 @@ def facts_of(vllm_config: Any, incumbents: tuple[str, ...]) -> Facts:
         fusions=tuple(name for name in FUSIONS if getattr(compilation.pass_config, name, None)),
         quantised=settings.read_quantised(),
         norm_quant=bool(getattr(compilation.pass_config, NORM_QUANT, None)),
+        without_gain=schemes.without_gain(getattr(vllm_config, "quant_config", None)),
     )
 
 
