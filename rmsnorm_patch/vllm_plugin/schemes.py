@@ -1,6 +1,6 @@
 """Quantisations whose engines were measured and gained nothing from norms of ours: `auto` leaves them to vLLM.
 
-docs/vllm.md has the figures. A scheme that is not named here was seen to gain, or was not measured.
+docs/vllm_quantised.md has the figures. A scheme that is not named here was seen to gain, or was not measured.
 """
 
 from __future__ import annotations
