@@ -157,6 +157,10 @@ def test_a_foreign_out_of_tree_norm_is_left_in_place(environment: Environment, r
         "CustomOp.register_oot(Foreign, name='RMSNorm')\n"
         "from rmsnorm_patch import vllm_plugin\n"
         "vllm_plugin.register()\n"
+        "from vllm.config import VllmConfig, set_current_vllm_config\n"
+        "config = VllmConfig()\n"
+        "with set_current_vllm_config(config):\n"
+        "    config.kernel_config.ir_op_priority.set_default()\n"  # a worker starts
         "assert op_registry_oot['RMSNorm'] is Foreign\n"
     )
     done = run_program(["-c", code], environment(RMSNORM_PATCH_VLLM="oot"))

@@ -131,7 +131,10 @@ def _prepare_classes(decision: Decision) -> None:
     if decision.route == "oot":
         from . import oot_route
 
-        oot_route.register()
+        try:
+            oot_route.register()
+        except RuntimeError as error:
+            warn_once(f"{error}; vLLM serves with its own norms")
     if batch_invariant.passes_by_ir(decision):
         from vllm.model_executor.layers.layernorm import RMSNorm
 
