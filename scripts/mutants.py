@@ -55,16 +55,18 @@ class Suite:
 
 NUMERICS = ("backends/triton/test_numerics.py", "backends/triton/test_machine_code.py")
 QUANTISED = ("backends/triton/test_quantised.py",)
+ADDED = ("backends/triton/test_norm_add.py", "fused/test_norm_add.py")
+GATED = ("backends/triton/test_gated.py", "fused/test_gated_norm.py")
 SUITES = {
     "triton": Suite(
         ("kernels/triton/*.py",),
         own={
             "rms_norm.py": NUMERICS,
             "fused_add_rms_norm.py": NUMERICS,
-            "row_math.py": (*NUMERICS, *QUANTISED),
+            "row_math.py": (*NUMERICS, *QUANTISED, *ADDED, *GATED),
             "rms_norm_quantised.py": QUANTISED,
-            "rms_norm_add.py": ("fused/test_norm_add.py",),
-            "rms_norm_gated.py": ("fused/test_gated_norm.py",),
+            "rms_norm_add.py": ADDED,
+            "rms_norm_gated.py": GATED,
         },
     ),
     "layer_calls": Suite(
@@ -76,8 +78,11 @@ SUITES = {
             "rewrite/test_native_norms.py",
             "rewrite/test_status.py",
             "rewrite/test_handover.py",
+            "rewrite/test_norm_adds.py",
+            "rewrite/test_native_norm_adds.py",
             "adversarial/test_patching_guards.py",
             "adversarial/test_patching_aliasing.py",
+            "adversarial/test_patching_training.py",
             "proof/test_hand_overs_not_taken.py",
             "pairs/test_layer_forms.py",
             "pairs/test_through.py",
