@@ -69,7 +69,7 @@ def _register(version: str) -> None:
         from . import ir_route
 
         ir_route.register()
-        hooks.install_priority()
+        hooks.install_priority(oot_route.register)
     if route == "oot":
         oot_route.register()
     oot_route.register_offset()

@@ -38,13 +38,14 @@ def install() -> None:
             wrap_once(loader, "load_model", counterparts.wrap_load)
 
 
-def install_priority() -> None:
-    """Put our provider first in the defaults of the platform; a user's own `--ir-op-priority` still comes before."""
+def install_priority(register_class: Callable[[], None]) -> None:
+    """Put our provider first in the defaults of the platform; a user's own `--ir-op-priority` still comes before.
+    register_class: what route "oot" needs of a process before it builds a model."""
     from vllm.config.kernel import IrOpPriorityConfig
     from vllm.platforms import current_platform
 
     wrap_once(type(current_platform), "get_default_ir_op_priority", _default_priority)
-    wrap_once(IrOpPriorityConfig, "set_default", _set_default)
+    wrap_once(IrOpPriorityConfig, "set_default", lambda original: _set_default(original, register_class))
 
 
 def install_passes() -> None:
@@ -111,7 +112,7 @@ def _turn_off(vllm_config: Any, name: str) -> None:
         setattr(passes, name, False)
 
 
-def _set_default(original: Callable[..., Any]) -> Callable[..., Any]:
+def _set_default(original: Callable[..., Any], register_class: Callable[[], None]) -> Callable[..., Any]:
     def set_default(self: Any) -> None:
         original(self)
         install_passes()  # here, in the worker: it imports Inductor
@@ -119,20 +120,18 @@ def _set_default(original: Callable[..., Any]) -> Callable[..., Any]:
 
         vllm_config = get_current_vllm_config_or_none()
         if vllm_config is not None:
-            _prepare_classes(decision_for(vllm_config))
+            _prepare_classes(decision_for(vllm_config), register_class)
         log(vllm_config, self)
 
     return set_default
 
 
-def _prepare_classes(decision: Decision) -> None:
+def _prepare_classes(decision: Decision, register_class: Callable[[], None]) -> None:
     """Before the worker builds its model. A process may hold several engines: the first one's route was another one's
     perhaps, and then our class was not registered when the plugin was loaded."""
     if decision.route == "oot":
-        from . import oot_route
-
         try:
-            oot_route.register()
+            register_class()
         except RuntimeError as error:
             warn_once(f"{error}; vLLM serves with its own norms")
     if batch_invariant.passes_by_ir(decision):
