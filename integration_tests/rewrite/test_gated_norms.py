@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -40,6 +41,8 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 INCLUDED = {"qwen3_5_text": "*.linear_attn.norm", "mamba2": "*.mixer.norm"}
 GATINGS = {"qwen3_next": "times silu(gate)", "qwen3_5_text": "times silu(gate)", "falcon_h1": "times silu(gate)"}
+GROUPS = {"group_size": 16} if "group_size" in inspect.signature(BambaRMSNormGated).parameters else {}
+"""Older releases of transformers norm its rows whole."""
 TOKENS = torch.arange(3, 12).repeat(2, 1) * 7 % 128
 
 
@@ -130,7 +133,7 @@ def patched(norm: nn.Module, backend: str = "reference") -> nn.Module:
 
 def test_arguments_are_the_original_s() -> None:
     x, gate = torch.randn(3, 64), torch.randn(3, 64)
-    qwen, bamba = Qwen3NextRMSNormGated(64), BambaRMSNormGated(64, 16)
+    qwen, bamba = Qwen3NextRMSNormGated(64), BambaRMSNormGated(64, **GROUPS)
     own = [qwen(x, gate), bamba(x, gate), bamba(x)]
     for norm in (qwen, bamba):
         patched(norm)
@@ -154,7 +157,7 @@ def test_arguments_are_the_original_s() -> None:
 
 @pytest.mark.usefixtures("interpreted")
 def test_what_no_kernel_takes_falls_back_and_says_why() -> None:
-    norm = patched(BambaRMSNormGated(64, 16).to(BF16), "triton")
+    norm = patched(BambaRMSNormGated(64, **GROUPS).to(BF16), "triton")
     own: Any = BambaRMSNormGated.forward
     x, gate = torch.randn(3, 64, dtype=BF16), torch.randn(3, 64, dtype=BF16)
     status = lambda: rmsnorm_patch.status(nn.Sequential(norm)).sites[0]  # noqa: E731
