@@ -2,22 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import torch
 
 from ..backends.bindings import kept
 from ..numerics.contract import FUNCTIONAL, PLAIN_OPS, PlainOp
 from ..numerics.spec import NormSpec
-from .bound import Bound, bind
+from .bound import Bound, bind, spec_args
 
 NAMESPACE = "rmsnorm_patch"
 
 
-@kept
-def _bound_of(
-    op: str,
+OPTIONS = ("round_before_weight", "weight_offset", "output", "sum", "width", "group", "backend", "enable_pdl")
+"""The arguments behind eps of every op here and in `fused`: a spec, then how it is served."""
+DEFAULTS = spec_args(NormSpec())
+
+Registered = Mapping[str, tuple[str, Callable[..., Any], Callable[..., Any]]]
+"""Name of an op -> its schema, what runs it, what runs it on fake tensors."""
+
+
+def register(kind: Literal["DEF", "FRAGMENT"], made: Registered) -> torch.library.Library:
+    """The ops of a module, for the CPU and CUDA. The caller keeps the Library, which takes its ops with it."""
+    library = torch.library.Library(NAMESPACE, kind)
+    for name, (schema, run, fake) in made.items():
+        library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        for key in ("CPU", "CUDA"):
+            library.impl(name, run, key)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+    return library
+
+
+def positional(
+    given: tuple[Any, ...],
+    named: dict[str, Any] | None,
+    names: tuple[str, ...] = OPTIONS,
+    defaults: tuple[Any, ...] = DEFAULTS,
+) -> tuple[Any, ...]:
+    """All of the arguments `names`: those `given` by position, and of the others what a tracer passed by name."""
+    if not named:
+        return given + defaults[len(given) :]
+    missing = zip(names[len(given) :], defaults[len(given) :], strict=True)
+    return given + tuple(named.get(name, default) for name, default in missing)
+
+
+def spec_of(
     has_weight: bool,
     round_before_weight: str,
     weight_offset: str,
@@ -25,29 +55,21 @@ def _bound_of(
     sum: str,
     width: int | None,
     group: int | None,
-    backend: str,
-    enable_pdl: bool,
+) -> NormSpec:
+    """The numerics that arguments of an op describe; eps is an argument of its own."""
+    return NormSpec(0.0, round_before_weight, weight_offset, has_weight, output, sum, width, group)  # type: ignore[arg-type]
+
+
+@kept
+def _bound_of(op: str, has_weight: bool, *options: Any) -> Bound:
+    *spec, backend, enable_pdl = options
+    return bind(op, spec_of(has_weight, *spec), backend, enable_pdl)
+
+
+def _bound_for(
+    op: str, weight: torch.Tensor | None, given: tuple[Any, ...], named: dict[str, Any] | None = None
 ) -> Bound:
-    spec = NormSpec(0.0, round_before_weight, weight_offset, has_weight, output, sum, width, group)  # type: ignore[arg-type]
-    return bind(op, spec, backend, enable_pdl)
-
-
-_DEFAULTS = ("input", "none", "promote", "rounded", None, None, "auto", True)
-
-
-def _bound_for(op: str, weight: torch.Tensor | None, spec: tuple[Any, ...]) -> Bound:
-    return _bound_of(op, weight is not None, *spec, *_DEFAULTS[len(spec) :])
-
-
-_NAMES = ("round_before_weight", "weight_offset", "output", "sum", "width", "group", "backend", "enable_pdl")
-
-
-def _positional(spec: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
-    if not named:
-        return spec
-    return spec + tuple(
-        named.get(name, default) for name, default in zip(_NAMES[len(spec) :], _DEFAULTS[len(spec) :], strict=True)
-    )
+    return _bound_of(op, weight is not None, *positional(given, named))
 
 
 def _implementation(op: PlainOp) -> Callable[..., Any]:
@@ -56,17 +78,17 @@ def _implementation(op: PlainOp) -> Callable[..., Any]:
     name = op.name
 
     def plain(x, weight, eps, *spec, **named):  # type: ignore[no-untyped-def]
-        return _bound_for(name, weight, _positional(spec, named))(x, weight, eps)
+        return _bound_for(name, weight, spec, named)(x, weight, eps)
 
     def with_residual(x, residual, weight, eps, *spec, **named):  # type: ignore[no-untyped-def]
-        return _bound_for(name, weight, _positional(spec, named))(x, residual, weight, eps)
+        return _bound_for(name, weight, spec, named)(x, residual, weight, eps)
 
     return with_residual if op.fused_add else plain
 
 
 def _fake(op: PlainOp) -> Callable[..., Any]:
     def fake(tensors, spec, named):  # type: ignore[no-untyped-def]
-        numerics = _bound_for(op.name, tensors[-1], _positional(spec, named)).spec
+        numerics = _bound_for(op.name, tensors[-1], spec, named).spec
         op.check(*tensors, numerics, op.name)
         return op.fake(*tensors, numerics)
 
@@ -86,7 +108,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         tensors = op.operands + 1
 
         def run(*args: Any, **named: Any) -> Any:
-            bound = _bound_for(op.name, args[tensors - 1], _positional(args[tensors + 1 :], named))
+            bound = _bound_for(op.name, args[tensors - 1], args[tensors + 1 :], named)
             return bound._reference(*args[: tensors + 1])
 
         return run
@@ -94,15 +116,5 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     return {getattr(torch.ops.rmsnorm_patch, name).default: decompose(PLAIN_OPS[name]) for name in FUNCTIONAL}
 
 
-def _register() -> torch.library.Library:
-    library = torch.library.Library(NAMESPACE, "DEF")
-    for name, op in PLAIN_OPS.items():
-        library.define(name + op.schema, tags=(torch.Tag.pt2_compliant_tag,))
-        for key in ("CPU", "CUDA"):
-            library.impl(name, _implementation(op), key)
-        torch.library.register_fake(f"{NAMESPACE}::{name}", _fake(op), lib=library)
-    return library
-
-
-_LIBRARY = _register()
-"""Kept for the life of the process: a Library takes its ops with it."""
+_LIBRARY = register("DEF", {name: (op.schema, _implementation(op), _fake(op)) for name, op in PLAIN_OPS.items()})
+"""Kept for the life of the process."""

@@ -23,12 +23,11 @@ from ...numerics.contract import IMPLIED_EPS, SPEC_ARGUMENTS
 from ...numerics.gating import GateSpec, check_gated, gated_rms_norm
 from ...numerics.spec import NormSpec
 from ...ops import dispatch
+from ...ops.library import positional, register, spec_of
 from . import kernel
 
 NAME = "rms_norm_gated"
 SCHEMA = f"(Tensor x, Tensor gate, Tensor? weight, str activation, str order, {SPEC_ARGUMENTS}) -> Tensor"
-_NAMES = ("round_before_weight", "weight_offset", "output", "sum", "width", "group", "backend", "enable_pdl")
-_DEFAULTS = ops.spec_args(NormSpec())
 
 
 def bind(spec: NormSpec, gating: GateSpec, backend: Backend = "auto", enable_pdl: bool | None = None) -> Bound:
@@ -136,15 +135,11 @@ class Bound:
 
 
 def _variant(weight: object, activation: str, order: str, rest: tuple[Any, ...], named: dict[str, Any]) -> Bound:
-    missing = zip(_NAMES[len(rest) :], _DEFAULTS[len(rest) :], strict=True)
-    arguments: tuple[Any, ...] = (*rest, *(named.get(name, default) for name, default in missing))
-    *spec, backend, enable_pdl = arguments
+    *spec, backend, enable_pdl = positional(rest, named)
     return bind(_spec(weight is not None, *spec), GateSpec(activation, order), backend, enable_pdl)  # type: ignore[arg-type]
 
 
-@kept
-def _spec(has_weight: bool, before: Any, offset: Any, output: Any, sum_of: Any, width: Any, group: Any) -> NormSpec:
-    return NormSpec(0.0, before, offset, has_weight, output, sum_of, width, group)
+_spec = kept(spec_of)
 
 
 def _run(x, gate, weight, activation, order, eps, *rest, **named):  # type: ignore[no-untyped-def]
@@ -157,14 +152,5 @@ def _fake(x, gate, weight, activation, order, eps, *rest, **named):  # type: ign
     return kernel.new_result(x, weight, bound.spec, bound.gating)
 
 
-def _register() -> torch.library.Library:
-    library = torch.library.Library(ops.NAMESPACE, "FRAGMENT")
-    library.define(NAME + SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
-    for key in ("CPU", "CUDA"):
-        library.impl(NAME, _run, key)
-    torch.library.register_fake(f"{ops.NAMESPACE}::{NAME}", _fake, lib=library)
-    return library
-
-
-_LIBRARY = _register()
-"""Kept for the life of the process: a Library takes its ops with it."""
+_LIBRARY = register("FRAGMENT", {NAME: (SCHEMA, _run, _fake)})
+"""Kept for the life of the process."""

@@ -25,6 +25,7 @@ from ...errors import UnsupportedInput
 from ...numerics import operands
 from ...numerics.contract import FUSED_ADD_IN_PLACE, IMPLIED_EPS
 from ...numerics.spec import NormSpec
+from ...ops.library import register, spec_of
 from .splits import UNKNOWN, SplitFinder, finder_of, product_in_parts
 
 NAME = "linear_fused_add_rms_norm_"
@@ -65,7 +66,7 @@ def _bound(has_weight: bool, *spec: object) -> tuple[NormSpec, Backend, ops.Boun
     launched plainly, and who knows how the library splits."""
     arguments: tuple[Any, ...] = (*spec, *DEFAULTS[len(spec) :])
     before, offset, output, sum_of, width, group, backend, enable_pdl, splits = arguments
-    variant = NormSpec(0.0, before, offset, has_weight, output, sum_of, width, group)
+    variant = spec_of(has_weight, before, offset, output, sum_of, width, group)
     asked, plain = (ops.bind_fused_add_rms_norm_(variant, backend, pdl) for pdl in (enable_pdl, False))
     return variant, backend, asked, plain, finder_of(splits)
 
@@ -97,14 +98,5 @@ def _fake(rows, matrix, residual, weight, eps, *spec):  # type: ignore[no-untype
     return normed
 
 
-def _register() -> torch.library.Library:
-    library = torch.library.Library(ops.NAMESPACE, "FRAGMENT")
-    library.define(NAME + SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
-    for key in ("CPU", "CUDA"):
-        library.impl(NAME, _linear_fused_add_rms_norm_, key)
-    torch.library.register_fake(f"{ops.NAMESPACE}::{NAME}", _fake, lib=library)
-    return library
-
-
-_LIBRARY = _register()
-"""Kept for the life of the process: a Library takes its ops with it."""
+_LIBRARY = register("FRAGMENT", {NAME: (SCHEMA, _linear_fused_add_rms_norm_, _fake)})
+"""Kept for the life of the process."""

@@ -27,6 +27,7 @@ from ...errors import UnsupportedInput
 from ...numerics import operands, reference
 from ...numerics.contract import IMPLIED_EPS, SPEC_ARGUMENTS
 from ...numerics.spec import NormSpec
+from ...ops.library import positional, register, spec_of
 
 NORM_ADD, NORM_ADD_NORM = "rms_norm_add", "rms_norm_add_rms_norm"
 _REST = SPEC_ARGUMENTS.removeprefix("float? eps, ")
@@ -35,9 +36,6 @@ SCHEMAS = {
     NORM_ADD_NORM: "(Tensor x, Tensor residual, Tensor? weight, float? eps, Tensor? next_weight, float? next_eps, "
     f"{_REST}) -> (Tensor, Tensor)",
 }
-_NAMES = ("round_before_weight", "weight_offset", "output", "sum", "width", "group", "backend", "enable_pdl")
-_DEFAULTS = ops.spec_args(NormSpec())
-
 Call = Callable[..., Any]
 
 
@@ -200,49 +198,41 @@ def _module(backend: str) -> Any:
 
 
 @kept
-def _of_arguments(op: str, has_weight: bool, *spec: Any) -> BoundNormAdd:
-    arguments: tuple[Any, ...] = (*spec, *_DEFAULTS[len(spec) :])
-    before, offset, output, sum_of, width, group, backend, pdl = arguments
-    return bind(op, NormSpec(0.0, before, offset, has_weight, output, sum_of, width, group), backend, pdl)
+def _of_arguments(op: str, has_weight: bool, *options: Any) -> BoundNormAdd:
+    *spec, backend, enable_pdl = options
+    return bind(op, spec_of(has_weight, *spec), backend, enable_pdl)
 
 
-def _spec_of(spec: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
-    missing = zip(_NAMES[len(spec) :], _DEFAULTS[len(spec) :], strict=True)
-    return spec + tuple(named.get(name, default) for name, default in missing) if named else spec
+def _bound_for(op: str, weight: object, rest: tuple[Any, ...], named: dict[str, Any]) -> BoundNormAdd:
+    return _of_arguments(op, weight is not None, *positional(rest, named))
 
 
 def _norm_add(x, residual, weight, eps, *spec, **named):  # type: ignore[no-untyped-def]
-    bound = _of_arguments(NORM_ADD, weight is not None, *_spec_of(spec, named))
+    bound = _bound_for(NORM_ADD, weight, spec, named)
     return bound(x, residual, weight, eps)
 
 
 def _norm_add_norm(x, residual, weight, eps, next_weight, next_eps, *spec, **named):  # type: ignore[no-untyped-def]
-    bound = _of_arguments(NORM_ADD_NORM, weight is not None, *_spec_of(spec, named))
+    bound = _bound_for(NORM_ADD_NORM, weight, spec, named)
     return bound(x, residual, weight, eps, next_weight, next_eps)
 
 
 def _fake_norm_add(x, residual, weight, eps, *spec, **named):  # type: ignore[no-untyped-def]
-    _of_arguments(NORM_ADD, weight is not None, *_spec_of(spec, named)).check(x, residual, weight, eps)
+    _bound_for(NORM_ADD, weight, spec, named).check(x, residual, weight, eps)
     return x.new_empty(x.shape)
 
 
 def _fake_norm_add_norm(x, residual, weight, eps, next_weight, next_eps, *spec, **named):  # type: ignore[no-untyped-def]
-    bound = _of_arguments(NORM_ADD_NORM, weight is not None, *_spec_of(spec, named))
+    bound = _bound_for(NORM_ADD_NORM, weight, spec, named)
     bound.check(x, residual, weight, eps, next_weight, next_eps)
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
-def _register() -> torch.library.Library:
-    library = torch.library.Library(ops.NAMESPACE, "FRAGMENT")
-    made: dict[str, tuple[Call, Call]]
-    made = {NORM_ADD: (_norm_add, _fake_norm_add), NORM_ADD_NORM: (_norm_add_norm, _fake_norm_add_norm)}
-    for name, (run, fake) in made.items():
-        library.define(name + SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,))
-        for key in ("CPU", "CUDA"):
-            library.impl(name, run, key)
-        torch.library.register_fake(f"{ops.NAMESPACE}::{name}", fake, lib=library)
-    return library
-
-
-_LIBRARY = _register()
-"""Kept for the life of the process: a Library takes its ops with it."""
+_LIBRARY = register(
+    "FRAGMENT",
+    {
+        NORM_ADD: (SCHEMAS[NORM_ADD], _norm_add, _fake_norm_add),
+        NORM_ADD_NORM: (SCHEMAS[NORM_ADD_NORM], _norm_add_norm, _fake_norm_add_norm),
+    },
+)
+"""Kept for the life of the process."""

@@ -15,13 +15,11 @@ and in plain PyTorch (`numerics.quantisation` has the definition).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ... import ops
 from ...backends.bindings import kept
 from ...backends.names import Backend
 from ...errors import KernelBuildError, UnsupportedInput
@@ -30,6 +28,7 @@ from ...numerics.contract import IMPLIED_EPS, SPEC_ARGUMENTS
 from ...numerics.quantisation import QuantSpec, rms_norm_quantised
 from ...numerics.spec import NormSpec
 from ...ops import dispatch
+from ...ops.library import DEFAULTS, OPTIONS, positional, register, spec_of
 from . import kernel
 from .kernel import Operands, Results
 
@@ -39,11 +38,8 @@ _QUANT_ARGUMENTS = (
 )
 _REST = f"Tensor? weight, Tensor? given, str scheme, {SPEC_ARGUMENTS}, {_QUANT_ARGUMENTS}) -> (Tensor, Tensor, Tensor)"
 SCHEMAS = {PLAIN: f"(Tensor x, {_REST}", FUSED: f"(Tensor x, Tensor(a!) residual, {_REST}"}
-_NAMES = (
-    *("round_before_weight", "weight_offset", "output", "sum", "width", "group", "backend", "enable_pdl"),
-    *("value", "arithmetic", "layout", "power_of_two", "both"),
-)
-_DEFAULTS = (*ops.spec_args(NormSpec()), "rounded", "fused", "row_major", False, False)
+_NAMES = (*OPTIONS, "value", "arithmetic", "layout", "power_of_two", "both")
+_DEFAULTS = (*DEFAULTS, "rounded", "fused", "row_major", False, False)
 
 
 def quant_args(quant: QuantSpec, both: bool = False) -> tuple[str, str, str, bool, bool]:
@@ -155,20 +151,16 @@ _RUN = {"cuda": _on_cuda, "triton": _on_triton, "reference": _in_pytorch}
 
 
 @kept
-def _variant(op: str, scheme: str, has_weight: bool, *rest: object) -> Variant:
-    """Of the arguments after eps, of which those at the end may be missing."""
-    arguments: tuple[Any, ...] = (*rest, *_DEFAULTS[len(rest) :])
-    before, offset, output, sum_of, width, group, backend, enable_pdl, *quant, both = arguments
-    spec = NormSpec(0.0, before, offset, has_weight, output, sum_of, width, group)
+def _variant(op: str, scheme: str, has_weight: bool, *rest: Any) -> Variant:
+    """Of all the arguments after eps."""
+    before, offset, output, sum_of, width, group, backend, enable_pdl, *quant, both = rest
+    spec = spec_of(has_weight, before, offset, output, sum_of, width, group)
     backend = dispatch.requested_backend(backend)
     return Variant(op, spec, QuantSpec(scheme, *quant), both, backend, enable_pdl)  # type: ignore[arg-type]
 
 
 def _variant_of(op: str, weight: object, scheme: str, rest: tuple[Any, ...], named: dict[str, Any]) -> Variant:
-    if named:
-        missing = zip(_NAMES[len(rest) :], _DEFAULTS[len(rest) :], strict=True)
-        rest += tuple(named.get(name, default) for name, default in missing)
-    return _variant(op, scheme, weight is not None, *rest)
+    return _variant(op, scheme, weight is not None, *positional(rest, named, _NAMES, _DEFAULTS))
 
 
 def _operands(x, residual, weight, given, eps):  # type: ignore[no-untyped-def]
@@ -198,17 +190,7 @@ def _fake_fused(x, residual, weight, given, scheme, eps, *rest, **named):  # typ
     return _fake(_variant_of(FUSED, weight, scheme, rest, named), _operands(x, residual, weight, given, eps))
 
 
-def _register() -> torch.library.Library:
-    library = torch.library.Library(ops.NAMESPACE, "FRAGMENT")
-    made: dict[str, tuple[Callable[..., Results], Callable[..., Results]]]
-    made = {PLAIN: (_plain, _fake_plain), FUSED: (_fused, _fake_fused)}
-    for name, (run, fake) in made.items():
-        library.define(name + SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,))
-        for key in ("CPU", "CUDA"):
-            library.impl(name, run, key)
-        torch.library.register_fake(f"{ops.NAMESPACE}::{name}", fake, lib=library)
-    return library
-
-
-_LIBRARY = _register()
-"""Kept for the life of the process: a Library takes its ops with it."""
+_LIBRARY = register(
+    "FRAGMENT", {PLAIN: (SCHEMAS[PLAIN], _plain, _fake_plain), FUSED: (SCHEMAS[FUSED], _fused, _fake_fused)}
+)
+"""Kept for the life of the process."""
