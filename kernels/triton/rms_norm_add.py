@@ -9,12 +9,14 @@ import triton
 import triton.language as tl
 
 from .row_math import (
+    dense_row,
     launch_dependents,
     load_row,
     load_weight,
     opaque_zero,
     reciprocal_rms,
     row_offset,
+    rows_of_program,
     scale,
     square,
     store_row,
@@ -60,13 +62,11 @@ def rms_norm_add(
     DEPENDENT: tl.constexpr,
     NEXT: tl.constexpr,
 ):
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
-    cols = tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
-    live = rows < num_rows
+    rows, cols, live = rows_of_program(num_rows, ROWS, BLOCK)
     x_row = x_ptr + row_offset(rows, inner, x_stride, x_inner_stride, NESTED, VEC)
     residual_row = residual_ptr + row_offset(rows, inner, residual_stride, residual_inner_stride, NESTED, VEC)
-    y_row = y_ptr + rows.to(tl.int64) * N
-    total_row = total_ptr + rows.to(tl.int64) * N
+    y_row = dense_row(y_ptr, rows, N)
+    total_row = dense_row(total_ptr, rows, N)
     weight = weight_row(weight_ptr, rows, N, VEC, 1)
     next_weight = weight_row(next_weight_ptr, rows, N, VEC, 1)
 
