@@ -25,9 +25,11 @@ import xml.etree.ElementTree as ElementTree
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from rmsnorm_patch.bench.versions import versions
-
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # `check` runs anywhere, an interpreter without the package included
+
+from rmsnorm_patch.bench.versions import versions  # noqa: E402
+
 RECORDS = ROOT / "records"
 
 LAUNCH_CODE = ("numerics", "backends", "ops", "fused")
