@@ -14,7 +14,7 @@ import torch
 import typer
 from rich.table import Table
 
-from ..bench.rows import Row, best_peer, gain, share
+from ..bench.rows import Row, best_peer, gain, ours, share
 from ..errors import KernelBuildError, UnsupportedInput
 from .output import Output
 
@@ -109,13 +109,12 @@ def kernel_table(rows: Sequence[Row]) -> Table:
     for name in ("work", "rows x columns", "ours", "best peer", "peer / ours", "copy / ours", "the others"):
         table.add_column(name, justify="left" if name in ("work", "the others") else "right")
     for row in rows:
-        peer, ratio, limit = best_peer(row), gain(row), share(row)
-        ours = min((us for name, us in row["us"].items() if name.startswith("ours")), default=None)
-        others = {name: us for name, us in row["us"].items() if us != ours and (peer is None or name != peer[0])}
+        mine, peer, ratio, limit = ours(row), best_peer(row), gain(row), share(row)
+        others = {name: us for name, us in row["us"].items() if us != mine and (peer is None or name != peer[0])}
         table.add_row(
             " ".join(filter(None, (row["op"], row["mode"], row["dtype"], row["variant"]))),
             f"{row['m']} x {row['n']}",
-            "-" if ours is None else f"{ours:.2f}",
+            "-" if mine is None else f"{mine:.2f}",
             "-" if peer is None else f"{peer[0]} {peer[1]:.2f}",
             "-" if ratio is None else f"{ratio:.3f}",
             "-" if limit is None else f"{limit:.3f}",
