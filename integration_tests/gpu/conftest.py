@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
+
+sys.path.insert(0, str(Path(__file__).parent))  # `made_rows`: test folders are not packages
 
 KEPT = 1 << 28  # bytes that a process may hold between tests; the allocator would keep what the largest test took
 LARGEST = 24 << 30  # bytes of the tests with more than 2**31 elements, their results and references included

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn as nn
+from made_rows import same
 from transformers import PreTrainedModel
 
 import rmsnorm_patch
@@ -53,10 +54,6 @@ def backend(request: pytest.FixtureRequest) -> str:
 def rand(*shape: int, seed: int, dtype: torch.dtype = BF16) -> torch.Tensor:
     generator = torch.Generator("cuda").manual_seed(seed)
     return torch.randn(*shape, device="cuda", generator=generator).to(dtype)
-
-
-def same(left: torch.Tensor, right: torch.Tensor) -> bool:
-    return left.dtype == right.dtype and torch.equal(left.view(torch.uint8), right.view(torch.uint8))
 
 
 def check(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype) -> None:

@@ -81,8 +81,9 @@ def test_attempted_calls_give_the_bits_of_the_guarded_ones(small_model: Callable
     assert torch.equal(attempted, guarded)
 
 
-def test_a_decode_step_is_captured_and_replayed(small_model: Callable[..., PreTrainedModel]) -> None:
-    model = small_model("llama", torch.bfloat16).cuda()
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_a_decode_step_is_captured_and_replayed(small_model: Callable[..., PreTrainedModel], model_type: str) -> None:
+    model = small_model(model_type, torch.bfloat16).cuda()
     rmsnorm_patch.apply(model)
     rmsnorm_patch.warmup(model)
     tokens = torch.arange(1, 9, device="cuda")[None]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from made_rows import rows, same
 from transformers import PreTrainedModel
 
 import rmsnorm_patch
@@ -24,26 +25,6 @@ SPECS = {"llama": LLAMA, "gemma": GEMMA, "one rounding": FP32_WEIGHT_MULTIPLY, "
 LENGTHS = (128, 1024, 2304, 2560, 3584, 3840, 4096, 5120, 5376, 8192, 16384)
 ROWS = (1, 2, 5, 17, 33, 100, 130, 300, 600, 1029)
 """Of every schedule, and some that are no multiple of the rows of a CTA."""
-
-
-def rows(m: int, n: int, seed: int, dtype: torch.dtype = BF16) -> torch.Tensor:
-    """Zeros, infinities, NaN, huge and tiny numbers in the first rows."""
-    generator = torch.Generator("cuda").manual_seed(seed)
-    values = torch.randn(m, n, device="cuda", generator=generator)
-    if m >= 10:
-        values[0] = 0
-        values[1, 5], values[2, 7], values[6, 3] = float("inf"), float("nan"), -float("inf")
-        values[3] *= 1e30
-        values[4] *= 1e-38
-        values[8, : n // 2] = 0
-        values[9] = 0
-        values[9, seed % n] = 1e4
-    return values.to(dtype)
-
-
-def same(left: torch.Tensor, right: torch.Tensor) -> bool:
-    integers = torch.int32 if left.dtype == FP32 else torch.int16
-    return left.dtype == right.dtype and torch.equal(left.view(integers), right.view(integers))
 
 
 def weights(n: int, dtype: torch.dtype, spec: NormSpec) -> list[torch.Tensor | None]:
@@ -174,21 +155,3 @@ def test_every_call_is_the_launchers_and_gives_the_bits_of_python(
         with observe.observing(events.append):
             model(tokens, use_cache=False)
     assert {event.backend for event in events if event.kind == "norm_add"} == {"cuda"}
-
-
-def test_a_decode_step_is_captured_and_replayed(small_model: Callable[..., PreTrainedModel]) -> None:
-    model = small_model("gemma2", BF16).cuda()
-    rmsnorm_patch.apply(model)
-    rmsnorm_patch.warmup(model)
-    tokens = torch.arange(1, 9, device="cuda")[None]
-    with torch.no_grad():
-        for _ in range(2):
-            model(tokens, use_cache=False)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = model(tokens, use_cache=False).logits
-        tokens.add_(3)
-        graph.replay()
-        torch.cuda.synchronize()
-        assert torch.equal(captured, model(tokens, use_cache=False).logits)

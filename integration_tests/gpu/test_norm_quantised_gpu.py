@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from made_rows import rows
 
 from rmsnorm_patch import ops
 from rmsnorm_patch.fused.norm_quantised.op import quant_args
@@ -32,21 +33,6 @@ QUANTS = {
 needs_fp8 = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="e4m3 needs sm_89"
 )
-
-
-def rows(m: int, n: int, seed: int, dtype: torch.dtype = BF16) -> torch.Tensor:
-    """Case 90: zeros, infinities, NaN, huge and tiny numbers in the first rows."""
-    generator = torch.Generator("cuda").manual_seed(seed)
-    values = torch.randn(m, n, device="cuda", generator=generator)
-    if m >= 10:
-        values[0] = 0
-        values[1, 5], values[2, 7], values[6, 3] = float("inf"), float("nan"), -float("inf")
-        values[3] *= 1e30
-        values[4] *= 1e-38
-        values[8, : n // 2] = 0
-        values[9] = 0
-        values[9, seed % n] = 1e4
-    return values.to(dtype)
 
 
 def given(quant: QuantSpec, bound: bool) -> torch.Tensor | None:

@@ -9,17 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+pytest.importorskip("triton")
+import ahead
+from triton.backends.compiler import GPUTarget
 
-from rmsnorm_patch.backends.triton import loader  # noqa: E402
-from rmsnorm_patch.backends.triton.backend import Layout, Target  # noqa: E402
-from rmsnorm_patch.fused.gated_norm import op, portable  # noqa: E402
-from rmsnorm_patch.numerics.gating import ACTIVATIONS, ORDERS, GateSpec, gated_rms_norm  # noqa: E402
-from rmsnorm_patch.numerics.spec import LLAMA, NormSpec  # noqa: E402
-from rmsnorm_patch.numerics.tolerances import GATED  # noqa: E402
-from rmsnorm_patch.proof.difference import compare  # noqa: E402
+from rmsnorm_patch.backends.triton.backend import Layout
+from rmsnorm_patch.fused.gated_norm import op, portable
+from rmsnorm_patch.numerics.gating import ACTIVATIONS, ORDERS, GateSpec, gated_rms_norm
+from rmsnorm_patch.numerics.spec import LLAMA, NormSpec
+from rmsnorm_patch.numerics.tolerances import GATED
+from rmsnorm_patch.proof.difference import compare
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")  # NaN and 1/0 on purpose
 
@@ -71,20 +70,10 @@ def test_it_compiles_for_devices_that_are_not_here(
     target: GPUTarget, order: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    known = Target(target.warp_size) if target.backend == "hip" else Target.nvidia(int(target.arch) // 10)
     spec, gating = NormSpec(group=1024), GateSpec("silu", order)
-    layout = Layout("rms_norm", spec, BF16, 4096, BF16, known)
-    made: dict[str, Any] = portable.constants(layout, gating) | {"NESTED": True}
-    kernel = getattr(loader.load(portable.MODULE, interpreted=False), portable.MODULE)
-    signature, attributes = {}, {}
-    for index, argument in enumerate(kernel.arg_names):
-        pointer = argument.endswith("_ptr")
-        plain = "*bf16" if pointer else "fp32" if argument == "eps" else "i32"
-        signature[argument] = "constexpr" if argument in made else plain
-        if pointer:
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernel, signature=signature, constexprs=made, attrs=attributes)
-    compiled = triton.compile(source, target=target, options=layout.options)
+    layout = Layout("rms_norm", spec, BF16, 4096, BF16, ahead.known(target))
+    constants = portable.constants(layout, gating) | {"NESTED": True}
+    compiled = ahead.compiled(target, portable.MODULE, layout, constants, BF16)
     if target.backend == "cuda":
         waits = compiled.asm["ptx"].count("griddepcontrol.wait")
         assert waits == (1 if int(target.arch) >= 90 else 0)

@@ -8,21 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ahead
 import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from rmsnorm_patch.backends.triton import loader as triton_loader
-from rmsnorm_patch.backends.triton.backend import Layout, Target
+from rmsnorm_patch.backends.triton.backend import Layout
 from rmsnorm_patch.numerics.spec import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, T5, NormSpec
 
 NVIDIA = [80, 89, 90, 100, 120]
 AMD = ["gfx942", "gfx950"]
 OPS = ["rms_norm", "fused_add_rms_norm"]
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 @pytest.fixture(autouse=True)
@@ -43,24 +41,13 @@ def build(
     dependent: bool = True,
 ) -> Any:
     """The kernel as `triton_backend` would launch it, compiled for `target`."""
-    known = Target(target.warp_size) if target.backend == "hip" else Target.nvidia(target.arch // 10, dependent)
-    layout = Layout(op, spec, dtype, n, weight_dtype, known)
-    kernel = getattr(triton_loader.load(op, interpreted=False), op)
+    layout = Layout(op, spec, dtype, n, weight_dtype, ahead.known(target, dependent))
     constants = {**layout.constants, "NESTED": nested}
     if op != "rms_norm":
         constants.update(ROUND_SUM=spec.sum == "rounded", IN_PLACE=in_place)
-    pointers = {"weight_ptr": weight_dtype or dtype, "y_ptr": layout.out_dtype}
-    signature, attributes = {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name.endswith("_ptr"):
-            signature[name] = "*" + NAMES[pointers.get(name, dtype)]
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "fp32" if name == "eps" else "i32"
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=target, options=layout.options)
+    types = {"weight_ptr": weight_dtype or dtype, "y_ptr": layout.out_dtype}
+    named = {name: f"*{ahead.NAMES[pointed]}" for name, pointed in types.items()}
+    return ahead.compiled(target, op, layout, constants, dtype, named)
 
 
 def cuda(capability: int) -> GPUTarget:

@@ -6,38 +6,24 @@ import re
 from pathlib import Path
 from typing import Any
 
+import ahead
 import pytest
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from rmsnorm_patch.backends.triton import loader
-from rmsnorm_patch.backends.triton.backend import Layout, Target
+from rmsnorm_patch.backends.triton.backend import Layout
 from rmsnorm_patch.fused.norm_add import portable
 from rmsnorm_patch.numerics.spec import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, NormSpec
 
-NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
-
-def compiled(target: GPUTarget, spec: NormSpec, dtype: torch.dtype, n: int) -> Any:
-    known = Target(target.warp_size) if target.backend == "hip" else Target.nvidia(int(target.arch) // 10)
-    layout = Layout("rms_norm", spec, dtype, n, dtype, known)
-    made: dict[str, Any] = portable.constants(layout, True) | {"NESTED": False}
-    kernel = getattr(loader.load(portable.MODULE, interpreted=False), portable.MODULE)
-    signature, attributes = {}, {}
-    for index, argument in enumerate(kernel.arg_names):
-        pointer = argument.endswith("_ptr")
-        plain = f"*{NAMES[dtype]}" if pointer else "fp32" if argument.endswith("eps") else "i32"
-        signature[argument] = "constexpr" if argument in made else plain
-        if pointer:
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernel, signature=signature, constexprs=made, attrs=attributes)
-    return layout, triton.compile(source, target=target, options=layout.options)
+def compiled(target: GPUTarget, spec: NormSpec, dtype: torch.dtype, n: int) -> tuple[Layout, Any]:
+    layout = Layout("rms_norm", spec, dtype, n, dtype, ahead.known(target))
+    constants = portable.constants(layout, True) | {"NESTED": False}
+    return layout, ahead.compiled(target, portable.MODULE, layout, constants, dtype)
 
 
 @pytest.mark.parametrize("spec", [LLAMA, GEMMA, FP32_WEIGHT_MULTIPLY], ids=["llama", "gemma", "one rounding"])
-@pytest.mark.parametrize("dtype", NAMES, ids=str)
+@pytest.mark.parametrize("dtype", ahead.NAMES, ids=str)
 @pytest.mark.parametrize("arch", [80, 90])
 def test_no_product_is_contracted_with_the_sum(
     arch: int, dtype: torch.dtype, spec: NormSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

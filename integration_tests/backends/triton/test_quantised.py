@@ -9,16 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+pytest.importorskip("triton")
+import ahead
+from triton.backends.compiler import GPUTarget
 
-from rmsnorm_patch import ops  # noqa: E402
-from rmsnorm_patch.backends.triton import loader  # noqa: E402
-from rmsnorm_patch.backends.triton.backend import Layout, Target  # noqa: E402
-from rmsnorm_patch.fused.norm_quantised import op, portable  # noqa: E402
-from rmsnorm_patch.numerics.quantisation import QuantSpec, quantise  # noqa: E402
-from rmsnorm_patch.numerics.spec import FP32_WEIGHT_MULTIPLY, LLAMA, NormSpec  # noqa: E402
+from rmsnorm_patch import ops
+from rmsnorm_patch.backends.triton.backend import Layout
+from rmsnorm_patch.fused.norm_quantised import op, portable
+from rmsnorm_patch.numerics.quantisation import QuantSpec, quantise
+from rmsnorm_patch.numerics.spec import FP32_WEIGHT_MULTIPLY, LLAMA, NormSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")  # NaN and 1/0 on purpose
 
@@ -102,21 +101,11 @@ def test_it_compiles_for_devices_that_are_not_here(
     target: GPUTarget, name: str, n: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    known = Target(target.warp_size) if target.backend == "hip" else Target.nvidia(int(target.arch) // 10)
-    layout = Layout("fused_add_rms_norm_", LLAMA, BF16, n, BF16, known)
+    layout = Layout("fused_add_rms_norm_", LLAMA, BF16, n, BF16, ahead.known(target))
     made: dict[str, Any] = portable.constants(layout, LLAMA, QUANTS[name], True, True)
     made |= {"NESTED": False, "GIVEN": False}
-    kernel = getattr(loader.load(portable.MODULE, interpreted=False), portable.MODULE)
-    types = {"rows_ptr": "*u8", "scales_ptr": "*fp32", "given_ptr": "*fp32", "eps": "fp32"}
-    signature, attributes = {}, {}
-    for index, argument in enumerate(kernel.arg_names):
-        pointer = argument.endswith("_ptr")
-        plain = types.get(argument, "*bf16" if pointer else "i32")
-        signature[argument] = "constexpr" if argument in made else plain
-        if pointer:
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernel, signature=signature, constexprs=made, attrs=attributes)
-    compiled = triton.compile(source, target=target, options=layout.options)
+    types = {"rows_ptr": "*u8", "scales_ptr": "*fp32", "given_ptr": "*fp32"}
+    compiled = ahead.compiled(target, portable.MODULE, layout, made, BF16, types)
     if target.backend == "cuda":
         waits = compiled.asm["ptx"].count("griddepcontrol.wait")
         assert waits == (1 if int(target.arch) >= 90 else 0)
