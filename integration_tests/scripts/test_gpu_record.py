@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -353,3 +355,12 @@ def test_the_record_runs_every_suite(script):
     from rmsnorm_patch.bench.suites import SUITES
 
     assert sorted(script("gpu_record").SUITES) == sorted(SUITES)
+
+
+def test_check_needs_no_installed_package(repository):
+    """Nor any of an environment: a checkout and an interpreter are enough."""
+    words = [sys.executable, "-S", "scripts/gpu_record.py", "check"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    ended = subprocess.run(words, cwd=repository, env=environment, capture_output=True, text=True, check=False)
+    assert "Traceback" not in ended.stderr
+    assert "record" in ended.stdout + ended.stderr
