@@ -3,6 +3,7 @@
     python scripts/gpu_record.py run --record records/nvidia-h200.json     # on a machine with a GPU
     python scripts/gpu_record.py run --parts kernels --suite decode qk --warm-jobs 14
     python scripts/gpu_record.py run --parts vllm --vllm-json vllm.json    # rows of scripts/bench_vllm.py
+    python scripts/gpu_record.py merge A.json B.json --record R.json       # parts that ran side by side on two GPUs
     python scripts/gpu_record.py check                                     # anywhere: non-zero when a record is stale
 
 `run` can be given in parts: each replaces its own rows of a record with the same digest, and refuses one with another,
@@ -15,18 +16,17 @@ import argparse
 import hashlib
 import importlib.util
 import json
-import os
 import re
-import shutil
-import subprocess
 import sys
 import tempfile
-import xml.etree.ElementTree as ElementTree
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # `check` runs anywhere, an interpreter without the package included
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # `check` runs anywhere, without the package too
+
+from benchlib import sanitizer  # noqa: E402
+from benchlib.checkout import python  # noqa: E402
+from benchlib.test_counts import merged, run_tests  # noqa: E402
 
 from rmsnorm_patch.bench.versions import versions  # noqa: E402
 
@@ -41,9 +41,6 @@ HF = [
     "--shape llama-8b --layers 8 --compile --batch 1 --variants stock F.rms_norm patched",
     "--shape llama-8b --layers 8 --compile reduce-overhead --ops --batch 1 --variants stock F.rms_norm patched",
 ]
-TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-PLANTED = "planted fault"
-"""The sanitizer's row that must hold errors."""
 
 
 def covered_files() -> list[Path]:
@@ -94,83 +91,38 @@ def device() -> dict[str, object]:
     }
 
 
-def _environment() -> dict[str, str]:
-    """This process's, with the checkout's package ahead of an installed one."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+def kernel_tests(workers: int) -> dict[str, object]:
+    """Counts of the GPU tests but vLLM's; with several workers, those that hold a time to a limit run last, alone."""
+    words = ["integration_tests/gpu", *(f"--ignore={path}" for path in _engine_tests())]
+    if not _spread(workers):
+        return run_tests(words)
+    beside = run_tests([*words, "-n", str(workers), "--dist", "worksteal", "-m", "not timed"])
+    return merged([beside, run_tests([*words, "-m", "timed"])])
 
 
-def _python(*arguments: str, check: bool = True) -> None:
-    """Run this interpreter in the checkout."""
-    subprocess.run([sys.executable, *arguments], cwd=ROOT, env=_environment(), check=check)
+def engine_tests(workers: int) -> dict[str, object]:
+    """Counts of vLLM's GPU tests, and the plugin's files, of which they speak and which `files` does not hold.
 
-
-def run_tests(workers: int = 0) -> dict[str, dict]:
-    """Counts of the GPU tests, and the names of those that failed: "tests", and "engine_tests" for those of vLLM.
-
-    Engines speak of the plugin, which a record's files do not hold: their counts stand apart, with the plugin's files.
-    With several workers they run beside the others in one process of their own (they share engines, which each worker
-    would start), and tests that hold a time against a limit run last, alone.
+    Tests of one file share engines: a worker takes a file whole.
     """
-    folder = "integration_tests/gpu"
-    ignored = [f"--ignore={path}" for path in _engine_tests()]
-    spread = ["-n", str(workers), "--dist", "worksteal", "-m", "not timed"] if workers and _has("xdist") else []
-    with ThreadPoolExecutor(2 if spread else 1) as pool:
-        engine_tests = pool.submit(run_engine_tests)
-        tests = pool.submit(_test, [folder, *spread, *ignored]).result()
-        beside = engine_tests.result()
-    if spread:
-        tests = merged([tests, _test([folder, "-m", "timed", *ignored])])
-    return {"tests": tests, "engine_tests": beside}
+    words = [str(path) for path in _engine_tests()]
+    spread = ["-n", str(min(workers, len(words))), "--dist", "loadfile"] if _spread(workers) else []
+    return {**run_tests([*words, *spread]), "files": plugin_files()}
 
 
-def run_engine_tests() -> dict[str, object]:
-    """Counts of vLLM's GPU tests, in one process, and the plugin's files."""
-    return {**_test([str(path) for path in _engine_tests()]), "files": plugin_files()}
+def _spread(workers: int) -> bool:
+    return workers > 1 and importlib.util.find_spec("xdist") is not None
 
 
 def _engine_tests() -> list[Path]:
     return sorted((ROOT / "integration_tests/gpu").glob("test_vllm_*.py"))
 
 
-def _test(words: list[str]) -> dict[str, object]:
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "junit.xml"
-        tests = ("-m", "pytest", "-q", "-p", "no:cacheprovider", *words)
-        _python(*tests, f"--junitxml={report}", check=False)  # failures are counted below
-        return _counts(report)
-
-
-def merged(counts: list[dict]) -> dict[str, object]:
-    """Counts of several runs as those of one."""
-    found: dict[str, object] = {name: sum(run[name] for run in counts) for name in ("passed", "failed", "skipped")}
-    return {**found, "failures": [name for run in counts for name in run["failures"]]}
-
-
-def _has(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
-
-
-def _counts(report: Path) -> dict[str, object]:
-    """passed, failed, skipped and the names of failures, from pytest's XML; a run without one has failed."""
-    if not report.exists():
-        return {"passed": 0, "failed": 1, "skipped": 0, "failures": ["pytest wrote no report"]}
-    suite = ElementTree.parse(report).getroot().find("testsuite")
-    assert suite is not None
-    total, skipped = int(suite.get("tests", 0)), int(suite.get("skipped", 0))
-    failed = int(suite.get("failures", 0)) + int(suite.get("errors", 0))
-    names = [
-        f"{case.get('classname')}::{case.get('name')}"
-        for case in suite.iter("testcase")
-        if case.find("failure") is not None or case.find("error") is not None
-    ]
-    return {"passed": total - failed - skipped, "failed": failed, "skipped": skipped, "failures": names}
-
-
 def _rows_from(script: str, *arguments: str) -> list[dict]:
     """The rows that a benchmark script writes to its --json; one that fails ends the run."""
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.json"
-        _python(f"scripts/{script}", *arguments, "--json", str(rows))
+        python(f"scripts/{script}", *arguments, "--json", str(rows))
         return json.loads(rows.read_text())
 
 
@@ -180,54 +132,8 @@ def _kernel_rows(args: argparse.Namespace) -> list[dict]:
     limits = ["--seconds", str(args.seconds), "--warm-jobs", str(args.warm_jobs)]
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.json"
-        _python("-m", "rmsnorm_patch", "bench-kernels", *suites, *limits, "--rows", str(rows))
+        python("-m", "rmsnorm_patch", "bench-kernels", *suites, *limits, "--rows", str(rows))
         return json.loads(rows.read_text())
-
-
-def run_sanitizer(tools: list[str], tests: list[str], seconds: float) -> list[dict]:
-    """Each tool over the tests marked `sanitized`, and memcheck over a fault that it must find, all at once."""
-    program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-    if program is None:
-        raise SystemExit("gpu_record: compute-sanitizer is not on the PATH")
-    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(len(tools) + 1) as pool:
-        folder = Path(name)
-        planted = pool.submit(
-            _sanitize, program, "memcheck", PLANTED, ["scripts/benchlib/planted_fault.py"], 300, folder
-        )
-        words = ["-m", "pytest", *tests, "-m", "sanitized", "-q", "-p", "no:cacheprovider"]
-
-        def watch(tool: str) -> dict:
-            report = folder / f"{tool}.xml"
-            row = _sanitize(program, tool, tool, [*words, f"--junitxml={report}"], seconds, folder)
-            return {**row, **_counts(report)}
-
-        return [*pool.map(watch, tools), planted.result()]
-
-
-def _sanitize(program: str, tool: str, name: str, arguments: list[str], seconds: float, folder: Path) -> dict:
-    """One run of this interpreter under one tool; `name` is what its row is called."""
-    log = folder / f"{name}.log"
-    words = [program, "--tool", tool, "--target-processes", "application-only", "--log-file", str(log)]
-    words += ["--launch-timeout", str(int(seconds))]  # the default gave up before five busy processes had begun
-    # initcheck must see who writes what our kernels read, the other tools watch our kernels alone.
-    words += [] if tool == "initcheck" else ["--kernel-name", "kernel_substring=rms_norm"]
-    # An allocation for each tensor: an access past its end is then one outside of any allocation.
-    environment = {**_environment(), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    words += [sys.executable, *arguments]
-    try:
-        done = subprocess.run(words, cwd=ROOT, env=environment, timeout=seconds, capture_output=True, check=False)
-        ended = f"exit status {done.returncode}"
-    except subprocess.TimeoutExpired:
-        ended = f"stopped after {seconds:.0f} s"
-    text = log.read_text() if log.exists() else ""
-    print(f"{name}: {ended}\n{text[-3000:]}", flush=True)
-    return {"tool": name, "ended": ended, "errors": sanitizer_errors(text)}
-
-
-def sanitizer_errors(log: str) -> int | None:
-    """Errors and hazards of a compute-sanitizer log; None where it holds no summary, so that nothing passes unseen."""
-    found = re.findall(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)", log)
-    return sum(int(errors or hazards) for errors, hazards in found) if found else None
 
 
 def vllm_rows(path: Path) -> list[dict]:
@@ -260,7 +166,10 @@ KEYS = {
 SECTIONS = {"kernel_time": "kernels"}
 """Parts whose rows go into the list of another."""
 
-PARTS = ("tests", "engine_tests", "kernels", "kernel_time", *(section for section in KEYS if section != "kernels"))
+TESTS = {"tests": kernel_tests, "engine_tests": engine_tests}
+"""Parts that are counts of tests."""
+
+PARTS = (*TESTS, "kernels", "kernel_time", *(section for section in KEYS if section != "kernels"))
 
 
 def _measure(part: str, args: argparse.Namespace) -> list[dict]:
@@ -276,7 +185,7 @@ def _measure(part: str, args: argparse.Namespace) -> list[dict]:
         return _rows_from("bench_jit.py")
     if part == "profile":
         return _rows_from("profile_counts.py")
-    return run_sanitizer(args.tool, args.sanitizer_tests, args.seconds)
+    return sanitizer.run(args.tool, args.sanitizer_tests, args.seconds)
 
 
 def begin(path: Path, fresh: bool, parts: list[str]) -> dict:
@@ -288,8 +197,8 @@ def begin(path: Path, fresh: bool, parts: list[str]) -> dict:
         before = {}
     if before and parts == ["vllm"]:  # measured already: taking the rows in needs no GPU
         return before
-    record = {"digest": digest(), "files": files(), "device": device(), "tests": None, "engine_tests": None}
-    record |= {part: [] for part in KEYS}
+    record = {"digest": digest(), "files": files(), "device": device()}
+    record |= {**dict.fromkeys(TESTS), **{section: [] for section in KEYS}}
     return {**record, **before, "device": record["device"], "versions": {**before.get("versions", {}), **versions()}}
 
 
@@ -298,10 +207,8 @@ def write(args: argparse.Namespace) -> None:
     record = begin(path, args.fresh, args.parts)
     path.parent.mkdir(parents=True, exist_ok=True)
     for part in args.parts:
-        if part == "tests":
-            record.update(run_tests(args.workers))
-        elif part == "engine_tests":
-            record["engine_tests"] = run_engine_tests()
+        if part in TESTS:
+            record[part] = TESTS[part](args.workers)
         else:
             section = SECTIONS.get(part, part)
             record[section] = _replace(record[section], _measure(part, args), KEYS[section])
@@ -314,6 +221,26 @@ def write(args: argparse.Namespace) -> None:
         path.write_text(json.dumps(record, indent=1) + "\n")
         held = {name: len(record[name]) for name in KEYS}
         print(f"{path}: {part} written; tests {record['tests']}, rows {held}", flush=True)
+
+
+def merge(args: argparse.Namespace) -> None:
+    """One record of what was run at the same time on several GPUs of one kind."""
+    read = {path: json.loads(path.read_text()) for path in args.records}
+    first = read[args.records[0]]
+    for path, other in list(read.items())[1:]:
+        for what in ("digest", "device"):
+            if other[what] != first[what]:
+                raise SystemExit(f"{path}: its {what} is {other[what]}, that of {args.records[0]} is {first[what]}")
+        if twice := [part for part in TESTS if first[part] and other[part]]:
+            raise SystemExit(f"{path}: holds {twice[0]}, which an earlier file of these holds too; leave one out")
+        first = {
+            **first,
+            **{part: other[part] or first[part] for part in TESTS},
+            **{section: _replace(first[section], other[section], key) for section, key in KEYS.items()},
+            "versions": {**first["versions"], **other["versions"]},
+            "kernels_of_a_step": {**first.get("kernels_of_a_step", {}), **other.get("kernels_of_a_step", {})},
+        }
+    args.record.write_text(json.dumps(first, indent=1) + "\n")
 
 
 def _follows(record: dict) -> bool:
@@ -368,9 +295,9 @@ def findings_of(record: dict) -> list[str]:
         if wrong:
             found.append(f"{row['op']} {row['mode']} {row['dtype']} {row['m']}x{row['n']}: no figure for {wrong}")
     for row in record.get("sanitizer", ()):
-        if row["tool"] == PLANTED and not row["errors"]:
+        if row["tool"] == sanitizer.PLANTED and not row["errors"]:
             found.append("compute-sanitizer did not see the planted fault: that it saw no other says nothing")
-        elif row["tool"] != PLANTED and (row["errors"] != 0 or row["failed"] or not row["passed"]):
+        elif row["tool"] != sanitizer.PLANTED and (row["errors"] != 0 or row["failed"] or not row["passed"]):
             found.append(f"compute-sanitizer {row}")
     return found
 
@@ -410,7 +337,7 @@ def parsed() -> argparse.Namespace:
         "--parts",
         nargs="+",
         choices=PARTS,
-        help="default: all, vllm only with --vllm-json; tests brings engine_tests with it",
+        help="default: all, vllm only with --vllm-json",
     )
     run.add_argument("--workers", type=int, default=0, help="processes of the GPU tests, where pytest-xdist is here")
     run.add_argument("--suite", nargs="+", default=SUITES, help="of rmsnorm-patch bench-kernels")
@@ -419,14 +346,18 @@ def parsed() -> argparse.Namespace:
     run.add_argument("--seconds", type=float, default=3600, help="limit of the kernels' timing, and of each sanitizer")
     run.add_argument("--hf", nargs="+", default=HF, help="runs of scripts/bench_hf.py, the arguments of each a string")
     run.add_argument("--vllm-json", type=Path, help="what scripts/bench_vllm.py wrote")
-    run.add_argument("--tool", nargs="+", choices=TOOLS, default=list(TOOLS), help="of compute-sanitizer")
+    run.add_argument(
+        "--tool", nargs="+", choices=sanitizer.TOOLS, default=list(sanitizer.TOOLS), help="of compute-sanitizer"
+    )
     run.add_argument("--sanitizer-tests", nargs="+", default=["integration_tests/gpu"])
     run.add_argument("--fresh", action="store_true", help="replace a record of another version of the code")
+    join = verbs.add_parser("merge", help="one record of several that hold different parts")
+    join.add_argument("records", type=Path, nargs="+", metavar="RECORD")
+    join.add_argument("--record", type=Path, required=True, help="the file to write")
     verbs.add_parser("check", help="compare the files of every record with this tree")
     args = parser.parse_args()
     if args.verb == "run":
-        left_out = {"engine_tests"} if args.vllm_json else {"engine_tests", "vllm"}
-        args.parts = args.parts or [part for part in PARTS if part not in left_out]
+        args.parts = args.parts or [part for part in PARTS if part != "vllm" or args.vllm_json]
         if "vllm" in args.parts and not args.vllm_json:
             parser.error("--parts vllm: give the file of scripts/bench_vllm.py as --vllm-json")
     return args
@@ -434,8 +365,8 @@ def parsed() -> argparse.Namespace:
 
 def main() -> None:
     args = parsed()
-    if args.verb == "check":
-        check(args)
+    if args.verb in ("check", "merge"):
+        {"check": check, "merge": merge}[args.verb](args)
         return
     args.record = args.record or _default_record()
     write(args)

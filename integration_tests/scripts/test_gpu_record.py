@@ -30,7 +30,7 @@ def record_of(gpu_record, files):
         "kernels": [KERNEL],
         "sanitizer": [
             {"tool": "memcheck", "errors": 0, "passed": 3, "failed": 0, "skipped": 0},
-            {"tool": gpu_record.PLANTED, "errors": 60},
+            {"tool": gpu_record.sanitizer.PLANTED, "errors": 60},
         ],
     }
 
@@ -109,17 +109,24 @@ def test_runs_of_tests_are_counted_together(gpu_record):
 
 
 @pytest.mark.parametrize("workers", [0, 4])
-def test_tests_of_engines_are_counted_apart_and_speak_of_the_plugin(gpu_record, monkeypatch, workers):
-    def run(words):
-        engines = any("test_vllm_engine" in word and "ignore" not in word for word in words)
-        timed = words[1:3] == ["-m", "timed"]
-        return {"passed": 100 if engines else 10 if timed else 1, "failed": 0, "skipped": 0, "failures": []}
+def test_tests_that_hold_a_time_run_last_and_those_of_engines_apart(gpu_record, monkeypatch, workers):
+    runs = []
 
-    monkeypatch.setattr(gpu_record, "_test", run)
-    found = gpu_record.run_tests(workers)
-    assert found["tests"]["passed"] == (11 if workers else 1)
-    assert found["engine_tests"]["passed"] == 100
-    assert "rmsnorm_patch/vllm_plugin/hooks.py" in found["engine_tests"]["files"]
+    def run(words):
+        runs.append(words)
+        return {"passed": 10 ** len(runs), "failed": 0, "skipped": 0, "failures": []}
+
+    monkeypatch.setattr(gpu_record, "run_tests", run)
+    assert gpu_record.kernel_tests(workers)["passed"] == (110 if workers else 10)
+    assert all(f"--ignore={path}" in words for words in runs for path in gpu_record._engine_tests())
+    assert [words[-2:] for words in runs] == ([["-m", "not timed"], ["-m", "timed"]] if workers else [runs[0][-2:]])
+    runs.clear()
+    found = gpu_record.engine_tests(workers)
+    assert found["passed"] == 10
+    assert "rmsnorm_patch/vllm_plugin/hooks.py" in found["files"]
+    (words,) = runs
+    assert set(words) >= {str(path) for path in gpu_record._engine_tests()}
+    assert ("loadfile" in words) == bool(workers)
 
 
 def test_a_failure_of_engines_with_this_plugin_is_a_problem(gpu_record, record):
@@ -269,31 +276,68 @@ def test_code_that_changes_while_a_part_runs_is_not_recorded(gpu_record, tmp_pat
     digests = iter(["a" * 64, "b" * 64])
     monkeypatch.setattr(gpu_record, "digest", lambda: next(digests))
     passed = {"passed": 1, "failed": 0, "skipped": 0, "failures": []}
-    monkeypatch.setattr(gpu_record, "run_tests", lambda workers: {"tests": passed, "engine_tests": passed})
+    monkeypatch.setattr(gpu_record, "run_tests", lambda words: passed)
     monkeypatch.setattr(sys, "argv", ["gpu_record.py", "run", "--record", str(tmp_path / "r.json"), "--parts", "tests"])
     with pytest.raises(SystemExit, match="changed while tests ran"):
         gpu_record.main()
     assert not (tmp_path / "r.json").exists()
 
 
-def test_tests_of_engines_can_run_again_alone(gpu_record, tmp_path, monkeypatch):
+def made(gpu_record, monkeypatch, path, *parts):
+    """A record written by `run --parts`, its test runs replaced by the number of their arguments."""
     monkeypatch.setattr(gpu_record, "device", lambda: {"name": "test data, no GPU"})
-    monkeypatch.setattr(gpu_record, "run_tests", lambda workers: {"tests": "kept", "engine_tests": "first"})
-    monkeypatch.setattr(gpu_record, "_test", lambda words: {"passed": len(words)})
-    for part in ("tests", "engine_tests"):
-        path = str(tmp_path / "r.json")
-        monkeypatch.setattr(sys, "argv", ["gpu_record.py", "run", "--record", path, "--parts", part])
-        gpu_record.main()
-    record = json.loads((tmp_path / "r.json").read_text())
+    monkeypatch.setattr(gpu_record, "run_tests", lambda words: {"passed": len(words)})
+    monkeypatch.setattr(sys, "argv", ["gpu_record.py", "run", "--record", str(path), "--parts", *parts])
+    gpu_record.main()
+    return json.loads(path.read_text())
+
+
+def test_tests_of_engines_can_run_again_alone(gpu_record, tmp_path, monkeypatch):
+    before = made(gpu_record, monkeypatch, tmp_path / "r.json", "tests")
+    record = made(gpu_record, monkeypatch, tmp_path / "r.json", "engine_tests")
     engines = list((gpu_record.ROOT / "integration_tests/gpu").glob("test_vllm_*.py"))
-    assert record["tests"] == "kept"
+    assert before["engine_tests"] is None
+    assert record["tests"] == before["tests"]
     assert record["engine_tests"] == {"passed": len(engines), "files": gpu_record.plugin_files()}
     assert len(engines) > 1
 
 
-def test_the_default_parts_run_no_test_twice(gpu_record, monkeypatch):
+def merge(gpu_record, monkeypatch, *paths, to):
+    monkeypatch.setattr(sys, "argv", ["gpu_record.py", "merge", *map(str, paths), "--record", str(to)])
+    gpu_record.main()
+    return json.loads(to.read_text())
+
+
+def test_parts_that_ran_on_two_gpus_become_one_record(gpu_record, tmp_path, monkeypatch):
+    one, other = tmp_path / "a.json", tmp_path / "b.json"
+    tests = made(gpu_record, monkeypatch, one, "tests")
+    engines = made(gpu_record, monkeypatch, other, "engine_tests")
+    row = {"tool": "memcheck", "errors": 0}
+    other.write_text(json.dumps({**engines, "sanitizer": [row]}))
+    found = merge(gpu_record, monkeypatch, one, other, to=tmp_path / "r.json")
+    assert found == {**tests, "engine_tests": engines["engine_tests"], "sanitizer": [row], "kernels_of_a_step": {}}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"digest": "a" * 64}, "its digest is"),
+        ({"device": {"name": "another"}}, "its device is"),
+        ({"tests": {"passed": 1}}, "holds tests, which an earlier file of these holds too"),
+    ],
+)
+def test_records_that_cannot_be_one_are_refused(gpu_record, tmp_path, monkeypatch, change, said):
+    one, other = tmp_path / "a.json", tmp_path / "b.json"
+    made(gpu_record, monkeypatch, one, "tests")
+    other.write_text(json.dumps({**made(gpu_record, monkeypatch, other, "engine_tests"), **change}))
+    with pytest.raises(SystemExit, match=said):
+        merge(gpu_record, monkeypatch, one, other, to=tmp_path / "r.json")
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_the_default_parts_need_no_file(gpu_record, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gpu_record.py", "run"])
-    assert not {"engine_tests", "vllm"} & set(gpu_record.parsed().parts)
+    assert set(gpu_record.parsed().parts) == {*gpu_record.PARTS} - {"vllm"}
     monkeypatch.setattr(sys, "argv", ["gpu_record.py", "run", "--vllm-json", "v.json"])
     assert "vllm" in gpu_record.parsed().parts
 
@@ -318,7 +362,7 @@ def test_the_vllm_part_needs_its_file(gpu_record, monkeypatch, capsys):
     ],
 )
 def test_what_a_sanitizer_said(gpu_record, log, errors):
-    assert gpu_record.sanitizer_errors(log) == errors
+    assert gpu_record.sanitizer.sanitizer_errors(log) == errors
 
 
 SANITIZER = """#!/usr/bin/env python3
@@ -341,14 +385,14 @@ def test_rows_of_the_sanitizer(gpu_record, tmp_path, monkeypatch):
     program.write_text(SANITIZER)
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    rows = gpu_record.run_sanitizer(["memcheck", "initcheck"], ["integration_tests/gpu"], 60)
-    assert [row["tool"] for row in rows] == ["memcheck", "initcheck", gpu_record.PLANTED]
+    rows = gpu_record.sanitizer.run(["memcheck", "initcheck"], ["integration_tests/gpu"], 60)
+    assert [row["tool"] for row in rows] == ["memcheck", "initcheck", gpu_record.sanitizer.PLANTED]
     assert [row["errors"] for row in rows] == [0, 0, 60]
     assert [row.get("passed") for row in rows] == [3, 3, None]
 
 
-def test_a_test_run_without_a_report_counts_as_failed(gpu_record, tmp_path):
-    assert gpu_record._counts(tmp_path / "none.xml")["failed"] == 1
+def test_a_test_run_without_a_report_counts_as_failed(script, tmp_path):
+    assert script("benchlib.test_counts").counts_in(tmp_path / "none.xml")["failed"] == 1
 
 
 def test_the_record_runs_every_suite(script):
