@@ -55,7 +55,7 @@ test-vllm: $(VLLM_VENV)/.installed
 		integration_tests/pairs $(addprefix --ignore=,$(SPELLINGS_AND_KERNELS)) \
 		--ignore=integration_tests/pairs/test_support_matrix.py -p no:cacheprovider $(PYTEST_ARGS)
 
-C_SOURCES := $(wildcard kernels/cuda/*.cu kernels/cuda/*.cuh rmsnorm_patch/backends/cuda/launcher/*.[ch])
+C_SOURCES := $(wildcard kernels/cuda/*.cu kernels/cuda/*.cuh rmsnorm_patch/backends/cuda/launcher/*.[ch] scripts/benchlib/*.cu)
 
 format: $(INSTALLED)
 	$(BIN)/python -m ruff format .

@@ -24,7 +24,7 @@ from rmsnorm_patch.bench.rows import FUSED, named
 METRIC = "gpu__time_duration.sum"
 """Nanoseconds."""
 ROWS = 4096
-COLUMNS = tuple(map(int, PUBLISHED["H200"]))
+COLUMNS = tuple(map(int, PUBLISHED["B200"]))
 PROVIDERS = ("ours", "ours_inplace")
 REPEATS = 5
 
@@ -92,7 +92,7 @@ def main() -> None:
     # Operands are drawn between a marker and its calls: only kernels of a norm count.
     rows = rows_of(ncu.profile(program, [METRIC], only=f"{ncu.MARKER}|rms_norm"), args.provider)
     for row in rows:
-        published = PUBLISHED["H200"][str(row["n"])]
+        published = PUBLISHED["H200"].get(str(row["n"]), "nothing")
         print(f"{row['m']}x{row['n']}: {row['us']}, published for H200 {published}")
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))

@@ -1,10 +1,11 @@
-"""Memory sectors and instructions of an RMSNorm, by Nsight Compute: one PyTorch kernel per step against our kernel.
+"""Memory sectors and instructions of an RMSNorm, by Nsight Compute: norms of one kernel a step against our kernel.
 
     python scripts/profile_counts.py --json out.json
 
-A row: {"op", "dtype", "m", "n", "provider", "kernels", "counts": {metric: sum over the kernels of one call}}. ncu
-empties the caches before every kernel, so each kernel of the naive norm reads its operands from memory, as it also
-would where they exceed the L2.
+`eager` is PyTorch's kernel for each step, `naive` one of CUDA C++ for each (`benchlib/naive.cu`, fp32 alone). A row:
+{"op", "dtype", "m", "n", "provider", "kernels", "counts": {metric: sum over the kernels of one call}, "us": their
+durations, "dram_percent": of the memory's peak, weighted by duration}. ncu empties the caches before every kernel, so
+each of several reads its operands from memory, as it also would where they exceed the L2.
 """
 
 from __future__ import annotations
@@ -25,14 +26,23 @@ METRICS = {
     "smsp__inst_executed.sum": "instructions",
     "smsp__sass_inst_executed_op_shared_ld.sum": "shared loads",
     "smsp__sass_inst_executed_op_shared_st.sum": "shared stores",
+    "l1tex__data_bank_conflicts_pipe_lsu_mem_shared_op_ld.sum": "bank conflicts",
 }
 """Nsight Compute's name of each metric, and what the results page calls it."""
+DURATION = "gpu__time_duration.sum"
+"""Nanoseconds."""
+THROUGHPUT = "dram__throughput.avg.pct_of_peak_sustained_elapsed"
 SHAPES = (
     ("rms_norm", "fp32", 1, 2048),
     ("rms_norm", "bf16", 4096, 4096),
     ("fused_add_rms_norm", "bf16", 4096, 4096),
 )
-PROVIDERS = ("eager", "ours")
+NAIVE = "naive=benchlib.naive:rms_norm"
+
+
+def providers_of(op: str, dtype: str) -> tuple[str, ...]:
+    """Whom `drive` calls; the naive kernels know the plain norm of fp32 alone."""
+    return ("naive", "eager", "ours") if (op, dtype) == ("rms_norm", "fp32") else ("eager", "ours")
 
 
 def calls() -> list[dict]:
@@ -40,7 +50,7 @@ def calls() -> list[dict]:
     return [
         {"op": op, "dtype": dtype, "m": m, "n": n, "provider": provider}
         for op, dtype, m, n in SHAPES
-        for provider in PROVIDERS
+        for provider in providers_of(op, dtype)
     ]
 
 
@@ -55,7 +65,8 @@ def drive() -> None:
         ready = []
         for row in calls():
             case = cases.Case(row["op"], "hot", DTYPES[row["dtype"]], row["m"], row["n"])
-            (provider,), _ = providers.load(case.op, case.spec, wanted=(row["provider"],))
+            extra = (NAIVE,) if row["provider"] == "naive" else ()
+            ((provider,), _) = providers.load(case.op, case.spec, wanted=(row["provider"],), extra=extra)
             wrong = cases.check(provider, case)
             if wrong:
                 raise SystemExit(f"profile_counts: {provider.name} {row}: {wrong}")
@@ -68,10 +79,15 @@ def rows_of(text: str) -> list[dict]:
     groups, wanted = ncu.calls_of(text), calls()
     if len(groups) != len(wanted) or not all(groups):
         raise SystemExit(f"profile_counts: {[len(group) for group in groups]} kernels for {len(wanted)} calls")
-    return [
-        {**call, "kernels": len(group), "counts": {m: sum(kernel[m] for kernel in group) for m in METRICS}}
-        for call, group in zip(wanted, groups, strict=True)
-    ]
+    return [_row(call, group) for call, group in zip(wanted, groups, strict=True)]
+
+
+def _row(call: dict, group: list[dict[str, float]]) -> dict:
+    total = sum(kernel[DURATION] for kernel in group)
+    busy = sum(kernel[THROUGHPUT] * kernel[DURATION] for kernel in group)
+    counts = {metric: sum(kernel[metric] for kernel in group) for metric in METRICS}
+    times = {"us": round(total / 1e3, 4), "dram_percent": round(busy / total, 2)}
+    return {**call, "kernels": len(group), "counts": counts, **times}
 
 
 def main() -> None:
@@ -82,7 +98,7 @@ def main() -> None:
     if args.drive:
         drive()
         return
-    rows = rows_of(ncu.profile([__file__, "--drive"], list(METRICS)))
+    rows = rows_of(ncu.profile([__file__, "--drive"], [*METRICS, DURATION, THROUGHPUT]))
     for row in rows:
         counts = ", ".join(f"{name} {value:.0f}" for name, value in row["counts"].items())
         print(f"{row['op']} {row['dtype']} {row['m']}x{row['n']} {row['provider']}: {row['kernels']} kernels; {counts}")

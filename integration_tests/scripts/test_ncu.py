@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from rmsnorm_patch.backends.cuda import nvrtc
+
 
 @pytest.fixture(scope="module")
 def ncu(script):
@@ -35,13 +37,27 @@ def test_kernels_between_markers_belong_to_one_call(profile_counts):
     calls = profile_counts.calls()
     names, kernels = [], []
     for call in calls:
-        kernels.append(3 if call["provider"] == "eager" else 1)
+        kernels.append(1 if call["provider"] == "ours" else 3)
         names += ["spin_kernel(long)", *["void at::native::kernel<float, 4>()"] * kernels[-1]]
-    rows = profile_counts.rows_of(table(profile_counts.METRICS, names))
+    metrics = [*profile_counts.METRICS, profile_counts.DURATION, profile_counts.THROUGHPUT]
+    rows = profile_counts.rows_of(table(metrics, names))
     assert [row["kernels"] for row in rows] == kernels
     assert [{k: row[k] for k in call} for row, call in zip(rows, calls, strict=True)] == calls
     assert rows[0]["counts"]["smsp__inst_executed.sum"] == (1 + 2 + 3) * 1000
-    assert rows[1]["counts"]["smsp__inst_executed.sum"] == 5000
+    assert rows[1]["counts"]["smsp__inst_executed.sum"] == (5 + 6 + 7) * 1000  # the kernel's number; a marker has one
+    assert rows[0]["us"] == 1 + 2 + 3
+    assert rows[0]["dram_percent"] == round((1 + 4 + 9) * 1000 / (1 + 2 + 3), 2)  # weighted by duration
+    assert {row["provider"] for row in rows if row["dtype"] == "fp32"} == {"naive", "eager", "ours"}
+
+
+@pytest.mark.parametrize("architecture", ["sm_89", "sm_90", "sm_100", "sm_120"])
+def test_the_naive_kernels_compile(script, architecture):
+    naive = script("benchlib.naive")
+    if not nvrtc.find():
+        pytest.skip("no NVRTC here")
+    source = naive.SOURCE.read_text()
+    code = nvrtc.compile_source(naive.SOURCE.name, source, {}, (f"--gpu-architecture={architecture}",))
+    assert all(name.encode() in code for name in naive.KERNELS)
 
 
 def test_a_call_without_kernels_is_refused(profile_counts):
