@@ -1,10 +1,11 @@
 """Generate docs/results.md, its plots and docs/results_vllm.md from a record and from others of the same GPU.
 
+`scripts/seeds.py` writes what stands beside published figures.
+
     python scripts/results.py records/nvidia-h200.json records/nvidia-h200-engines.json ...
 
-Every figure in the page comes from these files, except the columns that another project publishes
-(`benchlib/published.json`), which are marked as theirs. What the record does not hold is said to be missing. Engines
-of another record are those of a newer plugin: they stand in place of the first record's.
+Every figure in the page comes from these files. What the record does not hold is said to be missing. Engines of
+another record are those of a newer plugin: they stand in place of the first record's.
 """
 
 from __future__ import annotations
@@ -15,14 +16,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from benchlib import aims
-from benchlib.aims import PUBLISHED
 from benchlib.pages import wrapped
-from profile_counts import METRICS
 
 from rmsnorm_patch.bench import plots
 from rmsnorm_patch.bench.rows import (
     FUSED,
-    OURS,
     PAIR,
     PLAIN,
     Row,
@@ -154,58 +152,6 @@ def variants_table(record: Row) -> str:
     )
 
 
-def published_table(record: Row) -> str:
-    rows = [row for row in select(record, FUSED, "kernel") if row["m"] == 4096 and ours(row)]
-    if not rows:
-        return MISSING
-    others = sorted({name for row in rows for name in row["us"] if name not in OURS})
-    body: list[list[object]] = []
-    for row in rows:
-        theirs = [PUBLISHED[gpu].get(str(row["n"])) for gpu in ("H200", "H20", "B200")]
-        ratio = theirs[0] / ours(row) if theirs[0] else None
-        here = [figure(row["us"].get(name)) for name in others]
-        body.append([row["n"], figure(ours(row)), *here, *theirs, figure(ratio, ".3f")])
-    head = ["N", f"ours, {record['device']['name']}", *(f"{name}, the same run" for name in others)]
-    head += ["quoted H200", "quoted H20", "quoted B200", "quoted H200 / ours"]
-    return (
-        "Durations of the kernel alone by Nsight Compute, microseconds, 4096 rows of bf16, caches emptied before each. "
-        "What a kernel leaves in the L2 when it ends is written later, so these are shorter than a launch in a graph. "
-        f"The columns marked as quoted were not measured by us: they are from {PUBLISHED['source']}.\n\n"
-        + table(head, body)
-    )
-
-
-def bandwidth_table(record: Row) -> str:
-    rows = [row for row in select(record, PLAIN, "cold", "fp16") if row["m"] == 4096 and "eager" in row["us"]]
-    if not rows:
-        return MISSING
-    body = []
-    for row in rows:
-        speed = [2 * 2 * row["m"] * row["n"] / us / 1e3 for us in (ours(row), row["us"]["eager"]) if us]
-        body.append([row["n"], *(f"{s:.0f}" for s in speed), f"{row['us']['eager'] / ours(row):.2f}x"])
-    return "Bytes read once and written once, over the time; GB/s.\n\n" + table(
-        ["N", "ours", "eager PyTorch", "speed-up"], body
-    )
-
-
-def profile_table(record: Row) -> str:
-    rows = record.get("profile", ())
-    if not rows:
-        return MISSING
-    body = [
-        [f"{row['op']} {row['dtype']} {shape(row)}", row["provider"], row["kernels"]]
-        + [f"{count:,.0f}" if (count := row["counts"].get(metric)) is not None else None for metric in METRICS]
-        + [figure(row.get("us")), figure(row.get("dram_percent"), ".1f")]
-        for row in rows
-    ]
-    return (
-        "Nsight Compute over one call; `eager` is the norm as one PyTorch kernel per step, `naive` one CUDA kernel per "
-        "step. Sectors are 32 bytes, instructions are per warp. Caches are emptied before every kernel; what a kernel "
-        "leaves in the L2 when it ends is not counted as written. DRAM %: of its peak, while a kernel runs.\n\n"
-        + table(["call", "", "kernels", *METRICS.values(), "us", "DRAM %"], body)
-    )
-
-
 def hf_table(record: Row) -> str:
     if not record["hf"]:
         return MISSING
@@ -332,10 +278,6 @@ SECTIONS: dict[str, Callable[[Row], str]] = {
     "Host cost": host_table,
     "Hugging Face transformers, end to end": hf_table,
     "Compilation": jit_table,
-    "4096 rows, fused add, beside published figures": published_table,
-    "4096 rows, fp16, against eager PyTorch": bandwidth_table,
-    "Five fp32 shapes": lambda r: peers("One buffer, plain norm.", select(r, PLAIN, "hot", "fp32")),
-    "Sectors and instructions": profile_table,
 }
 
 
@@ -387,6 +329,7 @@ def page(records: Records, drawn: list[str]) -> str:
         *(f"![{file.removeprefix('results_').removesuffix('.svg')}]({file})\n" for file in drawn),
         *(f"## {title}\n\n{build(record)}" for title, build in SECTIONS.items()),
         f"## vLLM\n\nEngines have [a page of their own]({ENGINES_PAGE}).\n",
+        "## Published figures\n\nWhat others have published stands [beside ours](seeds.md).\n",
         f"## Tests\n\n{tests_of_all(records)}",
     ]
     return wrapped("\n".join(parts))

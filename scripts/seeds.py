@@ -1,0 +1,231 @@
+"""Generate docs/seeds.md: what five documents on RMSNorm kernels show, the command that shows it here, our figures.
+
+    python scripts/seeds.py records/nvidia-h200.json
+
+Our figures come from the record. Those of the documents stand in `benchlib/published.json`, and are marked as theirs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from benchlib.aims import PUBLISHED
+from benchlib.pages import wrapped
+from kernel_table import GPUS
+from profile_counts import METRICS
+from results import MISSING, figure, name_of, peers, table
+
+from rmsnorm_patch.backends.cuda import registry, schedules
+from rmsnorm_patch.bench.rows import FUSED, OURS, PLAIN, Row, ours, select, shape
+from rmsnorm_patch.kernel_files import kernels_dir
+
+ROOT = Path(__file__).resolve().parents[1]
+ROWS = 4096
+PROFILED = (PLAIN, "fp32", 1, 2048)
+"""The call that the first document profiles."""
+FLOPS = 5
+"""Of an element, as the first document counts: its square, that added, and the two products and the quotient behind."""
+FP32_BYTES = 4
+HIP = "HIP gfx942"
+
+
+def profile_text(record: Row) -> str:
+    """Naive kernels, a kernel a step, with the profiler's metrics."""
+    rows = record.get("profile", ())
+    theirs = PUBLISHED["naive"]
+    quoted = [theirs["gpu"], theirs["kernels"], f"{theirs['ms'] * 1e3:.2f}", theirs["gb_per_s"], theirs["gflops"]]
+    found = [row for row in rows if (row["op"], row["dtype"], row["m"], row["n"]) == PROFILED and row.get("us")]
+    speed = [["the document's, quoted", *quoted]]
+    for row in found:
+        elements = row["m"] * row["n"]
+        gigabytes = 3 * FP32_BYTES * elements / row["us"] / 1e3  # x and the weight read, the result written
+        cells = [f"{row['us']:.2f}", f"{gigabytes:.2f}", f"{FLOPS * elements / row['us'] / 1e3:.2f}"]
+        speed.append([row["provider"], record["device"]["name"], row["kernels"], *cells])
+    said = (
+        f"{shape({'m': PROFILED[2], 'n': PROFILED[3]})} fp32: `naive` is a CUDA kernel for each step, as the document "
+        "has them, `eager` PyTorch's. Time is the sum of the kernels' durations under Nsight Compute, caches emptied "
+        "before each; the document's latency is of a call.\n\n"
+    )
+    said += table(["", "GPU", "kernels", "us", "GB/s", "GFLOPS"], speed)
+    return said + ("\n" + counts_text(rows) if rows else "\n" + MISSING)
+
+
+def counts_text(rows: list[Row]) -> str:
+    body = [
+        [f"{row['op']} {row['dtype']} {shape(row)}", row["provider"], row["kernels"]]
+        + [f"{count:,.0f}" if (count := row["counts"].get(metric)) is not None else None for metric in METRICS]
+        + [figure(row.get("us")), figure(row.get("dram_percent"), ".1f")]
+        for row in rows
+    ]
+    return (
+        "Sectors are 32 bytes, instructions are per warp. What a kernel leaves in the L2 when it ends is not counted "
+        "as written. DRAM %: of its peak, while a kernel runs.\n\n"
+        + table(["call", "", "kernels", *METRICS.values(), "us", "DRAM %"], body)
+    )
+
+
+def bandwidth_text(record: Row) -> str:
+    """fp16 rows against eager PyTorch."""
+    rows = [row for row in select(record, PLAIN, "cold", "fp16") if row["m"] == ROWS and "eager" in row["us"]]
+    quoted = PUBLISHED["triton_fp16"]
+    body: list[list[object]] = []
+    for row in rows:
+        names = ("ours", "ours_triton", "eager")
+        speed = [2 * 2 * row["m"] * row["n"] / us / 1e3 if (us := row["us"].get(name)) else None for name in names]
+        ratios = [row["us"]["eager"] / us if (us := row["us"].get(name)) else None for name in names[:2]]
+        theirs = [*quoted["gb_per_s"][str(row["n"])], quoted["speedup"][str(row["n"])]]
+        body.append([row["n"], *(figure(s, ".0f") for s in speed), *(figure(r, ".2f") for r in ratios), *theirs])
+    head = ["N", "CUDA", "Triton", "eager PyTorch", "CUDA / eager", "Triton / eager"]
+    head += ["quoted Triton", "quoted PyTorch", "quoted speed-up"]
+    said = f"{ROWS} rows. Bytes read once and written once, over the time; GB/s. {quoted['note']}\n\n"
+    return said + table(head, body) if rows else MISSING
+
+
+def published_text(record: Row) -> str:
+    """Fused add, time of the kernel alone."""
+    rows = [row for row in select(record, FUSED, "kernel") if row["m"] == ROWS and ours(row)]
+    if not rows:
+        return MISSING
+    cold = {row["n"]: row["us"].get("flashinfer_cuda") for row in select(record, FUSED, "cold") if row["m"] == ROWS}
+    cold_ours = {row["n"]: ours(row) for row in select(record, FUSED, "cold") if row["m"] == ROWS}
+    others = sorted({name for row in rows for name in row["us"] if name not in OURS})
+    body: list[list[object]] = []
+    for row in rows:
+        n = str(row["n"])
+        theirs = [PUBLISHED[gpu].get(n) for gpu in ("H200", "H20", "B200")]
+        flashinfer = [PUBLISHED["flashinfer"][gpu].get(n) for gpu in ("H200", "B200")]
+        ratio = theirs[0] / ours(row) if theirs[0] else None
+        speedups = [f / t if f and t else None for f, t in zip(flashinfer, (theirs[0], theirs[2]), strict=True)]
+        mine = cold[row["n"]] / cold_ours[row["n"]] if cold.get(row["n"]) else None
+        here = [figure(row["us"].get(name)) for name in others]
+        body.append(
+            [row["n"], figure(ours(row)), *here, *theirs, figure(ratio, ".3f"), figure(mine, ".3f")]
+            + [figure(speedup, ".3f") for speedup in speedups]
+        )
+    head = ["N", f"ours, {record['device']['name']}", *(f"{name}, the same run" for name in others)]
+    head += ["quoted H200", "quoted H20", "quoted B200", "quoted H200 / ours", "FlashInfer / ours"]
+    head += ["quoted FlashInfer / quoted, H200", "the same, B200"]
+    return (
+        f"Durations of the kernel alone by Nsight Compute, microseconds, {ROWS} rows of bf16, caches emptied before "
+        "each. What a kernel leaves in the L2 when it ends is written later, so these are shorter than a launch in a "
+        "graph. FlashInfer / ours: its CUDA kernel and ours as launches in a graph, of one run. The quoted columns "
+        f"are from {PUBLISHED['source']}.\n\n" + table(head, body)
+    )
+
+
+def traffic_text(record: Row) -> str:
+    """What fusing the add saves: reads and writes of a row."""
+    rows = [row for row in record.get("profile", ()) if row["op"] == FUSED]
+    if not rows:
+        return MISSING
+    body = []
+    for row in rows:
+        counts = row["counts"]
+        elements = row["m"] * row["n"]
+        read, written = (counts[f"l1tex__t_sectors_pipe_lsu_mem_global_op_{way}.sum"] * 32 for way in ("ld", "st"))
+        body.append([row["provider"], row["kernels"], f"{read / elements:.2f}", f"{written / elements:.2f}"])
+    return (
+        "The document counts reads and writes of a row: five without fusing, three with it. Ours stores the sum too, "
+        "for the next layer. Bytes that the kernels load and store for each bf16 element, "
+        f"{shape(rows[0])}, by the profiler:\n\n" + table(["", "kernels", "loaded", "stored"], body)
+    )
+
+
+def shapes_text(record: Row) -> str:
+    """Five fp32 shapes, and which op runs where."""
+    rows = select(record, PLAIN, "hot", "fp32")
+    sizes = [[shape(row), f"{row['m'] * row['n']:,}", f"{row['m'] * row['n'] * FP32_BYTES:,}"] for row in rows]
+    times = peers("One buffer, plain norm.", rows)
+    return (
+        table(["rows x N", "elements", "bytes of x"], sizes) + "\n" + times + "\n" + targets_text(record)
+        if rows
+        else MISSING
+    )
+
+
+def targets_text(record: Row) -> str:
+    """Op by target. Ran: the record's GPU tests. Compiled, read: `make test` reads the machine code."""
+    ran = record["device"]["capability"] if record.get("tests") and not record["tests"]["failed"] else None
+    here = ran[0] * 10 + ran[1] if ran else None
+    body: list[list[object]] = []
+    for op in registry.OPS:
+        sources = {f"kernels/cuda/{kernel.source}" for kernel in schedules.registered_kernels() if op in kernel.ops}
+        recorded = sources <= record["files"].keys()
+        cells: list[object] = [op]
+        for arch in GPUS:
+            served = any(schedules.schedules(op, torch.bfloat16, n, arch) for n in (128, 4096))
+            cells.append("no" if not served else "ran" if arch == here and recorded else "compiled, read")
+        file = f"triton/{'rms_norm' if op == 'rms_norm_pair' else op.rstrip('_')}.py"
+        ran = "ran" if here and f"kernels/{file}" in record["files"] else "compiled"
+        cells += [ran, "compiled"] if (kernels_dir() / file).exists() else ["no", "no"]
+        body.append(cells)
+    head = ["op", *(f"sm_{arch}" for arch in GPUS), f"Triton sm_{here or 90}", f"Triton {HIP}", "CPU"]
+    return (
+        "Where each op runs. *Ran*: its GPU tests passed there, in this record. *Compiled, read*: the tests compile it "
+        "and read the machine code; nobody has run it. On the CPU the reference of each runs in every test. Triton "
+        "has no kernel of its own for a pair: it launches the plain norm twice.\n\n"
+        + table(head, [[*row, "ran"] for row in body])
+    )
+
+
+DOCUMENTS: tuple[tuple[str, str, str, Callable[[Row], str]], ...] = (
+    (
+        "A naive CUDA kernel and its profile",
+        "Three kernels, a step each, on one row: latency, GB/s, GFLOPS, and the profiler's metrics of each.",
+        "python scripts/profile_counts.py",
+        profile_text,
+    ),
+    (
+        "A Triton kernel against eager PyTorch",
+        "One kernel for fp16 rows: a check, a benchmark over eight lengths, a plot, from one command.",
+        "rmsnorm-patch bench-kernels --suite fp16",
+        bandwidth_text,
+    ),
+    (
+        "A high-performance fused add beside FlashInfer",
+        "The add and norm with 256-bit loads on Blackwell, three GPUs, up to 32768 columns. Its signature, "
+        "`fused_add_rmsnorm(input, residual, weight, eps, enable_pdl)`, is that of "
+        "`rmsnorm_patch.compat.sglang.fused_add_rmsnorm` ([how](other_frameworks.md)).",
+        "python scripts/kernel_time.py",
+        published_text,
+    ),
+    (
+        "An explanation of the fused add",
+        "Formula, reduction, and why fusing saves traffic.",
+        "python scripts/profile_counts.py",
+        traffic_text,
+    ),
+    (
+        "One norm for nine targets",
+        "A kernel in a buffer API, lowered to nine kinds of hardware, and five fp32 shapes to compare it at.",
+        "rmsnorm-patch bench-kernels --suite fp32",
+        shapes_text,
+    ),
+)
+
+
+def page(name: str, record: Row) -> str:
+    parts = [
+        "# Published figures beside ours\n\nFive documents on RMSNorm kernels: what each shows, the command that shows "
+        f"it here, our figures. Generated by `scripts/seeds.py` from `records/{name}`, code digest "
+        f"`{record['digest'][:16]}`. Figures marked as quoted are the documents' own.\n"
+    ]
+    for title, shows, command, text in DOCUMENTS:
+        parts.append(f"## {title}\n\n{shows}\n\n```\n{command}\n```\n\n{text(record)}")
+    return wrapped("\n".join(parts))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("record", type=Path)
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "seeds.md")
+    args = parser.parse_args()
+    args.out.write_text(page(name_of(args.record), json.loads(args.record.read_text())))
+
+
+if __name__ == "__main__":
+    main()
