@@ -13,7 +13,7 @@ def run_tests(words: list[str]) -> dict[str, object]:
     """`counts_in` a run of pytest with these arguments."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "junit.xml"
-        tests = ("-m", "pytest", "-q", "-p", "no:cacheprovider", *words)
+        tests = ("-m", "pytest", "-v", "-p", "no:cacheprovider", *words)  # a run that is cut off has named its failures
         python(*tests, f"--junitxml={report}", check=False)  # failures are counted below
         return counts_in(report)
 
