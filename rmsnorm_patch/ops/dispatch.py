@@ -160,6 +160,32 @@ def cannot_run(backend: str, device: torch.device) -> tuple[str, str]:
     return why, "move the model to a device with kernels"
 
 
+def serving(op: str, backend: str, device: torch.device, refused: Callable[[], str], supported: str) -> str:
+    """ "cuda", "triton" or "reference": what serves an op whose CUDA kernel says itself what it takes.
+
+    backend: as asked for, or "auto"; RMSNORM_PATCH_BACKEND is not read. refused: why that kernel does not serve the
+    call, asked where CUDA kernels run on `device`; "" if it does. supported: for the error.
+    Raises KernelBuildError where a forced backend does not serve.
+    """
+    if backend == "reference" or (backend == "auto" and device.type != "cuda"):
+        return "reference"
+    why = ""
+    if backend != "triton":
+        runs, why = available("cuda", device)
+        why = refused() if runs else why
+        if not why:
+            return "cuda"
+        if backend == "cuda":
+            raise KernelBuildError(op, why, supported, "use backend='auto'")
+    if triton_installed():
+        runs, why = available("triton", device)
+        if runs:
+            return "triton"
+    if backend == "triton":
+        raise KernelBuildError(op, why or "no Triton", "devices with Triton kernels", "use backend='auto'")
+    return "reference"
+
+
 def bind_on(backend: str, op: Op, spec: NormSpec, dependent: bool) -> tuple[Callable[..., Any], object | None]:
     """The backend's callable for a plain op, and launcher.c's table of it where launcher.c serves it."""
     module = _module(backend)

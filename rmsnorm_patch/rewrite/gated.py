@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from ..fused.gated_norm import op
 from ..patch_state import running_now
 from . import guards, observe
 from .counts import calls_of
+from .guise import in_the_guise_of
 from .traced import keeps_op
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ def forward_of(original: type[nn.Module], key: Key) -> tuple[FunctionType, Calla
     patched: type = original
     backend = key.backend
     run = op.bind(key.spec, key.gating, backend)
-    weight_name, eps_name = key.weight_attribute, key.eps_attribute
+    attributes = key.attributes
+    weight_of, eps_name = attributes.weight_of, key.eps_attribute
     reference_only, automatic = backend == "reference", backend == "auto"
 
     def belongs_to(cls: type) -> None:
@@ -68,10 +69,6 @@ def forward_of(original: type[nn.Module], key: Key) -> tuple[FunctionType, Calla
             report(self, hidden_states, gate, normed, "original", why)
         return normed
 
-    def weight_of(self: nn.Module) -> torch.Tensor | None:
-        weight = self._parameters.get(weight_name)  # type: ignore[arg-type]
-        return self._buffers.get(weight_name) if weight is None else weight  # type: ignore[arg-type]
-
     def why_not(self: nn.Module, x: torch.Tensor, gate: torch.Tensor, weight: Any, eps: Any) -> str:
         """Why no kernel may serve; "" where one may."""
         if self.training:
@@ -79,7 +76,7 @@ def forward_of(original: type[nn.Module], key: Key) -> tuple[FunctionType, Calla
         if type(eps) is float and weight is not None and guards.servable(x, weight) and guards.gate_fits(x, gate):
             return ""
         if weight is None:
-            return f"the norm's {weight_name} is not a parameter or buffer of its own"
+            return attributes.missing()
         return guards.eps_reason(eps) or guards.reason(x, weight) or guards.gate_reason(x, gate)
 
     def traced(self, hidden_states, gate):  # type: ignore[no-untyped-def]
@@ -101,21 +98,8 @@ def forward_of(original: type[nn.Module], key: Key) -> tuple[FunctionType, Calla
     def report(self, hidden_states, gate, normed, backend, why=""):  # type: ignore[no-untyped-def]
         observe.report(observe.Event("norm", self, (hidden_states,), normed, None, backend, why, gate))
 
-    return _in_the_guise_of(original, forward), belongs_to, run
+    return in_the_guise_of(original, forward), belongs_to, run
 
 
 def _name(value: object) -> str:
     return type(value).__name__
-
-
-def _in_the_guise_of(original: type[nn.Module], forward: Any) -> FunctionType:
-    """`forward` with the names and defaults of the original's."""
-    own: Any = original.forward
-    _, *arguments = inspect.signature(own).parameters.values()
-    names = dict(zip(("hidden_states", "gate"), (argument.name for argument in arguments), strict=True))
-    defaults = tuple(argument.default for argument in arguments if argument.default is not argument.empty)
-    code = forward.__code__.replace(co_varnames=tuple(names.get(name, name) for name in forward.__code__.co_varnames))
-    made = FunctionType(code, forward.__globals__, forward.__name__, defaults, forward.__closure__)
-    for name in ("__doc__", "__name__", "__qualname__", "__module__"):
-        setattr(made, name, getattr(own, name, None))
-    return made

@@ -23,6 +23,7 @@ from ..numerics.spec import SUPPORTED_DTYPES
 from ..pairs.source import RENAMING
 from ..patch_state import STATE, original_class, replaced, unhooked
 from . import guards, native, observe, traced
+from .attributes import Attributes
 from .counts import CALLS, calls_of
 from .handover import CARRIED, LINK, MAX_UNTAKEN, Carry, Link, LinkThrough, put
 from .places import edits_result
@@ -46,15 +47,16 @@ class NormKernel:
     cls: that class. original: the norm's own forward. fused: the bound op, or None for the reference backend, which is
     `a + b` and then `original`. on_cpu: whether CPU tensors go to `fused` too (a backend that was forced). mixes:
     whether it adds tensors of two dtypes, as Triton does.
-    implied_eps: that of a norm which has no attribute for it, or None in it. plain: the bound op of the norm alone.
+    attributes: where a module has its weight and eps; weight_of, eps_of: its methods. plain: the bound op of the norm
+    alone.
     norm_add, norm_add_norm: those of an add behind the norm, without and with the norm of the sum; None as `fused`.
     """
 
     __slots__ = (
+        "attributes",
         "cls",
-        "eps_attribute",
+        "eps_of",
         "fused",
-        "implied_eps",
         "mixes",
         "norm_add",
         "norm_add_norm",
@@ -62,7 +64,7 @@ class NormKernel:
         "original",
         "plain",
         "spec",
-        "weight_attribute",
+        "weight_of",
     )
 
     def __init__(self, cls: type) -> None:
@@ -78,20 +80,8 @@ class NormKernel:
             self.norm_add_norm = bind_norm_add_norm(key.spec, key.backend)
         self.mixes = key.backend != "cuda"
         self.on_cpu = key.backend not in ("auto", "reference")
-        self.eps_attribute: str | None = key.eps_attribute
-        constant = key.spec.eps if key.eps_attribute is None else None
-        self.implied_eps = torch.finfo(torch.float32).eps if constant is None else constant  # see `NormSpec.eps`
-        self.weight_attribute: str | None = key.weight_attribute
-
-    def weight_of(self, norm: nn.Module) -> torch.Tensor | None:
-        if self.weight_attribute is None:
-            return None
-        weight = norm._parameters.get(self.weight_attribute)
-        return norm._buffers.get(self.weight_attribute) if weight is None else weight
-
-    def eps_of(self, norm: nn.Module) -> Any:
-        eps = None if self.eps_attribute is None else getattr(norm, self.eps_attribute)
-        return self.implied_eps if eps is None else eps
+        self.attributes: Attributes = key.attributes
+        self.weight_of, self.eps_of = self.attributes.weight_of, self.attributes.eps_of
 
     def serves(self, x: torch.Tensor) -> bool:
         """False where the reference backend is what there is for this tensor: `a + b` and then `original`."""
@@ -317,7 +307,7 @@ def pair_servable(kernel: NormKernel, a: torch.Tensor, b: torch.Tensor, weight: 
         and a.shape == b.shape
         and a.get_device() == b.get_device()
         and b.layout is torch.strided
-        and (weight is not None or kernel.weight_attribute is None)
+        and kernel.attributes.fits(weight)
         and not (b.requires_grad and _is_grad_enabled())
     )
 
@@ -337,8 +327,8 @@ def why_not(norm: nn.Module, kernel: NormKernel | None, a: torch.Tensor, b: torc
         sides = (f"{type(x).__name__} {x.dtype} {tuple(x.shape)} on {x.device}" for x in (a, b))
         return f"the operands differ: {', '.join(sides)}"
     weight = kernel.weight_of(norm)
-    if weight is None and kernel.weight_attribute is not None:
-        return f"the norm's {kernel.weight_attribute} is not a parameter or buffer of its own"
+    if not kernel.attributes.fits(weight):
+        return kernel.attributes.missing()
     return guards.eps_reason(kernel.eps_of(norm)) or guards.reason(a, weight)
 
 

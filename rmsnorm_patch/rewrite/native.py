@@ -87,8 +87,8 @@ def _enroll(classes: dict[type, Any], cls: type, kernel: Any, table: object) -> 
         norm_add, norm_add_norm = pairs.norm_add, pairs.norm_add_norm
         norm_hand_over = pairs.norm_hand_over
         query_key = pairs.query_key
-    names = kernel.weight_attribute, kernel.eps_attribute
-    classes[cls] = pairs.new_norm(table, kernel, *names, float(kernel.implied_eps))
+    read = kernel.attributes
+    classes[cls] = pairs.new_norm(table, kernel, read.weight, read.eps, float(read.implied_eps))
 
 
 def _set_surroundings(pairs: launcher.Pairs) -> None:

@@ -6,7 +6,6 @@ weights need no care: weight and eps are read from the module at every call.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -22,8 +21,10 @@ from ..numerics.spec import NormSpec
 from ..patch_state import STATE, is_patched, running_now
 from ..scan.plan import NormSite
 from . import gated, guards, instance_forward, layer_calls, native, observe
+from .attributes import Attributes
 from .classes import Body, patched_class, register_factory
 from .counts import CALLS, Calls, calls_of
+from .guise import in_the_guise_of
 from .handover import take
 from .journal import Journal
 from .traced import keeps_op
@@ -33,11 +34,6 @@ ROLE = "norm"
 _Tensor = torch.Tensor
 _is_grad_enabled = torch.is_grad_enabled
 _is_dynamo_tracing = torch.compiler.is_dynamo_compiling
-_EPS_OF_NONE = torch.finfo(torch.float32).eps
-"""What `torch.nn.RMSNorm(eps=None)` adds, whatever the input's dtype (`NormSpec.eps`)."""
-
-
-MORE_ARGUMENTS = "the norm is called with more than its input"
 
 
 class Key(NamedTuple):
@@ -48,6 +44,10 @@ class Key(NamedTuple):
     eps_attribute: str | None
     backend: Backend
     gating: GateSpec | None = None
+
+    @property
+    def attributes(self) -> Attributes:
+        return Attributes(self.weight_attribute, self.eps_attribute, self.spec.eps)
 
 
 def key_of(site: NormSite, backend: Backend) -> Key:
@@ -98,11 +98,10 @@ def _forward_of(original: type[nn.Module], key: Key) -> tuple[FunctionType, Call
     """The forward, and a function that tells it the class that it is made for."""
     patched: type = original
     run = ops.bind_rms_norm(key.spec, key.backend)
-    weight_name, eps_name, backend = key.weight_attribute, key.eps_attribute, key.backend
-    implied_eps = key.spec.eps
-    weightless = weight_name is None
-    reference_only = backend == "reference"
-    automatic = backend == "auto"
+    attributes = key.attributes
+    weight_of, eps_of, fits = attributes.weight_of, attributes.eps_of, attributes.fits
+    reference_only = key.backend == "reference"
+    automatic = key.backend == "auto"
 
     def belongs_to(cls: type) -> None:
         nonlocal patched
@@ -135,18 +134,8 @@ def _forward_of(original: type[nn.Module], key: Key) -> tuple[FunctionType, Call
             if observe.active:
                 report(self, hidden_states, normed, "reference")
             return normed
-        weight = self._parameters.get(weight_name)
-        if weight is None:
-            weight = self._buffers.get(weight_name)
-        eps = implied_eps if eps_name is None else getattr(self, eps_name)
-        if eps is None:
-            eps = _EPS_OF_NONE
-        if (
-            (weight is None) is weightless
-            and type(eps) is float
-            and not self.training
-            and guards.servable(hidden_states, weight)
-        ):
+        weight, eps = weight_of(self), eps_of(self)
+        if fits(weight) and type(eps) is float and not self.training and guards.servable(hidden_states, weight):
             normed = run(hidden_states, weight, eps)
             calls_of(self).alone += 1
             if run.table is not None:
@@ -157,7 +146,7 @@ def _forward_of(original: type[nn.Module], key: Key) -> tuple[FunctionType, Call
                 report(self, hidden_states, normed, run.backend_for(hidden_states, weight))
             return normed
         why = guards.TRAINING if self.training else guards.reason(hidden_states, weight)
-        why = why or guards.eps_reason(eps) or f"the norm's {weight_name} is not a parameter or buffer of its own"
+        why = why or guards.eps_reason(eps) or attributes.missing()
         calls_of(self).fallen_back.add(why)
         normed = original.forward(self, hidden_states)
         if observe.active:
@@ -169,44 +158,15 @@ def _forward_of(original: type[nn.Module], key: Key) -> tuple[FunctionType, Call
         kind = hidden_states.device.type
         if reference_only or (automatic and kind != "cuda") or not keeps_op(kind):
             return original.forward(self, hidden_states)
-        weight = self._parameters.get(weight_name)
-        if weight is None:
-            weight = self._buffers.get(weight_name)
-        eps = implied_eps if eps_name is None else getattr(self, eps_name)
-        if (weight is None) is weightless and not self.training and guards.traceable(hidden_states, weight):
-            return run(hidden_states, weight, _EPS_OF_NONE if eps is None else eps)
+        weight = weight_of(self)
+        if fits(weight) and not self.training and guards.traceable(hidden_states, weight):
+            return run(hidden_states, weight, eps_of(self))
         return original.forward(self, hidden_states)
 
     def report(self, hidden_states, normed, backend, why=""):  # type: ignore[no-untyped-def]
         observe.report(observe.Event("norm", self, (hidden_states,), normed, None, backend, why))
 
-    return _in_the_guise_of(original, forward), belongs_to
-
-
-def _in_the_guise_of(original: type[nn.Module], forward: Any) -> FunctionType:
-    """`forward` with the names and the signature of the original's; a call with more than the one tensor goes there."""
-    parameters = inspect.signature(original.forward).parameters
-    _, argument, *rest = parameters
-    made = forward
-    if not rest:
-        names = tuple(argument if name == "hidden_states" else name for name in forward.__code__.co_varnames)
-        code = forward.__code__.replace(co_varnames=names)
-        made = FunctionType(code, forward.__globals__, forward.__name__, None, forward.__closure__)
-    else:
-
-        def made(self, *args, **named):  # type: ignore[no-untyped-def, misc]
-            if len(args) == 1 and not named:
-                return forward(self, args[0])
-            if not args and len(named) == 1 and argument in named:
-                return forward(self, named[argument])
-            if not _is_dynamo_tracing():
-                calls_of(self).fallen_back.add(MORE_ARGUMENTS)
-            return original.forward(self, *args, **named)
-
-        made.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]
-    for name in ("__doc__", "__name__", "__qualname__", "__module__"):
-        setattr(made, name, getattr(original.forward, name, None))
-    return made
+    return in_the_guise_of(original, forward), belongs_to
 
 
 register_factory(ROLE, body)

@@ -126,8 +126,8 @@ def _pair_for(
             return f"a norm is a {type(norm).__name__} that is not patched", None
         weight, eps = kernel.weight_of(norm), kernel.eps_of(norm)
         why = guards.TRAINING if norm.training else guards.reason(x, weight) or guards.eps_reason(eps)
-        if not why and (weight is None) is not (kernel.weight_attribute is None):
-            why = f"a norm's {kernel.weight_attribute} is not a parameter or buffer of its own"
+        if not why and not kernel.attributes.fits(weight):
+            why = kernel.attributes.missing()
         if why:
             return why, None
         of_class: Any = vars(type(norm))["_rmsnorm_patch_key"]

@@ -36,7 +36,7 @@ def in_layer(norm: nn.Module, kernel: Any, a: torch.Tensor, b: torch.Tensor) -> 
     ):
         weight = kernel.weight_of(norm)
         if (
-            (weight is None) is (kernel.weight_attribute is None)
+            kernel.attributes.fits(weight)
             and type(b) is torch.Tensor
             and a.dtype == b.dtype
             and a.shape == b.shape

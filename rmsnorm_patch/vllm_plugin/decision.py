@@ -45,7 +45,7 @@ class Facts:
     without an NVIDIA GPU; captures: whether CUDA graphs are; linear: `settings.read_linear()`; tried:
     `settings.read_tried()`; transformers: what its modules compute, where that was asked for; fusions: passes of vLLM
     that may take norms into kernels of their own; quantised: `settings.read_quantised()`; norm_quant: whether vLLM's
-    pass of that name is on; without_gain: `schemes.without_gain()`."""
+    pass of that name is on; without_gain: `schemes.without_gain()`, asked for route "auto" alone."""
 
     requested: settings.Route
     version: str
@@ -209,10 +209,11 @@ def facts_of(vllm_config: Any, incumbents: tuple[str, ...]) -> Facts:
     from vllm.config import CompilationMode, CUDAGraphMode
     from vllm.platforms import current_platform
 
-    compilation = vllm_config.compilation_config
+    compilation, requested = vllm_config.compilation_config, settings.read()
     model = vllm_config.model_config
+    quantisation = getattr(vllm_config, "quant_config", None)
     return Facts(
-        requested=settings.read(),
+        requested=requested,
         version=vllm.__version__,
         has_ir=has_ir(),
         has_oot=has_oot(),
@@ -230,7 +231,7 @@ def facts_of(vllm_config: Any, incumbents: tuple[str, ...]) -> Facts:
         fusions=tuple(name for name in FUSIONS if getattr(compilation.pass_config, name, None)),
         quantised=settings.read_quantised(),
         norm_quant=bool(getattr(compilation.pass_config, NORM_QUANT, None)),
-        without_gain=schemes.without_gain(getattr(vllm_config, "quant_config", None)),
+        without_gain=schemes.without_gain(quantisation) if requested == "auto" else "",
     )
 
 

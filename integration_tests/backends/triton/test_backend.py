@@ -15,6 +15,7 @@ from rmsnorm_patch.backends.triton import loader as triton_loader
 from rmsnorm_patch.backends.triton import schedules
 from rmsnorm_patch.errors import KernelBuildError, UnsupportedInput
 from rmsnorm_patch.kernel_files import kernels_dir
+from rmsnorm_patch.numerics import operands
 from rmsnorm_patch.numerics.contract import PLAIN_OPS
 from rmsnorm_patch.numerics.spec import LLAMA
 
@@ -73,12 +74,29 @@ def test_importing_the_package_leaves_triton_alone() -> None:
 
 def test_warmup_compiles_by_running(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    key = (torch.bfloat16, (328,), torch.bfloat16)  # a length of this test alone
+    key = (torch.bfloat16, (328,), torch.bfloat16, torch.device("cpu"))  # a length of this test alone
     for op in PLAIN_OPS:
         layouts = triton_backend.bind(op, LLAMA)._layouts  # type: ignore[attr-defined]
         assert key not in layouts
         triton_backend.warmup(op, LLAMA, 328, torch.bfloat16, torch.bfloat16, device="cpu")
         assert key in layouts
+
+
+@pytest.mark.parametrize("op", PLAIN_OPS)
+def test_each_device_has_a_layout_of_its_own(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPUs of two generations in one process: only the newer one may be launched dependently."""
+    targets = {"cpu": triton_backend.Target.nvidia(9), "meta": triton_backend.Target.nvidia(8)}
+    monkeypatch.setattr(triton_backend.Target, "of", lambda device, dependent: targets[device.type])
+    launched: list[bool] = []
+    monkeypatch.setattr(
+        triton_backend._Op, "_launch", lambda self, name, layout, *rest: launched.append(layout.constants["DEPENDENT"])
+    )
+    monkeypatch.setattr(operands, "check_in_place", lambda *_: None)  # all of a meta tensor lies at address 0
+    bound = triton_backend.bind(op, LLAMA)
+    for device in ("cpu", "meta", "cpu"):
+        rows = [torch.zeros(2, 336, device=device) for _ in range(PLAIN_OPS[op].operands)]
+        bound(*rows, torch.ones(336, device=device), 1e-6)
+    assert launched == [True, False, True]
 
 
 @pytest.mark.parametrize("kernel", ["rms_norm", "fused_add_rms_norm"])

@@ -21,7 +21,7 @@ from ...numerics.spec import NormSpec
 from ..bindings import by_variant
 from . import launcher, nvrtc
 from .kernel_set import Chain, KernelSet
-from .rows import MAX_ALIGN, Rows, outer_stride, power_of_two, rows_of
+from .rows import address_of, in_step, power_of_two, rows_of
 from .schedules import Op, sm
 
 DLPACK_CUDA = 2
@@ -171,12 +171,9 @@ class BoundOp:
         residual.copy_(total)
         x.copy_(normed)
 
-    def _rows(self, x: torch.Tensor) -> Rows:
-        return rows_of(x if self.spec.group is None else x.unflatten(-1, (-1, self.spec.group)))
-
     def _writable(self, x: torch.Tensor | None) -> bool:
         """Whether the kernels can write a result to where `x` lies: they write rows of one level."""
-        rows = self._rows(x)  # type: ignore[arg-type]
+        rows = rows_of(x, self.spec.group)  # type: ignore[arg-type]
         return not rows.two_level and rows.tensor.data_ptr() == x.data_ptr()  # type: ignore[union-attr]
 
     def _outputs(
@@ -199,41 +196,33 @@ class BoundOp:
     ) -> None:
         columns = self.spec.group or x.shape[-1]
         m = x.numel() // columns
-        rows = self._rows(x)
-        other = self._rows(residual) if residual is not None else None
-        if other is not None and rows.two_level and other.two_level and rows.inner != other.inner:
-            other = self._rows(residual.contiguous())  # type: ignore[union-attr]
-        two_level = rows.two_level or (other is not None and other.two_level)
-        inner = rows.inner if rows.two_level or other is None else other.inner
-        if weight is not None and not weight.is_contiguous():
-            weight = weight.contiguous()
+        step = in_step(x, residual, self.spec.group)
+        rows, other = step.rows, step.other
+        weight = None if weight is None else weight.contiguous()
         size = x.element_size()
         written = (normed, total) if self.in_place else ()
-        strides = [self._rows(tensor).stride for tensor in written] if written else [columns, columns]  # type: ignore[arg-type]
-        offsets = [rows.tensor.data_ptr(), rows.stride * size, rows.outer * size]
-        if other is not None:
-            offsets += [other.tensor.data_ptr(), other.stride * size, other.outer * size]
-        offsets += [normed.data_ptr() if normed.dtype == x.dtype else 0, *(stride * size for stride in strides)]
-        align = power_of_two(*offsets)
-        weight_align = power_of_two(weight.data_ptr()) if weight is not None else MAX_ALIGN
-        chain = self.chain(x, weight, align, weight_align, two_level)
+        strides = [rows_of(each, self.spec.group).stride for each in written] or [columns, columns]  # type: ignore[arg-type]
+        offsets = [normed.data_ptr() if normed.dtype == x.dtype else 0, *(stride * size for stride in strides)]
+        offsets += [*rows.offsets(size), *(() if other is None else other.offsets(size))]
+        align, weight_align = power_of_two(*offsets), power_of_two(address_of(weight))
+        chain = self.chain(x, weight, align, weight_align, step.two_level)
         self.kernels.launch(
             chain,
             (m,),
             x,
             x=rows.tensor.data_ptr(),
             residual=0 if other is None else other.tensor.data_ptr(),
-            weight=0 if weight is None else weight.data_ptr(),
+            weight=address_of(weight),
             normed=normed.data_ptr(),
-            total=0 if total is None else total.data_ptr(),
+            total=address_of(total),
             m=m,
             x_row_stride=rows.stride,
             residual_row_stride=0 if other is None else other.stride,
             normed_row_stride=strides[0],
             total_row_stride=strides[1],
-            inner_rows=inner if two_level else 0,
-            x_outer_stride=outer_stride(rows, inner) if two_level else 0,
-            residual_outer_stride=outer_stride(other, inner) if two_level and other is not None else 0,
+            inner_rows=step.inner_rows,
+            x_outer_stride=step.outer_stride,
+            residual_outer_stride=step.other_outer_stride,
             eps=eps,
         )
 
@@ -243,39 +232,30 @@ class BoundOp:
         """The kernels of a call; launcher.c serves the next plain one like it."""
         chain, plain = self.kernels.chain(x, weight, align, weight_align, two_level)
         if plain:
-            self._register(x, weight, chain, two_level)
+            add_plan(self.kernels, self.table, x, weight, chain, two_level)
         return chain
 
     def prepare(self, x: torch.Tensor, weight: torch.Tensor | None) -> Chain:
         """The kernels for contiguous rows like those of `x`, from an allocation of their own."""
         chain, plain = self.kernels.contiguous(x, weight)
         if plain:
-            self._register(x, weight, chain, False)
+            add_plan(self.kernels, self.table, x, weight, chain, False)
         return chain
-
-    def _register(self, x: torch.Tensor, weight: torch.Tensor | None, chain: Chain, two_level: bool) -> None:
-        """Let launcher.c serve such calls from now on, rows as aligned as contiguous ones are."""
-        # A two-level kernel belongs to the plan of contiguous rows.
-        handle = chain.kernels[0].handle
-        one_level = self.prepare(x, weight).kernels[0].handle if two_level else handle
-        add_plan(self.functions, self.table, self.spec, x, weight, one_level, handle if two_level else 0)
 
 
 def add_plan(
-    functions: launcher.Functions,
-    table: object,
-    spec: NormSpec,
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    handle: int,
-    two_level: int,
+    kernels: KernelSet, table: object, x: torch.Tensor, weight: torch.Tensor | None, chain: Chain, two_level: bool
 ) -> None:
-    """Let the launcher serve rows like those of `x` by these kernels. two_level: of rows with two strides, or 0."""
-    weight_dtype = None if weight is None else weight.dtype
-    functions.add_plan(
+    """Let the launcher serve rows like those of `x`, as aligned as contiguous ones are, by the `chain` of the set from
+    now on. two_level: its rows have two strides."""
+    # A two-level kernel belongs to the plan of contiguous rows.
+    handle = chain.kernels[0].handle
+    one_level = kernels.contiguous(x, weight)[0].kernels[0].handle if two_level else handle
+    spec, weight_dtype = kernels.spec, None if weight is None else weight.dtype
+    kernels.functions.add_plan(
         table,
-        handle,
-        two_level,
+        one_level,
+        handle if two_level else 0,
         x.dtype,
         weight_dtype,
         spec.output_dtype(x.dtype, weight_dtype),

@@ -184,7 +184,7 @@ class _Op:
         """dtype: as in Layout."""
         weight_dtype = None if weight is None else weight.dtype
         layout = Layout(self.op, self.spec, dtype, x.shape[-1], weight_dtype, Target.of(x.device, self.dependent))
-        return self._layouts.setdefault((dtype, x.shape[-1:], weight_dtype), layout)
+        return self._layouts.setdefault((dtype, x.shape[-1:], weight_dtype, x.device), layout)
 
     def _launch(
         self,
@@ -233,7 +233,7 @@ class RMSNorm(_Op):
     def __call__(self, x: torch.Tensor, weight: torch.Tensor | None, eps: float | None) -> torch.Tensor:
         if not self.spec.has_weight:
             weight = None
-        layout = self._layouts.get((x.dtype, x.shape[-1:], None if weight is None else weight.dtype))
+        layout = self._layouts.get((x.dtype, x.shape[-1:], None if weight is None else weight.dtype, x.device))
         if layout is None or not operands.weight_fits(x, weight):
             operands.check_rms_norm(x, weight, self.spec, self.op)
             layout = self._layout(x, weight, x.dtype)
@@ -257,7 +257,7 @@ class FusedAddRMSNorm(_Op):
         if not self.spec.has_weight:
             weight = None
         dtype = operands.sum_dtype(x, residual)
-        layout = self._layouts.get((dtype, x.shape[-1:], None if weight is None else weight.dtype))
+        layout = self._layouts.get((dtype, x.shape[-1:], None if weight is None else weight.dtype, x.device))
         if layout is None or not (operands.weight_fits(x, weight) and operands.alike(x, residual)):
             operands.check_mixed_add(x, residual, weight, self.spec, self.op)
             layout = self._layout(x, weight, dtype)
@@ -303,7 +303,7 @@ class FusedAddRMSNormInPlace(FusedAddRMSNorm):
         operands.check_in_place(x, residual, weight, self.spec, self.op)
         if not x.numel():
             return
-        layout = self._layouts.get((x.dtype, x.shape[-1:], None if weight is None else weight.dtype))
+        layout = self._layouts.get((x.dtype, x.shape[-1:], None if weight is None else weight.dtype, x.device))
         if layout is None:
             layout = self._layout(x, weight, x.dtype)
         if layout.schedule.streamed and self.spec.sum == "fp32":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -11,7 +10,7 @@ from ...backends.bindings import by_variant
 from ...backends.cuda import launcher
 from ...backends.cuda.jit import DTYPE_CODES
 from ...backends.cuda.kernel_set import KernelSet, configs_for
-from ...backends.cuda.rows import MAX_ALIGN, Rows, outer_stride, power_of_two, rows_of
+from ...backends.cuda.rows import MAX_ALIGN, address_of, in_step, power_of_two
 from ...backends.cuda.schedules import Config, Op, no_kernel, sm
 from ...numerics.gating import ACTIVATIONS, GateSpec
 from ...numerics.spec import NormSpec
@@ -75,9 +74,6 @@ class BoundGated:
     def _select(self, configs: tuple[Config, ...], x: torch.Tensor) -> tuple[Config, ...]:
         return schedules(configs, self.gating, self.gate_dtype)
 
-    def _rows(self, x: torch.Tensor) -> Rows:
-        return rows_of(x if self.spec.group is None else x.unflatten(-1, (-1, self.spec.group)))
-
     def prepare(self, x: torch.Tensor, weight: torch.Tensor | None) -> None:
         """Build the kernels for contiguous rows like those of `x`, and for a gate that is part of a wider tensor."""
         self.kernels.contiguous(x, weight)
@@ -95,49 +91,28 @@ class BoundGated:
     ) -> None:
         columns = self.spec.group or x.shape[-1]
         m = x.numel() // columns
-        rows, gates = self._rows(x), self._rows(gate)
-        if rows.two_level and gates.two_level and rows.inner != gates.inner:
-            gates = self._rows(gate.contiguous())
-        two_level = rows.two_level or gates.two_level
-        inner = rows.inner if rows.two_level else gates.inner
-        chain, _ = self.kernels.chain(
-            x,
-            weight,
-            _alignment(rows, gates, columns),
-            MAX_ALIGN if weight is None else power_of_two(weight.data_ptr()),
-            two_level,
-        )
-        levels: dict[str, Any] = {"inner_rows": 0, "x_outer_stride": 0, "gate_outer_stride": 0}
-        if two_level:
-            levels = {
-                "inner_rows": inner,
-                "x_outer_stride": outer_stride(rows, inner),
-                "gate_outer_stride": outer_stride(gates, inner),
-            }
+        step = in_step(x, gate, self.spec.group)
+        rows, gates, size = step.rows, step.other, x.element_size()
+        assert gates is not None
+        # Bytes by which x's rows are aligned, and by as many elements the gate's.
+        align = power_of_two(columns * size, *rows.offsets(size), *gates.offsets(size))
+        chain, _ = self.kernels.chain(x, weight, align, power_of_two(address_of(weight)), step.two_level)
         self.kernels.launch(
             chain,
             (m,),
             x,
             x=rows.tensor.data_ptr(),
             gate=gates.tensor.data_ptr(),
-            weight=0 if weight is None else weight.data_ptr(),
+            weight=address_of(weight),
             normed=normed.data_ptr(),
             m=m,
             x_row_stride=rows.stride,
             gate_row_stride=gates.stride,
+            inner_rows=step.inner_rows,
+            x_outer_stride=step.outer_stride,
+            gate_outer_stride=step.other_outer_stride,
             eps=eps,
-            **levels,
         )
-
-
-def _alignment(rows: Rows, gates: Rows, columns: int) -> int:
-    """Bytes by which x's rows are aligned, and by as many elements the gate's."""
-    size = rows.tensor.element_size()
-    offsets = [columns * size]
-    for each in (rows, gates):
-        first = each.tensor.data_ptr() // each.tensor.element_size() * size
-        offsets += [first, each.stride * size, each.outer * size]
-    return power_of_two(*offsets)
 
 
 def new_result(x: torch.Tensor, weight: torch.Tensor | None, spec: NormSpec, gating: GateSpec) -> torch.Tensor:

@@ -18,7 +18,6 @@ from ... import ops
 from ...backends import launch_mode
 from ...backends.bindings import kept
 from ...backends.names import Backend
-from ...errors import KernelBuildError
 from ...numerics.contract import IMPLIED_EPS, SPEC_ARGUMENTS
 from ...numerics.gating import GateSpec, check_gated, gated_rms_norm
 from ...numerics.spec import NormSpec
@@ -101,7 +100,8 @@ class Bound:
         return route
 
     def _new_route(self, x: torch.Tensor, gate: torch.Tensor) -> tuple[str, Callable[..., torch.Tensor]]:
-        backend = self._choose(x)
+        asked, supported = dispatch.requested_backend(self.backend), "rows of a multiple of 16 bytes on sm_80 and newer"
+        backend = dispatch.serving(NAME, asked, x.device, lambda: kernel.serves(self.spec, x), supported)
         if backend == "cuda":
             return backend, kernel.bound(self.spec, self.gating, gate.dtype, self.dependent)
         if backend == "triton":
@@ -109,26 +109,6 @@ class Bound:
 
             return backend, portable.bound(self.spec, self.gating, self.dependent)
         return backend, self._reference
-
-    def _choose(self, x: torch.Tensor) -> str:
-        asked = dispatch.requested_backend(self.backend)
-        if asked == "reference" or (asked == "auto" and not x.is_cuda):
-            return "reference"
-        why = ""
-        if asked != "triton":
-            runs, why = dispatch.available("cuda", x.device)
-            why = kernel.serves(self.spec, x) if runs else why
-            if not why:
-                return "cuda"
-            if asked == "cuda":
-                raise KernelBuildError(NAME, why, "rows of a multiple of 16 bytes on sm_80 and newer", "use 'auto'")
-        if dispatch.triton_installed():
-            runs, why = dispatch.available("triton", x.device)
-            if runs:
-                return "triton"
-        if asked == "triton":
-            raise KernelBuildError(NAME, why or "no Triton", "devices with Triton kernels", "use backend='auto'")
-        return "reference"
 
     def _reference(self, x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
         return gated_rms_norm(x, gate, weight, self.spec, self.gating, eps).contiguous()

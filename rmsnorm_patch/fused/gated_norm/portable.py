@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from ...backends.bindings import by_variant
-from ...backends.triton import backend, loader
+from ...backends.triton import backend
+from ...backends.triton.row_kernel import RowKernel
 from ...numerics.contract import RMS_NORM
 from ...numerics.gating import GateSpec
 from ...numerics.spec import NormSpec
@@ -42,37 +43,14 @@ class BoundPortable:
     def __init__(self, spec: NormSpec, gating: GateSpec, dependent: bool) -> None:
         self.spec = spec
         self.gating = gating
-        self.dependent = dependent
-        self._layouts: dict[tuple[Any, ...], backend.Layout] = {}
-
-    def _layout(self, x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor | None) -> backend.Layout:
-        dtype = None if weight is None else weight.dtype
-        key = (x.dtype, gate.dtype, x.shape[-1], dtype, x.device)
-        if key not in self._layouts:
-            target = backend.Target.of(x.device, self.dependent)
-            self._layouts[key] = backend.Layout(RMS_NORM.name, self.spec, x.dtype, x.shape[-1], dtype, target)
-        return self._layouts[key]
+        self.kernel = RowKernel(MODULE, RMS_NORM.name, spec, dependent)
 
     def __call__(self, x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
         normed = new_result(x, weight, self.spec, self.gating)
-        if not x.numel():
-            return normed
-        layout = self._layout(x, gate, weight)
-        (placed, gates), (rows, gate_rows) = backend.place_rows(layout, x, gate)
-        strides = (stride // layout.vec for where in (rows, gate_rows) for stride in where[1:])
-        function = getattr(loader.load(MODULE, interpreted=not x.is_cuda), MODULE)
-        with torch.cuda.device_of(x):
-            function[(-(-(x.numel() // layout.columns) // layout.schedule.rows), 1, 1)](
-                placed,
-                gates,
-                placed if weight is None else backend.aligned(weight, layout),
-                normed,
-                eps,
-                x.numel() // layout.columns,
-                rows.inner,
-                *strides,
-                NESTED=rows.inner > 1,
-                **constants(layout, self.gating),
-                **layout.options,
-            )
+        if x.numel():
+            layout = self.kernel.layout(x, weight)
+            (placed, gates), rows = backend.place_rows(layout, x, gate)
+            own = placed if weight is None else backend.aligned(weight, layout)
+            operands = placed, gates, own, normed, eps
+            self.kernel.start(layout, x, operands, rows, constants(layout, self.gating))
         return normed

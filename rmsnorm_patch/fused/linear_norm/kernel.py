@@ -14,7 +14,7 @@ import torch
 from ...backends.bindings import by_variant
 from ...backends.cuda import launcher
 from ...backends.cuda.kernel_set import KernelSet, configs_for
-from ...backends.cuda.rows import power_of_two
+from ...backends.cuda.rows import address_of, power_of_two
 from ...backends.cuda.schedules import Config, Op
 from ...numerics.contract import FUSED_ADD_IN_PLACE
 from ...numerics.spec import NormSpec
@@ -79,7 +79,7 @@ class BoundPartials:
     ) -> None:
         m, n = residual.shape
         align = power_of_two(residual.data_ptr(), normed.data_ptr(), n * residual.element_size())
-        address = 0 if weight is None else weight.data_ptr()
+        address = address_of(weight)
         chain, _ = self.kernels.chain(residual, weight, align, power_of_two(address), False)
         self.kernels.launch(
             chain,

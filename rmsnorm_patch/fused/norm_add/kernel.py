@@ -15,7 +15,7 @@ import torch
 from ...backends.cuda import backend as cuda_backend
 from ...backends.cuda import launcher
 from ...backends.cuda.kernel_set import Chain, KernelSet, configs_for
-from ...backends.cuda.rows import MAX_ALIGN, Rows, power_of_two, rows_of
+from ...backends.cuda.rows import Rows, address_of, one_level, power_of_two
 from ...backends.cuda.schedules import Config, Op, no_kernel, sm
 from ...numerics.contract import FUSED_ADD, RMS_NORM
 from ...numerics.spec import NormSpec
@@ -95,7 +95,7 @@ class BoundKernel:
         total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         normed = torch.empty_like(total) if self.following else None
         if x.numel():
-            self._launch(_one_level(x), _one_level(residual), (weight, next_weight), (eps, next_eps), normed, total)
+            self._launch(one_level(x), one_level(residual), (weight, next_weight), (eps, next_eps), normed, total)
         return total if normed is None else (normed, total)
 
     def _launch(
@@ -109,20 +109,18 @@ class BoundKernel:
     ) -> None:
         n, size = total.shape[-1], total.element_size()
         weight, next_weight = (None if each is None else each.contiguous() for each in weights)
-        addresses = [0 if each is None else each.data_ptr() for each in (weight, next_weight)]
-        made = total.data_ptr() | (0 if normed is None else normed.data_ptr())
-        strides = ((rows.tensor.data_ptr(), rows.stride * size) for rows in (x, residual))
-        align = power_of_two(n * size, made, *(value for pair in strides for value in pair))
-        weight_align = MAX_ALIGN if weight is None else power_of_two(*addresses)
+        addresses = [address_of(each) for each in (weight, next_weight)]
+        written = total.data_ptr() | address_of(normed)
+        align = power_of_two(n * size, written, *x.offsets(size), *residual.offsets(size))
         m = total.numel() // n
         self.kernels.launch(
-            self._chain(total, weight, align, weight_align),
+            self._chain(total, weight, align, power_of_two(*addresses)),
             (m,),
             total,
             x=x.tensor.data_ptr(),
             residual=residual.tensor.data_ptr(),
             weight=addresses[0],
-            normed=0 if normed is None else normed.data_ptr(),
+            normed=address_of(normed),
             total=total.data_ptr(),
             m=m,
             x_row_stride=x.stride,
@@ -138,11 +136,5 @@ class BoundKernel:
         """The kernels of a call; launcher.c serves the next plain one like it."""
         chain, plain = self.kernels.chain(x, weight, align, weight_align, False)
         if plain:
-            cuda_backend.add_plan(self.functions, self.table, self.spec, x, weight, chain.kernels[0].handle, 0)
+            cuda_backend.add_plan(self.kernels, self.table, x, weight, chain, False)
         return chain
-
-
-def _one_level(x: torch.Tensor) -> Rows:
-    """The rows of `x`, of a contiguous copy where one stride does not describe them."""
-    rows = rows_of(x)
-    return rows_of(x.contiguous()) if rows.two_level else rows

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from ...backends.triton import backend, loader
+from ...backends.triton import backend
+from ...backends.triton.row_kernel import RowKernel
 from ...numerics.contract import FUSED_ADD, IMPLIED_EPS, RMS_NORM
 from ...numerics.spec import NormSpec
 
@@ -53,14 +54,7 @@ class BoundPortable:
 
     def __init__(self, op: Any, dependent: bool) -> None:
         self.op = op
-        self.dependent = dependent
-        self._layouts: dict[tuple[Any, ...], backend.Layout] = {}
-
-    def _layout(self, x: torch.Tensor, weight: torch.Tensor | None) -> backend.Layout:
-        key = (x.dtype, x.shape[-1], None if weight is None else weight.dtype, x.device)
-        if key not in self._layouts:
-            _, self._layouts[key] = layouts(self.op.spec, x, weight, self.dependent)
-        return self._layouts[key]
+        self.kernel = RowKernel(MODULE, FUSED_ADD.name, op.spec, dependent)
 
     def __call__(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, eps: float | None, *following: Any
@@ -69,27 +63,11 @@ class BoundPortable:
         next_weight, next_eps = following or (weight, eps)
         total = backend.new_result(x, x.dtype)
         normed = backend.new_result(x, x.dtype) if following else total
-        layout = self._layout(x, weight)
         if x.numel():
+            layout = self.kernel.layout(x, weight)
             (x, residual), rows = backend.place_rows(layout, x, residual)
-            weights = [x if each is None else backend.aligned(each, layout) for each in (weight, next_weight)]
-            numbers = (IMPLIED_EPS if each is None else float(each) for each in (eps, next_eps))
-            strides = (stride // layout.vec for where in rows for stride in where[1:])
-            count = x.numel() // layout.columns
-            function = getattr(loader.load(MODULE, interpreted=not x.is_cuda), MODULE)
-            with torch.cuda.device_of(x):
-                function[(-(-count // layout.schedule.rows), 1, 1)](
-                    x,
-                    residual,
-                    *weights,
-                    normed,
-                    total,
-                    *numbers,
-                    count,
-                    rows[0].inner,
-                    *strides,
-                    NESTED=rows[0].inner > 1,
-                    **constants(layout, bool(following)),
-                    **layout.options,
-                )
+            weights = (x if each is None else backend.aligned(each, layout) for each in (weight, next_weight))
+            added = (IMPLIED_EPS if each is None else float(each) for each in (eps, next_eps))
+            operands = x, residual, *weights, normed, total, *added
+            self.kernel.start(layout, x, operands, rows, constants(layout, bool(following)))
         return (normed, total) if following else total

@@ -15,7 +15,7 @@ import torch
 from ...backends.bindings import by_variant
 from ...backends.cuda import launcher
 from ...backends.cuda.kernel_set import KernelSet, configs_for
-from ...backends.cuda.rows import MAX_ALIGN, Rows, outer_stride, power_of_two, rows_of
+from ...backends.cuda.rows import Rows, address_of, one_level, outer_stride, power_of_two, rows_of
 from ...backends.cuda.schedules import Config, Op, no_kernel, sm
 from ...numerics.contract import FUSED_ADD_IN_PLACE, RMS_NORM
 from ...numerics.quantisation import QuantSpec, new_scales
@@ -158,7 +158,7 @@ class BoundQuantised:
         results = new_results(x, operands.weight, self.spec, self.quant, self.both)
         if not x.numel():
             return results
-        total = None if residual is None else _written_rows(residual)
+        total = None if residual is None else one_level(residual)
         self._launch(operands, total, results)
         if residual is not None and total is not None and total.tensor.data_ptr() != residual.data_ptr():
             residual.copy_(total.tensor.view(residual.shape))
@@ -170,24 +170,21 @@ class BoundQuantised:
         quantised, scales, normed = results
         n, size, where = x.shape[-1], x.element_size(), rows_of(x)
         m = x.numel() // n
-        offsets = [n * size, where.tensor.data_ptr(), where.stride * size, where.outer * size]
-        if total is not None:
-            offsets += [total.tensor.data_ptr(), total.stride * size]
+        align = power_of_two(n * size, *where.offsets(size), *(() if total is None else total.offsets(size)))
         weight = None if weight is None else weight.contiguous()
-        weight_align = MAX_ALIGN if weight is None else power_of_two(weight.data_ptr())
-        chain, _ = self.kernels.chain(x, weight, power_of_two(*offsets), weight_align, where.two_level)
+        chain, _ = self.kernels.chain(x, weight, align, power_of_two(address_of(weight)), where.two_level)
         inner = where.inner if where.two_level else m
         stride = 0 if total is None else total.stride
         by_row, by_group = scale_strides(scales, self.quant)
-        address = 0 if total is None else total.tensor.data_ptr()
+        address = address_of(None if total is None else total.tensor)
         self.kernels.launch(
             chain,
             (m,),
             x,
             x=where.tensor.data_ptr(),
             residual=address,
-            weight=0 if weight is None else weight.data_ptr(),
-            given=0 if given is None else given.data_ptr(),
+            weight=address_of(weight),
+            given=address_of(given),
             quantised=quantised.data_ptr(),
             scales=scales.data_ptr() if scales.numel() else 0,
             normed=normed.data_ptr() if self.both else 0,
@@ -216,9 +213,3 @@ def scale_strides(scales: torch.Tensor, quant: QuantSpec) -> tuple[int, int]:
     if not scales.numel():
         return 0, 0
     return (scales.shape[-1], 1) if quant.layout == "row_major" else (1, scales.stride(-1))
-
-
-def _written_rows(residual: torch.Tensor) -> Rows:
-    """The residual's rows, of a contiguous copy where the kernel cannot write them in place: in rows of one level."""
-    rows = rows_of(residual)
-    return rows_of(residual.contiguous()) if rows.two_level else rows

@@ -22,7 +22,7 @@ import torch
 
 from ...backends.bindings import kept
 from ...backends.names import Backend
-from ...errors import KernelBuildError, UnsupportedInput
+from ...errors import UnsupportedInput
 from ...numerics import operands
 from ...numerics.contract import IMPLIED_EPS, SPEC_ARGUMENTS
 from ...numerics.quantisation import QuantSpec, rms_norm_quantised
@@ -100,23 +100,10 @@ class Variant:
 
     def backend_for(self, x: torch.Tensor) -> str:
         """ "cuda", "triton" or "reference": what serves `x`. KernelBuildError where a forced backend does not."""
-        if self.backend == "reference" or (self.backend == "auto" and not x.is_cuda):
-            return "reference"
-        if self.backend != "triton":
-            runs, why = dispatch.available("cuda", x.device)
-            if runs:
-                why = kernel.serves(self.op == FUSED, self.quant, x)
-            if not why:
-                return "cuda"
-            if self.backend == "cuda":
-                raise KernelBuildError(self.op, why, "sm_80 (int8) or sm_89 (fp8) and newer", "use backend='auto'")
-        if dispatch.triton_installed():
-            runs, why = dispatch.available("triton", x.device)
-            if runs:
-                return "triton"
-        if self.backend == "triton":
-            raise KernelBuildError(self.op, why or "no Triton", "devices with Triton kernels", "use backend='auto'")
-        return "reference"
+        fused_add, supported = self.op == FUSED, "sm_80 (int8) or sm_89 (fp8) and newer"
+        return dispatch.serving(
+            self.op, self.backend, x.device, lambda: kernel.serves(fused_add, self.quant, x), supported
+        )
 
 
 def _on_cuda(variant: Variant, arguments: Operands) -> Results:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from ...backends.bindings import by_variant
-from ...backends.triton import backend, loader
+from ...backends.triton import backend
+from ...backends.triton.row_kernel import RowKernel
 from ...numerics.quantisation import GROUP, QuantSpec
 from ...numerics.spec import NormSpec
 from .kernel import Operands, Results, new_results, norm_of, scale_strides
@@ -57,48 +58,29 @@ class BoundPortable:
         self.spec = spec
         self.quant = quant
         self.both = both
-        self.dependent = dependent
-        self.norm = norm_of(fused_add)
         self.fused_add = fused_add
-        self._layouts: dict[tuple[Any, ...], backend.Layout] = {}
-
-    def _layout(self, x: torch.Tensor, weight: torch.Tensor | None) -> backend.Layout:
-        dtype = None if weight is None else weight.dtype
-        key = (x.dtype, x.shape[-1], dtype, x.device)
-        if key not in self._layouts:
-            target = backend.Target.of(x.device, self.dependent)
-            self._layouts[key] = backend.Layout(self.norm, self.spec, x.dtype, x.shape[-1], dtype, target)
-        return self._layouts[key]
+        self.kernel = RowKernel(MODULE, norm_of(fused_add), spec, dependent)
 
     def __call__(self, operands: Operands) -> Results:
         x, residual, weight, given, eps = operands
         results = new_results(x, weight, self.spec, self.quant, self.both)
         if not x.numel():
             return results
-        layout = self._layout(x, weight)
-        (placed, total), (rows, total_rows) = backend.place_rows(layout, x, x if residual is None else residual)
-        strides = (stride // layout.vec for where in (rows, total_rows) for stride in where[1:])
+        layout = self.kernel.layout(x, weight)
+        (placed, total), rows = backend.place_rows(layout, x, x if residual is None else residual)
         quantised, scales, normed = results
-        function = getattr(loader.load(MODULE, interpreted=not x.is_cuda), MODULE)
-        with torch.cuda.device_of(x):
-            function[(-(-(x.numel() // layout.columns) // layout.schedule.rows), 1, 1)](
-                placed,
-                total,
-                placed if weight is None else backend.aligned(weight, layout),
-                placed if given is None else given,
-                quantised.view(torch.uint8),
-                scales if scales.numel() else placed,
-                normed if self.both else placed,
-                eps,
-                x.numel() // layout.columns,
-                rows.inner,
-                *strides,
-                *scale_strides(scales, self.quant),
-                NESTED=rows.inner > 1,
-                GIVEN=given is not None,
-                **constants(layout, self.spec, self.quant, self.fused_add, self.both),
-                **layout.options,
-            )
+        taken = (
+            placed,
+            total,
+            placed if weight is None else backend.aligned(weight, layout),
+            placed if given is None else given,
+            quantised.view(torch.uint8),
+            scales if scales.numel() else placed,
+            normed if self.both else placed,
+            eps,
+        )
+        made = constants(layout, self.spec, self.quant, self.fused_add, self.both) | {"GIVEN": given is not None}
+        self.kernel.start(layout, x, taken, rows, made, scale_strides(scales, self.quant))
         if residual is not None and total is not residual:
             residual.copy_(total)
         return results

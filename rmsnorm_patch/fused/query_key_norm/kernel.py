@@ -8,9 +8,9 @@ import torch
 
 from ...backends.bindings import by_variant
 from ...backends.cuda import launcher
-from ...backends.cuda.backend import bind, default_eps, started
+from ...backends.cuda.backend import add_plan, bind, default_eps, started
 from ...backends.cuda.kernel_set import Chain, KernelSet, configs_for
-from ...backends.cuda.rows import MAX_ALIGN, Rows, power_of_two, rows_of
+from ...backends.cuda.rows import Rows, address_of, power_of_two, rows_of
 from ...errors import UnsupportedInput
 from ...numerics import operands
 from ...numerics.contract import RMS_NORM
@@ -92,12 +92,9 @@ class BoundPair:
         weights = [weight.contiguous() if weight is not None else None for weight in (q_weight, k_weight)]
         two_level = any(rows.two_level for rows in sets)
         size = q.element_size()
-        offsets = [n * size]
-        for rows in sets:
-            offsets += [rows.tensor.data_ptr(), rows.stride * size, rows.outer * size]
-        addresses = [0 if weight is None else weight.data_ptr() for weight in weights]
-        weight_align = power_of_two(*addresses) if q_weight is not None else MAX_ALIGN
-        chain, plain = self.kernels.chain(q, q_weight, power_of_two(*offsets), weight_align, two_level)
+        align = power_of_two(n * size, *(offset for rows in sets for offset in rows.offsets(size)))
+        addresses = [address_of(weight) for weight in weights]
+        chain, plain = self.kernels.chain(q, q_weight, align, power_of_two(*addresses), two_level)
         if plain:
             self._register(q, q_weight, chain, two_level)
         m, m2 = q.numel() // n, k.numel() // n
@@ -136,27 +133,9 @@ class BoundPair:
 
     def _register(self, x: torch.Tensor, weight: torch.Tensor | None, chain: Chain, two_level: bool) -> None:
         """Let launcher.c serve such calls from now on."""
-        if self.functions.kind != "c" or self.table is None:
-            return
-        weight_dtype = None if weight is None else weight.dtype
-        handle = chain.kernels[0].handle
-        one_level = self.kernels.contiguous(x, weight)[0].kernels[0].handle if two_level else handle
-        self.functions.add_plan(
-            self.table,
-            one_level,
-            handle if two_level else 0,
-            x.dtype,
-            weight_dtype,
-            self.spec.output_dtype(x.dtype, weight_dtype),
-            x.shape[-1],
-            x.get_device(),
-            x.element_size(),
-            0 if weight is None else weight.element_size(),
-            default_eps(self.spec, x.dtype),
-            launcher.dlpack_code(x.dtype),
-            launcher.dlpack_code(weight_dtype),
-        )
-        self.in_c = self.table
+        if self.functions.kind == "c" and self.table is not None:
+            add_plan(self.kernels, self.table, x, weight, chain, two_level)
+            self.in_c = self.table
 
 
 def _levels(rows: Rows, count: int) -> tuple[int, int, int]:
