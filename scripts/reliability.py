@@ -21,13 +21,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from benchlib.pages import wrapped  # noqa: E402
 from benchlib.stamp import stamp  # noqa: E402
+from benchlib.test_counts import by_function  # noqa: E402
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -100,27 +100,11 @@ def read_results(folder: Path = RESULTS) -> Results:
     return found
 
 
-def counts_of(reports: Iterable[Path]) -> dict[str, dict[str, int]]:
-    """test -> passed and failed of its parameters, from pytest's XML; a test that was only skipped is left out."""
-    found: dict[str, dict[str, int]] = {}
-    for report in reports:
-        for case in ElementTree.parse(report).getroot().iter("testcase"):
-            if case.find("skipped") is not None:
-                continue
-            file = case.get("classname", "").replace(".", "/").removeprefix(f"{TESTS.name}/")
-            counts = found.setdefault(
-                f"{file}.py::{case.get('name', '').partition('[')[0]}", {"passed": 0, "failed": 0}
-            )
-            is_red = case.find("failure") is not None or case.find("error") is not None
-            counts["failed" if is_red else "passed"] += 1
-    return found
-
-
 def take(reports: Iterable[Path], machine: str, folder: Path = RESULTS) -> int:
     """Keep what the reports say of tests that a case names; how many."""
     wanted = set(named_tests(read_cases()))
     when = stamp()
-    new = {test: {**counts, **when} for test, counts in counts_of(reports).items() if test in wanted}
+    new = {test: {**counts, **when} for test, counts in by_function(reports).items() if test in wanted}
     path = folder / (re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-") + ".json")
     before = json.loads(path.read_text())["tests"] if path.exists() else {}
     kept = {test: result for test, result in sorted({**before, **new}.items()) if test in wanted}

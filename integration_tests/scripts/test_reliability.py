@@ -69,7 +69,7 @@ def test_the_page_is_that_of_cases_and_results(reliability):
 
 def test_reports_are_counted_by_function_and_a_skip_is_no_result(reliability, tmp_path):
     (tmp_path / "report.xml").write_text(REPORT)
-    assert reliability.counts_of([tmp_path / "report.xml"]) == {
+    assert reliability.by_function([tmp_path / "report.xml"]) == {
         "test_a.py::test_one": {"passed": 1, "failed": 1},
         "gpu/test_b.py::test_three": {"passed": 0, "failed": 1},
     }
