@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # `check` runs anywhere, with
 
 from benchlib import sanitizer  # noqa: E402
 from benchlib.checkout import python  # noqa: E402
-from benchlib.test_counts import merged, run_tests  # noqa: E402
+from benchlib.test_counts import merged, run_tests, totals  # noqa: E402
 
 from rmsnorm_patch.bench.versions import versions  # noqa: E402
 
@@ -220,7 +220,7 @@ def write(args: argparse.Namespace) -> None:
             raise SystemExit(f"{path}: kernels or launch code changed while {part} ran; its rows are not written")
         path.write_text(json.dumps(record, indent=1) + "\n")
         held = {name: len(record[name]) for name in KEYS}
-        print(f"{path}: {part} written; tests {record['tests']}, rows {held}", flush=True)
+        print(f"{path}: {part} written; tests {totals(record['tests'])}, rows {held}", flush=True)
 
 
 def merge(args: argparse.Namespace) -> None:
@@ -286,7 +286,7 @@ def findings_of(record: dict) -> list[str]:
     if not record["tests"]:
         found.append("holds no test run; run with --parts tests")
     elif record["tests"]["failed"] or not record["tests"]["passed"]:
-        found.append(f"GPU tests {record['tests']}")
+        found.append(f"GPU tests {totals(record['tests'])}")
     engines = record.get("engine_tests")
     if engines and engines["failed"] and engines["files"] == plugin_files():
         found.append(f"tests of vLLM engines with this plugin: {engines['failures']}")

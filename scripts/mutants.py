@@ -3,8 +3,10 @@
     python scripts/mutants.py count                             faults of each suite's files
     python scripts/mutants.py run triton --sample 40 --seed 1   Triton kernels, in the interpreter
     python scripts/mutants.py run layer_calls                   what rewritten layers call; every fault
-    python scripts/mutants.py run cuda --workers 12             CUDA kernels; needs a GPU
+    python scripts/mutants.py run cuda --workers 12 --gpus 0,1  CUDA kernels; needs a GPU
     python scripts/mutants.py run triton --only 'row_math.py'   those whose name holds a text
+    python scripts/mutants.py run triton --time-limit 300 --resume triton.ends.json   goes on where that file ends
+    python scripts/mutants.py merge triton here.ends.json there.ends.json             a record of several runs
 
 A run writes `records/mutants/<suite>.json`: counts, and each survivor. A survivor that is no fault stands in
 `scripts/mutation/equivalent.toml` with the reason. Exit status 1: another one survived.
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import sys
 import time
@@ -27,6 +30,7 @@ sys.path[:0] = [str(ROOT / "scripts")]
 
 from benchlib.stamp import stamp  # noqa: E402
 from mutation.faults import Fault, faults_of  # noqa: E402
+from mutation.outcomes import ENDS, NOT_SEEN, Outcomes  # noqa: E402
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -74,21 +78,29 @@ SUITES = {
         (
             "rewrite/test_eps.py",
             "rewrite/test_mixed_dtypes.py",
+            "adversarial/test_patching_training.py",
+            "pairs/test_layer_forms.py",
+            "rewrite/test_handover.py",
             "rewrite/test_native.py",
             "rewrite/test_native_norms.py",
-            "rewrite/test_status.py",
-            "rewrite/test_handover.py",
-            "rewrite/test_norm_adds.py",
             "rewrite/test_native_norm_adds.py",
+            "rewrite/test_native_query_key.py",
+            "rewrite/test_native_through.py",
+            "rewrite/test_gated_norms.py",
+            "rewrite/test_pair_bits.py",
+            "rewrite/test_status.py",
+            "proof/test_hand_overs_not_taken.py",
             "adversarial/test_patching_guards.py",
             "adversarial/test_patching_aliasing.py",
-            "adversarial/test_patching_training.py",
-            "proof/test_hand_overs_not_taken.py",
-            "pairs/test_layer_forms.py",
+            "adversarial/test_patching_held_forwards.py",
+            "adversarial/test_patching_life_cycle.py",
+            "rewrite/test_norm_adds.py",
             "pairs/test_through.py",
+            "pairs/test_query_key.py",
+            "proof/test_rewrite_mutants.py",
         ),
         own={
-            "guards.py": ("adversarial/test_patching_guards.py",),
+            "guards.py": ("adversarial/test_patching_guards.py", "rewrite/test_gated_norms.py"),
             "handover.py": ("rewrite/test_handover.py",),
             "norms.py": ("rewrite/test_native_norms.py", "rewrite/test_status.py"),
         },
@@ -117,44 +129,55 @@ def chosen(suite: str, sample: int | None, seed: int, only: str) -> list[Fault]:
     return found
 
 
-def run_python(suite: str, wanted: list[Fault], args: argparse.Namespace) -> dict[str, list[str]]:
-    """How each fault ended, by name of the end. SystemExit where the tests fail without a fault."""
+def run_python(todo: list[Fault], outcomes: Outcomes, args: argparse.Namespace, stop: float) -> None:
+    """Run the tests of each fault. SystemExit where a test fails without a fault, unless such tests are left out."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from mutation import in_python
 
     in_python.import_heavy()
-    asked = SUITES[suite].asked
+    asked = SUITES[args.suite].asked
+    every = list(dict.fromkeys(test for fault in todo for test in asked(fault.file)))
     if not args.no_baseline:
-        every = list(dict.fromkeys(test for fault in wanted for test in asked(fault.file)))
-        end, took = in_python.ends(ROOT, None, every, 10 * args.seconds)
-        print(f"without a fault: {end} in {took:.0f} s", flush=True)
-        if end != "survived":
-            raise SystemExit("mutants: the tests fail without a fault; MUTANTS_LOG=FILE shows why")
-    found: dict[str, list[str]] = {"survived": [], "killed": [], "hung": [], "not run": []}
-    stop = time.monotonic() + args.limit
-    order = random.Random(args.seed).sample(wanted, len(wanted))  # a run that is cut short has some of each file
-    for number, fault in enumerate(order, 1):
-        if time.monotonic() > stop:
-            found["not run"].append(fault.named())
-            continue
-        end, took = in_python.ends(ROOT, fault, asked(fault.file), args.seconds)
-        found[end].append(fault.named())
-        print(f"{number}/{len(order)} {end} in {took:.0f} s: {fault.named()}", flush=True)
-    return found
+        files = [in_python.Asked(None, [file], to_the_end=True) for file in every]
+        for work, answer in in_python.ends(ROOT, files, args.workers, 4 * args.seconds, stop):
+            counts = (
+                f"{answer.passed} passed, {answer.skipped} skipped, {len(answer.red)} red in {answer.seconds:.0f} s"
+            )
+            print(f"without a fault: {work.tests[0]}: {answer.end}, {counts}", flush=True)
+            outcomes.left_out += answer.red or ([work.tests[0]] if answer.end != "survived" else [])
+        if outcomes.left_out and not args.leave_out_red:
+            raise SystemExit(f"mutants: red without a fault: {outcomes.left_out}; MUTANTS_LOG=FILE shows why")
+    outcomes.left_out = sorted(set(outcomes.left_out))
+    faults_asked = (
+        in_python.Asked(fault, [test for test in asked(fault.file) if test not in outcomes.left_out], outcomes.left_out)
+        for fault in todo
+    )
+    for number, (work, answer) in enumerate(in_python.ends(ROOT, faults_asked, args.workers, args.seconds, stop), 1):
+        if work.fault is not None:
+            outcomes.note(work.fault, answer.end)
+            by = f" by {answer.red[0]}" if answer.red else ""
+            told = f"{answer.end}{by} in {answer.seconds:.0f} s: {work.fault.named()}"
+            print(f"{number}/{len(todo)} {told}", flush=True)
 
 
-def summary(suite: str, wanted: list[Fault], found: dict[str, list[str]], args: argparse.Namespace) -> dict[str, Any]:
+def summary(suite: str, wanted: list[Fault], outcomes: Outcomes, sample: dict[str, int] | None) -> dict[str, Any]:
     """What a run's record holds."""
     known = equivalents()
+    names: dict[str, list[str]] = {end: [] for end in (*ENDS, "not run")}
+    for fault in wanted:
+        names[outcomes.of(fault) or "not run"].append(fault.named())
     return {
         "suite": suite,
         **stamp(),
         "faults": len(faults(suite)),
-        "run": len(wanted) - len(found.get("not run", ())),
-        "sample": None if args.sample is None else {"size": args.sample, "seed": args.seed},
+        "run": len(wanted) - len(names["not run"]),
+        "sample": sample,
         "files": dict(sorted(Counter(fault.file for fault in wanted).items())),
-        "ends": {end: len(names) for end, names in found.items()},
-        "equivalent": sorted(name for name in found["survived"] if name in known),
-        "survived": sorted(name for name in found["survived"] if name not in known),
+        "ends": {end: len(found) for end, found in names.items()},
+        "left_out": outcomes.left_out,
+        "equivalent": sorted(name for name in names["survived"] if name in known),
+        "survived": sorted(name for name in names["survived"] if name not in known),
+        "not_run": sorted(names["not run"]),
     }
 
 
@@ -165,14 +188,53 @@ def parsed() -> argparse.Namespace:
     run = verbs.add_parser("run", help="run tests against each fault")
     run.add_argument("suite", choices=tuple(SUITES))
     run.add_argument("--sample", type=int, help="so many faults; default: every one")
-    run.add_argument("--seed", type=int, default=0, help="of the sample")
+    run.add_argument("--seed", type=int, default=0, help="of the sample, and of the order")
     run.add_argument("--only", default="", help="faults whose name holds this text")
-    run.add_argument("--seconds", type=float, default=1200, help="of one fault, before it counts as hung")
-    run.add_argument("--workers", type=int, default=1, help="processes that compile and run CUDA kernels")
-    run.add_argument("--limit", type=float, default=7200, help="seconds after which no further fault is begun")
+    run.add_argument("--seconds", type=float, default=1200, help="of the tests of one fault, before it counts as hung")
+    run.add_argument("--workers", type=int, default=1, help="faults at a time")
+    run.add_argument("--gpus", default="", help="indices for the CUDA kernels, as 0,1,2; default: the first one")
+    run.add_argument("--time-limit", type=float, default=7200, help="seconds after which the rest is not run")
+    run.add_argument("--resume", type=Path, help="file of how faults ended, read first where it exists and kept")
+    run.add_argument("--survivors", action="store_true", help="of --resume, run again what no test saw")
     run.add_argument("--no-baseline", action="store_true", help="do not run the tests without a fault first")
-    run.add_argument("--record", type=Path, help="default: records/mutants/<suite>.json")
+    run.add_argument(
+        "--leave-out-red", action="store_true", help="go on without tests and probes that are red without a fault"
+    )
+    merge = verbs.add_parser("merge", help="write a record of files that --resume kept")
+    merge.add_argument("suite", choices=tuple(SUITES))
+    merge.add_argument("kept", nargs="+", type=Path)
+    for verb in (run, merge):
+        verb.add_argument("--record", type=Path, help="default: records/mutants/<suite>.json")
     return parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Run what is to be run; the record."""
+    stop = time.monotonic() + args.time_limit
+    wanted = chosen(args.suite, args.sample, args.seed, args.only)
+    outcomes = Outcomes(ROOT, args.suite, faults(args.suite), args.resume)
+    if args.resume is not None and args.resume.exists():
+        outcomes.take(args.resume)
+    again = (None, *(NOT_SEEN if args.survivors else ()))
+    todo = [fault for fault in wanted if outcomes.of(fault) in again]
+    todo = random.Random(args.seed).sample(todo, len(todo))  # a run that is cut short has some of each file
+    if args.suite == "cuda":
+        from mutation import on_gpu
+
+        gpus = [gpu for gpu in args.gpus.split(",") if gpu]
+        outcomes.left_out += on_gpu.run(ROOT, todo, args.workers, gpus, stop, outcomes.note, args.leave_out_red)
+    else:
+        run_python(todo, outcomes, args, stop)
+    sample = None if args.sample is None else {"size": args.sample, "seed": args.seed}
+    return summary(args.suite, wanted, outcomes, sample)
+
+
+def merge(args: argparse.Namespace) -> dict[str, Any]:
+    every = faults(args.suite)
+    outcomes = Outcomes(ROOT, args.suite, every)
+    for path in args.kept:
+        outcomes.take(path)
+    return summary(args.suite, every, outcomes, None)
 
 
 def main() -> None:
@@ -183,18 +245,11 @@ def main() -> None:
             kinds = ", ".join(f"{kind} {n}" for kind, n in sorted(Counter(fault.kind for fault in found).items()))
             print(f"{suite}: {len(found)} ({kinds})")
         return
-    wanted = chosen(args.suite, args.sample, args.seed, args.only)
-    if args.suite == "cuda":
-        from mutation import on_gpu
-
-        found = on_gpu.run(ROOT, wanted, args.workers, args.limit)
-    else:
-        found = run_python(args.suite, wanted, args)
-    result = summary(args.suite, wanted, found, args)
+    result = run(args) if args.verb == "run" else merge(args)
     path = args.record or RECORDS / f"{args.suite}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({key: value for key, value in result.items() if key != "files"}, indent=1))
+    print(json.dumps({key: value for key, value in result.items() if key not in ("files", "not_run")}, indent=1))
     raise SystemExit(1 if result["survived"] else 0)
 
 

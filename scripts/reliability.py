@@ -5,8 +5,9 @@
     python scripts/reliability.py run --where cpu     run the tests that cases name, keep their results, write the page
     python scripts/reliability.py take REPORT.xml     keep the results in pytest's own reports, write the page
 
-Cases: `integration_tests/adversarial/cases.toml`. Results: `records/cases`, a file for each machine. What was skipped
-is no result. `--results` names another folder to keep them in, and then no page is written.
+Cases: `integration_tests/adversarial/cases.toml`. Results: `records/cases`, a file for each machine, and the records of
+`scripts/gpu_record.py`; where those of today's code do not have a test, the newest of earlier code that has it. What
+was skipped is no result. `--results` names another folder to keep them in, and then no page is written.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from benchlib.pages import wrapped  # noqa: E402
 from benchlib.stamp import stamp  # noqa: E402
+from benchlib.test_counts import by_function  # noqa: E402
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -37,10 +38,13 @@ else:
 PAGE = ROOT / "docs" / "reliability.md"
 TESTS = ROOT / "integration_tests"
 CASES = TESTS / "adversarial" / "cases.toml"
-RESULTS = ROOT / "records" / "cases"
-MUTANTS, FUZZ = ROOT / "records" / "mutants", ROOT / "records" / "fuzz"
+RECORDS = ROOT / "records"
+RESULTS = RECORDS / "cases"
+MUTANTS, FUZZ = RECORDS / "mutants", RECORDS / "fuzz"
 EQUIVALENT = ROOT / "scripts" / "mutation" / "equivalent.toml"
 WHERE = {"cpu": "CPU", "vllm": "CPU, with vLLM", "gpu": "GPU"}
+
+EARLIER = "passed on earlier code"
 
 Results = dict[str, list["Result"]]
 
@@ -59,13 +63,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """How the runs of one test function ended on one machine: counts over its parameters."""
+    """How the runs of one test function ended on one machine: counts over its parameters. digest: of the code that a
+    GPU record speaks of. earlier: that is not today's code."""
 
     machine: str
     passed: int
     failed: int
     date: str
     commit: str
+    digest: str = ""
+    earlier: bool = False
 
 
 @dataclass
@@ -100,19 +107,27 @@ def read_results(folder: Path = RESULTS) -> Results:
     return found
 
 
-def counts_of(reports: Iterable[Path]) -> dict[str, dict[str, int]]:
-    """test -> passed and failed of its parameters, from pytest's XML; a test that was only skipped is left out."""
-    found: dict[str, dict[str, int]] = {}
-    for report in reports:
-        for case in ElementTree.parse(report).getroot().iter("testcase"):
-            if case.find("skipped") is not None:
-                continue
-            file = case.get("classname", "").replace(".", "/").removeprefix(f"{TESTS.name}/")
-            counts = found.setdefault(
-                f"{file}.py::{case.get('name', '').partition('[')[0]}", {"passed": 0, "failed": 0}
-            )
-            is_red = case.find("failure") is not None or case.find("error") is not None
-            counts["failed" if is_red else "passed"] += 1
+def record_results(folder: Path = RECORDS) -> Results:
+    """test -> its result in each record of today's code, else in the newest record of earlier code that has it."""
+    found: Results = {}
+    for earlier, place in ((False, folder), (True, folder / "superseded")):
+        records = [json.loads(path.read_text()) for path in sorted(place.glob("*.json"))]
+        parts = [(record[part], record) for record in records for part in ("tests", "engine_tests") if record.get(part)]
+        newest: Results = {}
+        for tests, record in sorted(parts, key=lambda part: part[0].get("date", ""), reverse=True):
+            for test, counts in tests.get("functions", {}).items():
+                when = tests["date"], tests["commit"], record["digest"]
+                newest.setdefault(test, []).append(Result(record["device"]["name"], *counts.values(), *when, earlier))
+        for test, results in newest.items():
+            found.setdefault(test, results[:1] if earlier else results)
+    return found
+
+
+def all_results() -> Results:
+    """Both kinds of results."""
+    found = read_results()
+    for test, results in record_results().items():
+        found[test] = [*found.get(test, ()), *results]
     return found
 
 
@@ -120,7 +135,7 @@ def take(reports: Iterable[Path], machine: str, folder: Path = RESULTS) -> int:
     """Keep what the reports say of tests that a case names; how many."""
     wanted = set(named_tests(read_cases()))
     when = stamp()
-    new = {test: {**counts, **when} for test, counts in counts_of(reports).items() if test in wanted}
+    new = {test: {**counts, **when} for test, counts in by_function(reports).items() if test in wanted}
     path = folder / (re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-") + ".json")
     before = json.loads(path.read_text())["tests"] if path.exists() else {}
     kept = {test: result for test, result in sorted({**before, **new}.items()) if test in wanted}
@@ -163,13 +178,12 @@ def verdict(case: Case, results: Results) -> str:
         return "no test"
     if missing:
         return "not run" if len(missing) == len(case.tests) else f"passed; {len(missing)} not run"
-    return "passed"
+    return EARLIER if any(result.earlier for result in last) else "passed"
 
 
 def sanitizer_rows() -> tuple[str, list[dict[str, Any]]]:
     """Of the record that last has such rows: its name, and the rows."""
-    folder = ROOT / "records"
-    for path in [*sorted(folder.glob("*.json")), *sorted((folder / "superseded").glob("*.json"), reverse=True)]:
+    for path in [*sorted(RECORDS.glob("*.json")), *sorted((RECORDS / "superseded").glob("*.json"), reverse=True)]:
         rows = json.loads(path.read_text()).get("sanitizer")
         if rows:
             return path.relative_to(ROOT).as_posix(), rows
@@ -185,6 +199,9 @@ def _table(area: Area, results: Results) -> Iterator[str]:
 
 def _tests(cases: list[Case], results: Results) -> Iterator[str]:
     yield from ("## Tests", "", "Files are below `integration_tests`.", "")
+    if not any(result.digest for last in results.values() for result in last):
+        counted = "[GPU records](../records/superseded/README.md) so far count their tests and do not name them."
+        yield from (counted, "")
     yield from ("| case | test | where | last result |", "|---|---|---|---|")
     for case in cases:
         for test in case.tests:
@@ -254,13 +271,15 @@ def _cell(text: str) -> str:
 def _ended(result: Result) -> str:
     counts = f"{result.passed} passed" + (f", **{result.failed} failed**" if result.failed else "")
     commit = f" at {result.commit}" if result.commit else ""
-    return f"{counts}, {result.machine}, {result.date}{commit}"
+    code = f", {'earlier code' if result.earlier else 'code'} {result.digest[:12]}" if result.digest else ""
+    return f"{counts}, {result.machine}, {result.date}{commit}{code}"
 
 
 def page(areas: list[Area], results: Results) -> str:
     """The page in full."""
     cases = [case for area in areas for case in area.cases]
     words = [verdict(case, results) for case in cases]
+    in_part = sum(word.startswith("passed;") for word in words)
     lines = [
         "# Reliability",
         "",
@@ -268,9 +287,9 @@ def page(areas: list[Area], results: Results) -> str:
         "Each case is a bug that shipped somewhere, or one that was found here. How it last ended is the result of its "
         "tests, with the machine and the commit. A test that was skipped has no result.",
         "",
-        "| cases | passed | passed in part | failed | not run | without a test |",
-        "|---|---|---|---|---|---|",
-        f"| {len(cases)} | {words.count('passed')} | {sum(w.startswith('passed;') for w in words)} "
+        "| cases | passed | passed on earlier code | passed in part | failed | not run | without a test |",
+        "|---|---|---|---|---|---|---|",
+        f"| {len(cases)} | {words.count('passed')} | {words.count(EARLIER)} | {in_part} "
         f"| {words.count('**failed**')} | {words.count('not run')} | {words.count('no test')} |",
         "",
     ]
@@ -302,7 +321,7 @@ def main() -> None:
     elif args.verb == "take":
         machine = args.machine or machine_here(args.where)
         print(f"{take(args.reports, machine, args.results)} results kept in {args.results}")
-    text = page(read_cases(), read_results())
+    text = page(read_cases(), all_results())
     if args.check:
         raise SystemExit(0 if PAGE.exists() and PAGE.read_text() == text else "docs/reliability.md is stale")
     if args.verb is None or args.results == RESULTS:

@@ -103,9 +103,17 @@ def test_a_failing_peer_is_no_problem_of_ours(gpu_record, record):
 
 
 def test_runs_of_tests_are_counted_together(gpu_record):
-    one = {"passed": 3, "failed": 0, "skipped": 1, "failures": []}
+    good, bad = {"passed": 2, "failed": 0}, {"passed": 1, "failed": 1}
+    one = {"passed": 3, "failed": 0, "skipped": 1, "failures": [], "functions": {"a.py::b": good}}
     other = {"passed": 2, "failed": 1, "skipped": 0, "failures": ["a::b"]}
-    assert gpu_record.merged([one, other]) == {"passed": 5, "failed": 1, "skipped": 1, "failures": ["a::b"]}
+    assert gpu_record.merged([one, {**other, "functions": {"a.py::b": bad, "c.py::d": good}, "date": "later"}]) == {
+        "passed": 5,
+        "failed": 1,
+        "skipped": 1,
+        "failures": ["a::b"],
+        "functions": {"a.py::b": {"passed": 3, "failed": 1}, "c.py::d": good},
+        "date": "later",
+    }
 
 
 @pytest.mark.parametrize("workers", [0, 4])
@@ -114,7 +122,7 @@ def test_tests_that_hold_a_time_run_last_and_those_of_engines_apart(gpu_record, 
 
     def run(words):
         runs.append(words)
-        return {"passed": 10 ** len(runs), "failed": 0, "skipped": 0, "failures": []}
+        return {"passed": 10 ** len(runs), "failed": 0, "skipped": 0, "failures": [], "functions": {}}
 
     monkeypatch.setattr(gpu_record, "run_tests", run)
     assert gpu_record.kernel_tests(workers)["passed"] == (110 if workers else 10)
@@ -389,6 +397,15 @@ def test_rows_of_the_sanitizer(gpu_record, tmp_path, monkeypatch):
     assert [row["tool"] for row in rows] == ["memcheck", "initcheck", gpu_record.sanitizer.PLANTED]
     assert [row["errors"] for row in rows] == [0, 0, 60]
     assert [row.get("passed") for row in rows] == [3, 3, None]
+
+
+def test_a_test_run_keeps_what_each_function_gave_and_its_day(script, tmp_path):
+    test = tmp_path / "test_it.py"
+    test.write_text("def test_a():\n    pass\n\ndef test_b():\n    assert False\n")
+    found = script("benchlib.test_counts").run_tests([str(test), f"--rootdir={tmp_path}"])
+    functions = {"test_it.py::test_a": {"passed": 1, "failed": 0}, "test_it.py::test_b": {"passed": 0, "failed": 1}}
+    assert (found["passed"], found["failed"], found["functions"]) == (1, 1, functions)
+    assert len(found["date"]) == 10
 
 
 def test_a_test_run_without_a_report_counts_as_failed(script, tmp_path):

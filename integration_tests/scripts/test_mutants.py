@@ -93,7 +93,7 @@ def test_every_python_fault_compiles_and_names_are_unique(faults, mutants):
 def test_every_file_has_tests_or_probes(mutants, script):
     """Of a file without any, every fault would survive."""
     kernels = {Path(fault.file).name for fault in mutants.faults("cuda") if fault.file.endswith(".cu")}
-    assert kernels <= set(script("mutation.on_gpu").MAKERS)
+    assert kernels <= set(script("mutation.probes").MAKERS)
     for suite in ("triton", "layer_calls"):
         for file in {fault.file for fault in mutants.faults(suite)}:
             asked = mutants.SUITES[suite].asked(file)
@@ -128,13 +128,69 @@ from mutation import faults, in_python
 root, test = Path(sys.argv[1]), sys.argv[2]
 file = "rmsnorm_patch/rewrite/handover.py"
 text = (root / file).read_text()
+work = []
 for before, after in (("MAX_UNTAKEN = 64", "MAX_UNTAKEN = 65"), ("link.untaken += 1", "link.untaken += 2")):
     start = text.index(before)
     fault = faults.Fault(file, 1, start, start + len(before), before, after, "constant", "")
-    print(in_python.ends(root, fault, [test], 120)[0])
-print(in_python.ends(root, None, [test], 120)[0])
+    work.append(in_python.Asked(fault, [test]))
+work.append(in_python.Asked(None, [test]))
+answers = [answer for _, answer in in_python.ends(root, work, 1, 120)]
+without = in_python.Asked(work[0].fault, [test], left_out=answers[0].red)
+answers += [answer for _, answer in in_python.ends(root, [without], 1, 120)]
+print(*(f"{answer.end} {len(answer.red)} {answer.passed}" for answer in answers), sep=chr(10))
+print(list(in_python.ends(root, work, 2, 120, stop=0.0)))
 """
     words = [sys.executable, "-c", program, repository, test]
     done = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["killed", "survived", "survived"]
+    assert done.stdout.splitlines() == ["killed 1 0", "survived 0 1", "survived 0 1", "survived 0 0", "[]"]
     assert "MAX_UNTAKEN = 64" in (repository / "rmsnorm_patch/rewrite/handover.py").read_text()
+
+
+def test_hung_children_and_what_they_started_are_ended(repository: Path, tmp_path: Path):
+    test = tmp_path / "test_it.py"
+    test.write_text(
+        "import subprocess, sys, time\n\ndef test_it():\n"
+        "    child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        f"    open({str(tmp_path / 'pid')!r}, 'w').write(str(child.pid))\n    time.sleep(600)\n"
+    )
+    program = """
+import sys, time
+from pathlib import Path
+sys.path[:0] = [sys.argv[1] + "/scripts"]
+from mutation import in_python
+print([answer.end for _, answer in in_python.ends(Path(sys.argv[1]), [in_python.Asked(None, [sys.argv[2]])], 1, 20)])
+"""
+    words = [sys.executable, "-c", program, repository, test]
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['hung']"
+    status = Path(f"/proc/{(tmp_path / 'pid').read_text()}/status")
+    assert not status.exists() or "Z (zombie)" in status.read_text()
+
+
+def test_outcomes_are_resumed_and_merged(mutants, script, tmp_path):
+    """What one run saw stays seen; ends of a file that has changed since are not taken."""
+    outcomes = script("mutation.outcomes")
+    faults = mutants.faults("triton")
+    first, second, third = faults[0], faults[1], faults[-1]
+    assert first.file != third.file
+    here, there = (outcomes.Outcomes(mutants.ROOT, "triton", faults, tmp_path / name) for name in ("here", "there"))
+    here.note(first, "killed")
+    here.note(second, "survived")
+    there.left_out = ["test"]
+    there.note(first, "survived")
+    there.note(second, "hung")
+    there.note(third, "killed")
+    both = outcomes.Outcomes(mutants.ROOT, "triton", faults)
+    for name in ("here", "there"):
+        both.take(tmp_path / name)
+    assert [both.of(fault) for fault in (first, second, third, faults[2])] == ["killed", "hung", "killed", None]
+    told = mutants.summary("triton", faults, both, None)
+    assert (told["run"], told["ends"]["killed"], told["ends"]["hung"], told["left_out"]) == (3, 2, 1, ["test"])
+    assert len(told["not_run"]) == len(faults) - 3
+    changed = (tmp_path / "there").read_text().replace(there._sources[third.file], "0" * 64)
+    (tmp_path / "there").write_text(changed)
+    late = outcomes.Outcomes(mutants.ROOT, "triton", faults)
+    late.take(tmp_path / "there")
+    assert [late.of(fault) for fault in (first, third)] == ["survived", None]
+    with pytest.raises(SystemExit, match="not of cuda"):
+        outcomes.Outcomes(mutants.ROOT, "cuda", mutants.faults("cuda")).take(tmp_path / "here")

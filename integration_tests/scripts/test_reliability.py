@@ -63,13 +63,13 @@ def test_marks_of_gpu_tests_and_cases_agree(reliability):
 
 
 def test_the_page_is_that_of_cases_and_results(reliability):
-    text = reliability.page(reliability.read_cases(), reliability.read_results())
+    text = reliability.page(reliability.read_cases(), reliability.all_results())
     assert reliability.PAGE.read_text() == text, "run scripts/reliability.py"
 
 
 def test_reports_are_counted_by_function_and_a_skip_is_no_result(reliability, tmp_path):
     (tmp_path / "report.xml").write_text(REPORT)
-    assert reliability.counts_of([tmp_path / "report.xml"]) == {
+    assert reliability.by_function([tmp_path / "report.xml"]) == {
         "test_a.py::test_one": {"passed": 1, "failed": 1},
         "gpu/test_b.py::test_three": {"passed": 0, "failed": 1},
     }
@@ -108,3 +108,32 @@ def test_a_failure_a_gap_and_a_test_that_was_not_run_are_said(reliability):
     text = reliability.page([reliability.Area("X", [reliability.Case(2, "else", (), "no reason")])], {})
     assert "| 2 | else | no test |" in text
     assert "| 2 | else | no reason |" in text
+
+
+def test_gpu_records_of_todays_code_count_before_those_of_earlier_code(reliability, tmp_path):
+    """Each of today's, else the newest of earlier code; a record that names no tests says nothing of one."""
+
+    def record(path: str, date: str, name: str, **functions: int) -> None:
+        tests = {test: {"passed": passed, "failed": 0} for test, passed in functions.items()}
+        tests = {"passed": 9, "failed": 0, "skipped": 0, "failures": [], "functions": tests, "date": date, "commit": ""}
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        text = json.dumps({"digest": f"{name}-code", "device": {"name": name}, "tests": tests, "engine_tests": None})
+        (tmp_path / path).write_text(text)
+
+    record("a.json", "2026-01-03", "H100", now=1)
+    record("b.json", "2026-01-02", "H200", now=2)
+    record("superseded/c.json", "2026-01-01", "H100", now=3, before=4, oldest=5)
+    record("superseded/d.json", "2026-01-02", "H200", before=6)
+    (tmp_path / "superseded" / "e.json").write_text('{"digest": "x", "tests": {"passed": 1, "failed": 0}}')
+    found = reliability.record_results(tmp_path)
+    assert {test: [(r.machine, r.passed, r.earlier) for r in last] for test, last in found.items()} == {
+        "now": [("H100", 1, False), ("H200", 2, False)],
+        "before": [("H200", 6, True)],
+        "oldest": [("H100", 5, True)],
+    }
+    cases = [reliability.Case(1, "one", ("now",)), reliability.Case(2, "two", ("now", "before"))]
+    assert [reliability.verdict(case, found) for case in cases] == ["passed", reliability.EARLIER]
+    text = reliability.page([reliability.Area("X", cases)], found)
+    assert "6 passed, H200, 2026-01-02, earlier code H200-code" in text
+    assert "1 passed, H100, 2026-01-03, code H100-code, 2 passed, H200" in text
+    assert "| 2 | 1 | 1 | 0 | 0 | 0 | 0 |" in text

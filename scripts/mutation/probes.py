@@ -1,0 +1,232 @@
+"""Judged calls of the CUDA kernels, by the file that their kernels come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+
+class Probe(NamedTuple):
+    """One judged call. rows: the schedule's. call: says what is wrong, "" if nothing. capability: whose schedules are
+    taken, 0 for the device's own."""
+
+    rows: int
+    call: Callable[[], str]
+    name: str
+    capability: int = 0
+
+
+def _norms(streamed: bool) -> Iterator[Probe]:
+    """Every axis that the kernels are compiled for, and a length and row count of each regime. streamed: rows that are
+    longer than the registers of a multiprocessor of a GPU without clusters, by the schedules of such a GPU."""
+    from benchlib.kernel_cases import BF16, FP16, FP32, SPECS, Case, Variant, fault_in
+
+    from rmsnorm_patch.numerics.spec import GEMMA, LLAMA
+
+    fused, alone, in_place = "fused_add_rms_norm", "rms_norm", "fused_add_rms_norm_"
+    weightless, offset, rounded, wide, width, group = SPECS[4:]
+    table = [
+        (fused, LLAMA, BF16, BF16, 4096, 600, "dense", "last columns"),
+        (in_place, LLAMA, BF16, BF16, 5125, 5, "padded", ""),
+        (alone, GEMMA, FP16, FP16, 111, 33, "dense", "nan"),
+        (fused, LLAMA, FP32, FP32, 1024, 17, "dense", "zeros"),
+        (fused, LLAMA, BF16, BF16, 4096, 2, "offset", ""),
+        (fused, LLAMA, BF16, BF16, 8192, 3, "dense", "last columns"),
+        (in_place, wide, FP16, FP16, 2880, 129, "dense", "last columns"),
+        (alone, weightless, BF16, BF16, 64, 2100, "two levels", ""),
+        (fused, offset, BF16, BF16, 768, 9, "two levels", "inf"),
+        (alone, width, BF16, BF16, 769, 9, "dense", ""),
+        (alone, group, BF16, BF16, 1024, 9, "dense", ""),
+        (fused, rounded, BF16, FP32, 2052, 100, "padded", ""),
+        (in_place, LLAMA, BF16, BF16, 16384, 40, "dense", "last columns"),
+        (alone, LLAMA, FP16, FP16, 7, 257, "offset", ""),
+        (fused, LLAMA, BF16, BF16, 65536, 5, "dense", "last columns"),
+        (alone, GEMMA, FP16, FP16, 131072, 3, "padded", "last columns"),
+    ]
+    far = [
+        (fused, LLAMA, BF16, BF16, 131072, 5, "dense", "last columns"),
+        (in_place, LLAMA, BF16, BF16, 131072, 2, "padded", "last columns"),
+        (alone, GEMMA, FP16, FP16, 131073, 3, "dense", ""),
+        (fused, wide, BF16, BF16, 131076, 3, "two levels", "last columns"),
+        (fused, LLAMA, FP32, FP32, 24449, 2, "dense", "inf"),
+        (alone, weightless, FP32, FP32, 65538, 2, "offset", "zeros"),
+        (alone, width, FP32, FP32, 65536, 3, "dense", "last columns"),
+        (fused, rounded, BF16, FP32, 131072, 2, "dense", "nan"),
+    ]
+    for op, spec, dtype, weight_dtype, n, m, layout, special in far if streamed else table:
+        case = Case(Variant(op, spec, dtype, weight_dtype, n, layout), m, 1e-5, 1.0, special, 1)
+        yield Probe(m, lambda case=case: fault_in(case, "cuda", "cuda"), case.named, 80 if streamed else 0)
+
+
+def _adds() -> Iterator[Probe]:
+    """A norm, the add behind it and the norm of that sum, against the definition with the proof's own tolerance."""
+    import torch
+
+    from rmsnorm_patch.fused.norm_add.op import bind_norm_add, bind_norm_add_norm
+    from rmsnorm_patch.numerics import reference
+    from rmsnorm_patch.numerics.spec import GEMMA, LLAMA
+    from rmsnorm_patch.numerics.tolerances import SITE
+    from rmsnorm_patch.proof.difference import compare
+
+    def call(m: int, n: int, spec: Any) -> str:
+        torch.manual_seed(1)
+        x, residual = (torch.randn(m, n, device="cuda").bfloat16() for _ in range(2))
+        x[:, :-8] *= 1e-2  # energy in the last columns
+        weight, following = (torch.rand(n, device="cuda").bfloat16() + 0.5 for _ in range(2))
+        kept = x.clone(), residual.clone()
+        normed, total = bind_norm_add_norm(spec, "cuda")(x, residual, weight, 1e-6, following, 1e-3)
+        alone = bind_norm_add(spec, "cuda")(x, residual, weight, 1e-6)
+        want_total = reference.rms_norm(x, weight, spec, 1e-6) + residual
+        want = reference.rms_norm(total, following, spec, 1e-3)
+        for got, wanted in ((normed, want), (total, want_total)):
+            wrong = compare(got, wanted).violations(SITE[x.dtype], x.dtype)
+            if wrong:
+                return wrong[0]
+        return _differ((alone, total), (x, kept[0]), (residual, kept[1]))
+
+    for m, n, spec in ((33, 2304, GEMMA), (2, 4096, LLAMA), (600, 3584, GEMMA), (5, 16384, LLAMA), (130, 128, LLAMA)):
+        yield Probe(m, lambda a=(m, n, spec): call(*a), f"norm and add {m} {n}")
+
+
+def _gated() -> Iterator[Probe]:
+    """Norms with a gate, in each order and with each activation, against the definition."""
+    import torch
+
+    from rmsnorm_patch.fused.gated_norm import op
+    from rmsnorm_patch.numerics.gating import ACTIVATIONS, ORDERS, GateSpec, gated_rms_norm
+    from rmsnorm_patch.numerics.spec import FP32_WEIGHT_MULTIPLY
+    from rmsnorm_patch.numerics.tolerances import GATED
+    from rmsnorm_patch.proof.difference import compare
+
+    def call(m: int, n: int, gating: Any) -> str:
+        torch.manual_seed(1)
+        x, gate = (torch.randn(m, n, device="cuda").bfloat16() for _ in range(2))
+        weight, kept = torch.rand(n, device="cuda").bfloat16() + 0.5, (x.clone(), gate.clone())
+        got = op.bind(FP32_WEIGHT_MULTIPLY, gating, "cuda")(x, gate, weight, 1e-6)
+        want = gated_rms_norm(x, gate, weight, FP32_WEIGHT_MULTIPLY, gating, 1e-6)
+        wrong = compare(got, want).violations(GATED[x.dtype], x.dtype)
+        return wrong[0] if wrong else _differ((x, kept[0]), (gate, kept[1]))
+
+    sizes = ((33, 128), (5, 2048), (600, 4096), (2, 8192))
+    for (m, n), order in ((size, order) for size in sizes for order in ORDERS):
+        for activation in tuple(ACTIVATIONS)[: None if n == 128 else 1]:
+            gating = GateSpec(activation, order)
+            yield Probe(m, lambda a=(m, n, gating): call(*a), f"gated {m} {n} {gating}")
+
+
+def _differ(*pairs: tuple[Any, Any]) -> str:
+    import torch
+
+    bad = [i for i, (got, want) in enumerate(pairs) if not torch.equal(got.nan_to_num(7.0), want.nan_to_num(7.0))]
+    return f"results {bad} differ" if bad else ""
+
+
+def _pairs() -> Iterator[Probe]:
+    """Queries and keys in one launch, against the definition with the proof's own tolerance."""
+    import torch
+
+    from rmsnorm_patch.fused.query_key_norm import kernel
+    from rmsnorm_patch.numerics import reference
+    from rmsnorm_patch.numerics.spec import GEMMA, LLAMA
+    from rmsnorm_patch.numerics.tolerances import SITE
+    from rmsnorm_patch.proof.difference import compare
+
+    def call(tokens: int, n: int, spec: Any) -> str:
+        torch.manual_seed(1)
+        heads = torch.randn(tokens, 48, n, device="cuda").bfloat16()
+        weights = [torch.rand(n, device="cuda").bfloat16() + 0.5 for _ in range(2)]
+        given = heads[:, :32], heads[:, 32:40]
+        kept = heads.clone()
+        results = kernel.bind_rms_norm_pair(spec)(*given, *weights, 1e-6)
+        for got, x, weight in zip(results, given, weights, strict=True):
+            wrong = compare(got, reference.rms_norm(x, weight, spec, 1e-6)).violations(SITE[x.dtype], x.dtype)
+            if wrong:
+                return wrong[0]
+        return _differ((heads, kept))
+
+    for tokens, n, spec in ((33, 128, LLAMA), (1, 128, GEMMA), (300, 64, LLAMA), (5, 256, LLAMA)):
+        yield Probe(tokens * 40, lambda t=tokens, n=n, s=spec: call(t, n, s), f"pair {tokens} {n}")
+
+
+def _partials() -> Iterator[Probe]:
+    """Parts of a product, against their sum and the definition."""
+    import torch
+
+    from rmsnorm_patch.fused.linear_norm import kernel
+    from rmsnorm_patch.numerics import reference
+    from rmsnorm_patch.numerics.spec import LLAMA, NormSpec
+    from rmsnorm_patch.numerics.tolerances import SITE
+    from rmsnorm_patch.proof.difference import compare
+
+    wide = NormSpec(round_before_weight="none", output="input", sum="fp32")
+
+    def call(m: int, n: int, parts: int, spec: Any) -> str:
+        torch.manual_seed(1)
+        pieces = torch.randn(parts, m, n, device="cuda")
+        padded, weight = torch.randn(m + 1, n, device="cuda").bfloat16(), torch.rand(n, device="cuda").bfloat16() + 0.5
+        behind, total = padded[m].clone(), pieces[0]
+        for piece in pieces[1:]:
+            total = total + piece
+        want, summed = reference.fused_add_rms_norm(total.bfloat16(), padded[:m].clone(), weight, spec, 1e-6)
+        normed = torch.full((m + 1, n), float("nan"), device="cuda").bfloat16()
+        kernel.bound(spec, parts)(pieces, padded[:m], weight, 1e-6, normed[:m])
+        wrong = compare(normed[:m], want).violations(SITE[want.dtype], want.dtype)
+        if wrong or not bool(normed[m].isnan().all()):
+            return "".join(wrong) or "a row too many"
+        return _differ((padded[:m], summed), (padded[m], behind))
+
+    for m, n, parts, spec in ((5, 4096, 2, LLAMA), (33, 4096, 3, wide), (1, 2048, 8, LLAMA), (16, 8192, 4, wide)):
+        yield Probe(m, lambda a=(m, n, parts, spec): call(*a), f"parts {m} {n} {parts}")
+
+
+def _quantised() -> Iterator[Probe]:
+    """Quantised rows, to the bit of quantising what the definition gives where its norm agrees to the bit."""
+    import torch
+
+    from rmsnorm_patch import ops
+    from rmsnorm_patch.fused.norm_quantised.op import quant_args
+    from rmsnorm_patch.numerics.quantisation import QuantSpec, quantise
+    from rmsnorm_patch.numerics.spec import FP32_WEIGHT_MULTIPLY, LLAMA
+
+    def call(m: int, n: int, quant: Any, spec: Any, both: bool) -> str:
+        torch.manual_seed(1)
+        x, residual = (torch.randn(m, n, device="cuda").bfloat16() for _ in range(2))
+        if m >= 10:
+            x[0], x[3], residual[0] = 0, x[3] * 1e30, 0
+            x[1, 5], x[2, 7] = float("inf"), float("nan")
+        weight = torch.rand(n, device="cuda").bfloat16() + 0.5
+        scale = torch.tensor([0.037], device="cuda") if quant.scheme == "fp8_static" else None
+        wanted, total = ops.bind_fused_add_rms_norm(spec, "cuda")(x, residual, weight, 1e-6)
+        values = wanted
+        if quant.value != "rounded":
+            wide = replace(spec, output="promote")
+            values = ops.bind_fused_add_rms_norm(wide, "cuda")(x, residual, weight.float(), 1e-6)[0]
+        want, want_scales = quantise(values, quant, scale)
+        kept = residual.clone()
+        rest = (weight, scale, quant.scheme, 1e-6, *ops.spec_args(spec, "cuda"), *quant_args(quant, both))
+        found, scales, second = torch.ops.rmsnorm_patch.fused_add_rms_norm_quantised_(x, kept, *rest)
+        pairs = [(kept, total), (found.view(torch.uint8), want.view(torch.uint8)), (scales, want_scales)]
+        return _differ(*pairs, *([(second, wanted)] if both else ()))
+
+    for m, n, quant, spec, both in (
+        (17, 4096, QuantSpec("fp8_token"), LLAMA, True),
+        (300, 2880, QuantSpec("fp8_static"), LLAMA, False),
+        (33, 4096, QuantSpec("fp8_block", "rounded", "separate", "tma_aligned", True), LLAMA, False),
+        (100, 1000, QuantSpec("int8_token"), LLAMA, True),
+        (3, 8192, QuantSpec("fp8_block", "fp32", "native", "column_major", True), FP32_WEIGHT_MULTIPLY, False),
+        (33, 4096, QuantSpec("int8_token", "fp32", "separate"), FP32_WEIGHT_MULTIPLY, False),
+    ):
+        yield Probe(m, lambda a=(m, n, quant, spec, both): call(*a), f"quantised {m} {n} {quant}")
+
+
+MAKERS: dict[str, Callable[[], Iterator[Probe]]] = {
+    "rms_norm_rows.cu": lambda: _norms(streamed=False),
+    "rms_norm_stream.cu": lambda: _norms(streamed=True),
+    "rms_norm_pair.cu": _pairs,
+    "rms_norm_partials.cu": _partials,
+    "rms_norm_quantised.cu": _quantised,
+    "rms_norm_add.cu": _adds,
+    "rms_norm_gated.cu": _gated,
+}
+"""Kernel file -> its probes."""
