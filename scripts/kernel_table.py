@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -78,7 +81,7 @@ def _tool(name: str) -> str:
     return str(Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def _run(tool: str, *arguments: str) -> str:
+def run(tool: str, *arguments: str) -> str:
     """The output of Triton's tool, or of the one on PATH where Triton's does not know the architecture."""
     for program in (_tool(tool), shutil.which(tool)):
         if program is not None:
@@ -97,13 +100,48 @@ def _width(opcode: str) -> int:
     return 32
 
 
-def read_machine_code(cubin: bytes) -> MachineCode:
+_ELF = struct.Struct("<40xQ10xHHH")
+_SECTION = struct.Struct("<I20xQQ24x")
+INSTRUCTION = 16
+"""Bytes, on every architecture here."""
+
+
+def instructions_of(cubin: bytes) -> bytes:
+    """The instructions of a cubin, without what describes them."""
+    table, size, count, of_names = _ELF.unpack_from(cubin)
+    sections = [_SECTION.unpack_from(cubin, table + index * size) for index in range(count)]
+    names = sections[of_names][1]
+    return b"".join(
+        cubin[start : start + length] for name, start, length in sections if cubin.startswith(b".text.", names + name)
+    )
+
+
+def opcodes(listing: str) -> list[str]:
+    return re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", listing)
+
+
+def disassembled(cubins: Sequence[bytes], architecture: str) -> list[list[str]]:
+    """The opcodes of each cubin. All are read in one piece: the disassembler takes much longer to start than to read.
+
+    architecture: "sm_90", for example. SystemExit where the listing has another number of instructions than the code.
+    """
+    pieces = [instructions_of(cubin) for cubin in cubins]
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(b"".join(pieces))
+        file.flush()
+        listing = run("nvdisasm", "--binary", architecture.replace("sm_", "SM"), file.name)
+    found = opcodes(listing)
+    ends = list(itertools.accumulate(len(piece) // INSTRUCTION for piece in pieces))
+    if len(found) != ends[-1]:
+        raise SystemExit(f"nvdisasm lists {len(found)} instructions of {architecture}, the code has {ends[-1]}")
+    return [found[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _read(cubin: bytes, lines: list[str]) -> MachineCode:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        listing = _run("nvdisasm", "-c", file.name)
-        usage = _run("cuobjdump", "-res-usage", file.name)
-    lines = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", listing)
+        usage = run("cuobjdump", "-res-usage", file.name)
     wait = lines.index("ACQBULK") if "ACQBULK" in lines else 0
     return MachineCode(
         registers=int(re.search(r"REG:(\d+)", usage).group(1)),  # type: ignore[union-attr]
@@ -149,11 +187,22 @@ def build(
     )
 
 
-def machine_code(build: jit.Build) -> MachineCode:
+def compiled(build: jit.Build) -> bytes:
     """Compiled now, not taken from a cache: what is read is what the sources say."""
     text, headers, *_ = jit.source_of(build.config.source)
     options = (f"--gpu-architecture={build.architecture()}", *build.options())
-    return read_machine_code(nvrtc.compile_source(build.config.source, text, headers, options))
+    return nvrtc.compile_source(build.config.source, text, headers, options)
+
+
+def machine_code(builds: Iterable[jit.Build]) -> dict[jit.Build, MachineCode]:
+    """What each build's code says; a build that is asked for twice is compiled once."""
+    cubins = {build: compiled(build) for build in dict.fromkeys(builds)}
+    found = {}
+    for architecture in sorted({build.architecture() for build in cubins}):
+        alike = [build for build in cubins if build.architecture() == architecture]
+        for build, lines in zip(alike, disassembled([cubins[build] for build in alike], architecture), strict=True):
+            found[build] = _read(cubins[build], lines)
+    return found
 
 
 def digest() -> str:
@@ -174,8 +223,7 @@ def _rows_text(low: int, high: int) -> str:
     return f"{low} and more" if high >= registry.UNBOUNDED else f"{low} to {high}"
 
 
-def table_row(config: schedules.Config, n: int, x: torch.dtype, arch: int) -> list[str]:
-    code = machine_code(build(config, LLAMA, True, n, arch, x, x))
+def table_row(config: schedules.Config, n: int, x: torch.dtype, arch: int, code: MachineCode) -> list[str]:
     gpu = GPUS[arch]
     defines = dict(config.defines)
     allocated = -(-config.threads // 128) * 128
@@ -221,9 +269,14 @@ def page() -> str:
         gpu = GPUS[arch]
         lines += ["", f"## sm_{arch} ({gpu.name}: {gpu.multiprocessors} SMs, {gpu.bandwidth / 1e12:g} TB/s)", ""]
         lines += ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
-        for n, x in SHAPES:
-            for config in schedules.schedules("fused_add_rms_norm", x, n, arch):
-                lines.append("| " + " | ".join(table_row(config, n, x, arch)) + " |")
+        shown = {
+            (config, n, x): build(config, LLAMA, True, n, arch, x, x)
+            for n, x in SHAPES
+            for config in schedules.schedules("fused_add_rms_norm", x, n, arch)
+        }
+        codes = machine_code(shown.values())
+        for (config, n, x), each in shown.items():
+            lines.append("| " + " | ".join(table_row(config, n, x, arch, codes[each])) + " |")
     return "\n".join(lines) + "\n"
 
 
