@@ -106,7 +106,17 @@ def collect_garbage() -> Callable[[], None]:
 @pytest.fixture(scope="session")
 def vllm_processes() -> ModuleType:
     """vllm_plugin/processes.py: engines and servers as child processes."""
-    spec = importlib.util.spec_from_file_location("vllm_processes", DATA.parent / "vllm_plugin" / "processes.py")
+    return _module("vllm_processes", DATA.parent / "vllm_plugin" / "processes.py")
+
+
+@pytest.fixture(scope="session")
+def quantised_models() -> ModuleType:
+    """quantised_models.py: models whose products are quantised."""
+    return _module("quantised_models", DATA.parent / "quantised_models.py")
+
+
+def _module(name: str, path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

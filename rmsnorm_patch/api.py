@@ -20,6 +20,7 @@ from .rewrite import LOCK, applied_report, apply_plan, patched_paths, registries
 from .rewrite.classes import install_factories
 from .rewrite.report import Report, Settings
 from .rewrite.status import Status, status_of
+from .scan import quantised
 from .scan.dtypes import expect
 from .scan.norms import scan_norms
 from .scan.plan import NormSite, Plan
@@ -167,7 +168,11 @@ def _scan(model: nn.Module, settings: Settings) -> tuple[Plan, Layout]:
         pairs=pairs,
         include=settings.include,
         exclude=settings.exclude,
-        notes=(*notes, *registries.notes({type(model.get_submodule(path)): None for path in changed})),
+        notes=(
+            *notes,
+            *quantised.notes(model),
+            *registries.notes({type(model.get_submodule(path)): None for path in changed}),
+        ),
         query_key=query_key,
     )
     return wanted, found

@@ -21,6 +21,8 @@ STATE = "_rmsnorm_patch"
 removes it."""
 SLOTS = ("forward", "_old_forward")
 """Entries of a module's `__dict__` under which libraries keep its forward; accelerate's hooks use the second."""
+OFFLOADED = "_original_forward_func"
+"""The entry under which compressed-tensors keeps the function that its own wrapper of a forward calls."""
 
 
 def check_module(model: Any) -> None:
@@ -106,11 +108,28 @@ def foreign(module: nn.Module) -> str | None:
         method = module.__dict__.get(slot)
         if method is None or (slot == "forward" and "_hf_hook" in module.__dict__):
             continue
-        function = unpatched_forward(getattr(method, "__func__", None))
+        function = unpatched_forward(run_by(module, slot))
         bound_here = isinstance(method, MethodType) and method.__self__ is module
         if not bound_here or not (function is own or is_known_kernel(module, function)):
             return f"an instance-level {slot} ({_name(function or method)}), and what it computes is unknown"
     return None
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether compressed-tensors' wrapper stands over the module's forward, as it does once a quantised checkpoint was
+    decompressed. It moves tensors to the module's device, where they are on another one, and calls `OFFLOADED`."""
+    library, method = sys.modules.get("compressed_tensors.offload.module"), module.__dict__.get("forward")
+    if library is None or OFFLOADED not in module.__dict__ or not isinstance(method, MethodType):
+        return False
+    code = getattr(method.__func__, "__code__", None)
+    return method.__self__ is module and code in library.offload_module.__code__.co_consts
+
+
+def run_by(module: nn.Module, slot: str) -> Any:
+    """The function that the method in a slot runs in the end; None where there is none."""
+    if slot == "forward" and is_offloaded(module):
+        return module.__dict__[OFFLOADED]
+    return getattr(module.__dict__.get(slot), "__func__", None)
 
 
 def class_forward(cls: type) -> Any:
@@ -154,7 +173,8 @@ def unhooked(norm: nn.Module) -> bool:
 
 def replaced(module: nn.Module) -> bool:
     """Whether another forward than its class's stands in the module's `__dict__`. (accelerate's hooks, taken off again,
-    leave the class's own there, and transformers 5.0 after `output_hidden_states=True`.)"""
+    leave the class's own there, and transformers 5.0 after `output_hidden_states=True`; compressed-tensors wraps it.)
+    """
     forward = module.__dict__.get("forward")
-    own = isinstance(forward, MethodType) and forward.__self__ is module and forward.__func__ is type(module).forward
-    return forward is not None and not own
+    bound_here = isinstance(forward, MethodType) and forward.__self__ is module
+    return forward is not None and not (bound_here and run_by(module, "forward") is type(module).forward)

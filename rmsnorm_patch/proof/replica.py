@@ -35,6 +35,8 @@ _IMMUTABLE = (tuple, frozenset)
 _LEAVES = frozenset(
     (str, bytes, int, float, bool, type(None), type, torch.Tensor, nn.Parameter, torch.dtype, torch.device, torch.Size)
 )
+_INTERNALS = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict))
+"""Where every module keeps its parameters, buffers, sub-modules and hooks."""
 _COMPILED = "_torchdynamo_orig_callable"
 """torch.compile leaves what it compiled under this name."""
 
@@ -193,9 +195,11 @@ def _empty(module: nn.Module) -> nn.Module:
 
 
 def _reaching(modules: list[nn.Module]) -> set[int]:
-    """Ids of the objects, at most _DEPTH away from a module, that refer to one of `modules` in some way."""
+    """Ids of the objects, at most _DEPTH away from a module, that refer to one of `modules` in some way, or to what
+    one keeps its parameters and hooks in: a hook's handle does, and must take the twin's hook off."""
     users: dict[int, set[int]] = {}
-    targets = {id(module) for module in modules}
+    internals = {id(module.__dict__[name]) for module in modules for name in _INTERNALS if name in module.__dict__}
+    targets = {id(module) for module in modules} | internals
     kept: list[Any] = []
     seen: set[int] = set(targets)
     front: list[Any] = [module.__dict__ for module in modules]
@@ -213,7 +217,7 @@ def _reaching(modules: list[nn.Module]) -> set[int]:
                     following.append(child)
         front = following
     kept.extend(front)
-    found: set[int] = set()
+    found = internals
     pending = list(targets)
     while pending:
         for user in users.get(pending.pop(), ()):

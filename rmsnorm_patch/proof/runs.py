@@ -137,10 +137,11 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
-    """The dtype of most of the model's floating-point parameters."""
+    """The dtype of most of the model's floating-point parameters. (Those of a byte an element are quantised: the model
+    computes in another dtype than theirs.)"""
     sizes: dict[torch.dtype, int] = {}
     for parameter in model.parameters():
-        if parameter.is_floating_point():
+        if parameter.is_floating_point() and parameter.element_size() > 1:
             sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
     return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
 

@@ -31,7 +31,7 @@ def needed(model: nn.Module, beside: Mapping[torch.device, int]) -> dict[torch.d
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.device.type == "meta":
             raise Unavailable(f"{name} is not on a device (offloaded)")
-        if isinstance(tensor, nn.Parameter) and (type(tensor) is not nn.Parameter or not tensor.is_floating_point()):
+        if isinstance(tensor, nn.Parameter) and not _is_the_weight(tensor):
             raise Unavailable(f"{name} is a {type(tensor).__name__} of {tensor.dtype} (quantised or sharded)")
     dtype, total = wide_dtype(model), dict(beside)
     for device, size in memory.of_copy(model, dtype).items():
@@ -42,6 +42,11 @@ def needed(model: nn.Module, beside: Mapping[torch.device, int]) -> dict[torch.d
                 f"with a {dtype} copy it needs {memory.gib(total[device])} GiB on {device}, free {memory.gib(free)}"
             )
     return total
+
+
+def _is_the_weight(parameter: nn.Parameter) -> bool:
+    """Whether its numbers are the weight's own: those of a byte each wait to be multiplied by their scales."""
+    return type(parameter) is nn.Parameter and parameter.is_floating_point() and parameter.element_size() > 1
 
 
 def wide_outputs(model: nn.Module, runs: list[Run]) -> list[torch.Tensor]:

@@ -54,11 +54,13 @@ def _judged(site: NormSite, inputs: Iterable[torch.dtype], other: str) -> NormSi
 
 
 def _modules_of_other_dtype(model: nn.Module, norms: set[str | None]) -> Iterator[str]:
-    """Paths of modules with a matrix of none of the dtypes `norms`. (One of a byte an element is a quantised one, which
-    computes in another dtype than its own.)"""
+    """Paths of modules with a matrix of none of the dtypes `norms`. (One with a matrix of a byte an element is
+    quantised: it computes in another dtype than that of its matrix and that of its scales.)"""
     for path, module in model.named_modules():
-        matrices = (p for p in module._parameters.values() if p is not None and p.dim() > 1)
-        if any(p.is_floating_point() and p.element_size() > 1 and _name(p.dtype) not in norms for p in matrices):
+        matrices = [p for p in module._parameters.values() if p is not None and p.dim() > 1]
+        if any(p.element_size() == 1 for p in matrices):
+            continue
+        if any(p.is_floating_point() and _name(p.dtype) not in norms for p in matrices):
             yield path
 
 

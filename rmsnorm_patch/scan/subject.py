@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from ..patch_state import SLOTS, foreign, unpatched_class
+from ..patch_state import SLOTS, foreign, is_offloaded, run_by, unpatched_class
 
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _BY_REFERENCE = (types.FunctionType, types.BuiltinFunctionType, type)
@@ -239,8 +239,9 @@ def _instance_forward_note(module: nn.Module) -> str:
     if obstacle is not None:
         raise Rejected(f"it has {obstacle}; delete it from the module to have the class's own forward considered")
     notes = ["under accelerate's hooks"] if "_hf_hook" in module.__dict__ else []
+    notes += ["under compressed-tensors' wrapper"] if is_offloaded(module) else []
     for slot in SLOTS:
-        function = getattr(module.__dict__.get(slot), "__func__", None)
+        function = run_by(module, slot)
         if function is not None and function is not type(module).forward:
             name = f"{function.__module__}.{function.__qualname__}"
             notes.append(f"its class's own forward was read from under the instance-level {name}")

@@ -1,0 +1,86 @@
+"""The shipped Llama with quantised products, as Hugging Face's libraries make them: real modules and real weights.
+
+transformers' own product of fine-grained FP8 is a kernel of the hub, which no test downloads: `product` stands for it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+HERE = Path(__file__).resolve().parent
+TINY_LLAMA = HERE / "data" / "tiny-llama"
+sys.path.insert(0, str(HERE.parent / "scripts"))
+from benchlib.quantised import BLOCK, quantise_checkpoint  # noqa: E402
+
+from rmsnorm_patch.numerics.quantisation import QuantSpec, quantise  # noqa: E402
+
+LINEARS = 28
+"""Quantised products of the model: seven in each of four layers."""
+
+
+def has(library: str) -> bool:
+    return importlib.util.find_spec(library) is not None
+
+
+def product(
+    x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, block_size: Any, dtype: torch.dtype, **_: Any
+) -> torch.Tensor:
+    """x [..., K] is quantised in groups of 128, then multiplied with weight [N, K] of blocks of 128 x 128."""
+    rows, row_scales = quantise(x, QuantSpec("fp8_block"))
+    left = rows.float() * row_scales.repeat_interleave(BLOCK, -1)[..., : x.shape[-1]]
+    whole = scales.float().repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+    right = weight.float() * whole[: weight.shape[0], : weight.shape[1]]
+    return (left @ right.t()).to(dtype)
+
+
+@contextmanager
+def product_of_the_hub() -> Iterator[None]:
+    """`product` in the place of the kernel that transformers would download."""
+    from transformers.integrations import finegrained_fp8
+
+    before = finegrained_fp8._FINEGRAINED_FP8
+    finegrained_fp8._FINEGRAINED_FP8 = finegrained_fp8.FineGrainedFP8(product, product, product)
+    try:
+        yield
+    finally:
+        finegrained_fp8._FINEGRAINED_FP8 = before
+
+
+def fine_grained(folder: Path, device: str) -> PreTrainedModel:
+    """transformers' `FP8Linear` with blocks of 128 x 128; its loader makes such on a GPU alone."""
+    from transformers import FineGrainedFP8Config
+    from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
+
+    checkpoint = quantise_checkpoint(TINY_LLAMA, folder, "block")
+    if device == "cuda":
+        return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16, device_map=device).eval()
+    model = AutoModelForCausalLM.from_pretrained(TINY_LLAMA, dtype=torch.bfloat16)
+    replace_with_fp8_linear(model, ["lm_head"], FineGrainedFP8Config(), pre_quantized=True)
+    model.load_state_dict(load_file(checkpoint / "model.safetensors"), strict=False, assign=True)
+    return model.eval()
+
+
+def compressed(folder: Path, device: str, scheme: str = "token") -> PreTrainedModel:
+    """As compressed-tensors loads it: FP8 until the first forward, then dense weights behind its quantisations."""
+    checkpoint = quantise_checkpoint(TINY_LLAMA, folder, scheme)
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16, device_map=device).eval()
+
+
+def torchao(config: str, device: str) -> PreTrainedModel:
+    """config: the name of one of torchao's."""
+    import torchao.quantization
+    from transformers import TorchAoConfig
+
+    wanted = TorchAoConfig(getattr(torchao.quantization, config)())
+    return AutoModelForCausalLM.from_pretrained(
+        TINY_LLAMA, dtype=torch.bfloat16, device_map=device, quantization_config=wanted
+    ).eval()
