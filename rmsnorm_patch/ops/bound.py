@@ -15,7 +15,7 @@ from ..errors import KernelBuildError, UnsupportedInput
 from ..numerics import operands
 from ..numerics.contract import FUSED_ADD, FUSED_ADD_IN_PLACE, IMPLIED_EPS, PLAIN_OPS, RMS_NORM
 from ..numerics.spec import NormSpec
-from . import dispatch
+from . import dispatch, listeners
 
 CompileForm = Literal["op", "decomposed"]
 COMPILE_VARIABLE = "RMSNORM_PATCH_COMPILE"
@@ -83,7 +83,7 @@ def bind(op: str, spec: NormSpec, backend: str = "auto", enable_pdl: bool | None
     key = (op, spec.variant, backend, launch_mode.dependent(enable_pdl), variable)
     bound = _BOUND.get(key)
     if bound is None:
-        bound = _BOUND.setdefault(key, Bound(*key))
+        bound = _BOUND.setdefault(key, (TellingBound if listeners.active else Bound)(*key))
     return bound
 
 
@@ -201,6 +201,20 @@ class Bound:
     def __repr__(self) -> str:
         plain = "" if self.dependent else ", enable_pdl=False"
         return f"Bound({self.op!r}, {self.spec!r}, backend={self.backend!r}{plain})"
+
+
+class TellingBound(Bound):
+    """A Bound that tells `listeners` of its calls. A class of its own: where nobody listens, a call does not ask."""
+
+    __slots__ = ()
+
+    def __call__(self, *args: Any) -> Any:
+        result = super().__call__(*args)
+        x = args[0]
+        if type(x) is torch.Tensor and not _is_compiling():
+            normed = result[0] if isinstance(result, tuple) else result
+            listeners.tell(listeners.Call(self.op, self.spec, self.dependent, x, args[-2], normed))
+        return result
 
 
 def _needs_grad(args: tuple[Any, ...]) -> bool:

@@ -2,7 +2,7 @@
 
 Patched forwards do `if observe.active: observe.report(Event(...))`; with nobody watching that is one global read, which
 is why it is a module attribute and not a registry of listeners. An observer hears its own thread alone: what other
-threads serve meanwhile is none of its business.
+threads serve meanwhile is none of its business. Calls of ops, whoever makes them, are heard through `ops.listeners`.
 """
 
 from __future__ import annotations

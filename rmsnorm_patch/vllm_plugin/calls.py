@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .. import ops
+from ..backends.bindings import kept
 from ..numerics.contract import FUSED_ADD, FUSED_ADD_IN_PLACE, RMS_NORM
 from ..numerics.spec import NormSpec, WeightOffset
 from . import huggingface
@@ -41,7 +42,7 @@ def _spec_args(provider: str, variance_size: int | None, offset: WeightOffset) -
     return spec.round_before_weight, offset, spec.output, spec.sum, variance_size, None, "auto"
 
 
-@cache
+@kept
 def _eager(
     op: str, provider: str, has_weight: bool, variance_size: int | None, offset: WeightOffset = "none"
 ) -> ops.Bound:

@@ -19,6 +19,7 @@ from rmsnorm_patch.fused.query_key_norm import kernel as query_key_norm_kernel
 from rmsnorm_patch.numerics.contract import PLAIN_OPS
 from rmsnorm_patch.numerics.quantisation import QuantSpec
 from rmsnorm_patch.numerics.spec import LLAMA
+from rmsnorm_patch.ops import listeners
 
 
 @pytest.mark.parametrize("dependent", [True, False])
@@ -104,6 +105,15 @@ def test_a_set_starts_the_kernel_for_parts(device_of_sm_90, functions):
         few, _ = schedules.schedules(bound.kernels.op, BF16, 4096, 90)
         assert (last["grid"], few.cluster > 1) == (3 * few.cluster, True)
     assert len(bound.kernels._chains) == 1
+    heard: list[listeners.Call] = []
+    end = listeners.listen(heard.append)
+    bound(parts, residual, weight, 1e-6, normed)
+    end()
+    ((op, spec, dependent, x, own, result, more),) = heard
+    assert (op, spec, dependent, dict(more)) == ("fused_add_rms_norm_", LLAMA, True, {"parts": 2})
+    assert x is residual
+    assert own is weight
+    assert result is normed
 
 
 def test_a_set_starts_the_kernel_for_queries_and_keys(device_of_sm_90, functions):

@@ -21,7 +21,7 @@ from ...backends.names import Backend
 from ...numerics.contract import IMPLIED_EPS, SPEC_ARGUMENTS
 from ...numerics.gating import GateSpec, check_gated, gated_rms_norm
 from ...numerics.spec import NormSpec
-from ...ops import dispatch
+from ...ops import dispatch, listeners
 from ...ops.library import positional, register, spec_of
 from . import kernel
 
@@ -64,7 +64,11 @@ class Bound:
         _, run = self._route(x, gate, weight)
         if gate.shape != x.shape or gate.device != x.device or (weight is not None and weight.device != x.device):
             check_gated(x, gate, weight, self.spec, NAME)
-        return run(x, gate, weight, IMPLIED_EPS if eps is None else eps)
+        normed = run(x, gate, weight, IMPLIED_EPS if eps is None else eps)
+        if listeners.active:
+            more = {"activation": self.gating.activation, "order": self.gating.order}
+            listeners.tell(listeners.Call(NAME, self.spec, self.dependent, x, weight, normed, more))
+        return normed
 
     def traced(
         self, x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor | None, eps: float | None

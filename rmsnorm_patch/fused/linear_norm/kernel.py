@@ -18,6 +18,7 @@ from ...backends.cuda.rows import address_of, power_of_two
 from ...backends.cuda.schedules import Config, Op
 from ...numerics.contract import FUSED_ADD_IN_PLACE
 from ...numerics.spec import NormSpec
+from ...ops import listeners
 
 OP: Op = "rms_norm_partials"
 MOST_ROWS = 256
@@ -97,3 +98,6 @@ class BoundPartials:
             total_row_stride=n,
             eps=eps,
         )
+        if listeners.active:
+            more = {"parts": self.parts}
+            listeners.tell(listeners.Call(self.op, self.spec, self.dependent, residual, weight, normed, more))

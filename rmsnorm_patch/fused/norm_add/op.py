@@ -27,6 +27,7 @@ from ...errors import UnsupportedInput
 from ...numerics import operands, reference
 from ...numerics.contract import IMPLIED_EPS, SPEC_ARGUMENTS
 from ...numerics.spec import NormSpec
+from ...ops import listeners
 from ...ops.library import positional, register, spec_of
 
 NORM_ADD, NORM_ADD_NORM = "rms_norm_add", "rms_norm_add_rms_norm"
@@ -83,7 +84,12 @@ class BoundNormAdd:
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, *rest: Any) -> Any:
         """rest: eps, and for NORM_ADD_NORM next_weight and next_eps. Raises UnsupportedInput."""
-        return self._route(x, weight)[1](x, residual, weight, *rest)
+        run = self._route(x, weight)[1]
+        result = run(x, residual, weight, *rest)
+        if listeners.active and run != self._apart:  # the norms that it runs apart tell of themselves
+            made = result[0] if isinstance(result, tuple) else result
+            listeners.tell(listeners.Call(self.op, self.spec, self.dependent, x, weight, made))
+        return result
 
     def backend_for(self, x: torch.Tensor, weight: torch.Tensor | None) -> str:
         """What a call with `x` runs: "cuda" or "triton", in one launch or by the norms' own ops; or "reference"."""

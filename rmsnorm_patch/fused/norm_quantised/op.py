@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from ...backends import launch_mode
 from ...backends.bindings import kept
 from ...backends.names import Backend
 from ...errors import UnsupportedInput
@@ -27,7 +28,7 @@ from ...numerics import operands
 from ...numerics.contract import IMPLIED_EPS, SPEC_ARGUMENTS
 from ...numerics.quantisation import QuantSpec, rms_norm_quantised
 from ...numerics.spec import NormSpec
-from ...ops import dispatch
+from ...ops import dispatch, listeners
 from ...ops.library import DEFAULTS, OPTIONS, positional, register, spec_of
 from . import kernel
 from .kernel import Operands, Results
@@ -95,8 +96,15 @@ class Variant:
             raise UnsupportedInput(self.op, f"given={got} for {scheme}", wanted, "correct the argument")
 
     def run(self, arguments: Operands) -> Results:
+        """(rows, scales, normed), as `kernel.Results` has them. Raises UnsupportedInput, KernelBuildError."""
         self.check(arguments)
-        return _RUN[self.backend_for(arguments.x)](self, arguments)
+        results = _RUN[self.backend_for(arguments.x)](self, arguments)
+        if listeners.active:
+            dependent = launch_mode.dependent(self.enable_pdl)
+            more = {"scheme": self.quant.scheme, "value": self.quant.value, "both": self.both}
+            x, weight = arguments.x, arguments.weight
+            listeners.tell(listeners.Call(self.op, self.spec, dependent, x, weight, results[0], more))
+        return results
 
     def backend_for(self, x: torch.Tensor) -> str:
         """ "cuda", "triton" or "reference": what serves `x`. KernelBuildError where a forced backend does not."""
