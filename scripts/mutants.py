@@ -29,16 +29,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "scripts")]
 
 from benchlib.stamp import stamp  # noqa: E402
+from mutation.equivalents import equivalents  # noqa: E402
 from mutation.faults import Fault, faults_of  # noqa: E402
 from mutation.outcomes import ENDS, NOT_SEEN, Outcomes  # noqa: E402
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 RECORDS = ROOT / "records" / "mutants"
-EQUIVALENT = ROOT / "scripts" / "mutation" / "equivalent.toml"
 
 
 @dataclass(frozen=True)
@@ -76,33 +71,37 @@ SUITES = {
     "layer_calls": Suite(
         tuple(f"rmsnorm_patch/rewrite/{name}.py" for name in ("layer_calls", "guards", "handover", "norms")),
         (
+            "rewrite/test_reasons.py",
             "rewrite/test_eps.py",
             "rewrite/test_mixed_dtypes.py",
             "adversarial/test_patching_training.py",
             "pairs/test_layer_forms.py",
-            "rewrite/test_handover.py",
-            "rewrite/test_native.py",
+            "rewrite/test_links.py",
             "rewrite/test_native_norms.py",
+            "rewrite/test_status.py",
+            "rewrite/test_native.py",
             "rewrite/test_native_norm_adds.py",
             "rewrite/test_native_query_key.py",
             "rewrite/test_native_through.py",
-            "rewrite/test_gated_norms.py",
-            "rewrite/test_pair_bits.py",
-            "rewrite/test_status.py",
+            "rewrite/test_norm_forwards.py",
             "proof/test_hand_overs_not_taken.py",
-            "adversarial/test_patching_guards.py",
-            "adversarial/test_patching_aliasing.py",
             "adversarial/test_patching_held_forwards.py",
             "adversarial/test_patching_life_cycle.py",
+            "adversarial/test_patching_aliasing.py",
+            "rewrite/test_handover.py",
+            "rewrite/test_gated_norms.py",
+            "adversarial/test_patching_guards.py",
+            "rewrite/test_pair_bits.py",
             "rewrite/test_norm_adds.py",
             "pairs/test_through.py",
             "pairs/test_query_key.py",
+            "adversarial/test_patching_compile.py",
             "proof/test_rewrite_mutants.py",
         ),
         own={
             "guards.py": ("adversarial/test_patching_guards.py", "rewrite/test_gated_norms.py"),
-            "handover.py": ("rewrite/test_handover.py",),
-            "norms.py": ("rewrite/test_native_norms.py", "rewrite/test_status.py"),
+            "handover.py": ("rewrite/test_links.py", "rewrite/test_handover.py"),
+            "norms.py": ("rewrite/test_norm_forwards.py", "rewrite/test_native_norms.py", "rewrite/test_status.py"),
         },
     ),
     "cuda": Suite(("kernels/cuda/*.cu", "kernels/cuda/*.cuh")),
@@ -114,11 +113,6 @@ def faults(suite: str) -> list[Fault]:
     paths = sorted(path for pattern in SUITES[suite].files for path in ROOT.glob(pattern))
     named = ((path.relative_to(ROOT).as_posix(), path.read_text()) for path in paths)
     return [fault for name, text in named for fault in faults_of(name, text)]
-
-
-def equivalents() -> dict[str, str]:
-    """Name of a fault -> why it is none."""
-    return {entry["fault"]: entry["why"] for entry in tomllib.loads(EQUIVALENT.read_text()).get("equivalent", ())}
 
 
 def chosen(suite: str, sample: int | None, seed: int, only: str) -> list[Fault]:

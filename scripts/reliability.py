@@ -29,6 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 from benchlib.pages import wrapped  # noqa: E402
 from benchlib.stamp import stamp  # noqa: E402
 from benchlib.test_counts import by_function  # noqa: E402
+from mutation.equivalents import equivalents  # noqa: E402
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -41,7 +42,6 @@ CASES = TESTS / "adversarial" / "cases.toml"
 RECORDS = ROOT / "records"
 RESULTS = RECORDS / "cases"
 MUTANTS, FUZZ = RECORDS / "mutants", RECORDS / "fuzz"
-EQUIVALENT = ROOT / "scripts" / "mutation" / "equivalent.toml"
 WHERE = {"cpu": "CPU", "vllm": "CPU, with vLLM", "gpu": "GPU"}
 
 EARLIER = "passed on earlier code"
@@ -223,7 +223,7 @@ def _gaps(cases: list[Case]) -> Iterator[str]:
 def _mutants() -> Iterator[str]:
     """Counts of each run of generated faults, and every survivor of the last run with the reason it has, if any."""
     runs = [json.loads(path.read_text()) for path in sorted(MUTANTS.glob("*.json"))]
-    why = {entry["fault"]: entry["why"] for entry in tomllib.loads(EQUIVALENT.read_text()).get("equivalent", ())}
+    why = equivalents()
     told = "`scripts/mutants.py` changes one constant, bound, operator, branch, call or store at a time and runs the "
     told += "tests that fit. A run may take a sample by seed, and may be cut short."
     yield from ("## Generated faults", "", told)

@@ -95,6 +95,7 @@ def test_what_around_a_call_forbids_it():
             assert guards.reason(x, weight) == "autocast is active"
         with torch.autograd.forward_ad.dual_level():
             assert not guards.servable(x, weight)
+            assert guards.reason(x, weight) == "a function transform is active"
         answers = []
         torch.func.vmap(lambda row: (answers.append(guards.servable(row, weight)), row)[1])(x)
         assert answers == [False]
@@ -102,6 +103,27 @@ def test_what_around_a_call_forbids_it():
         torch.jit.trace(lambda t: (answers.append(guards.servable(t, weight)), t + 1)[1], (x,), check_trace=False)
         assert answers == [False]
         assert guards.servable(x, weight)
+
+
+def test_a_compiled_region_is_served_with_grad_mode_on_where_no_gradient_is_wanted():
+    x, weight = _x(), _weight()
+    assert torch.is_grad_enabled()
+    assert guards.traceable(x, weight)
+    assert guards.traceable(x, None)
+    assert not guards.traceable(x, nn.Parameter(torch.rand(8)))
+    assert not guards.traceable(_x().requires_grad_(), None)
+
+
+def test_a_gate_forbids_a_kernel_only_where_its_gradient_is_wanted():
+    x, gate = _x(), _x()
+    assert torch.is_grad_enabled()
+    assert guards.gate_fits(x, gate)
+    gate.requires_grad_()
+    assert not guards.gate_fits(x, gate)
+    assert guards.gate_reason(x, gate) == "a gradient is wanted"
+    with torch.no_grad():
+        assert guards.gate_fits(x, gate)
+        assert guards.gate_reason(x, gate) == ""
 
 
 INTERPRETED = """

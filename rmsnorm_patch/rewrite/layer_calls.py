@@ -306,6 +306,7 @@ def pair_servable(kernel: NormKernel, a: torch.Tensor, b: torch.Tensor, weight: 
         and kernel.adds(a, b)
         and a.shape == b.shape
         and a.get_device() == b.get_device()
+        and not b.is_meta  # as a CPU tensor, it has device index -1
         and b.layout is torch.strided
         and kernel.attributes.fits(weight)
         and not (b.requires_grad and _is_grad_enabled())

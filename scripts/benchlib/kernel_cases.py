@@ -124,10 +124,10 @@ class Guarded:
         self.rows.copy_(values)
         self.written = written
 
-    def broken(self) -> bool:
+    def broken(self) -> torch.Tensor:
         """Whether anything but the rows changed; call it once the rows are no longer needed."""
         self.rows.fill_(CANARY)
-        return bool((self.memory != CANARY).any())
+        return (self.memory != CANARY).any()
 
 
 def _poison(case: Case, device: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -168,57 +168,82 @@ def fault_in(case: Case, backend: str, device: str, bind: Callable[[str, NormSpe
             normed, total = x.rows.clone(), residual.rows.clone()
         else:
             normed, total = bound(x.rows, residual.rows, weight, case.eps)
-    found = [*_values(normed, want, summed, weight, case), *_sums(total, want_total)]
-    if not x.written and not (_same(x.rows, kept_x) and _same(residual.rows, kept_residual)):
-        found.append("an operand was written")
-    if x.broken() or residual.broken() or any(bool((block != CANARY).any()) for block in neighbours):
-        found.append("something was written outside")
-    return "; ".join(found)
+    judged = _Judged()
+    judged.values(normed, want, summed, weight, case)
+    if total is not None and want_total is not None:
+        judged.flag(_differ(total, want_total), "the sum is not x + residual")
+    if not x.written:
+        changed = _differ(x.rows, kept_x) | _differ(residual.rows, kept_residual)
+        judged.flag(changed, "an operand was written")
+    outside = torch.stack([x.broken(), residual.broken(), *((block != CANARY).any() for block in neighbours)])
+    judged.flag(outside.any(), "something was written outside")
+    return "; ".join(judged.found())
 
 
 def _bind(op: str, spec: NormSpec, backend: str) -> Op:
     return ops.bind(op, spec, backend)  # type: ignore[arg-type]
 
 
-def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
-    return torch.equal(left.nan_to_num(7.0), right.nan_to_num(7.0)) and torch.equal(left.isnan(), right.isnan())
+def _differ(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Whether any two elements differ; NaN equals NaN."""
+    return ((left != right) & ~(left.isnan() & right.isnan())).any()
 
 
-def _sums(total: torch.Tensor | None, want: torch.Tensor | None) -> Iterator[str]:
-    if total is not None and want is not None and not _same(total, want):
-        yield "the sum is not x + residual"
+class _Judged:
+    """Findings about one call. A device is waited for once: many processes share it, and each wait is a turn at it."""
+
+    def __init__(self) -> None:
+        self._flags: list[tuple[torch.Tensor, str]] = []
+        self._apart: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._measured: torch.Tensor | None = None
+        self._said: list[str] = []
+        self._relative = 0.0
+
+    def flag(self, wrong: torch.Tensor, words: str) -> None:
+        self._flags.append((wrong, words))
+
+    def values(
+        self, got: torch.Tensor, want: torch.Tensor, summed: torch.Tensor, weight: torch.Tensor | None, case: Case
+    ) -> None:
+        """Against the reference with its roundings, and against fp64 with the reference's own error as the measure."""
+        if got.dtype != want.dtype or got.shape != want.shape:
+            self._said.append(f"{got.dtype} {tuple(got.shape)} in place of {want.dtype} {tuple(want.shape)}")
+            return
+        spec, dtype = case.variant.spec, case.variant.dtype
+        got, want, summed = (t.reshape(-1, t.shape[-1]) for t in (got, want, summed))
+        misplaced = (got.isfinite() != want.isfinite()).any()
+        self.flag(misplaced, "NaN or infinity in another place than the reference has them")
+        if got.dtype == dtype:
+            self._apart += [(got[:, part], want[:, part]) for part in _parts(got, case)]
+        rows = summed.isfinite().all(-1) & want.isfinite().all(-1)
+        exact = reference.rms_norm_fp64(summed, weight, spec, case.eps)
+        squares = (torch.where(rows[:, None], y, 0).square().sum() for y in (got - exact, want - exact, exact))
+        self._measured = torch.stack([*squares, (rows.sum() * got.shape[-1]).double()])
+        self._relative = torch.finfo(spec.rounded_dtype(dtype, None if weight is None else weight.dtype)).eps
+
+    def found(self) -> list[str]:
+        """What is wrong, in words."""
+        differ = [(got != want).any() for got, want in self._apart]
+        told = torch.stack([*(wrong for wrong, _ in self._flags), *differ]).tolist()
+        said = [*self._said, *(words for wrong, (_, words) in zip(told, self._flags, strict=False) if wrong)]
+        if said:  # elements that are not there, or not finite, are no distance apart
+            return said
+        for differs, (got, want) in zip(told[len(self._flags) :], self._apart, strict=True):
+            said += compare(got, want).violations(SITE[got.dtype], got.dtype) if differs else ()
+        return [*said, *self._far_from_exact()]
+
+    def _far_from_exact(self) -> Iterator[str]:
+        if self._measured is not None:
+            *squares, count = self._measured.tolist()
+            error, own, size = ((square / max(count, 1.0)) ** 0.5 for square in squares)
+            step = self._relative * size * max(count, 1.0) ** -0.5
+            if not error <= 1.05 * own + step + 8 * 2.0**-24 * size:
+                yield f"rms error {error:.3e} against fp64, the reference's own {own:.3e}"
 
 
-def _far_apart(got: torch.Tensor, want: torch.Tensor, case: Case) -> Iterator[str]:
-    """The bounds of a proof. Large columns are judged apart from small ones: one permitted flip in them moves the scale
-    of a whole result by more than it may among as many elements of one size."""
-    columns = [slice(None)]
+def _parts(got: torch.Tensor, case: Case) -> list[slice]:
+    """Columns that the bounds of a proof are held to. Large columns are judged apart from small ones: one permitted
+    flip in them moves the scale of a whole result by more than it may among as many elements of one size."""
     if case.special == "last columns" and got.shape[-1] > LAST:
-        columns = [slice(None, -LAST), slice(-LAST, None)]
-    for part in columns:
-        yield from compare(got[:, part], want[:, part]).violations(SITE[got.dtype], got.dtype)
-
-
-def _values(
-    got: torch.Tensor, want: torch.Tensor, summed: torch.Tensor, weight: torch.Tensor | None, case: Case
-) -> Iterator[str]:
-    """Against the reference with its roundings, and against fp64 with the reference's own error as the measure."""
-    if got.dtype != want.dtype or got.shape != want.shape:
-        yield f"{got.dtype} {tuple(got.shape)} in place of {want.dtype} {tuple(want.shape)}"
-        return
-    spec, dtype = case.variant.spec, case.variant.dtype
-    got, want, summed = (t.reshape(-1, t.shape[-1]) for t in (got, want, summed))
-    if not torch.equal(got.isfinite(), want.isfinite()):
-        yield "NaN or infinity in another place than the reference has them"
-        return
-    if got.dtype == dtype:
-        yield from _far_apart(got, want, case)
-    rows = summed.isfinite().all(-1) & want.isfinite().all(-1)
-    if not bool(rows.any()):
-        return
-    exact = reference.rms_norm_fp64(summed[rows], weight, spec, case.eps)
-    error, own = ((y[rows].double() - exact).square().mean().sqrt().item() for y in (got, want))
-    step = torch.finfo(spec.rounded_dtype(dtype, None if weight is None else weight.dtype)).eps
-    size = exact.square().mean().sqrt().item()
-    if error > 1.05 * own + step * size * (got.shape[-1] * int(rows.sum())) ** -0.5 + 8 * 2.0**-24 * size:
-        yield f"rms error {error:.3e} against fp64, the reference's own {own:.3e}"
+        return [slice(None, -LAST), slice(-LAST, None)]
+    return [slice(None)]

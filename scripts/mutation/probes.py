@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 
@@ -43,6 +44,14 @@ def _norms(streamed: bool) -> Iterator[Probe]:
         (alone, LLAMA, FP16, FP16, 7, 257, "offset", ""),
         (fused, LLAMA, BF16, BF16, 65536, 5, "dense", "last columns"),
         (alone, GEMMA, FP16, FP16, 131072, 3, "padded", "last columns"),
+        (fused, LLAMA, BF16, FP32, 4096, 300, "dense", "last columns"),
+        (alone, LLAMA, FP32, FP32, 111, 9, "offset", ""),
+        (alone, LLAMA, BF16, FP32, 8192, 2100, "dense", ""),
+        (in_place, LLAMA, BF16, BF16, 8192, 600, "padded", "last columns"),
+        (alone, group, BF16, BF16, 4096, 64, "padded", "last columns"),
+        (fused, LLAMA, FP32, FP32, 16384, 33, "padded", "last columns"),
+        (alone, GEMMA, BF16, BF16, 1600, 129, "offset", "last columns"),
+        (alone, LLAMA, FP32, BF16, 2052, 17, "dense", "nan"),
     ]
     far = [
         (fused, LLAMA, BF16, BF16, 131072, 5, "dense", "last columns"),
@@ -57,6 +66,9 @@ def _norms(streamed: bool) -> Iterator[Probe]:
     for op, spec, dtype, weight_dtype, n, m, layout, special in far if streamed else table:
         case = Case(Variant(op, spec, dtype, weight_dtype, n, layout), m, 1e-5, 1.0, special, 1)
         yield Probe(m, lambda case=case: fault_in(case, "cuda", "cuda"), case.named, 80 if streamed else 0)
+    if not streamed:  # the least numbers there are, of which each counts
+        tiny = Case(Variant(alone, LLAMA, FP16, FP16, 111, "dense"), 9, 1e-18, 1e-7, "", 1)
+        yield Probe(9, lambda: fault_in(tiny, "cuda", "cuda"), tiny.named)
 
 
 def _adds() -> Iterator[Probe]:
@@ -187,16 +199,20 @@ def _quantised() -> Iterator[Probe]:
     from rmsnorm_patch import ops
     from rmsnorm_patch.fused.norm_quantised.op import quant_args
     from rmsnorm_patch.numerics.quantisation import QuantSpec, quantise
-    from rmsnorm_patch.numerics.spec import FP32_WEIGHT_MULTIPLY, LLAMA
+    from rmsnorm_patch.numerics.spec import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, NormSpec
 
-    def call(m: int, n: int, quant: Any, spec: Any, both: bool) -> str:
+    def call(m: int, n: int, quant: Any, spec: Any, both: bool, dtype: torch.dtype = torch.bfloat16) -> str:
         torch.manual_seed(1)
-        x, residual = (torch.randn(m, n, device="cuda").bfloat16() for _ in range(2))
+        x, residual = (torch.randn(m, n, device="cuda").to(dtype) for _ in range(2))
         if m >= 10:
-            x[0], x[3], residual[0] = 0, x[3] * 1e30, 0
-            x[1, 5], x[2, 7] = float("inf"), float("nan")
-        weight = torch.rand(n, device="cuda").bfloat16() + 0.5
-        scale = torch.tensor([0.037], device="cuda") if quant.scheme == "fp8_static" else None
+            x[0], x[3], x[4], residual[0] = 0, x[3] * 1e30, x[4] * 1e-38, 0
+            x[1, 5], x[2, 7], x[6, 3] = float("inf"), float("nan"), -float("inf")
+        weight = torch.rand(n, device="cuda") + 0.5
+        # each group of columns, and with it each scale, is of another size, down to below every bound
+        sizes = torch.randint(-40, 12, (1 + n // 128,), device="cuda")
+        weight = (weight * 2.0 ** sizes.repeat_interleave(128)[:n]).to(dtype)
+        given = torch.tensor([0.037 if quant.scheme == "fp8_static" else 1.5], device="cuda")
+        scale = given if quant.scheme == "fp8_static" or (both and quant.scheme == "fp8_token") else None
         wanted, total = ops.bind_fused_add_rms_norm(spec, "cuda")(x, residual, weight, 1e-6)
         values = wanted
         if quant.value != "rounded":
@@ -209,24 +225,118 @@ def _quantised() -> Iterator[Probe]:
         pairs = [(kept, total), (found.view(torch.uint8), want.view(torch.uint8)), (scales, want_scales)]
         return _differ(*pairs, *([(second, wanted)] if both else ()))
 
-    for m, n, quant, spec, both in (
-        (17, 4096, QuantSpec("fp8_token"), LLAMA, True),
-        (300, 2880, QuantSpec("fp8_static"), LLAMA, False),
-        (33, 4096, QuantSpec("fp8_block", "rounded", "separate", "tma_aligned", True), LLAMA, False),
-        (100, 1000, QuantSpec("int8_token"), LLAMA, True),
-        (3, 8192, QuantSpec("fp8_block", "fp32", "native", "column_major", True), FP32_WEIGHT_MULTIPLY, False),
-        (33, 4096, QuantSpec("int8_token", "fp32", "separate"), FP32_WEIGHT_MULTIPLY, False),
+    fp32_sum = NormSpec(round_before_weight="none", output="input", sum="fp32")
+    token, int8 = QuantSpec("fp8_token"), QuantSpec("int8_token")
+    kinds = (
+        (QuantSpec("fp8_static"), LLAMA),
+        (QuantSpec("fp8_static", "fp32", "native"), FP32_WEIGHT_MULTIPLY),
+        (token, fp32_sum),
+        (QuantSpec("fp8_token", "fp32", "native"), FP32_WEIGHT_MULTIPLY),
+        (QuantSpec("fp8_block"), GEMMA),
+        (QuantSpec("fp8_block", "fp32", "native", "column_major", True), FP32_WEIGHT_MULTIPLY),
+        (QuantSpec("fp8_block", "rounded", "separate", "tma_aligned", True), fp32_sum),
+        (int8, LLAMA),
+        (QuantSpec("int8_token", "fp32", "separate"), FP32_WEIGHT_MULTIPLY),
+    )
+    for quant, spec in kinds:
+        yield Probe(33, lambda a=(33, 4096, quant, spec, False): call(*a), f"quantised 33 4096 {quant}")
+    fp16 = torch.float16
+    for given in (
+        (17, 4096, token, LLAMA, True),
+        (3, 16384, token, LLAMA, True),
+        (40, 16384, *kinds[6], False),
+        (200, 8192, int8, LLAMA, False),
+        (5, 32768, *kinds[3], True),
+        (300, 2880, *kinds[0], False),
+        (1029, 64, *kinds[2], False),
+        (100, 1000, int8, LLAMA, True),
+        (1029, 1000, *kinds[4], True),
+        (700, 999, token, LLAMA, True, fp16),
+        (3, 1002, int8, LLAMA, False, fp16),
+        (3, 8192, *kinds[5], False),
     ):
-        yield Probe(m, lambda a=(m, n, quant, spec, both): call(*a), f"quantised {m} {n} {quant}")
+        yield Probe(given[0], lambda a=given: call(*a), f"quantised, {' '.join(map(str, given[:3]))} {given[4:]}")
+
+
+def _chain(step: Callable[[Any], Any], start: Any) -> str:
+    """Calls of which each reads what the one in front has written, queued behind a device that lags: each must wait for
+    the kernel in front as it does where nothing is under way."""
+    import torch
+
+    def ran(apart: bool) -> Any:
+        state = start.clone()
+        for _ in range(12):
+            state = step(state)
+            if apart:
+                torch.cuda.synchronize()
+        return state
+
+    expected = ran(apart=True)
+    for _ in range(6):
+        torch.cuda._sleep(2_000_000)
+        found = ran(apart=False)
+        if not torch.equal(found, expected):
+            return f"{int((found != expected).sum())} elements differ behind a kernel that is under way"
+    return ""
+
+
+def _chains(op: str) -> Iterator[Probe]:
+    import torch
+
+    from rmsnorm_patch import ops
+    from rmsnorm_patch.fused.gated_norm import op as gated
+    from rmsnorm_patch.fused.linear_norm import kernel as partials
+    from rmsnorm_patch.fused.norm_add.op import bind_norm_add
+    from rmsnorm_patch.fused.norm_quantised.op import quant_args
+    from rmsnorm_patch.fused.query_key_norm import kernel as pair
+    from rmsnorm_patch.numerics.gating import GateSpec
+    from rmsnorm_patch.numerics.quantisation import QuantSpec
+    from rmsnorm_patch.numerics.spec import FP32_WEIGHT_MULTIPLY, LLAMA
+
+    def call(m: int, n: int) -> str:
+        torch.manual_seed(1)
+        x, other = (torch.randn(m, n, device="cuda").bfloat16() for _ in range(2))
+        weight = torch.rand(n, device="cuda").bfloat16() + 0.5
+
+        def quantised(state: torch.Tensor) -> torch.Tensor:
+            rest = (weight, None, "fp8_token", 1e-6, *ops.spec_args(LLAMA, "cuda"), *quant_args(QuantSpec("fp8_token")))
+            torch.ops.rmsnorm_patch.fused_add_rms_norm_quantised_(other, state, *rest)
+            return state
+
+        def parts(state: torch.Tensor) -> torch.Tensor:
+            partials.bound(LLAMA, 2)(pieces, state, weight, 1e-6, normed)
+            return state
+
+        pieces, normed = torch.randn(2, m, n, device="cuda"), torch.empty_like(x)
+        step: Callable[[Any], Any] = {
+            "norm": lambda state: ops.bind_fused_add_rms_norm(LLAMA, "cuda")(state, other, weight, 1e-6)[0],
+            "add": lambda state: bind_norm_add(LLAMA, "cuda")(state, other, weight, 1e-6),
+            "gated": lambda state: gated.bind(FP32_WEIGHT_MULTIPLY, GateSpec("silu", "norm_first"), "cuda")(
+                state, other, weight, 1e-6
+            ),
+            "pair": lambda state: pair.bind_rms_norm_pair(LLAMA)(state, other[:8], weight, weight, 1e-6)[0],
+            "quantised": quantised,
+            "parts": parts,
+        }[op]
+        return _chain(step, x)
+
+    capability = 0
+    if op == "streamed":
+        op, sizes, capability = "norm", ((64, 131072),), 80
+    else:
+        sizes = {"pair": ((4000, 512),), "parts": ((16, 8192),)}.get(op, ((600, 8192), (8, 4096)))
+    for m, n in sizes:
+        rows = m + 8 if op == "pair" else m
+        yield Probe(rows, lambda m=m, n=n: call(m, n), f"{op} behind {op} {m} {n}", capability)
 
 
 MAKERS: dict[str, Callable[[], Iterator[Probe]]] = {
-    "rms_norm_rows.cu": lambda: _norms(streamed=False),
-    "rms_norm_stream.cu": lambda: _norms(streamed=True),
-    "rms_norm_pair.cu": _pairs,
-    "rms_norm_partials.cu": _partials,
-    "rms_norm_quantised.cu": _quantised,
-    "rms_norm_add.cu": _adds,
-    "rms_norm_gated.cu": _gated,
+    "rms_norm_rows.cu": lambda: chain(_norms(streamed=False), _chains("norm")),
+    "rms_norm_stream.cu": lambda: chain(_norms(streamed=True), _chains("streamed")),
+    "rms_norm_pair.cu": lambda: chain(_pairs(), _chains("pair")),
+    "rms_norm_partials.cu": lambda: chain(_partials(), _chains("parts")),
+    "rms_norm_quantised.cu": lambda: chain(_quantised(), _chains("quantised")),
+    "rms_norm_add.cu": lambda: chain(_adds(), _chains("add")),
+    "rms_norm_gated.cu": lambda: chain(_gated(), _chains("gated")),
 }
 """Kernel file -> its probes."""

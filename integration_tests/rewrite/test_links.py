@@ -1,0 +1,83 @@
+"""Exactly when a link rests, what a taken tensor resets, and what tells the loop's call from another's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn as nn
+
+import rmsnorm_patch
+from rmsnorm_patch.patch_state import STATE
+from rmsnorm_patch.rewrite import handover, observe
+
+MOST = handover.MAX_UNTAKEN
+ONE, OTHER = torch.Size([1, 64]), torch.Size([2, 64])
+
+
+def link_of(untaken: int) -> handover.Link:
+    link = handover.Link()
+    link.untaken = untaken
+    return link
+
+
+def test_a_link_rests_after_so_many_in_vain_and_not_before() -> None:
+    assert not link_of(MOST - 1).rests(ONE)
+    assert link_of(MOST).rests(ONE)
+
+
+def test_every_so_many_calls_a_resting_link_tries_again() -> None:
+    link = link_of(MOST)
+    assert [link.rests(ONE) for _ in range(2 * MOST)] == [*[True] * (MOST - 1), False] * 2
+
+
+def test_another_shape_ends_the_rest_until_as_many_trials_were_in_vain() -> None:
+    link = link_of(MOST)
+    assert link.rests(ONE)
+    assert not link.rests(OTHER)
+    assert link.rests(OTHER)
+    for in_vain, rests in ((MOST - 1, False), (MOST, True)):
+        link = link_of(MOST + in_vain)
+        link.shape, link.skipped = ONE, 1
+        assert link.rests(OTHER) is rests
+
+
+def ready(small_model: Callable[..., nn.Module]) -> tuple[nn.Module, torch.Tensor]:
+    model = small_model("llama", num_hidden_layers=3)
+    rmsnorm_patch.apply(model, backend="reference")
+    return model, torch.arange(3, 9)[None]
+
+
+def test_what_is_taken_was_not_in_vain(small_model: Callable[..., nn.Module]) -> None:
+    model, tokens = ready(small_model)
+    link = model.model.layers[0].__dict__[STATE][handover.LINK]
+    link.untaken = MOST - 1
+    with torch.no_grad():
+        model(tokens)
+    assert (link.untaken, link.given) == (0, 1)
+
+
+def test_a_wrapper_as_deep_as_torchs_own_calls_is_no_call_by_the_loop(
+    small_model: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may edit the sum, and stands where torch's module call stood when the stack was walked."""
+    model, tokens = ready(small_model)
+    link = model.model.layers[0].__dict__[STATE][handover.LINK]
+    kinds: list[str] = []
+    with torch.no_grad(), observe.observing(lambda event: kinds.append(event.kind)):
+        model(tokens)
+        assert kinds.count("cross_layer") == 3
+        frames = link.depth - link.caller
+
+        def call(layer: nn.Module, *given: object, **named: object) -> object:
+            def deeper(left: int) -> object:
+                return deeper(left - 1) if left else type(layer).forward(layer, *given, **named)
+
+            return deeper(frames - 2)
+
+        monkeypatch.setattr(type(model.model.layers[0]), "__call__", call)
+        kinds.clear()
+        model(tokens)
+    assert kinds.count("cross_layer") == 0
+    assert kinds.count("kept") == 3

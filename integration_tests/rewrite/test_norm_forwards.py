@@ -1,0 +1,118 @@
+"""The forward of a patched norm as its callers see it: names, signature, further arguments; and inside a graph."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+import torch._dynamo
+import torch.nn as nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import rmsnorm_patch
+from rmsnorm_patch import ops
+from rmsnorm_patch.patch_state import STATE
+from rmsnorm_patch.rewrite.counts import CALLS
+from rmsnorm_patch.rewrite.norms import MORE_ARGUMENTS
+
+
+class Extra(nn.Module):
+    """A norm whose forward takes, and never reads, more than its input."""
+
+    def __init__(self, weighted: bool = True) -> None:
+        super().__init__()
+        if weighted:
+            self.weight = nn.Parameter(torch.linspace(0.5, 1.5, 32), requires_grad=False)
+        self.weighted = weighted
+        self.eps = 1e-6
+
+    def forward(self, rows: torch.Tensor, position: int = 0, *, scale: float = 1.0) -> torch.Tensor:
+        """The rows, normed."""
+        wide = rows.float()
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (self.weight * normed if self.weighted else normed).to(rows.dtype)
+
+
+class Model(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x)
+
+
+def patched(norm: nn.Module, backend: str = "reference") -> nn.Module:
+    model = Model(norm).eval().requires_grad_(False)
+    assert rmsnorm_patch.apply(model, backend=backend).norms
+    return norm
+
+
+@pytest.mark.parametrize("make", [Extra, lambda: nn.RMSNorm(32, eps=1e-6)])
+def test_a_patched_forward_shows_the_names_and_the_signature_of_the_original(make) -> None:
+    norm = make()
+    before = type(norm).forward
+    after = type(patched(norm)).forward
+    assert after is not before
+    for name in ("__doc__", "__name__", "__qualname__", "__module__"):
+        assert getattr(after, name) == getattr(before, name), name
+    assert list(inspect.signature(after).parameters) == list(inspect.signature(before).parameters)
+    if isinstance(norm, Extra):
+        assert inspect.signature(after) == inspect.signature(before)
+
+
+def test_a_call_with_more_than_the_input_goes_to_the_original() -> None:
+    norm, x = Extra(), torch.randn(3, 32)
+    expected = norm(x)
+    patched(norm)
+    counts = norm.__dict__[STATE][CALLS]
+    for count, call in enumerate((lambda: norm(x), lambda: norm(rows=x)), 1):
+        assert torch.equal(call(), expected)
+        assert counts.reference == count
+        assert counts.fallen_back.counts() == {}
+    others = (
+        lambda: norm(x, 1),
+        lambda: norm(x, scale=2.0),
+        lambda: norm(rows=x, position=1),
+        lambda: norm(scale=2.0, rows=x),
+    )
+    for call in others:
+        assert torch.equal(call(), expected)
+    assert counts.reference == 2
+    assert counts.fallen_back.counts() == {MORE_ARGUMENTS: len(others)}
+    for call in (lambda: norm(position=1), lambda: norm(x, rows=x), lambda: norm()):
+        with pytest.raises(TypeError, match="forward"):
+            call()
+
+
+def targets(norm: nn.Module, x: torch.Tensor) -> list[str]:
+    """Names of the ops of ours in the graph of one call."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    torch.compile(norm, backend=counter, fullgraph=True)(x)
+    names = [str(node.target) for graph in counter.graphs for node in graph.graph.nodes]
+    return [name for name in names if "rmsnorm_patch" in name]
+
+
+def test_a_graph_keeps_the_op_only_where_a_kernel_would_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv(ops.COMPILE_VARIABLE, "op")
+    ops.forget()
+    x = torch.randn(3, 32)
+    for make in (Extra, lambda: Extra(weighted=False)):
+        norm = patched(make(), "triton")
+        assert targets(norm, x) == ["rmsnorm_patch.rms_norm.default"]
+        with torch.no_grad():
+            assert targets(norm, x.clone().requires_grad_()) == ["rmsnorm_patch.rms_norm.default"]
+        assert targets(norm, x.clone().requires_grad_()) == []
+        norm.train()
+        assert targets(norm, x) == []
+        assert targets(patched(make(), "auto"), x) == []
+        assert targets(patched(make(), "reference"), x) == []
+    norm = patched(Extra(), "triton")
+    norm.weight = None
+    norm.weighted = False
+    assert targets(norm, x) == []
+    monkeypatch.delenv(ops.COMPILE_VARIABLE)
+    assert targets(patched(Extra(), "triton"), x) == []
