@@ -49,7 +49,8 @@ test-long: $(CHECKPOINT) $(VLLM_VENV)/.installed
 # checkpointing wraps a layer's call, in newer ones its forward, and what stands between a layer and its caller decides
 # whether a normed tensor is handed over. What asks how a forward is spelled, or what a kernel computes, is asked once
 # more by `make test-long` only. Each engine takes one core: two at a time, beside the pairs.
-SPELLINGS_AND_KERNELS := $(addprefix integration_tests/,pairs/test_spellings.py rewrite/test_fused_kernels.py)
+SPELLINGS_AND_KERNELS := $(addprefix integration_tests/,pairs/test_spellings.py pairs/test_spellings_of_loops.py \
+	rewrite/test_fused_kernels.py)
 test-vllm: $(VLLM_VENV)/.installed
 	$(VLLM_VENV)/bin/python -m pytest -m "not long" integration_tests/vllm_plugin integration_tests/rewrite \
 		integration_tests/pairs $(addprefix --ignore=,$(SPELLINGS_AND_KERNELS)) \

@@ -3,7 +3,7 @@
     python scripts/kernel_table.py           # write the page
     python scripts/kernel_table.py --check   # exit 1 if the page was made from other sources
 
-Needs NVRTC and Triton, whose wheel carries the disassembler. The tests of `integration_tests/cuda` use the same reader.
+Needs NVRTC and Triton, whose wheel carries the disassembler. The tests of machine code use the same reader.
 """
 
 from __future__ import annotations

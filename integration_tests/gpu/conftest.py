@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import tempfile
 import time
@@ -13,7 +14,12 @@ import pytest
 import torch
 from filelock import FileLock
 
-sys.path.insert(0, str(Path(__file__).parent))  # `made_rows`: test folders are not packages
+from rmsnorm_patch import ops
+from rmsnorm_patch.backends.cuda import cache, launcher
+
+sys.path.insert(0, str(Path(__file__).parent))  # modules here: test folders are not packages
+
+pytest.register_assert_rewrite("bad_input", "launches")
 
 KEPT = 1 << 28  # bytes that a process may hold between tests; the allocator would keep what the largest test took
 LARGEST = 24 << 30  # bytes of the tests with more than 2**31 elements, their results and references included
@@ -23,6 +29,33 @@ PATIENCE = 240.0  # seconds that such a test waits for other processes to releas
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "case(*numbers): the bad-input cases that a test covers")
     config.addinivalue_line("markers", "sanitized: small and direct, so that compute-sanitizer can watch it")
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory: pytest.TempPathFactory):
+    """One cold cache for this file; the kernels of earlier tests stay loaded."""
+    before = os.environ.get(cache.DIRECTORY_VARIABLE)
+    os.environ[cache.DIRECTORY_VARIABLE] = str(tmp_path_factory.mktemp("kernels") / "cache")
+    yield
+    os.environ.pop(cache.DIRECTORY_VARIABLE)
+    if before is not None:
+        os.environ[cache.DIRECTORY_VARIABLE] = before
+
+
+@pytest.fixture(params=["c", "python"])
+def launcher_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """Both launchers, each with ops bound anew."""
+    monkeypatch.setenv(launcher.VARIABLE, request.param)
+    launcher.functions.cache_clear()
+    ops.forget()
+    yield request.param
+    launcher.functions.cache_clear()
+    ops.forget()
 
 
 @pytest.fixture(autouse=True)

@@ -18,11 +18,6 @@ pytestmark = pytest.mark.gpu
 PROMPT = torch.tensor([list(b"Return the value of the named attribute of ")])
 
 
-@pytest.fixture(params=["cuda", "triton"])
-def backend(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 def ran(model: PreTrainedModel, tokens: torch.Tensor) -> Counter[str]:
     events: list[observe.Event] = []
     with torch.no_grad(), observe.observing(events.append):

@@ -6,56 +6,18 @@ Each pair is one launch; where a check says no, nothing is launched and the orig
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
-from native_driver import Driver, held, table_of
+from native_driver import held
+from native_model import LAYERS, PAIRS, TOKENS, close, patch, settle
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedModel
 
 import rmsnorm_patch
 from rmsnorm_patch.rewrite import handover, layer_calls, native, observe
-
-TOKENS = torch.arange(1, 8)[None]
-LAYERS = 3
-PAIRS = 2 * LAYERS
-"""One in each layer, one from each layer to the next norm."""
-
-
-@pytest.fixture
-def model(small_model: Callable[..., PreTrainedModel]) -> PreTrainedModel:
-    return small_model("llama", torch.float32, num_hidden_layers=LAYERS)
-
-
-def patch(model: PreTrainedModel, path: Path, monkeypatch: pytest.MonkeyPatch) -> Driver:
-    """Apply, and let launcher.c serve the model's pairs."""
-    rmsnorm_patch.apply(model)
-    norm = model.model.norm
-    kernel = layer_calls.kernel_of(norm)
-    assert kernel is not None
-    table = table_of("fused_add_rms_norm", type(norm)._rmsnorm_patch_key.spec, model.config.hidden_size)
-    monkeypatch.setattr(kernel.fused, "table", table)
-    native.enroll(type(norm), kernel)
-    return Driver(path)
-
-
-@pytest.fixture
-def patched(model, launchers, monkeypatch) -> tuple[PreTrainedModel, Driver]:
-    return model, patch(model, launchers, monkeypatch)
-
-
-def close(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return torch.allclose(one, other, rtol=1e-4, atol=1e-5)
-
-
-def settle(model: PreTrainedModel) -> None:
-    """The first step finds where the loop's frame is; from then on no Python check runs."""
-    model(TOKENS)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -346,90 +308,6 @@ def test_a_users_loop_gets_nothing_handed_over(patched) -> None:
     assert found.launches - start == LAYERS
 
 
-@pytest.fixture
-def carried(patched):
-    """(norm, x, what rides on x): a sum that the model's own first layer handed over."""
-    model, _ = patched
-    with torch.no_grad():
-        settle(model)
-        kept: list[torch.Tensor] = []
-        monkey = native.take
-
-        def keep(norm, hidden_states):
-            kept.append(hidden_states)
-            return monkey(norm, hidden_states)
-
-        native.take = keep
-        try:
-            model(TOKENS)
-        finally:
-            native.take = monkey
-        norm = model.model.layers[1].input_layernorm
-        link = model.model.layers[0].__dict__["_rmsnorm_patch"][handover.LINK]
-        x = kept[1].clone()
-        kernel = layer_calls.kernel_of(norm)
-        normed = kernel.original(norm, x)
-        handover.put(normed, x, norm, norm.weight, norm.variance_epsilon, kernel, link)
-        yield norm, x, normed
-
-
-def test_take_gives_what_rides_there_once(carried) -> None:
-    norm, x, normed = carried
-    link = x.__dict__[handover.CARRIED].link
-    assert link.untaken == 1
-    assert native.take(norm, x) is normed
-    assert link.untaken == 0
-    assert handover.CARRIED not in x.__dict__
-    assert native.take(norm, x) is None
-
-
-def _write(norm, x):
-    x.mul_(2)
-
-
-def _write_weight(norm, x):
-    norm.weight.mul_(2)
-
-
-def _replace_weight(norm, x):
-    made = nn.Parameter(norm.weight.clone())
-    while made._version < norm.weight._version:  # only its identity tells it from the other
-        made.mul_(1.0)
-    assert made._version == norm.weight._version
-    norm.weight = made
-
-
-def _change_eps(norm, x):
-    norm.variance_epsilon = 0.25
-
-
-@pytest.mark.parametrize(
-    "change", [_write, _write_weight, _replace_weight, _change_eps], ids=lambda change: change.__name__.strip("_")
-)
-def test_take_refuses_what_is_no_longer_so(carried, change) -> None:
-    norm, x, _ = carried
-    change(norm, x)
-    assert native.take(norm, x) is None
-    assert handover.CARRIED not in x.__dict__
-    assert handover.take(norm, x) is None
-
-
-def test_take_refuses_another_tensor_and_another_norm(patched, carried) -> None:
-    model, _ = patched
-    norm, x, _ = carried
-    copy = x.clone()
-    copy.__dict__.update(x.__dict__)
-    assert native.take(norm, copy) is None
-    assert native.take(model.model.layers[2].input_layernorm, x) is None
-
-
-def test_take_leaves_it_under_grad(carried) -> None:
-    norm, x, normed = carried
-    with torch.enable_grad():
-        assert native.take(norm, x) is None
-    assert native.take(norm, x) is normed
-
-
 def test_what_nobody_takes_is_counted_and_given_up(patched, monkeypatch) -> None:
     model, found = patched
     link = model.model.layers[0].__dict__["_rmsnorm_patch"][handover.LINK]
@@ -444,14 +322,6 @@ def test_what_nobody_takes_is_counted_and_given_up(patched, monkeypatch) -> None
         link.untaken, start = handover.MAX_UNTAKEN, found.launches
         model(TOKENS)
     assert found.launches - start == PAIRS - 1
-
-
-def test_take_leaves_a_hooked_norm_to_its_module(carried) -> None:
-    norm, x, normed = carried
-    norm.register_forward_hook(lambda module, args, output: None)
-    assert native.take(norm, x) is None
-    assert handover.CARRIED in x.__dict__
-    assert norm(x) is normed
 
 
 @pytest.mark.parametrize("operands", [(), (1,), (None, 2, 3), (nn.Linear(2, 2), torch.ones(2), torch.ones(2))])

@@ -51,13 +51,20 @@ def test_each_case_has_tests_that_exist_or_says_why_not(reliability):
                 assert name in known.get(reliability.TESTS / file, {}), test
 
 
+FILES_OF_CASES = {
+    "test_bad_shapes_and_addresses.py",
+    "test_difficult_numbers.py",
+    "test_devices_streams_and_graphs.py",
+}
+
+
 def test_marks_of_gpu_tests_and_cases_agree(reliability):
-    """A test that carries a number is named by that case, and those of the file of cases carry one each."""
+    """A test that carries a number is named by that case, and those of the files of cases carry one each."""
     named = {case.number: case.tests for area in reliability.read_cases() for case in area.cases}
     for path in sorted((reliability.TESTS / "gpu").glob("test_*.py")):
         for name, function in functions(path).items():
             numbers = marked(function)
-            if path.name == "test_adversarial.py" and name.startswith("test_"):
+            if path.name in FILES_OF_CASES and name.startswith("test_"):
                 assert numbers, name
             assert all(f"gpu/{path.name}::{name}" in named[number] for number in numbers), name
 
