@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import tempfile
 import time
@@ -32,6 +33,15 @@ def released_memory() -> Iterator[None]:
     with contextlib.suppress(RuntimeError):
         if torch.cuda.is_initialized() and torch.cuda.memory_reserved() > KEPT:
             torch.cuda.empty_cache()
+
+
+@pytest.fixture(scope="session")
+def own_device() -> dict[str, str]:
+    """Variables of a child process: the device of this worker's number, where pytest-xdist runs several workers."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    devices = visible.split(",")
+    return {"CUDA_VISIBLE_DEVICES": devices[int(worker) % len(devices)]} if worker else {}
 
 
 @pytest.fixture
