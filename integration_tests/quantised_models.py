@@ -6,12 +6,14 @@ transformers' own product of fine-grained FP8 is a kernel of the hub, which no t
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -23,8 +25,8 @@ from benchlib.quantised import BLOCK, quantise_checkpoint  # noqa: E402
 
 from rmsnorm_patch.numerics.quantisation import QuantSpec, quantise  # noqa: E402
 
-LINEARS = 28
-"""Quantised products of the model: seven in each of four layers."""
+HELD = "_FINEGRAINED_FP8"
+"""The name under which transformers keeps what it downloaded."""
 
 
 def has(library: str) -> bool:
@@ -47,24 +49,25 @@ def product_of_the_hub() -> Iterator[None]:
     """`product` in the place of the kernel that transformers would download."""
     from transformers.integrations import finegrained_fp8
 
-    before = finegrained_fp8._FINEGRAINED_FP8
-    finegrained_fp8._FINEGRAINED_FP8 = finegrained_fp8.FineGrainedFP8(product, product, product)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        if hasattr(finegrained_fp8, HELD):
+            patch.setattr(finegrained_fp8, HELD, finegrained_fp8.FineGrainedFP8(product, product, product))
+        patch.setenv("TRANSFORMERS_DISABLE_DEEPGEMM_LINEAR", "1")  # another kernel of the hub
         yield
-    finally:
-        finegrained_fp8._FINEGRAINED_FP8 = before
 
 
 def fine_grained(folder: Path, device: str) -> PreTrainedModel:
     """transformers' `FP8Linear` with blocks of 128 x 128; its loader makes such on a GPU alone."""
     from transformers import FineGrainedFP8Config
-    from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
+    from transformers.integrations import finegrained_fp8
 
+    if not hasattr(finegrained_fp8, HELD):
+        pytest.skip("this transformers keeps the hub's product elsewhere")
     checkpoint = quantise_checkpoint(TINY_LLAMA, folder, "block")
     if device == "cuda":
         return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16, device_map=device).eval()
     model = AutoModelForCausalLM.from_pretrained(TINY_LLAMA, dtype=torch.bfloat16)
-    replace_with_fp8_linear(model, ["lm_head"], FineGrainedFP8Config(), pre_quantized=True)
+    finegrained_fp8.replace_with_fp8_linear(model, ["lm_head"], FineGrainedFP8Config(), pre_quantized=True)
     model.load_state_dict(load_file(checkpoint / "model.safetensors"), strict=False, assign=True)
     return model.eval()
 
@@ -73,6 +76,19 @@ def compressed(folder: Path, device: str, scheme: str = "token") -> PreTrainedMo
     """As compressed-tensors loads it: FP8 until the first forward, then dense weights behind its quantisations."""
     checkpoint = quantise_checkpoint(TINY_LLAMA, folder, scheme)
     return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16, device_map=device).eval()
+
+
+def optimized(folder: Path) -> PreTrainedModel:
+    """transformers' own FP8 product of a compressed-tensors checkpoint; needs a GPU."""
+    from transformers import CompressedTensorsConfig
+
+    if "use_optimized_inference" not in inspect.signature(CompressedTensorsConfig).parameters:
+        pytest.skip("this transformers has no product for compressed-tensors")
+    wanted = CompressedTensorsConfig(use_optimized_inference=True)
+    checkpoint = quantise_checkpoint(TINY_LLAMA, folder, "token")
+    return AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=torch.bfloat16, device_map="cuda", quantization_config=wanted
+    ).eval()
 
 
 def torchao(config: str, device: str) -> PreTrainedModel:

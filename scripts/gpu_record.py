@@ -35,7 +35,8 @@ RECORDS = ROOT / "records"
 LAUNCH_CODE = ("numerics", "backends", "ops", "fused")
 """Folders of the package between a tensor and a kernel; with everything in `kernels/` they are what a record proves."""
 
-SUITES = ["prefill", "prefill_norm", "decode", "hot", "qk", "long", "odd", "variants", "fp16", "fp32", "host"]
+SUITES = ["prefill", "prefill_norm", "decode", "hot", "qk", "quantised", "quantised_decode"]
+SUITES += ["long", "odd", "variants", "fp16", "fp32", "host"]
 HF = [
     "--shape llama-8b --rounds 4",
     "--shape llama-8b --layers 8 --compile --batch 1 --variants stock F.rms_norm patched",

@@ -67,6 +67,15 @@ def released_memory() -> Iterator[None]:
             torch.cuda.empty_cache()
 
 
+@pytest.fixture(scope="session")
+def own_device() -> dict[str, str]:
+    """Variables of a child process: the device of this worker's number, where pytest-xdist runs several workers."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    devices = visible.split(",")
+    return {"CUDA_VISIBLE_DEVICES": devices[int(worker) % len(devices)]} if worker else {}
+
+
 @pytest.fixture
 def large_memory() -> Iterator[None]:
     """One test of a device at a time takes tens of gigabytes, once they are free."""

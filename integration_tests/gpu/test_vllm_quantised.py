@@ -1,13 +1,16 @@
 """Real vLLM engines of quantised checkpoints on this GPU, stock and patched: which norms the device ran, logprobs.
 
-The engines are child processes and start together; a test waits for those that it reads.
+A test has the two engines of one scheme, in programs of their own, on models of two narrow layers. Where tests run in
+several workers (`-n 4`), each takes the device of its number.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,103 +26,125 @@ sys.path.insert(0, str(ROOT / "scripts"))
 from benchlib.quantised import quantise_checkpoint  # noqa: E402
 from benchlib.vllm_engine import ENVIRONMENT  # noqa: E402
 
-LAYERS = {"tiny-llama": 4, "wide": 2}
+LAYERS = 2
+NORMS = 2 * LAYERS + 1
 WIDTHS = {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 128, "num_attention_heads": 4}
-"""Of a random model whose matrices are made of whole blocks of 128 x 128."""
-SCHEMES: dict[str, tuple[str, str, str]] = {
-    "static": ("tiny-llama", "fp8_static", "fp32"),
-    "token": ("tiny-llama", "fp8_token", "fp32"),
-    "fp8": ("tiny-llama", "fp8_token", "fp32"),
-    "int8": ("tiny-llama", "int8_token", "rounded"),
-    "block-cutlass": ("wide", "fp8_block", "rounded"),
-    "block-deepgemm": ("wide", "fp8_block", "rounded"),
-    "block": ("wide", "", ""),
-    "w4a16": ("wide", "", ""),
+"""Of random models whose matrices are made of whole blocks of 128 x 128."""
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """rows, value: what norms in front of quantised products write; "" for plain rows. written: how many of a forward
+    do so. model: the type of the random one. engine: arguments, also those that quantise at load."""
+
+    rows: str = ""
+    value: str = ""
+    written: int = 2 * LAYERS
+    model: str = "llama"
+    engine: dict[str, str] = field(default_factory=dict)
+
+
+AT_LOAD = {"quantization": "fp8"}
+SCHEMES = {
+    "static": Scheme("fp8_static", "fp32"),
+    "token": Scheme("fp8_token", "fp32"),
+    "fp8": Scheme("fp8_token", "fp32", engine=AT_LOAD),
+    "int8": Scheme("int8_token", "rounded"),
+    "block-cutlass": Scheme("fp8_block", "rounded"),
+    "block-deepgemm": Scheme("fp8_block", "rounded"),
+    "block": Scheme(),
+    "w4a16": Scheme(),
+    # The norm behind attention is read by a router and by experts, whose op quantises for itself: plain rows.
+    "experts": Scheme("fp8_token", "fp32", LAYERS, "mixtral", {**AT_LOAD, "moe_backend": "triton"}),
 }
-"""Scheme -> the model, and what its norms write: the scheme of their rows, and of which value; "" for plain rows."""
-WRITES = [scheme for scheme, (_, rows, _) in SCHEMES.items() if rows]
+"""All but those with `AT_LOAD` are quantised checkpoints."""
 TOKENS = 16
 LOGPROB_TOLERANCE = 0.3
 """A last bit of a norm, in the order of its sum, moves an fp8 number here and there by a sixteenth of itself."""
+BOUNDED = {
+    "VLLM_DEEP_GEMM_WARMUP": "skip",  # it runs a thousand and more products, for minutes
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",
+}
+SECONDS = 300
+"""A guard against a hang of one engine, several times what an idle device needs."""
 needs_fp8 = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="e4m3 needs sm_89"
 )
-Case = tuple[str, str]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def engines(
-    tmp_path_factory: pytest.TempPathFactory, random_checkpoint: Callable[..., Path], vllm_processes: Any
-) -> Iterator[Callable[[str, str], dict[str, Any]]]:
-    """`engines("token", "off")`: the answer of integration_tests/vllm_plugin/engine.py."""
+    tmp_path: Path, random_checkpoint: Callable[..., Path], vllm_processes: Any, own_device: dict[str, str]
+) -> Callable[[str], tuple[dict[str, Any], dict[str, Any]]]:
+    """`engines("token")`: answers of integration_tests/vllm_plugin/engine.py, stock and patched. Both start at once."""
     from transformers import AutoTokenizer
 
-    work = tmp_path_factory.mktemp("quantised")
-    sources = {"tiny-llama": DATA / "tiny-llama"}
-    sources["wide"] = random_checkpoint(work / "wide", "llama", std=0.03, **WIDTHS)
     tokenizer = AutoTokenizer.from_pretrained(DATA / "tiny-llama")
     prompts = [tokenizer(prompt).input_ids for prompt in ("You may", "This program is", "Error: ")]
+    started = functools.partial(vllm_processes.run_program, timeout=SECONDS)
 
-    def run(scheme: str, route: str, folder: Path) -> dict[str, Any]:
-        at_load = {"quantization": "fp8"} if scheme == "fp8" else {}
+    def run(scheme: str, route: str, model: Path) -> dict[str, Any]:
         request = {
-            "model": str(folder),
+            "model": str(model),
             "enforce_eager": False,
             "prompts": prompts,
             "max_tokens": TOKENS,
-            "engine": {"gpu_memory_utilization": 0.04, **at_load},
+            "engine": {"gpu_memory_utilization": 0.04, **SCHEMES[scheme].engine},
+            "where_known": {"enable_flashinfer_autotune": False},
         }
-        place = work / f"{scheme}-{route}"
-        variables = {"RMSNORM_PATCH_VLLM": route, **ENVIRONMENT.get(f"llama-8b-{scheme}", {})}
-        answer: dict[str, Any] = vllm_processes.run_engine(request, place, place / "cache", **variables)
+        chosen = ENVIRONMENT.get(f"llama-8b-{scheme}", {})
+        variables = {"RMSNORM_PATCH_VLLM": route, **BOUNDED, **own_device, **chosen}
+        place = tmp_path / route
+        answer: dict[str, Any] = vllm_processes.run_engine(request, place, place / "cache", run=started, **variables)
         return answer
 
-    futures: dict[Case, Future[dict[str, Any]]] = {}
-    with ThreadPoolExecutor(max_workers=2 * len(SCHEMES)) as pool:
-        for scheme, (model, _, _) in SCHEMES.items():
-            folder = sources[model]
-            if scheme != "fp8":
-                folder = quantise_checkpoint(folder, work / f"checkpoint-{scheme}", scheme.partition("-")[0])
-            for route in ("off", "ir"):
-                futures[scheme, route] = pool.submit(run, scheme, route, folder)
-        yield lambda scheme, route: futures[scheme, route].result()
+    def both(scheme: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        wanted = SCHEMES[scheme]
+        sizes = {**WIDTHS, "num_hidden_layers": LAYERS, **(EXPERTS if wanted.model == "mixtral" else {})}
+        model = random_checkpoint(tmp_path / "model", wanted.model, std=0.03, **sizes)
+        if not wanted.engine:
+            model = quantise_checkpoint(model, tmp_path / "quantised", scheme.partition("-")[0])
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            stock, patched = (pool.submit(run, scheme, route, model) for route in ("off", "ir"))
+            return stock.result(), patched.result()
 
-
-@needs_fp8
-@pytest.mark.parametrize("scheme", WRITES)
-def test_the_device_ran_the_kernel_that_writes_quantised_rows(scheme: str, engines: Any) -> None:
-    """Replays of CUDA graphs included: for every norm but the last, which the head of the model reads."""
-    answer = engines(scheme, "ir")
-    model, rows, value = SCHEMES[scheme]
-    forwards = answer["forwards"]
-    assert forwards >= TOKENS
-    assert answer["kernels"].get("rms_norm_quantised", 0) == 2 * LAYERS[model] * forwards, answer["log"][-4000:]
-    assert sum(answer["kernels"].values()) == (1 + 2 * LAYERS[model]) * forwards
-    lines = [line for line in answer["trace_at_start"] if "scheme" in line]
-    assert {(line["scheme"], line["value"], line["both"]) for line in lines} == {(rows, value, False)}
-    assert f"writes {rows} rows" in answer["log"]
-    assert "is left to vLLM" not in answer["log"]
-
-
-@needs_fp8
-@pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme not in WRITES])
-def test_norms_in_front_of_opaque_products_are_plain_ones(scheme: str, engines: Any) -> None:
-    """W4A16, and blocks where the product quantises for itself; where it does not, they write quantised rows."""
-    answer = engines(scheme, "ir")
-    layers = LAYERS[SCHEMES[scheme][0]]
-    assert sum(answer["kernels"].values()) == (1 + 2 * layers) * answer["forwards"]
-    opaque = scheme != "block" or "dynamic_flashinfer_deepgemm_blockscale_gemm" in answer["log"]
-    assert ("rms_norm_quantised" not in answer["kernels"]) is opaque
+    return both
 
 
 @needs_fp8
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_logprobs_are_those_of_stock(scheme: str, engines: Any) -> None:
-    """Up to the first token that differs, which in a model of random weights may be a tie: the best logprobs of both
-    are then as near."""
-    stock, patched = engines(scheme, "off"), engines(scheme, "ir")
+def test_an_engine_of_a_scheme_runs_our_kernels_and_keeps_its_logprobs(scheme: str, engines: Any) -> None:
+    stock, patched = engines(scheme)
     assert stock["kernels"] == {}
     assert stock["trace_at_start"] == stock["trace"] == []
+    _check_kernels(scheme, patched)
+    _check_logprobs(stock, patched)
+
+
+def _check_kernels(scheme: str, answer: dict[str, Any]) -> None:
+    """Replays of CUDA graphs included: every norm ran as one of our kernels, and those in front of products that read
+    quantised rows wrote such. The last norm is read by the head of the model."""
+    wanted, forwards = SCHEMES[scheme], answer["forwards"]
+    assert forwards >= TOKENS
+    assert sum(answer["kernels"].values()) == NORMS * forwards, answer["log"][-4000:]
+    written = answer["kernels"].get("rms_norm_quantised", 0)
+    lines = {(line["scheme"], line["value"], line["both"]) for line in answer["trace_at_start"] if "scheme" in line}
+    if wanted.rows:
+        assert written == wanted.written * forwards, answer["log"][-4000:]
+        assert lines == {(wanted.rows, wanted.value, False)}
+        assert f"writes {wanted.rows} rows" in answer["log"]
+        assert "is left to vLLM" not in answer["log"]
+    elif scheme != "block" or "dynamic_flashinfer_deepgemm_blockscale_gemm" in answer["log"]:
+        assert written == 0
+        assert lines == set()
+    else:  # without FlashInfer or DeepGEMM another product was chosen, which reads quantised rows
+        assert written > 0
+
+
+def _check_logprobs(stock: dict[str, Any], patched: dict[str, Any]) -> None:
+    """Up to the first token that differs, which in a model of random weights may be a tie: the best logprobs of both
+    are then as near."""
     for ours, theirs, got, want in zip(
         patched["logprobs"], stock["logprobs"], patched["tokens"], stock["tokens"], strict=True
     ):

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from rmsnorm_patch.backends.cuda import launcher, schedules
 from rmsnorm_patch.kernel_files import kernels_dir
@@ -47,6 +48,13 @@ def test_every_scheme_has_its_shapes(vllm_engine):
     assert set(vllm_engine.ENVIRONMENT) <= set(vllm_engine.SHAPES)
 
 
+def test_a_shape_with_experts_is_a_configuration_of_transformers(vllm_engine):
+    config, extra = vllm_engine.SHAPES["qwen3-moe-fp8"]
+    made = AutoConfig.for_model(**{name: value for name, value in config.items() if name != "architectures"})
+    assert (made.num_experts, made.num_experts_per_tok, made.head_dim) == (128, 8, 128)
+    assert extra == {"quantization": "fp8"}
+
+
 def test_a_row_is_a_median_over_captures_and_knows_its_share_of_the_ceiling(bench_vllm):
     def times(*steps: float) -> dict[str, list[float]]:
         return {"tokens_per_s": [1e6 / step for step in steps], "step_us": list(steps), "captures": [1] * len(steps)}
@@ -55,6 +63,8 @@ def test_a_row_is_a_median_over_captures_and_knows_its_share_of_the_ceiling(benc
     samples = {("llama-8b", variant, "shared", "decode-1"): values for variant, values in made.items()}
     stock, ours, removed = bench_vllm.rows_of(samples)["rows"]
     assert (stock["step_us"], stock["step_us_range"], stock["captures"]) == (102, [100, 104], 3)
+    assert stock["step_us_rounds"] == [100, 104, 102]
+    assert stock["tokens_per_s_rounds"] == [10000, 9615.4, 9803.9]
     assert (ours["share_recovered"], ours["speedup"]) == (0.5, round(102 / 98, 4))
     assert "share_recovered" not in removed
 

@@ -1,9 +1,10 @@
 """One vLLM engine in this process, driven by a JSON request in argv[1]; writes a JSON answer to argv[2].
 
 Request: model (folder), enforce_eager, prompts (lists of token ids), max_tokens; and, where wanted, `engine` (further
-LLM arguments), `variables` (of the environment), `vllm_version` (what vLLM shall say it is), `whole_compiler` (on the
-CPU, compile as on a GPU), `hide_ir` (no providers for vLLM's IR ops) and `changes` (generate once more after each:
-"written" norm weights, in their memory, while the engine runs; "replaced" ones, by others in another memory).
+LLM arguments), `where_known` (more of them, for releases that have such), `variables` (of the environment),
+`vllm_version` (what vLLM shall say it is), `whole_compiler` (on the CPU, compile as on a GPU), `hide_ir` (no providers
+for vLLM's IR ops) and `changes` (generate once more after each: "written" norm weights, in their memory, while the
+engine runs; "replaced" ones, by others in another memory).
 Answer: tokens and logprobs of every prompt, the number of forwards while they were generated, the lines of our call
 trace that belong to them and those from the start (where a CUDA graph's calls are captured), the classes of the model's
 norms, and whether CUDA was initialised. On a GPU: which of our kernels the device ran while the tokens were generated;
@@ -13,6 +14,7 @@ With several workers, which are processes of their own, only tokens, logprobs an
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -86,7 +88,9 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         whole_compiler.install()
         fp8_products.install()
     from vllm import LLM, SamplingParams
+    from vllm.engine.arg_utils import EngineArgs
 
+    known = {each.name for each in dataclasses.fields(EngineArgs)}
     settings = {
         "max_model_len": 128,
         "max_num_seqs": 4,
@@ -97,6 +101,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         "disable_log_stats": True,
         "seed": 0,
         **request.get("engine", {}),
+        **{name: value for name, value in request.get("where_known", {}).items() if name in known},
     }
     llm = LLM(model=request["model"], enforce_eager=request["enforce_eager"], **settings)
     sampling = SamplingParams(temperature=0, max_tokens=request["max_tokens"], ignore_eos=True, logprobs=1)

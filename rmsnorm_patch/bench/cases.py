@@ -11,8 +11,9 @@ import torch
 
 from ..numerics.contract import PLAIN_OPS
 from ..numerics.spec import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, NormSpec
-from . import roofline, timing
+from . import quantised, roofline, timing
 from .providers import Provider
+from .quantised import QUANTISED
 from .rows import FUSED, PAIR, PLAIN
 
 EPS = 1e-6
@@ -74,6 +75,9 @@ class Case:
     @property
     def bytes(self) -> int:
         """Bytes that must move, weights left out: each operand read once, each result written once."""
+        if self.op in QUANTISED:
+            sums = 3 * self.m * self.n * self.dtype.itemsize
+            return sums + QUANTISED[self.op].bytes(self.m, self.n, self.dtype)
         elements = self.m * self.n * (sum(HEADS) if self.op == PAIR else 1)
         streams = 3 if self.op == FUSED else 1  # x, and for the fused op residual and sum
         return elements * (streams * self.dtype.itemsize + self.out_dtype.itemsize)
@@ -85,7 +89,8 @@ def operands(case: Case, sets: int, seed: int = 0) -> list[Tensors]:
     new = lambda columns: torch.randn(case.m, columns, device=DEVICE, generator=generator).to(case.dtype)  # noqa: E731
     if case.op == PAIR:
         return [_query_and_key(new((HEADS[0] + 2 * HEADS[1]) * case.n), case.n) for _ in range(sets)]
-    return [tuple(new(case.n) for _ in range(PLAIN_OPS[case.op].operands)) for _ in range(sets)]
+    count = 2 if case.op in QUANTISED else PLAIN_OPS[case.op].operands
+    return [tuple(new(case.n) for _ in range(count)) for _ in range(sets)]
 
 
 def _query_and_key(packed: torch.Tensor, n: int) -> Tensors:
@@ -105,8 +110,11 @@ def weights_of(case: Case) -> tuple[torch.Tensor | None, ...]:
 
 
 def invoke(provider: Provider, inputs: Sequence[Any], weights: Sequence[Any]) -> tuple[Any, ...]:
-    """(normed,), (normed, total) or (normed q, normed k) of one call; in place: the inputs, overwritten."""
+    """(normed,), (normed, total) or (normed q, normed k) of one call; in place: the inputs, overwritten. Of ops that
+    quantise all four results."""
     out = provider.call(*inputs, *weights, EPS)
+    if provider.op in QUANTISED:
+        return tuple(out)
     if provider.in_place:
         return tuple(inputs)
     return tuple(out[:2]) if isinstance(out, tuple | list) else (out,)
@@ -119,7 +127,7 @@ def _norm64(x64: torch.Tensor, weight: torch.Tensor | None, spec: NormSpec) -> t
 
 def _wanted(case: Case, inputs: Tensors, weights: Sequence[Any]) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     """fp64 norms, and the sum that must come out bit for bit."""
-    if case.op != FUSED:
+    if case.op != FUSED and case.op not in QUANTISED:
         return [_norm64(x.double(), w, case.spec) for x, w in zip(inputs, weights, strict=True)], None
     x, residual = inputs
     total = x + residual
@@ -132,10 +140,12 @@ def check(provider: Provider, case: Case) -> str:
     torch._dynamo.reset()  # one graph for each shape: after eight shapes the ninth would be refused
     inputs, weights = operands(case, 1, seed=17)[0], weights_of(case)
     norms, want_total = _wanted(case, inputs, weights)
-    fresh = tuple(x.clone() for x in inputs) if provider.in_place else inputs
+    fresh = tuple(x.clone() for x in inputs) if provider.in_place or case.op in QUANTISED else inputs
     results = invoke(provider, fresh, weights)
     if DEVICE == "cuda":
         torch.cuda.synchronize()
+    if case.op in QUANTISED and want_total is not None:
+        return quantised.wrong(case.op, results, norms[0], want_total)
     if len(results) != len(norms) + (want_total is not None):
         return f"returned {len(results)} tensors"
     if want_total is not None and not torch.equal(results[-1], want_total):
@@ -182,7 +192,13 @@ def measure(provider: Provider, case: Case, replays: int) -> timing.Timing:
     if case.mode == "host":
         inputs = operands(case, 1)[0]
         return timing.host(lambda: invoke(provider, inputs, weights))
-    launches, count = _launches(case, lambda inputs: invoke(provider, inputs, weights))
+
+    def step(inputs: Tensors) -> tuple[Any, ...]:
+        results = invoke(provider, inputs, weights)
+        # Quantised rows are no operand of the next norm: the sum is what it depends on.
+        return (inputs[0], results[-1]) if case.mode == "chain" and case.op in QUANTISED else results
+
+    launches, count = _launches(case, step)
     return timing.replay(launches, count, replays)
 
 
@@ -192,8 +208,11 @@ def measure_roofline(case: Case, replays: int) -> float | None:
         return None
     best = []
     for config in roofline.CONFIGS:
-        for in_place in (True, False) if case.op == FUSED else (False,):
-            launches, count = _launches(case, partial(_TRAFFIC[case.op], config=config, in_place=in_place))
+        for in_place in (True, False) if case.op == FUSED or case.op in QUANTISED else (False,):
+            traffic = (
+                partial(_quantised_traffic, QUANTISED[case.op].both) if case.op in QUANTISED else _TRAFFIC[case.op]
+            )
+            launches, count = _launches(case, partial(traffic, config=config, in_place=in_place))
             best.append(timing.replay(launches, count, max(5, replays // 2)).us)
     return min(best)
 
@@ -216,6 +235,15 @@ def _pair_traffic(inputs: Tensors, config: tuple[int, int], in_place: bool) -> T
     q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs)
     roofline.pair_traffic(q, k, q_out, k_out, config)
     return q_out, k_out
+
+
+def _quantised_traffic(both: bool, inputs: Tensors, config: tuple[int, int], in_place: bool) -> Tensors:
+    """Of the scales, which are a hundredth of the bytes, nothing."""
+    x, residual = inputs
+    rows, total = torch.empty_like(x, dtype=torch.int8), residual if in_place else torch.empty_like(x)
+    normed = torch.empty_like(x) if both else x
+    roofline.quantised_traffic(x, residual, rows, normed if both else None, total, config)
+    return rows, normed, total
 
 
 _TRAFFIC: dict[str, Callable[..., Tensors]] = {FUSED: _fused_traffic, PLAIN: _norm_traffic, PAIR: _pair_traffic}

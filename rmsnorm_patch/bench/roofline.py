@@ -18,6 +18,18 @@ def _fused_add_traffic(x, residual, normed, total, numel, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _quantised_traffic(x, residual, rows, normed, total, numel, BOTH: tl.constexpr, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < numel
+    a = tl.load(x + offsets, mask=inside)
+    b = tl.load(residual + offsets, mask=inside)
+    tl.store(total + offsets, a + b, mask=inside)
+    tl.store(rows + offsets, (a - b).to(tl.int8), mask=inside)
+    if BOTH:
+        tl.store(normed + offsets, a - b, mask=inside)
+
+
+@triton.jit
 def _norm_traffic(x, normed, numel, BLOCK: tl.constexpr):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < numel
@@ -51,6 +63,15 @@ def fused_add_traffic(x, residual, normed, total, config) -> None:
     block, warps = config
     _fused_add_traffic[(triton.cdiv(x.numel(), block),)](
         x, residual, normed, total, x.numel(), BLOCK=block, num_warps=warps
+    )
+
+
+def quantised_traffic(x, residual, rows, normed, total, config) -> None:
+    """As `fused_add_traffic`, with `rows` of a byte an element; `normed`: rows of x's dtype beside them, or None."""
+    block, warps = config
+    both = normed is not None
+    _quantised_traffic[(triton.cdiv(x.numel(), block),)](
+        x, residual, rows, normed if both else x, total, x.numel(), BOTH=both, BLOCK=block, num_warps=warps
     )
 
 

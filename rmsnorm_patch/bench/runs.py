@@ -11,10 +11,11 @@ import torch
 
 from . import cases, providers
 from .cases import VARIANTS, Case
+from .quantised import QUANTISED
 from .rows import FUSED, OURS, PAIR, PLAIN, Row, gain, geometric_mean
 from .suites import DTYPE_NAMES, DTYPES, SUITES, Todo
 
-OPS = (FUSED, PLAIN, PAIR)
+OPS = (FUSED, PLAIN, PAIR, *QUANTISED)
 MODES = ("cold", "hot", "chain", "host")
 GLANCE_N = (1024, 2048, 4096, 8192, 16384)
 """Row lengths of a run that names neither suites nor shapes."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from .cases import VARIANTS, Case
+from .quantised import QUANTISED
 from .rows import FUSED, OURS, PAIR, PLAIN
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -48,12 +49,18 @@ def _variants() -> list[Todo]:
     return rows
 
 
+def _quantised(mode: str, ms: tuple[int, ...], ns: tuple[int, ...]) -> list[Todo]:
+    return [todo for op in QUANTISED for todo in grid(op, mode, "bf16", ms, ns)]
+
+
 SUITES: dict[str, list[Todo]] = {
     "prefill": grid(FUSED, "cold", "bf16", (4096,), PREFILL_N),
     "prefill_norm": grid(PLAIN, "cold", "bf16", (4096,), PREFILL_N),
     "decode": grid(FUSED, "chain", "bf16", DECODE_M, DECODE_N),
     "hot": grid(FUSED, "hot", "bf16", (4096,), (1024, 2048)),
     "qk": grid(PAIR, "cold", "bf16", (4096,), (128,)) + grid(PAIR, "hot", "bf16", (1, 16, 4096), (128,)),
+    "quantised": _quantised("cold", (4096, 16384), (4096, 7168, 8192)),
+    "quantised_decode": _quantised("chain", (1, 16, 64, 256), (4096, 8192)),
     "long": shapes(FUSED, "cold", "bf16", LONG) + shapes(PLAIN, "cold", "bf16", LONG),
     "odd": grid(FUSED, "cold", "bf16", (4096,), (769, 2880, 5125, 5126)),
     "variants": _variants(),

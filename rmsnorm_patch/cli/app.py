@@ -260,7 +260,7 @@ def bench(
 @app.command("bench-kernels")
 def bench_kernels(
     suite: Annotated[list[str] | None, typer.Option("--suite", help="A named set of cases; may be repeated.")] = None,
-    op: Annotated[str, typer.Option("--op", help="fused_add_rms_norm, rms_norm or rms_norm_pair.")] = "",
+    op: Annotated[str, typer.Option("--op", help="fused_add_rms_norm, rms_norm, rms_norm_pair, ....")] = "",
     mode: Annotated[str, typer.Option("--mode", help="cold, hot, chain or host.")] = "cold",
     dtype: Annotated[str, typer.Option("--row-dtype", help="bf16, fp16 or fp32.")] = "bf16",
     variant: Annotated[str, typer.Option("--variant", help="Other numerics, for our kernels alone.")] = "",

@@ -9,7 +9,7 @@ from collections.abc import Collection
 
 from ...numerics.spec import NormSpec
 from ..rows import named
-from . import norms, query_key  # noqa: F401  each enters its providers
+from . import norms, quantised, query_key  # noqa: F401  each enters its providers
 from .table import MAKERS, OURS, Provider
 
 
