@@ -8,10 +8,10 @@ import sys
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "quack-kernels", "flashinfer-python", "vllm")
 
 
-def versions() -> dict[str, str]:
-    """Package -> version of this interpreter and of those of PACKAGES that are installed."""
+def versions(*more: str) -> dict[str, str]:
+    """Package -> version of this interpreter and of those of PACKAGES and `more` that are installed."""
     found = {"python": ".".join(map(str, sys.version_info[:3]))}
-    for name in PACKAGES:
+    for name in (*PACKAGES, *more):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
