@@ -28,6 +28,7 @@ FILE = (UnsupportedInput, "the path of a file")
 STRINGS = (UnsupportedInput, "a list of strings")
 PATTERNS = (UnsupportedInput, "a sequence of fnmatch patterns")
 BACKENDS = (UnsupportedInput, "'auto', 'reference', 'triton', 'cuda'")
+COMPILED = (UnsupportedInput, "'model', 'joined'")
 NO_INPUTS = (UnsupportedInput, "inputs: got .*a dict of tensors")
 IDS_ONLY = (UnsupportedInput, "inputs: input_ids: got .*ids of int64 or int32")
 
@@ -77,6 +78,7 @@ TABLE: list[Row] = [
         for option in ("include", "exclude")
         for row in rows(name, option, ["model.*", 5, [None], [b"x"], object()], PATTERNS)
     ),
+    *(row for name in PLANS for row in rows(name, "compiled", ["op", None, 3, ["joined"], True], COMPILED)),
     *(row for name in PLANS for row in rows(name, "backend", ["rocm", None, 3, ["auto"], b"auto"], BACKENDS)),
     *rows("plan", "include", [["no.such.norm"]], (UnsupportedModel, "no.such.norm")),
     *rows("warmup", "dtype", ["int3", "nn", torch.int8, 5, [torch.float16]], (UnsupportedInput, "dtype: got")),

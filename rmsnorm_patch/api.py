@@ -16,14 +16,14 @@ from .numerics.spec import SUPPORTED_DTYPES
 from .ops import dispatch
 from .pairs.layout import Layout, layout
 from .patch_state import check_module, derives_from_patched
-from .rewrite import LOCK, applied_report, apply_plan, patched_paths, registries, revert_model
+from .rewrite import LOCK, applied_report, apply_plan, inductor, patched_paths, registries, revert_model
 from .rewrite.classes import install_factories
 from .rewrite.report import Report, Settings
 from .rewrite.status import Status, status_of
 from .scan import quantised
 from .scan.dtypes import expect
 from .scan.norms import scan_norms
-from .scan.plan import NormSite, Plan
+from .scan.plan import Compiled, NormSite, Plan
 
 if TYPE_CHECKING:
     from .rewrite.warmup import Prepared
@@ -31,17 +31,26 @@ if TYPE_CHECKING:
 install_factories()  # now: a child forked while another thread imports a module waits for it for ever
 
 
-def plan(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = (), backend: Backend = "auto") -> Plan:
+def plan(
+    model: nn.Module,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    backend: Backend = "auto",
+    compiled: Compiled = "model",
+) -> Plan:
     """What `apply` would do to `model`, and why; nothing is changed.
 
     include, exclude: `fnmatch` patterns on module paths of norms, e.g. ["model.layers.*"]; no include means all.
     backend: "auto" is what RMSNORM_PATCH_BACKEND names, else it chooses by device and capability at each call;
         "reference" is the model's own arithmetic in the rewritten layers; "triton" and "cuda" force one.
+    compiled: what the graphs of `torch.compile` hold. "model" is the model's own arithmetic. "joined": in graphs that
+        are captured (`mode="reduce-overhead"`) a norm takes over the split product in front; its bits are then those of
+        the patched model in eager mode, and not those that Inductor gives the unpatched one.
     For a model that is patched with these settings it is the plan that was carried out.
-    Raises UnsupportedModel (no module, no RMSNorm, a pattern that matches no norm), UnsupportedInput (backend),
+    Raises UnsupportedModel (no module, no RMSNorm, a pattern that matches no norm), UnsupportedInput (another option),
     PatchConflict (patched with other settings).
     """
-    settings = _settings(model, include, exclude, backend)
+    settings = _settings(model, include, exclude, backend, compiled)
     with LOCK:
         done = _earlier(model, settings)
         return _scan(model, settings)[0] if done is None else done.plan
@@ -53,6 +62,7 @@ def apply(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     backend: Backend = "auto",
+    compiled: Compiled = "model",
     verify: Any = None,
     **verify_options: Any,
 ) -> Report:
@@ -64,7 +74,7 @@ def apply(
     Raises what `plan` raises; UnsupportedModel where no norm is left to fuse; VerificationFailed, NothingProved.
     """
     _check_options(verify, verify_options)
-    settings = _settings(model, include, exclude, backend)
+    settings = _settings(model, include, exclude, backend, compiled)
     with LOCK:
         report = _earlier(model, settings)
         if report is None:
@@ -141,11 +151,16 @@ def warmup(model: nn.Module, dtype: torch.dtype | str | None = None) -> tuple[Pr
 
 @contextmanager
 def patched(
-    model: nn.Module, *, include: Sequence[str] = (), exclude: Sequence[str] = (), backend: Backend = "auto"
+    model: nn.Module,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    backend: Backend = "auto",
+    compiled: Compiled = "model",
 ) -> Iterator[Report]:
     """`model` patched within the block. One that was patched before with the same settings stays so afterwards."""
     before = None if not isinstance(model, nn.Module) else applied_report(model)
-    report = apply(model, include=include, exclude=exclude, backend=backend)
+    report = apply(model, include=include, exclude=exclude, backend=backend, compiled=compiled)
     try:
         yield report
     finally:
@@ -174,6 +189,7 @@ def _scan(model: nn.Module, settings: Settings) -> tuple[Plan, Layout]:
             *registries.notes({type(model.get_submodule(path)): None for path in changed}),
         ),
         query_key=query_key,
+        compiled=settings.compiled,
     )
     return wanted, found
 
@@ -221,7 +237,9 @@ def _check_something_to_do(wanted: Plan) -> None:
     )
 
 
-def _settings(model: Any, include: Sequence[str], exclude: Sequence[str], backend: Any) -> Settings:
+def _settings(
+    model: Any, include: Sequence[str], exclude: Sequence[str], backend: Any, compiled: Any = "model"
+) -> Settings:
     check_module(model)
     chosen = _patterns("include", include), _patterns("exclude", exclude)
     if backend not in BACKENDS:
@@ -229,7 +247,9 @@ def _settings(model: Any, include: Sequence[str], exclude: Sequence[str], backen
             "backend", repr(backend), ", ".join(map(repr, BACKENDS)), "pass one of these; 'auto' chooses by device"
         )
     _check_backend_runs(model, backend)
-    return Settings(dispatch.requested_backend(backend), *chosen)
+    requested = dispatch.requested_backend(backend)
+    inductor.check(compiled, requested)
+    return Settings(requested, *chosen, compiled)
 
 
 def _patterns(option: str, given: Any) -> tuple[str, ...]:
@@ -301,7 +321,7 @@ def _check_proof(model: Any, options: dict[str, Any]) -> None:
 
 def _check_options(inputs: Any, options: dict[str, Any]) -> None:
     """Unknown options are refused before anything is patched."""
-    named = ("include", "exclude", "backend", "verify")
+    named = ("include", "exclude", "backend", "compiled", "verify")
     _check_known("apply", options, named if inputs is None else (*named, *_proof_options()))
 
 

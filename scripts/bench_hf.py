@@ -2,13 +2,15 @@
 
     python scripts/bench_hf.py --shape llama-8b --json out.json
     python scripts/bench_hf.py --shape llama-8b --layers 8 --compile --variants stock F.rms_norm patched
+    python scripts/bench_hf.py --shape llama-8b --compile reduce-overhead --variants stock joined --prefill
     python scripts/bench_hf.py --shape gemma2-9b --variants stock patched "patched-apart" --batch 1
 
 Variants share one set of weights and run in alternating rounds (forwards, then backwards), so that clocks and host
 noise hit all of them. Each is checked against stock logits before it is timed; "removed" (no norm at all) is a ceiling
-and has no right answer; "patched-apart" leaves adds behind norms to themselves. --compile is torch.compile, with its
-default settings or "reduce-overhead" (CUDA graphs), decoding into a static cache; --ops puts our ops into the graphs
-(RMSNORM_PATCH_COMPILE=op).
+and has no right answer; "patched-apart" leaves adds behind norms to themselves; "joined" is patched with
+compiled="joined". --compile is torch.compile, with its default settings or "reduce-overhead" (CUDA graphs), decoding
+into a static cache; --ops puts our ops into the graphs (RMSNORM_PATCH_COMPILE=op). --prefill without numbers leaves
+prefill out; compiled variants are then checked on the graph that decodes.
 
 A row of the JSON: {"model", "layers", "work": "decode BATCH" | "prefill BATCHxLENGTH", "mode": "eager" | "compiled"
 ["reduce-overhead"] ["with ops"],
@@ -29,7 +31,7 @@ from pathlib import Path
 import torch
 from benchlib import models
 
-PROMPT = 128
+PROMPT, WARM = 128, 4
 MAX_LOGIT_ERROR = 0.06
 """Relative Frobenius distance from stock logits; bf16 models of 32 random layers that differ in rounding alone measure
 about 0.01 to 0.03, a wrong eps or weight gives 1."""
@@ -40,26 +42,29 @@ def sync() -> None:
         torch.cuda.synchronize()
 
 
+def static_cache(model, tokens: int):
+    """For the prompt and a round of decoded tokens."""
+    from transformers import StaticCache
+
+    return StaticCache(config=model.config, max_cache_len=PROMPT + tokens + WARM + 1)
+
+
 @torch.inference_mode(False)
 @torch.no_grad()
 def decode(model, batch: int, tokens: int, static: bool) -> float:
     """Tokens per second of greedy decoding after a short prompt, prefill not counted."""
-    from transformers import DynamicCache, StaticCache
+    from transformers import DynamicCache
 
     device = next(model.parameters()).device
     ids = torch.randint(0, model.config.vocab_size, (batch, PROMPT), device=device)
-    warm = 4
-    if static:
-        cache = StaticCache(config=model.config, max_cache_len=PROMPT + tokens + warm + 1)
-    else:
-        cache = DynamicCache(config=model.config)
+    cache = static_cache(model, tokens) if static else DynamicCache(config=model.config)
     forward = model._bench_forward if static else model
     out = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     token = out.logits[:, -1:].argmax(-1)
     start = 0.0
-    for step in range(tokens + warm):
+    for step in range(tokens + WARM):
         torch.compiler.cudagraph_mark_step_begin()
-        if step == warm:
+        if step == WARM:
             sync()
             start = time.perf_counter()
         out = forward(input_ids=token, past_key_values=cache, use_cache=True)
@@ -101,6 +106,29 @@ def check(variants: dict, compiled: bool = False) -> dict[str, float]:
             raise SystemExit(
                 f"bench_hf: {name} differs from stock by {errors[name]:.3g} > {MAX_LOGIT_ERROR}; not timed"
             )
+    return errors
+
+
+@torch.no_grad()
+def check_decode(variants: dict, batch: int, tokens: int) -> dict[str, float]:
+    """As `check`, by one token after a prompt in a static cache, through the graph that is timed."""
+    stock = variants["stock"]
+    device = next(stock.parameters()).device
+    ids = torch.randint(0, stock.config.vocab_size, (batch, PROMPT + 1), device=device)
+
+    def logits(prompt, step) -> torch.Tensor:
+        cache = static_cache(stock, tokens)
+        prompt(ids[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        torch.compiler.cudagraph_mark_step_begin()
+        return step(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True).logits.float().clone()
+
+    want = logits(stock, stock)
+    errors = {}
+    for name, model in variants.items():
+        if name != "removed":
+            errors[name] = ((logits(stock, model._bench_forward) - want).norm() / want.norm()).item()
+            if not errors[name] <= MAX_LOGIT_ERROR:
+                raise SystemExit(f"bench_hf: {name} decodes {errors[name]:.3g} from stock; not timed")
     return errors
 
 
@@ -147,7 +175,7 @@ def run(args: argparse.Namespace) -> list[dict]:
     errors = check(variants)
     if args.compile:
         compile_all(variants, args.compile)
-        errors = check(variants, compiled=True)
+        errors = check(variants, compiled=True) if args.prefill else check_decode(variants, args.batch[0], args.tokens)
     print("logits against stock: " + ", ".join(f"{k} {v:.2e}" for k, v in errors.items()), flush=True)
     rows = []
     for name, work in workloads(args).items():
@@ -183,7 +211,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=list(models.VARIANTS), default=list(models.USUAL))
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 32], help="decode batch sizes")
     parser.add_argument("--tokens", type=int, default=64, help="decoded tokens per round")
-    parser.add_argument("--prefill", type=int, nargs=2, default=[4, 2048], metavar=("BATCH", "LENGTH"))
+    parser.add_argument("--prefill", type=int, nargs="*", default=[4, 2048], metavar=("BATCH", "LENGTH"))
     parser.add_argument("--repeats", type=int, default=3, help="prefill forwards per round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
@@ -196,6 +224,8 @@ def main() -> None:
     parser.add_argument("--ops", action="store_true", help="our ops in the patched model's graphs")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if len(args.prefill) not in (0, 2) or not (args.prefill or args.batch):
+        parser.error("--prefill takes BATCH and LENGTH, or nothing where --batch names what to decode")
     if "stock" not in args.variants:
         parser.error("--variants must hold stock: every ratio is against it")
     if args.ops:

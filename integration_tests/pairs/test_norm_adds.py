@@ -208,3 +208,82 @@ def test_an_add_that_only_the_trace_shows_is_listed() -> None:
     (line,) = rmsnorm_patch.plan(Hidden()).pairs
     assert (line.kind, line.action, line.norm) == ("norm_add", "leave", "post")
     assert "that its source does not show" in line.reason
+
+
+class Router(nn.Module):
+    """Its methods need shapes, which proxies have not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.coefficients = nn.Linear(N, N)
+
+    def predict(self, x):
+        return self.coefficients(x).reshape(*x.shape[:-1], N) + x
+
+    def double_(self, x):
+        return x.mul_(x.new_full([*x.shape], 2.0))
+
+
+class Routed(Layer):
+    """As Gemma 3n's: a child's method ahead of the norms, an argument that is None by default and never given so, and
+    an add to a part of a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = Router()
+
+    def forward(self, h, scale=None):
+        active = self.router.predict(h)
+        y = self.post(self.mlp(active))
+        active = active + y
+        gated = torch.multiply(self.out(active), scale)
+        active[1:] += self.pre(gated[1:])
+        return active
+
+
+class EditedBetween(Routed):
+    def forward(self, h, scale=None):
+        y = self.post(self.mlp(h))
+        total = h + y
+        self.router.double_(total)
+        return self.out(self.pre(total)) * scale
+
+
+class EditedByName(Routed):
+    def forward(self, h, scale=None):
+        y = self.post(self.mlp(h))
+        total = h + y
+        doubled = self.router.double_(total)
+        return self.out(self.pre(total)) * scale + doubled
+
+
+@pytest.mark.parametrize("cls", [Routed, EditedBetween, EditedByName])
+def test_a_layer_that_runs_methods_of_its_children(cls: type[Layer]) -> None:
+    layer, x, scale = cls().eval(), torch.randn(3, N), torch.randn(N)
+    with torch.no_grad():
+        before = layer(x.clone(), scale)
+        plan = rmsnorm_patch.apply(layer, backend="reference").plan
+        events: list[observe.Event] = []
+        with observe.observing(events.append):
+            assert torch.equal(layer(x.clone(), scale), before)
+    assert [(pair.kind, pair.norm) for pair in plan.fused_pairs()] == [("norm_add", "post")]
+    assert [event.kind for event in events] == ["norm_add", "norm"]
+    left = [(pair.norm, pair.reason) for pair in plan.pairs if pair.action == "leave"]
+    assert [norm for norm, _ in left] == ["pre"]
+    if cls is Routed:
+        assert "that its source does not show" in left[0][1]
+
+
+class NeedsShapes(Layer):
+    """Its own code, not a child's: nothing stands for what it computes."""
+
+    def forward(self, h):
+        h = h.reshape(*h.shape[:-1], N)
+        y = self.post(self.mlp(h))
+        return h + y
+
+
+def test_a_forward_that_cannot_be_traced_in_either_way_is_left_with_the_reason() -> None:
+    (line,) = rmsnorm_patch.plan(NeedsShapes()).pairs
+    assert (line.kind, line.action) == ("norm_add", "leave")
+    assert "its forward could not be traced (TraceError" in line.reason

@@ -61,6 +61,23 @@ def test_sandwich_layouts_with_and_without_their_adds(repository: Path, tmp_path
         assert row["missing"] == {"F.rms_norm": "it is for Llama's norm, not for gemma2's"}
 
 
+@pytest.mark.slow
+def test_norms_that_take_over_products_in_captured_graphs(repository: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out.json"
+    asked = ("--compile", "reduce-overhead", "--ops", "--variants", "stock", "joined", "--prefill")
+    ended = bench(repository, "--batch", "2", *asked, "--json", str(target))
+    assert ended.returncode == 0, ended.stderr
+    (row,) = json.loads(target.read_text())
+    assert list(row["tokens_per_s"]) == ["stock", "joined"]
+    assert row["work"] == "decode 2"
+    assert 0 < row["logit_error"]["joined"] != row["logit_error"]["stock"]
+
+
+def test_no_work_is_a_wrong_use(repository: Path) -> None:
+    for words in (("--prefill", "4"), ("--prefill", "--batch")):
+        assert bench(repository, *words).returncode == 2
+
+
 def test_a_variant_that_computes_something_else_is_not_timed(repository: Path, tmp_path: Path) -> None:
     target = tmp_path / "out.json"
     code = (

@@ -14,7 +14,8 @@ def mean_square(x: torch.Tensor, spec: NormSpec) -> torch.Tensor:
     if spec.group is not None:
         grouped = x.unflatten(-1, (-1, spec.group))
         return grouped.pow(2).mean(-1, keepdim=True).expand_as(grouped).flatten(-2)
-    return x[..., : spec.width].pow(2).mean(-1, keepdim=True)
+    counted = x if spec.width is None else x[..., : spec.width]
+    return counted.pow(2).mean(-1, keepdim=True)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, spec: NormSpec, eps: float | None = None) -> torch.Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import functools
 import inspect
 import operator
 import sys
@@ -71,11 +72,17 @@ class Calls(NamedTuple):
 
 
 def trace_layer(module: nn.Module, cls: type, source: Source, norms: frozenset[str]) -> Trace:
-    """Run the forward of `module`, whose unpatched class is `cls`, on proxies. norms: paths below it. Raises NoSource
-    where it cannot be."""
+    """Run the forward of `module`, whose unpatched class is `cls`, on proxies: without its optional arguments, or with
+    them where it needs them. norms: paths below it. Raises NoSource where it cannot be run in either way."""
     paths = {id(module.get_submodule(path)): path for path in norms}
-    recorder, argument, returned = _run(module, cls, source, paths, optional=False)
-    return _read(recorder, argument, returned, norms)
+    try:
+        run = _run(module, cls, source, paths, optional=False)
+    except NoSource as reason:
+        try:
+            run = _run(module, cls, source, paths, optional=True)
+        except NoSource:
+            raise reason from None
+    return _read(*run, norms)
 
 
 def trace_calls(module: nn.Module, cls: type, source: Source) -> Calls:
@@ -260,7 +267,8 @@ def written_by(node: torch.fx.Node) -> torch.fx.Node | None:
     method = node.op == "call_method" and isinstance(node.target, str) and node.target.endswith("_")
     method = method and (node.target == "__iadd__" or not str(node.target).startswith("__"))
     first = node.args[0] if node.args else None
-    return first if (method or node.target is operator.iadd) and isinstance(first, torch.fx.Node) else None
+    writes = method or node.target in (operator.iadd, operator.setitem)
+    return first if writes and isinstance(first, torch.fx.Node) else None
 
 
 def _how(node: torch.fx.Node) -> str:
@@ -314,6 +322,9 @@ class _Value(Proxy):
     def __iadd__(self, other: Any) -> Proxy:
         return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
 
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
 
 class _ShapeRecorder(_Recorder):
     """Unpacks a shape's leading sizes, as an attention does to view its rows as heads."""
@@ -333,7 +344,8 @@ class _Shape(_Value):
 
 
 class _Leaf:
-    """Stands for a child module: a call is recorded, everything else is asked of the child itself."""
+    """Stands for a child module: a call is recorded, everything else is asked of the child itself. A method of it runs
+    on proxies; where it cannot, it is recorded as one call, as the child's own forward is."""
 
     def __init__(self, recorder: _Recorder, path: str, module: nn.Module) -> None:
         self.__dict__.update(_recorder=recorder, _path=path, _module=module)
@@ -362,7 +374,18 @@ class _Leaf:
         if name in ("values", "children", "items", "named_children"):
             named = [(key, self._wrapped(key, child)) for key, child in self._module._modules.items()]
             return lambda: iter([child for _, child in named] if name in ("values", "children") else named)
-        return self._wrapped(name, getattr(self._module, name))
+        value = getattr(self._module, name)
+        if inspect.ismethod(value) and value.__self__ is self._module:
+            return functools.partial(self._run, value)
+        return self._wrapped(name, value)
+
+    def _run(self, method: Any, *arguments: Any, **named: Any) -> Any:
+        try:
+            return method(*arguments, **named)
+        except Exception:  # the model's own code on proxies: anything can happen
+            if not any(isinstance(value, Proxy) for value in (*arguments, *named.values())):
+                raise
+            return self._recorder.create_proxy("call_function", method, arguments, named)
 
     def __getitem__(self, index: Any) -> Any:
         return self._wrapped(str(index), self._module[index])

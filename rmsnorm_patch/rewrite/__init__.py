@@ -41,18 +41,20 @@ APPLIED = "applied"
 
 def apply_plan(model: nn.Module, plan: Plan, found: Layout | None = None) -> Report:
     """Patch `model` as `plan` says, wholly or not at all. found: what was read from it for the plan; None reads it."""
-    from . import layers, norms, query_key
+    from . import inductor, layers, norms, query_key
 
     journal = Journal()
     with _changing(journal.rollback):
         try:
             for site in plan.fused_norms():
-                norms.install(model.get_submodule(site.path), site, plan.backend, journal)
+                norms.install(model.get_submodule(site.path), site, plan.backend, journal, plan.compiled)
             found = layout(model, plan.norms) if found is None else found
             layers.install(plan, found, journal)
             query_key.install(plan, found, journal)
             report = Report(plan, *patched_paths(model), _notes(model))
             journal.set_state(model, APPLIED, report)
+            if plan.compiled == "joined":
+                journal.set_state(model, inductor.JOINING, inductor.Joining())
         except BaseException as error:
             journal.rollback()
             if isinstance(error, RMSNormPatchError) or not isinstance(error, Exception):

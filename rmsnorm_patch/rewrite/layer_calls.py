@@ -50,6 +50,7 @@ class NormKernel:
     attributes: where a module has its weight and eps; weight_of, eps_of: its methods. plain: the bound op of the norm
     alone.
     norm_add, norm_add_norm: those of an add behind the norm, without and with the norm of the sum; None as `fused`.
+    joined: whether a pass of Inductor's joins norms with what stands in front, so that a graph has them apart.
     """
 
     __slots__ = (
@@ -57,6 +58,7 @@ class NormKernel:
         "cls",
         "eps_of",
         "fused",
+        "joined",
         "mixes",
         "norm_add",
         "norm_add_norm",
@@ -78,6 +80,7 @@ class NormKernel:
             self.fused = ops.bind_fused_add_rms_norm(key.spec, key.backend)
             self.norm_add = bind_norm_add(key.spec, key.backend)
             self.norm_add_norm = bind_norm_add_norm(key.spec, key.backend)
+        self.joined = key.compiled != "model"
         self.mixes = key.backend != "cuda"
         self.on_cpu = key.backend not in ("auto", "reference")
         self.attributes: Attributes = key.attributes

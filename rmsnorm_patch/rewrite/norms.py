@@ -20,12 +20,13 @@ from ..numerics.gating import GateSpec
 from ..numerics.spec import NormSpec
 from ..patch_state import STATE, is_patched, running_now
 from ..scan.plan import NormSite
-from . import gated, guards, instance_forward, layer_calls, native, observe
+from . import gated, guards, inductor, instance_forward, layer_calls, native, observe
 from .attributes import Attributes
 from .classes import Body, patched_class, register_factory
 from .counts import CALLS, Calls, calls_of
 from .guise import in_the_guise_of
 from .handover import take
+from .inductor import Compiled
 from .journal import Journal
 from .traced import keeps_op
 
@@ -44,17 +45,19 @@ class Key(NamedTuple):
     eps_attribute: str | None
     backend: Backend
     gating: GateSpec | None = None
+    compiled: Compiled = "model"
 
     @property
     def attributes(self) -> Attributes:
         return Attributes(self.weight_attribute, self.eps_attribute, self.spec.eps)
 
 
-def key_of(site: NormSite, backend: Backend) -> Key:
+def key_of(site: NormSite, backend: Backend, compiled: Compiled = "model") -> Key:
     """Modules that differ in nothing but the value of an eps attribute share a class."""
     assert site.spec is not None
     spec = site.spec.variant if site.eps_attribute is not None else site.spec
-    return Key(spec, site.weight_attribute, site.eps_attribute, backend, site.gating)
+    compiled = "model" if site.gating is not None else compiled
+    return Key(spec, site.weight_attribute, site.eps_attribute, backend, site.gating, compiled)
 
 
 def body(original: type[nn.Module], key: Key) -> Body:
@@ -82,14 +85,16 @@ def body(original: type[nn.Module], key: Key) -> Body:
     return Body(namespace, made)
 
 
-def install(module: nn.Module, site: NormSite, backend: Backend, journal: Journal) -> None:
+def install(
+    module: nn.Module, site: NormSite, backend: Backend, journal: Journal, compiled: Compiled = "model"
+) -> None:
     """Swap the class of `module`, the one at `site`."""
     original = type(module)
     if is_patched(original):
         raise PatchConflict(
             site.path, f"a {original.__name__} that is patched already", "unpatched modules", "call revert(model) first"
         )
-    journal.swap_class(module, patched_class(original, ROLE, key_of(site, backend)))
+    journal.swap_class(module, patched_class(original, ROLE, key_of(site, backend, compiled)))
     instance_forward.adopt(module, original, journal)
     journal.set_state(module, CALLS, Calls())
 
@@ -102,6 +107,7 @@ def _forward_of(original: type[nn.Module], key: Key) -> tuple[FunctionType, Call
     weight_of, eps_of, fits = attributes.weight_of, attributes.eps_of, attributes.fits
     reference_only = key.backend == "reference"
     automatic = key.backend == "auto"
+    compiled, arguments = key.compiled, ops.spec_args(key.spec, key.backend, run.dependent)
 
     def belongs_to(cls: type) -> None:
         nonlocal patched
@@ -154,14 +160,20 @@ def _forward_of(original: type[nn.Module], key: Key) -> tuple[FunctionType, Call
         return normed
 
     def traced(self, hidden_states):  # type: ignore[no-untyped-def]
-        """Inside `torch.compile`: the op where `keeps_op` and a kernel would run, else the original arithmetic."""
+        """Inside `torch.compile`: the op where `keeps_op` and a kernel would run, one that Inductor's pass may join
+        where that was asked for, else the original arithmetic."""
         kind = hidden_states.device.type
-        if reference_only or (automatic and kind != "cuda") or not keeps_op(kind):
+        joinable = inductor.joins(compiled, kind)
+        if not joinable and (reference_only or (automatic and kind != "cuda") or not keeps_op(kind)):
             return original.forward(self, hidden_states)
         weight = weight_of(self)
         if fits(weight) and not self.training and guards.traceable(hidden_states, weight):
-            return run(hidden_states, weight, eps_of(self))
+            compute = joinable_run if joinable else run
+            return compute(hidden_states, weight, eps_of(self))
         return original.forward(self, hidden_states)
+
+    def joinable_run(x, weight, eps):  # type: ignore[no-untyped-def]
+        return torch.ops.rmsnorm_patch.joinable_rms_norm.default(x, weight, eps, *arguments)
 
     def report(self, hidden_states, normed, backend, why=""):  # type: ignore[no-untyped-def]
         observe.report(observe.Event("norm", self, (hidden_states,), normed, None, backend, why))

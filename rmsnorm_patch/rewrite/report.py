@@ -9,7 +9,7 @@ from typing import Any
 
 from ..backends.names import Backend
 from ..page import page, summarised
-from ..scan.plan import Plan
+from ..scan.plan import Compiled, Plan
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Report:
 
     @property
     def settings(self) -> Settings:
-        return Settings(self.plan.backend, self.plan.include, self.plan.exclude)
+        return Settings(self.plan.backend, self.plan.include, self.plan.exclude, self.plan.compiled)
 
     def counts(self) -> dict[str, int]:
         """Sites per kind and action, as in `Plan.counts`."""
@@ -93,9 +93,11 @@ class Settings:
     backend: Backend
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    compiled: Compiled = "model"
 
     def __str__(self) -> str:
-        return f"backend={self.backend!r}, include={list(self.include)}, exclude={list(self.exclude)}"
+        compiled = "" if self.compiled == "model" else f", compiled={self.compiled!r}"
+        return f"backend={self.backend!r}, include={list(self.include)}, exclude={list(self.exclude)}{compiled}"
 
 
 def _plain(proof: Any) -> Any:

@@ -1,7 +1,8 @@
 """Patched modules inside `torch.compile`: the original arithmetic, or, where `keeps_op`, opaque ops.
 
 An add before an opaque norm would be a kernel and a pass over memory of its own, so in-layer pairs are one op there.
-Cross-layer pairs stay as they are in graphs: a tensor's attribute is nothing that a graph could carry.
+Cross-layer pairs stay as they are in graphs: a tensor's attribute is nothing that a graph could carry. Of a model whose
+norms a pass of Inductor's joins (`inductor.py`), every add and norm stand apart in the graph, and the pass sees both.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ def in_layer(norm: nn.Module, kernel: Any, a: torch.Tensor, b: torch.Tensor) -> 
     if (
         kernel is not None
         and kernel.fused is not None
+        and not kernel.joined
         and (kernel.on_cpu or a.device.type == "cuda")
         and keeps_op(a.device.type)
         and not (norm._forward_hooks or norm._forward_pre_hooks or norm.training)

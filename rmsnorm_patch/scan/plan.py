@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 
 Action = Literal["fuse", "leave"]
+Compiled = Literal["model", "joined"]
+"""What the graphs of `torch.compile` hold of a patched model: its own arithmetic, or, where they are captured, norms
+that take over the split product in front."""
 PairKind = Literal["in_layer", "cross_layer", "final", "norm_add"]
 """in_layer: x = a + b; norm(x) within one layer's forward. cross_layer: the last add of a layer and the entry norm
 of the next. final: the last add of the last layer and the model's final norm. norm_add: residual + norm(x) (sandwich
@@ -30,6 +33,7 @@ PAIR_MEANING: dict[PairKind, str] = {
     "norm_add": "norm -> add",
 }
 SHOWN_GROUPS, SHOWN_NOTES = 40, 10
+JOINED = "compiled: in captured graphs those of {} norms that read an add take over the split product in front of it"
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,7 @@ class Plan:
     exclude: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=())
     query_key: tuple[QueryKeySite, ...] = ()
+    compiled: Compiled = "model"
 
     def fused_norms(self) -> Iterator[NormSite]:
         return (site for site in self.norms if site.action == "fuse")
@@ -198,6 +203,8 @@ class Plan:
         falling = sum(1 for site in self.fused_norms() if site.falls_back)
         if falling:
             yield f"as the model is now, {falling} of the fused norms will run the original arithmetic (falls back)"
+        if self.compiled == "joined":
+            yield JOINED.format(sum(site.action == "fuse" and not site.gating for site in self.norms))
         for option, patterns in (("include", self.include), ("exclude", self.exclude)):
             if patterns:
                 yield f"{option}: {', '.join(patterns)}"

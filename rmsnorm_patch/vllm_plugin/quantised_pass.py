@@ -19,6 +19,7 @@ import torch
 from torch import fx
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 
+from ..fused.linear_norm.graph import arguments_by_name
 from ..fused.norm_quantised import kernel as norm_quantised_kernel
 from ..fused.norm_quantised import op as norm_quantised_op
 from ..numerics.contract import FUSED_ADD, FUSED_ADD_IN_PLACE, RMS_NORM
@@ -26,7 +27,6 @@ from ..numerics.quantisation import QuantSpec, Value
 from ..numerics.spec import NormSpec
 from . import arithmetic, quantisations, trial
 from .decision import decision_for
-from .linear_pass import arguments_by_name
 from .log import logger, warn_once
 from .quantisations import Quantisation
 

@@ -23,6 +23,10 @@ SHAPES = {
         num_attention_heads=16, num_key_value_heads=8, head_dim=256, query_pre_attn_scalar=256,
         max_position_embeddings=8192, rms_norm_eps=1e-6, tie_word_embeddings=True,
     ),
+    "qwen3-8b": dict(
+        model_type="qwen3", vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=8192, rms_norm_eps=1e-6,
+    ),
     "tiny": dict(
         vocab_size=256, hidden_size=256, intermediate_size=512, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096, rms_norm_eps=1e-5,
@@ -106,6 +110,13 @@ def patched(model: nn.Module) -> None:
     rmsnorm_patch.apply(model)
 
 
+def joined(model: nn.Module) -> None:
+    """Patched; in captured graphs of torch.compile norms take over the split products in front of them."""
+    import rmsnorm_patch
+
+    rmsnorm_patch.apply(model, compiled="joined")
+
+
 def patched_apart(model: nn.Module) -> None:
     """Patched, but adds behind norms (sandwich layouts) are calls of their own."""
     import rmsnorm_patch
@@ -122,6 +133,7 @@ VARIANTS: dict[str, Callable[[nn.Module], None]] = {
     "patched": patched,
     "removed": removed_norm,
     "patched-apart": patched_apart,
+    "joined": joined,
 }
 USUAL = ("stock", "F.rms_norm", "liger", "patched", "removed")
 """Those that are compared where none are named."""

@@ -197,6 +197,11 @@ def _is_few(m: int) -> bool:
     return 0 < m <= kernel.MOST_ROWS
 
 
+def measured(device: torch.device) -> bool:
+    """Whether leaving the sum of split products to the norm was measured to pay on this GPU."""
+    return _measured(torch.cuda.current_device() if device.index is None else device.index)
+
+
 @cache
 def _measured(device: int) -> bool:
     major, minor = torch.cuda.get_device_capability(device)
