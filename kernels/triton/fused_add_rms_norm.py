@@ -14,7 +14,9 @@ import triton.language as tl
 from .row_math import (
     PREFETCH_FROM,
     UNROLL,
+    added_by_now,
     dense_row,
+    in_pairs,
     launch_dependents,
     load_row,
     load_weight,
@@ -129,7 +131,7 @@ def fused_add_rms_norm(
                 launch_dependents()
         for c in tl.static_range(first, min(first + BATCH, CHUNKS)):
             h = xs[c - first].to(tl.float32) + residuals[c - first].to(tl.float32)
-            total = h.to(total_ptr.dtype.element_ty)
+            total = in_pairs(h.to(total_ptr.dtype.element_ty), PACKED)
             if ROUND_SUM:
                 h = total.to(tl.float32)
                 kept = kept + (total,)
@@ -137,6 +139,7 @@ def fused_add_rms_norm(
                 kept = kept + (h,)
             squares += square(h, c * BLOCK + cols, WIDTH, N)
             store_row(total_row, cols, c, total, live, N, BLOCK, ROWS)
+        squares = added_by_now(squares, PACKED)
     rstd = reciprocal_rms(squares, eps, WIDTH)
     if DEPENDENT and LAUNCH_LATE:
         launch_dependents()

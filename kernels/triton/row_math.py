@@ -183,6 +183,26 @@ def widened_again(x, zero, PACKED: tl.constexpr):
 
 
 @triton.jit
+def in_pairs(x, PACKED: tl.constexpr):
+    """`x`, its neighbouring 16-bit columns in one register each. The move costs nothing: ptxas drops it. Left alone, a
+    compiler that looks for vectors pairs columns as their squares are added up, and keeps both orders in registers."""
+    if PACKED:
+        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=True, pack=2)
+    return x
+
+
+@triton.jit
+def added_by_now(squares, PACKED: tl.constexpr):
+    """`squares`, added before anything below is loaded. Left alone, a compiler may leave the squares of all chunks for
+    the end of the row, whose chunks then are in registers twice."""
+    if PACKED:
+        squares = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [squares], dtype=tl.float32, is_pure=False, pack=1
+        )
+    return squares
+
+
+@triton.jit
 def sum_after_rounding(product, term, zero, NVIDIA: tl.constexpr):
     """product + term, fp32 values, where `product` may come straight out of a multiplication: that keeps its own
     rounding. Left alone, the compiler contracts the two to an FMA, also of bf16 values, which an add then joins.

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..backends.triton.backend import COMPILE_OPTIONS
+
 
 @triton.jit
 def _fused_add_traffic(x, residual, normed, total, numel, BLOCK: tl.constexpr):
@@ -62,7 +64,7 @@ def fused_add_traffic(x, residual, normed, total, config) -> None:
     """Two reads and two writes of x's size; `normed` and `total` may be `x` and `residual` themselves."""
     block, warps = config
     _fused_add_traffic[(triton.cdiv(x.numel(), block),)](
-        x, residual, normed, total, x.numel(), BLOCK=block, num_warps=warps
+        x, residual, normed, total, x.numel(), BLOCK=block, num_warps=warps, **COMPILE_OPTIONS
     )
 
 
@@ -78,7 +80,9 @@ def quantised_traffic(x, residual, rows, normed, total, config) -> None:
 def norm_traffic(x, normed, config) -> None:
     """One read and one write of x's size."""
     block, warps = config
-    _norm_traffic[(triton.cdiv(x.numel(), block),)](x, normed, x.numel(), BLOCK=block, num_warps=warps)
+    _norm_traffic[(triton.cdiv(x.numel(), block),)](
+        x, normed, x.numel(), BLOCK=block, num_warps=warps, **COMPILE_OPTIONS
+    )
 
 
 def pair_traffic(q: torch.Tensor, k: torch.Tensor, q_out: torch.Tensor, k_out: torch.Tensor, config) -> None:
@@ -88,4 +92,6 @@ def pair_traffic(q: torch.Tensor, k: torch.Tensor, q_out: torch.Tensor, k_out: t
     blocks = [triton.cdiv(c, block) for c in columns]
     grid = (q.shape[0], sum(blocks))
     strides = (q.stride(0), k.stride(0))
-    _pair_traffic[grid](q, k, q_out, k_out, *strides, *columns, blocks[0], BLOCK=block, num_warps=warps)
+    _pair_traffic[grid](
+        q, k, q_out, k_out, *strides, *columns, blocks[0], BLOCK=block, num_warps=warps, **COMPILE_OPTIONS
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import rmsnorm_patch
 from rmsnorm_patch import ops
 from rmsnorm_patch.backends.triton import backend as triton_backend
 from rmsnorm_patch.backends.triton import loader as triton_loader
@@ -72,6 +74,19 @@ def test_importing_the_package_leaves_triton_alone() -> None:
     assert found.strip() == "False"
 
 
+def test_every_launch_says_whether_products_are_fused() -> None:
+    """Launches of what is compiled already, which name their stream, compile nothing."""
+    launches = []
+    for file in Path(rmsnorm_patch.__file__).parent.rglob("*.py"):
+        for call in ast.walk(ast.parse(file.read_text())):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Subscript):
+                keywords = {each.arg for each in call.keywords}
+                if keywords & {"BLOCK", "NESTED", "DEPENDENT"} or "**values" in ast.unparse(call):
+                    launches.append(f"{file.name}: {ast.unparse(call)}")
+    assert len(launches) == 7
+    assert [each for each in launches if "**COMPILE_OPTIONS" not in each and "**layout.options" not in each] == []
+
+
 def test_warmup_compiles_by_running(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     key = (torch.bfloat16, (328,), torch.bfloat16, torch.device("cpu"))  # a length of this test alone
@@ -129,6 +144,8 @@ CHOSEN = {
     ("fused_add_rms_norm", 2048, 2, False): (1, 2048, 1, 8, 0, 1, 1, False, True, True),
     ("fused_add_rms_norm", 4096, 2, False): (1, 4096, 1, 16, 0, 1, 1, False, False, True),
     ("fused_add_rms_norm", 8192, 2, False): (1, 8192, 1, 32, 0, 1, 1, True, False, False),
+    ("fused_add_rms_norm", 20480, 2, False): (1, 4096, 5, 16, 0, 5, 1, True, False, False),
+    ("fused_add_rms_norm", 24576, 2, False): (1, 4096, 6, 16, 0, 5, 1, True, False, False),
     ("fused_add_rms_norm", 65536, 2, True): (1, 8192, 8, 32, 4, 2, 1, True, False, False),
     ("fused_add_rms_norm", 131072, 2, False): (1, 8192, 16, 32, 8, 2, 1, False, False, False),
 }

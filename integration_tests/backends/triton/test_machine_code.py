@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from rmsnorm_patch.backends.triton.backend import Layout
 from rmsnorm_patch.numerics.spec import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, T5, NormSpec
 
-NVIDIA = [80, 89, 90, 100, 120]
+NVIDIA = [80, 89, 90, 100, 103, 120]
 AMD = ["gfx942", "gfx950"]
 OPS = ["rms_norm", "fused_add_rms_norm"]
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -50,6 +50,21 @@ def build(
     return ahead.compiled(target, op, layout, constants, dtype, named)
 
 
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("target", [GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)], ids=str)
+def test_products_may_be_fused_whatever_the_default_is(
+    target: GPUTarget, op: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sum of squares has a rounding less for it, so a default would change bits."""
+    codes = []
+    for default in ("1", "0"):
+        monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", default)
+        compiled = build(target, op, 1024)
+        assert compiled.metadata.enable_fp_fusion
+        codes.append(compiled.asm["cubin" if target.backend == "cuda" else "amdgcn"])
+    assert codes[0] == codes[1]
+
+
 def cuda(capability: int) -> GPUTarget:
     return GPUTarget("cuda", capability, 32)
 
@@ -67,7 +82,7 @@ def widths(sass: str, instruction: str) -> set[str]:
 @pytest.mark.parametrize("capability", NVIDIA)
 @pytest.mark.parametrize("op", OPS)
 def test_nvidia_code_has_no_spills_and_moves_sixteen_bytes(op: str, capability: int, tmp_path: Path) -> None:
-    for n in (64, 1024, 5120, 7168, 16384, 32768, 65536):
+    for n in (64, 5120, 16384, 24576, 49152, 65536, 131072):
         compiled = build(cuda(capability), op, n)
         usage = cuobjdump(compiled, tmp_path, "--dump-resource-usage")
         registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
@@ -126,10 +141,12 @@ def test_rows_stay_packed_and_leave_room_for_two_programs(op: str, tmp_path: Pat
 
 @pytest.mark.parametrize("op", OPS)
 def test_nothing_but_the_reduction_goes_through_shared_memory(op: str, tmp_path: Path) -> None:
-    """A weight in another layout than the rows costs two barriers a chunk."""
-    for n, barriers in ((128, 0), (1024, 2), (5122, 2), (5125, 2), (8192, 2), (16384, 2)):
+    """Nothing for a row that a warp has to itself; else a sum of each warp, and a second one where the compiler sends
+    the result back. A weight in another layout than the rows costs two barriers a chunk."""
+    for n, most in ((128, 0), (1024, 2), (5122, 2), (5125, 2), (8192, 2), (16384, 2)):
         sass = cuobjdump(build(cuda(90), op, n), tmp_path, "-sass")
-        assert len(re.findall(r"\bBAR\.SYNC", sass)) == barriers, n
+        for instruction in (r"BAR\.SYNC", "STS", "LDS"):
+            assert len(re.findall(rf"\b{instruction}\b", sass)) <= most, (n, instruction)
 
 
 @pytest.mark.parametrize("capability", [80, 90, 120])

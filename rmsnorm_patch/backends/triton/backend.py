@@ -20,6 +20,8 @@ from ..bindings import by_variant
 from . import loader, schedules
 
 MINIMUM_CAPABILITY = (8, 0)
+COMPILE_OPTIONS = {"enable_fp_fusion": True}
+"""Of every kernel. Triton's own default follows its release and TRITON_DEFAULT_FP_FUSION: bits would follow them."""
 
 
 def missing() -> str:
@@ -165,7 +167,7 @@ class Layout:
         }
         if not plain:
             self.constants.update(BATCH=self.schedule.batch, LAUNCH_LATE=self.schedule.launch_late)
-        self.options: dict[str, Any] = {"num_warps": self.schedule.num_warps}
+        self.options: dict[str, Any] = {"num_warps": self.schedule.num_warps, **COMPILE_OPTIONS}
         if target.dependent:
             self.options["launch_pdl"] = True
         self.compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
