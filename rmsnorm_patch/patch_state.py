@@ -152,6 +152,9 @@ def is_known_kernel(module: nn.Module, function: Any) -> bool:
 
 
 def _name(function: Any) -> str:
+    compiled = getattr(function, "_torchdynamo_orig_callable", None)
+    if compiled is not None:
+        return f"torch.compile of {_name(compiled)}"
     module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
     return f"{module}.{name}" if module and name else type(function).__name__
 

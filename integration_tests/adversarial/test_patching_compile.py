@@ -87,6 +87,38 @@ def test_patching_and_reverting_after_compile_recompiles(small_model, ids, whole
         assert len(seen) <= 3
 
 
+def _keep_compiled(module):
+    module.kept = torch.compile(module.forward, backend="eager")
+
+
+def _compile_forward(module):
+    module.forward = torch.compile(module.forward, backend="eager")
+
+
+def _compile_call(module):
+    module.compile(backend="eager")
+
+
+@pytest.mark.parametrize("which", ["model.layers.1.input_layernorm", "model.layers.1", "model", ""])
+@pytest.mark.parametrize("keep", [_keep_compiled, _compile_forward, _compile_call])
+def test_compiled_forwards_that_a_module_keeps_in_its_dict(small_model, ids, keep, which):
+    """Under any name: nothing of the original runs in place of a kernel unseen, and `revert` leaves what was kept."""
+    model = small_model("llama")
+    module = model.get_submodule(which)
+    keep(module)
+    kept, expected = dict(module.__dict__), _logits(model, ids)
+    plan = rmsnorm_patch.plan(model)
+    left = [*(site for site in plan.norms if site.action != "fuse"), *(p for p in plan.pairs if p.action != "fuse")]
+    foreign = keep is _compile_forward and "layers" in which
+    assert bool(left) == foreign
+    assert all("torch.compile of transformers" in site.reason for site in left)
+    rmsnorm_patch.apply(model)
+    assert torch.equal(_logits(model, ids), expected)
+    rmsnorm_patch.revert(model)
+    assert module.__dict__ == kept
+    assert torch.equal(_logits(model, ids), expected)
+
+
 def test_a_compiled_norm_is_recompiled_after_patching():
     """The guard is on the class: shown with a norm whose patched class gives another op."""
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
