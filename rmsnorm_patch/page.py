@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from .numerics.spec import NormSpec
 
 WIDTH = 120
+SHOWN_RANGES = 4
+"""Of layer numbers in one path; of more, the first and the last number are shown."""
 
 
 def wrapped(text: str, width: int = WIDTH, hanging: str = "") -> list[str]:
@@ -66,12 +68,19 @@ def numbered(path: str) -> tuple[str, tuple[int, ...]]:
 
 
 def folded(paths: Iterable[str]) -> str:
-    """One row's paths: layer numbers that follow each other become a range."""
+    """One row's paths: layer numbers that follow each other become a range, "layers.[0-1,3].norm"."""
     found = list(paths)
     pattern, numbers = numbered(found[0])
     if len(found) == 1 or len(numbers) != 1:
         return found[0] or "(root)" if len(found) == 1 else f"{found[0]} ... ({len(found)})"
     indices = sorted(numbered(p)[1][0] for p in found)
-    gapless = indices == list(range(indices[0], indices[-1] + 1))
-    shown = f"{indices[0]}-{indices[-1]}" if gapless else f"{indices[0]}..{indices[-1]} ({len(indices)} of them)"
+    ranges: list[tuple[int, int]] = []
+    for index in indices:
+        if ranges and ranges[-1][1] == index - 1:
+            ranges[-1] = ranges[-1][0], index
+        else:
+            ranges.append((index, index))
+    shown = ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
+    if len(ranges) > SHOWN_RANGES:
+        shown = f"{indices[0]}..{indices[-1]} ({len(indices)} of them)"
     return pattern.replace("#", f"[{shown}]")

@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 import rmsnorm_patch
 from rmsnorm_patch import UnsupportedModel
 from rmsnorm_patch.backends.cuda import driver
+from rmsnorm_patch.page import folded
 from rmsnorm_patch.patch_state import STATE
 from rmsnorm_patch.rewrite import counts, handover, layer_calls, native
 
@@ -255,3 +256,17 @@ def test_reasons_do_not_fill_memory() -> None:
         reasons.add(f"rows of {number}")
     assert len(reasons.counts()) == counts.MAX_REASONS + 1
     assert sum(reasons.counts().values()) == 1000
+
+
+@pytest.mark.parametrize(
+    ("numbers", "shown"),
+    [
+        ([3], "layers.3.norm"),
+        ([2, 0, 1], "layers.[0-2].norm"),
+        ([0, 1, 3], "layers.[0-1,3].norm"),
+        ([0, 2, 4, 6], "layers.[0,2,4,6].norm"),
+        ([0, 2, 4, 6, 8], "layers.[0..8 (5 of them)].norm"),
+    ],
+)
+def test_paths_of_one_row_name_their_layers_while_there_are_few_ranges(numbers: list[int], shown: str) -> None:
+    assert folded(f"layers.{number}.norm" for number in numbers) == shown
