@@ -31,85 +31,104 @@ def judge(
     for pair in plan.fused_pairs():
         adds = norm_adds if pair.kind == "norm_add" else pairs
         adds.setdefault(prefix + pair.norm, []).append(pair)
-    missing, fallbacks, first = [], [], ""
+    found = _Findings()
     fused = paired = pairs_expected = 0
     for path in planned:
         expected = original_calls.get(path, 0)
         calls = Counter(ran[path].calls) if path in ran else Counter()
-        own = calls["norm"] + calls["norm_add"] + calls["in_layer"] + calls["taken"] + calls["together"]
-        fused += own
-        if own + calls["original"] != expected:
-            missing.append(f"{path}: {own + calls['original']} calls, {expected} expected")
-            first = first or path
-        if calls["original"]:
-            reasons = "; ".join(ran[path].reasons) or "no reason given"
-            fallbacks.append(f"{path}: {calls['original']} calls by the original arithmetic, {reasons}")
+        reasons = "; ".join(ran[path].reasons) if path in ran else ""
+        fused += _norm_calls(found, path, calls, expected, reasons)
         for got, adds in ((calls["in_layer"] + calls["taken"], pairs), (calls["norm_add"], norm_adds)):
             wanted = min(expected, forwards * len(adds.get(path, ())))
             pairs_expected += wanted
             paired += min(got, wanted)
             if got < wanted:
                 explained = calls["apart"] + calls["kept"] + calls["refused"] + calls["original"]
-                why = "; ".join(ran[path].reasons) if explained else _why_apart(model, prefix, adds[path])
-                outside = f"of {wanted} residual-adds outside the norm's call"
-                if why:
-                    listed = min(explained, wanted - got) or wanted - got
-                    fallbacks.append(f"{path}: {listed} {outside}, {why}")
-                    got += listed
+                why = reasons if explained else _why_apart(model, prefix, adds[path])
                 idle = [pair.layer for pair in adds[path] if _did_not_run(prefix + pair.layer, planned, original_calls)]
-                if got < wanted and idle:
-                    fallbacks.append(f"{path}: {wanted - got} {outside}, {idle[0]} did not run")
-                    got = wanted
-                if got < wanted:
-                    missing.append(f"{path}: {wanted - got} {outside}")
-                    first = first or path
-    shared = _Shared(prefix, plan, ran, original_calls)
-    fallbacks += shared.fallbacks
-    missing += shared.missing
-    first = first or shared.first
+                _adds_outside(found, path, got, wanted, explained, why, idle)
+    together_expected, together = _shared_launches(found, prefix, plan, ran, original_calls)
     for path in ran.keys() - set(planned):
-        missing.append(f"{path}: ran fused, and the plan leaves it alone")
-        first = first or path
-    if not missing and list(orders[0]) != list(orders[1]):
+        found.miss(path, "ran fused, and the plan leaves it alone")
+    first = found.first
+    if not found.missing and list(orders[0]) != list(orders[1]):
         at = next((i for i, (a, b) in enumerate(zip(*orders, strict=False)) if a != b), min(map(len, orders)))
         first = [*orders[0], ""][min(at, len(orders[0]))]
-        missing.append(f"norm call {at} is {first} in the original and another one in the patched model")
+        found.missing.append(f"norm call {at} is {first} in the original and another one in the patched model")
     return FiredProof(
         expected=sum(original_calls.get(path, 0) for path in planned),
         fused=fused,
         pairs_expected=pairs_expected,
         pairs_fused=paired,
-        fallbacks=tuple(fallbacks),
-        missing=tuple(missing),
+        fallbacks=tuple(found.fallbacks),
+        missing=tuple(found.missing),
         site=first,
         strict=strict,
-        together_expected=shared.expected,
-        together=shared.together,
+        together_expected=together_expected,
+        together=together,
     )
 
 
-class _Shared:
-    """The norms of queries and keys that the plan puts into one launch."""
+class _Findings:
+    """What did not run as planned: with a stated reason, and without. first: the first path of the latter, or ""."""
 
-    def __init__(
-        self, prefix: str, plan: Plan, ran: Mapping[str, SiteProof], original_calls: Mapping[str, int]
-    ) -> None:
-        self.expected = self.together = 0
+    def __init__(self) -> None:
         self.fallbacks: list[str] = []
         self.missing: list[str] = []
         self.first = ""
-        for path in dict.fromkeys(prefix + p for site in plan.fused_query_key() for p in (site.query, site.key)):
-            expected, site = original_calls.get(path, 0), ran.get(path)
-            calls = site.calls if site is not None else {}
-            got, explained = calls.get("together", 0), calls.get("single", 0)
-            self.expected += expected
-            self.together += min(got, expected)
-            apart = f"{path}: {expected - got} of {expected} calls did not share a launch with its query or key"
-            if got < expected and site is not None and explained:
-                self.fallbacks.append(f"{apart}, {'; '.join(site.singles)}")
-            if got + explained < expected:
-                self.missing.append(apart)
-                self.first = self.first or path
+
+    def fell_back(self, path: str, how: str) -> None:
+        self.fallbacks.append(f"{path}: {how}")
+
+    def miss(self, path: str, what: str) -> None:
+        self.missing.append(f"{path}: {what}")
+        self.first = self.first or path
+
+
+def _norm_calls(found: _Findings, path: str, calls: Counter[str], expected: int, reasons: str) -> int:
+    """How many calls of one norm were ours."""
+    own = calls["norm"] + calls["norm_add"] + calls["in_layer"] + calls["taken"] + calls["together"]
+    if own + calls["original"] != expected:
+        found.miss(path, f"{own + calls['original']} calls, {expected} expected")
+    if calls["original"]:
+        found.fell_back(path, f"{calls['original']} calls by the original arithmetic, {reasons or 'no reason given'}")
+    return own
+
+
+def _adds_outside(
+    found: _Findings, path: str, got: int, wanted: int, explained: int, why: str, idle: Sequence[str]
+) -> None:
+    """`got` of `wanted` adds ran with their norm. explained: calls that said why they did not; idle: layers of these
+    adds that did not run."""
+    outside = f"of {wanted} residual-adds outside the norm's call"
+    if why:
+        listed = min(explained, wanted - got) or wanted - got
+        found.fell_back(path, f"{listed} {outside}, {why}")
+        got += listed
+    if got < wanted and idle:
+        found.fell_back(path, f"{wanted - got} {outside}, {idle[0]} did not run")
+        got = wanted
+    if got < wanted:
+        found.miss(path, f"{wanted - got} {outside}")
+
+
+def _shared_launches(
+    found: _Findings, prefix: str, plan: Plan, ran: Mapping[str, SiteProof], original_calls: Mapping[str, int]
+) -> tuple[int, int]:
+    """(calls expected, calls that shared a launch) of the norms of queries and keys that the plan puts into one."""
+    wanted = together = 0
+    for path in dict.fromkeys(prefix + p for site in plan.fused_query_key() for p in (site.query, site.key)):
+        expected, site = original_calls.get(path, 0), ran.get(path)
+        calls = site.calls if site is not None else {}
+        got, explained = calls.get("together", 0), calls.get("single", 0)
+        wanted += expected
+        together += min(got, expected)
+        apart = f"{expected - got} of {expected} calls did not share a launch with its query or key"
+        if got < expected and site is not None and explained:
+            found.fell_back(path, f"{apart}, {'; '.join(site.singles)}")
+        if got + explained < expected:
+            found.miss(path, apart)
+    return wanted, together
 
 
 def _did_not_run(layer: str, planned: Sequence[str], original_calls: Mapping[str, int]) -> bool:
