@@ -154,12 +154,10 @@ def test_wrong_eps_in_one_hand_over(kernel: Callable, monkeypatch: pytest.Monkey
         model.get_input_embeddings().weight.mul_(200)
     apply_as_kernel(model)
     bad = model.model.layers[1].post_attention_layernorm
-    right = layer_calls.NormKernel.eps_of
-
-    def eps_of(kernel: layer_calls.NormKernel, norm: nn.Module) -> float:
-        return 1e-5 if norm.weight is bad.weight else right(kernel, norm)
-
-    monkeypatch.setattr(layer_calls.NormKernel, "eps_of", eps_of)
+    found = layer_calls.kernel_of(bad)
+    assert found is not None
+    right = found.eps_of
+    monkeypatch.setattr(found, "eps_of", lambda norm: 1e-5 if norm.weight is bad.weight else right(norm))
     caught = red(model)
     assert caught.site == "model.layers.1.post_attention_layernorm"
     (site,) = [site for site in caught.proof.sites if not site.passed]
