@@ -69,7 +69,10 @@ SUITES = {
         },
     ),
     "layer_calls": Suite(
-        tuple(f"rmsnorm_patch/rewrite/{name}.py" for name in ("layer_calls", "guards", "handover", "norms")),
+        tuple(
+            f"rmsnorm_patch/rewrite/{name}.py"
+            for name in ("attributes", "layer_calls", "guards", "guise", "handover", "norms")
+        ),
         (
             "rewrite/test_reasons.py",
             "rewrite/test_eps.py",
