@@ -8,7 +8,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 UNEVEN = ((601, 1000), (601, 520), (5, 5128), (600, 5128), (40, 7000), (9, 9216), (9, 10000), (33, 40))
-"""Rows and columns. Rows that come by two to a CTA; columns of which threads, or CTAs of a cluster, have unequal parts."""
+"""Rows and columns: two rows to a CTA, columns of which the threads, or the CTAs of a cluster, have unequal parts."""
 
 
 class Probe(NamedTuple):
