@@ -5,11 +5,12 @@
     python scripts/mutants.py run layer_calls                   what rewritten layers call; every fault
     python scripts/mutants.py run cuda --workers 12 --gpus 0,1  CUDA kernels; needs a GPU
     python scripts/mutants.py run triton --only 'row_math.py'   those whose name holds a text
-    python scripts/mutants.py run triton --time-limit 300 --resume triton.ends.json   goes on where that file ends
-    python scripts/mutants.py merge triton here.ends.json there.ends.json             a record of several runs
+    python scripts/mutants.py run triton --time-limit 300       goes on where the last run ended
+    python scripts/mutants.py merge triton there.json           adds what a run elsewhere kept with --resume there.json
 
-A run writes `records/mutants/<suite>.json`: counts, and each survivor. A survivor that is no fault stands in
-`scripts/mutation/equivalent.toml` with the reason. Exit status 1: another one survived.
+How each fault ended is kept in `records/mutants/ends`: a later run asks what is new, changed or was not run; with
+`--survivors` what no test saw, too; with `--fresh` all. `records/mutants/<suite>.json` has counts and each survivor.
+One that is no fault stands in `scripts/mutation/equivalent.toml` with the reason. Exit status 1: another one survived.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ SUITES = {
     "layer_calls": Suite(
         tuple(
             f"rmsnorm_patch/rewrite/{name}.py"
-            for name in ("attributes", "layer_calls", "guards", "guise", "handover", "norms")
+            for name in ("layer_calls", "guards", "handover", "norms", "attributes", "guise")
         ),
         (
             "rewrite/test_reasons.py",
@@ -105,6 +106,8 @@ SUITES = {
             "proof/test_rewrite_mutants.py",
         ),
         own={
+            "attributes.py": ("rewrite/test_eps.py", "rewrite/test_reasons.py"),
+            "guise.py": ("rewrite/test_norm_forwards.py", "rewrite/test_gated_norms.py"),
             "guards.py": ("adversarial/test_patching_guards.py", "rewrite/test_gated_norms.py"),
             "handover.py": ("rewrite/test_links.py", "rewrite/test_handover.py"),
             "norms.py": ("rewrite/test_norm_forwards.py", "rewrite/test_native_norms.py", "rewrite/test_status.py"),
@@ -136,28 +139,34 @@ def run_python(todo: list[Fault], outcomes: Outcomes, args: argparse.Namespace, 
 
     in_python.import_heavy()
     asked = SUITES[args.suite].asked
-    every = list(dict.fromkeys(test for fault in todo for test in asked(fault.file)))
+    left_out = outcomes.left_out
     if not args.no_baseline:
-        files = [in_python.Asked(None, [file], to_the_end=True) for file in every]
-        for work, answer in in_python.ends(ROOT, files, args.workers, 4 * args.seconds, stop):
-            counts = (
-                f"{answer.passed} passed, {answer.skipped} skipped, {len(answer.red)} red in {answer.seconds:.0f} s"
-            )
-            print(f"without a fault: {work.tests[0]}: {answer.end}, {counts}", flush=True)
-            outcomes.left_out += answer.red or ([work.tests[0]] if answer.end != "survived" else [])
-        if outcomes.left_out and not args.leave_out_red:
-            raise SystemExit(f"mutants: red without a fault: {outcomes.left_out}; MUTANTS_LOG=FILE shows why")
-    outcomes.left_out = sorted(set(outcomes.left_out))
-    faults_asked = (
-        in_python.Asked(fault, [test for test in asked(fault.file) if test not in outcomes.left_out], outcomes.left_out)
-        for fault in todo
-    )
-    for number, (work, answer) in enumerate(in_python.ends(ROOT, faults_asked, args.workers, args.seconds, stop), 1):
-        if work.fault is not None:
-            outcomes.note(work.fault, answer.end)
-            by = f" by {answer.red[0]}" if answer.red else ""
-            told = f"{answer.end}{by} in {answer.seconds:.0f} s: {work.fault.named()}"
-            print(f"{number}/{len(todo)} {told}", flush=True)
+        left_out = _red(list(dict.fromkeys(test for fault in todo for test in asked(fault.file))), args, stop)
+        if left_out and not args.leave_out_red:
+            raise SystemExit(f"mutants: red without a fault: {left_out}; MUTANTS_LOG=FILE shows why")
+        outcomes.left_out = sorted({*outcomes.left_out, *left_out})
+    work = [
+        in_python.Asked(fault, [test for test in asked(fault.file) if test not in left_out], left_out) for fault in todo
+    ]
+    able = [each for each in work if each.tests]
+    for number, (each, answer) in enumerate(in_python.ends(ROOT, able, args.workers, args.seconds, stop), 1):
+        assert each.fault is not None
+        outcomes.note(each.fault, answer.end)
+        by = f" by {answer.red[0]}" if answer.red else ""
+        print(f"{number}/{len(able)} {answer.end}{by} in {answer.seconds:.0f} s: {each.fault.named()}", flush=True)
+
+
+def _red(files: list[str], args: argparse.Namespace, stop: float) -> list[str]:
+    """Ids of tests that are red without a fault, or files that cannot be collected or do not end."""
+    from mutation import in_python
+
+    found: list[str] = []
+    work = [in_python.Asked(None, [file], to_the_end=True) for file in files]
+    for each, answer in in_python.ends(ROOT, work, args.workers, 4 * args.seconds, stop):
+        counts = f"{answer.passed} passed, {answer.skipped} skipped, {len(answer.red)} red in {answer.seconds:.0f} s"
+        print(f"without a fault: {each.tests[0]}: {answer.end}, {counts}", flush=True)
+        found += answer.red or ([each.tests[0]] if answer.end != "survived" else [])
+    return sorted(set(found))
 
 
 def summary(suite: str, wanted: list[Fault], outcomes: Outcomes, sample: dict[str, int] | None) -> dict[str, Any]:
@@ -194,18 +203,23 @@ def parsed() -> argparse.Namespace:
     run.add_argument("--workers", type=int, default=1, help="faults at a time")
     run.add_argument("--gpus", default="", help="indices for the CUDA kernels, as 0,1,2; default: the first one")
     run.add_argument("--time-limit", type=float, default=7200, help="seconds after which the rest is not run")
-    run.add_argument("--resume", type=Path, help="file of how faults ended, read first where it exists and kept")
-    run.add_argument("--survivors", action="store_true", help="of --resume, run again what no test saw")
+    run.add_argument("--fresh", action="store_true", help="forget how faults ended before")
+    run.add_argument("--survivors", action="store_true", help="run again what no test saw")
     run.add_argument("--no-baseline", action="store_true", help="do not run the tests without a fault first")
     run.add_argument(
         "--leave-out-red", action="store_true", help="go on without tests and probes that are red without a fault"
     )
-    merge = verbs.add_parser("merge", help="write a record of files that --resume kept")
+    merge = verbs.add_parser("merge", help="add how faults ended elsewhere, and write the record")
     merge.add_argument("suite", choices=tuple(SUITES))
-    merge.add_argument("kept", nargs="+", type=Path)
+    merge.add_argument("kept", nargs="*", type=Path)
     for verb in (run, merge):
         verb.add_argument("--record", type=Path, help="default: records/mutants/<suite>.json")
-    return parser.parse_args()
+        verb.add_argument("--resume", type=Path, help="how faults ended; default: records/mutants/ends/<suite>.json")
+    args = parser.parse_args()
+    if args.verb != "count":
+        args.record = args.record or RECORDS / f"{args.suite}.json"
+        args.resume = args.resume or RECORDS / "ends" / f"{args.suite}.json"
+    return args
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -213,7 +227,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     stop = time.monotonic() + args.time_limit
     wanted = chosen(args.suite, args.sample, args.seed, args.only)
     outcomes = Outcomes(ROOT, args.suite, faults(args.suite), args.resume)
-    if args.resume is not None and args.resume.exists():
+    if args.resume.exists() and not args.fresh:
         outcomes.take(args.resume)
     again = (None, *(NOT_SEEN if args.survivors else ()))
     todo = [fault for fault in wanted if outcomes.of(fault) in again]
@@ -231,9 +245,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def merge(args: argparse.Namespace) -> dict[str, Any]:
     every = faults(args.suite)
-    outcomes = Outcomes(ROOT, args.suite, every)
-    for path in args.kept:
-        outcomes.take(path)
+    outcomes = Outcomes(ROOT, args.suite, every, args.resume)
+    for path in (args.resume, *args.kept):
+        if path.exists():
+            outcomes.take(path)
+    outcomes.write()
     return summary(args.suite, every, outcomes, None)
 
 
@@ -246,9 +262,8 @@ def main() -> None:
             print(f"{suite}: {len(found)} ({kinds})")
         return
     result = run(args) if args.verb == "run" else merge(args)
-    path = args.record or RECORDS / f"{args.suite}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    args.record.parent.mkdir(parents=True, exist_ok=True)
+    args.record.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({key: value for key, value in result.items() if key not in ("files", "not_run")}, indent=1))
     raise SystemExit(1 if result["survived"] else 0)
 

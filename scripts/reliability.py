@@ -225,17 +225,20 @@ def _mutants() -> Iterator[str]:
     runs = [json.loads(path.read_text()) for path in sorted(MUTANTS.glob("*.json"))]
     why = equivalents()
     told = "`scripts/mutants.py` changes one constant, bound, operator, branch, call or store at a time and runs the "
-    told += "tests that fit. A run may take a sample by seed, and may be cut short."
+    told += "tests that fit, or calls that judge a kernel on a GPU. A run may take a sample by seed, and may be cut "
+    told += "short. What was red without a fault is left out. Same code: no probed kernel's machine code changed."
     yield from ("## Generated faults", "", told)
-    yield from ("", "| suite | faults | run | how they ended | sample | when |", "|---|---|---|---|---|---|")
+    head = "| suite | faults | run | how they ended | sample | left out | when |"
+    yield from ("", head, "|---|---|---|---|---|---|---|")
     for run in runs:
         ends = ", ".join(f"{count} {end}" for end, count in run["ends"].items() if count and end != "not run")
         sample = "all" if run["sample"] is None else f"{run['sample']['size']} by seed {run['sample']['seed']}"
-        yield f"| {run['suite']} | {run['faults']} | {run['run']} | {ends} | {sample} | {_stamp(run)} |"
+        counts = f"{run['suite']} | {run['faults']} | {run['run']} | {ends} | {sample} | {len(run['left_out'])}"
+        yield f"| {counts} | {_stamp(run)} |"
     survivors = [(name, run["suite"]) for run in runs for name in (*run["equivalent"], *run["survived"])]
     killed = [entry for run in runs for entry in run.get("killed_since", ())]
     if survivors:
-        yield from ("", "| survivor | why it is none |", "|---|---|")
+        yield from ("", "| survivor | why it is none, or no test sees it |", "|---|---|")
         yield from (f"| {_cell(name)} | {why.get(name, 'not known yet')} |" for name, _ in survivors)
     if killed:
         yield from ("", "| survived that run | what fails on it since |", "|---|---|")

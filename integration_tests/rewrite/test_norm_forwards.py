@@ -14,7 +14,7 @@ import rmsnorm_patch
 from rmsnorm_patch import ops
 from rmsnorm_patch.patch_state import STATE
 from rmsnorm_patch.rewrite.counts import CALLS
-from rmsnorm_patch.rewrite.norms import MORE_ARGUMENTS
+from rmsnorm_patch.rewrite.guise import MORE_ARGUMENTS
 
 
 class Extra(nn.Module):

@@ -7,6 +7,9 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any, NamedTuple
 
+UNEVEN = ((601, 1000), (601, 520), (5, 5128), (600, 5128), (40, 7000), (9, 9216), (9, 10000), (33, 40))
+"""Rows and columns: two rows to a CTA, columns of which the threads, or the CTAs of a cluster, have unequal parts."""
+
 
 class Probe(NamedTuple):
     """One judged call. rows: the schedule's. call: says what is wrong, "" if nothing. capability: whose schedules are
@@ -23,7 +26,7 @@ def _norms(streamed: bool) -> Iterator[Probe]:
     longer than the registers of a multiprocessor of a GPU without clusters, by the schedules of such a GPU."""
     from benchlib.kernel_cases import BF16, FP16, FP32, SPECS, Case, Variant, fault_in
 
-    from rmsnorm_patch.numerics.spec import GEMMA, LLAMA
+    from rmsnorm_patch.numerics.spec import GEMMA, LLAMA, NormSpec
 
     fused, alone, in_place = "fused_add_rms_norm", "rms_norm", "fused_add_rms_norm_"
     weightless, offset, rounded, wide, width, group = SPECS[4:]
@@ -52,6 +55,22 @@ def _norms(streamed: bool) -> Iterator[Probe]:
         (fused, LLAMA, FP32, FP32, 16384, 33, "padded", "last columns"),
         (alone, GEMMA, BF16, BF16, 1600, 129, "offset", "last columns"),
         (alone, LLAMA, FP32, BF16, 2052, 17, "dense", "nan"),
+        (alone, NormSpec(width=101), BF16, BF16, 1024, 9, "dense", ""),
+        # rows that come by two to a CTA, and parts of a row that are not equal, in one CTA and in clusters
+        (fused, LLAMA, BF16, BF16, 1000, 515, "dense", ""),
+        (alone, LLAMA, BF16, BF16, 1600, 515, "dense", "last columns"),
+        (in_place, LLAMA, BF16, BF16, 520, 601, "dense", "last columns"),
+        (fused, LLAMA, BF16, BF16, 5128, 5, "padded", "last columns"),
+        (fused, LLAMA, BF16, BF16, 7000, 20, "dense", "last columns"),
+        (alone, LLAMA, BF16, BF16, 9216, 3, "dense", "last columns"),
+        (fused, LLAMA, BF16, BF16, 9216, 9, "dense", "last columns"),
+        (fused, LLAMA, BF16, BF16, 10000, 9, "dense", "last columns"),
+        (fused, LLAMA, BF16, BF16, 20480, 9, "dense", "last columns"),
+        (fused, LLAMA, BF16, BF16, 24584, 40, "dense", "last columns"),
+        (fused, LLAMA, BF16, BF16, 24584, 7, "dense", "last columns"),
+        (fused, LLAMA, BF16, BF16, 24584, 200, "dense", "last columns"),
+        (alone, LLAMA, BF16, BF16, 5128, 600, "dense", "last columns"),
+        (alone, LLAMA, BF16, BF16, 50000, 3, "dense", "last columns"),
     ]
     far = [
         (fused, LLAMA, BF16, BF16, 131072, 5, "dense", "last columns"),
@@ -97,7 +116,9 @@ def _adds() -> Iterator[Probe]:
                 return wrong[0]
         return _differ((alone, total), (x, kept[0]), (residual, kept[1]))
 
-    for m, n, spec in ((33, 2304, GEMMA), (2, 4096, LLAMA), (600, 3584, GEMMA), (5, 16384, LLAMA), (130, 128, LLAMA)):
+    even = ((33, 2304, GEMMA), (2, 4096, LLAMA), (600, 3584, GEMMA), (5, 16384, LLAMA), (130, 128, LLAMA))
+    uneven = tuple((m, n, LLAMA) for m, n in UNEVEN)
+    for m, n, spec in even + uneven:
         yield Probe(m, lambda a=(m, n, spec): call(*a), f"norm and add {m} {n}")
 
 
@@ -120,7 +141,7 @@ def _gated() -> Iterator[Probe]:
         wrong = compare(got, want).violations(GATED[x.dtype], x.dtype)
         return wrong[0] if wrong else _differ((x, kept[0]), (gate, kept[1]))
 
-    sizes = ((33, 128), (5, 2048), (600, 4096), (2, 8192))
+    sizes = ((33, 128), (5, 2048), (600, 4096), (2, 8192), *UNEVEN)
     for (m, n), order in ((size, order) for size in sizes for order in ORDERS):
         for activation in tuple(ACTIVATIONS)[: None if n == 128 else 1]:
             gating = GateSpec(activation, order)
@@ -148,7 +169,8 @@ def _pairs() -> Iterator[Probe]:
         torch.manual_seed(1)
         heads = torch.randn(tokens, 48, n, device="cuda").bfloat16()
         weights = [torch.rand(n, device="cuda").bfloat16() + 0.5 for _ in range(2)]
-        given = heads[:, :32], heads[:, 32:40]
+        first = 32 if n < 500 else 31  # odd numbers of rows, where a CTA takes two
+        given = heads[:, :first], heads[:, first:40]
         kept = heads.clone()
         results = kernel.bind_rms_norm_pair(spec)(*given, *weights, 1e-6)
         for got, x, weight in zip(results, given, weights, strict=True):
@@ -157,7 +179,8 @@ def _pairs() -> Iterator[Probe]:
                 return wrong[0]
         return _differ((heads, kept))
 
-    for tokens, n, spec in ((33, 128, LLAMA), (1, 128, GEMMA), (300, 64, LLAMA), (5, 256, LLAMA)):
+    sizes = ((33, 128, LLAMA), (1, 128, GEMMA), (300, 64, LLAMA), (5, 256, LLAMA), (3, 1000, LLAMA), (7, 520, GEMMA))
+    for tokens, n, spec in sizes:
         yield Probe(tokens * 40, lambda t=tokens, n=n, s=spec: call(t, n, s), f"pair {tokens} {n}")
 
 
@@ -188,7 +211,9 @@ def _partials() -> Iterator[Probe]:
             return "".join(wrong) or "a row too many"
         return _differ((padded[:m], summed), (padded[m], behind))
 
-    for m, n, parts, spec in ((5, 4096, 2, LLAMA), (33, 4096, 3, wide), (1, 2048, 8, LLAMA), (16, 8192, 4, wide)):
+    even = ((5, 4096, 2, LLAMA), (33, 4096, 3, wide), (1, 2048, 8, LLAMA), (16, 8192, 4, wide))
+    uneven = tuple((m, n, 2, LLAMA) for m, n in ((5, 1000), (16, 5128), (9, 10000), (40, 20480), (9, 24584), (16, 40)))
+    for m, n, parts, spec in even + uneven:
         yield Probe(m, lambda a=(m, n, parts, spec): call(*a), f"parts {m} {n} {parts}")
 
 
@@ -241,7 +266,9 @@ def _quantised() -> Iterator[Probe]:
     for quant, spec in kinds:
         yield Probe(33, lambda a=(33, 4096, quant, spec, False): call(*a), f"quantised 33 4096 {quant}")
     fp16 = torch.float16
+    uneven = [(m, n, *kind, True) for m, n in UNEVEN for kind in (kinds[3], kinds[6], kinds[7])]
     for given in (
+        *uneven,
         (17, 4096, token, LLAMA, True),
         (3, 16384, token, LLAMA, True),
         (40, 16384, *kinds[6], False),
