@@ -123,12 +123,13 @@ def test_the_scan_works_under_inference_mode_autocast_and_a_half_default_dtype()
 
 
 def test_a_32_layer_model_is_scanned_in_under_a_second():
+    """Of this process: other work on the cores is not counted."""
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=32, hidden_size=4096, vocab_size=64))
     norms._BY_CLASS.clear()
-    start = time.perf_counter()
+    start = time.process_time()
     assert len(scan_norms(model)) == 65
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
 
 
 def test_accelerate_hooks_and_offloaded_weights():

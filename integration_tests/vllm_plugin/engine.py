@@ -21,6 +21,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import compiled_cpp
 import fp8_products
 import torch
 import whole_compiler
@@ -80,6 +81,8 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     os.environ.update(request.get("variables", {}))
     import vllm
 
+    if not torch.cuda.is_available():
+        compiled_cpp.install(Path(os.environ["VLLM_CACHE_ROOT"], "compiled_cpp"))
     if "vllm_version" in request:
         vllm.__version__ = request["vllm_version"]
     if request.get("hide_ir"):

@@ -138,8 +138,8 @@ class Server:
         return whole.text, "".join(parts), whole.logprobs.token_logprobs
 
     def is_gone(self) -> bool:
-        """Whether no process of the server is left, within ten seconds."""
-        for _ in range(50):
+        """Whether no process of the server is left, within five minutes: a guard against a hang."""
+        for _ in range(1500):
             try:
                 os.killpg(self.process.pid, 0)
             except ProcessLookupError:

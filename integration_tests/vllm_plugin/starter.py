@@ -8,6 +8,7 @@ A child ends as an interpreter does. Our package is not among what was imported:
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -16,7 +17,12 @@ import sys
 import types
 from typing import Any
 
-IMPORTED = ("vllm", "vllm.v1.engine.llm_engine", "vllm.v1.worker.cpu_worker", "vllm.model_executor.models.llama")
+IMPORTED = (
+    *("vllm", "vllm.entrypoints.llm", "vllm.v1.engine.llm_engine", "vllm.v1.worker.cpu_worker"),
+    *("vllm.model_executor.models.llama", "torch._inductor.compile_fx"),
+)
+ASKED = (("codecache", "torch_key"), ("cpu_vec_isa", "valid_vec_isa_list"))
+"""What Inductor finds out and keeps: a digest of torch's sources, and vector instructions, by compiling for them."""
 
 
 def answer(value: int) -> None:
@@ -55,9 +61,14 @@ def run(words: list[str]) -> None:
 def main() -> None:
     for name in IMPORTED:
         importlib.import_module(name)
+    for module, question in ASKED:
+        getattr(importlib.import_module(f"torch._inductor.{module}"), question)()
     threads = os.listdir("/proc/self/task")
     if len(threads) > 1:
         sys.exit(f"{len(threads)} threads after the imports: a fork would leave a lock that nobody opens")
+    # What was imported stays: a child need not look through it, nor copy its pages, at each collection and at its end.
+    gc.collect()
+    gc.freeze()
     answer(os.getpid())
     for line in sys.stdin:
         request = json.loads(line)

@@ -20,6 +20,7 @@ Explained = Callable[..., dict[str, Any]]
 
 
 def explain(run: Callable[..., Any], env: dict[str, str], model: Path, *arguments: str) -> dict[str, Any]:
+    """As `rmsnorm-patch env` tells it, which asks an interpreter of its own."""
     options = [f"--vllm-arg={argument}" for argument in ("--dtype=bfloat16", *arguments)]
     done = run(["-m", "rmsnorm_patch", "env", "--json", "--vllm-model", str(model), *options], env)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -29,7 +30,17 @@ def explain(run: Callable[..., Any], env: dict[str, str], model: Path, *argument
 
 @pytest.fixture
 def explained(environment: Callable[..., dict[str, str]], run_program: Callable[..., Any]) -> Explained:
-    return lambda model, *arguments, **variables: explain(run_program, environment(**variables), model, *arguments)
+    """What that interpreter answers, from a fork of one that has imported vLLM."""
+
+    def ask(model: Path, *arguments: str, **variables: str) -> dict[str, Any]:
+        words = ["-m", "rmsnorm_patch.vllm_plugin.explain", str(model), "--dtype=bfloat16", *arguments]
+        done = run_program(words, environment(**variables))
+        assert done.returncode == 0, done.stderr[-3000:]
+        answer: dict[str, Any] = json.loads(done.stdout)
+        norms = [[norm[key] for key in ("path", "class", "columns", "served_by")] for norm in answer.pop("norms", ())]
+        return {"arguments": words[2:], "norms": norms, "error": "", **answer}
+
+    return ask
 
 
 def _served(engine: dict[str, Any]) -> Counter[str]:
@@ -74,7 +85,8 @@ def test_norms_with_1_plus_w_are_served_by_their_class(explained: Explained, che
     assert _served(engine) == {"rmsnorm_patch (rmsnorm_patch_hf_olmo)": 5}
 
 
-def test_what_vllm_refuses_is_told(explained: Explained, tmp_path: Path) -> None:
-    engine = explained(tmp_path)
+def test_what_vllm_refuses_is_told(environment: Any, run_program: Any, tmp_path: Path) -> None:
+    engine = explain(run_program, environment(), tmp_path, "--enforce-eager")
+    assert engine["arguments"] == [str(tmp_path), "--dtype=bfloat16", "--enforce-eager"]
     assert engine["norms"] == []
     assert engine["error"]

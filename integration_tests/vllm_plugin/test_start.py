@@ -104,7 +104,7 @@ if __name__ == "__main__":
         process = context.Process(target=register_here, args=(queue,))
         process.start()
         process.join(900)
-        assert process.exitcode == 0 and queue.get(timeout=60) == "ok", method
+        assert process.exitcode == 0 and queue.get(timeout=900) == "ok", method
     register_here()
     context = multiprocessing.get_context("fork")
     process = context.Process(target=register_here)

@@ -66,7 +66,7 @@ def within(fork, tmp_path) -> Callable[..., None]:
 
     def run(work: Callable[[], None]) -> None:
         child = fork(work)
-        child.join(20)
+        child.join(300)  # a guard against a hang
         assert child.exitcode == 0
 
     return run

@@ -1,0 +1,46 @@
+"""Inductor's C++ compiler, asked once a session for each source: engines that differ in their norms share the rest.
+
+vLLM gives every configuration a cache of its own, in which Inductor would compile the same kernels once more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import shutil
+from pathlib import Path
+
+from filelock import FileLock
+
+
+def key_of(words: list[str]) -> str:
+    """Of a compiler's command: its words, without the folders of the files that it reads and writes, and what those
+    that it reads hold. Inductor names a source by its content, a header by what it includes too."""
+    total = hashlib.sha256()
+    output = words[words.index("-o") + 1]
+    for word in words:
+        read = word != output and os.path.isfile(word)
+        total.update(f"{os.path.basename(word) if read or word == output else word}\0".encode())
+        total.update(Path(word).read_bytes() if read else b"")
+    return total.hexdigest()
+
+
+def install(folder: Path) -> None:
+    """folder: where results are kept, shared by the engines of a session."""
+    from torch._inductor import cpp_builder
+
+    compile_now = cpp_builder._run_compile_cmd
+
+    def compile_once(command: str, cwd: str) -> None:
+        words = shlex.split(command)
+        output, kept = Path(words[words.index("-o") + 1]), folder / key_of(words)
+        with FileLock(f"{kept}.lock"):
+            if not kept.exists():
+                compile_now(command, cwd)
+                shutil.copy(output, kept.with_suffix(".new"))
+                kept.with_suffix(".new").rename(kept)
+        shutil.copy(kept, output)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    cpp_builder._run_compile_cmd = compile_once
