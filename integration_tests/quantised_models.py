@@ -57,25 +57,23 @@ def product_of_the_hub() -> Iterator[None]:
 
 
 def fine_grained(folder: Path, device: str) -> PreTrainedModel:
-    """transformers' `FP8Linear` with blocks of 128 x 128; its loader makes such on a GPU alone."""
+    """transformers' `FP8Linear` with blocks of 128 x 128, put in as its loader does on a GPU, and on no CPU."""
     from transformers import FineGrainedFP8Config
     from transformers.integrations import finegrained_fp8
 
     if not hasattr(finegrained_fp8, HELD):
         pytest.skip("this transformers keeps the hub's product elsewhere")
     checkpoint = quantise_checkpoint(TINY_LLAMA, folder, "block")
-    if device == "cuda":
-        return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16, device_map=device).eval()
     model = AutoModelForCausalLM.from_pretrained(TINY_LLAMA, dtype=torch.bfloat16)
     finegrained_fp8.replace_with_fp8_linear(model, ["lm_head"], FineGrainedFP8Config(), pre_quantized=True)
     model.load_state_dict(load_file(checkpoint / "model.safetensors"), strict=False, assign=True)
-    return model.eval()
+    return model.eval().to(device)
 
 
 def compressed(folder: Path, device: str, scheme: str = "token") -> PreTrainedModel:
     """As compressed-tensors loads it: FP8 until the first forward, then dense weights behind its quantisations."""
     checkpoint = quantise_checkpoint(TINY_LLAMA, folder, scheme)
-    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16, device_map=device).eval()
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).eval().to(device)
 
 
 def optimized(folder: Path) -> PreTrainedModel:
@@ -86,9 +84,8 @@ def optimized(folder: Path) -> PreTrainedModel:
         pytest.skip("this transformers has no product for compressed-tensors")
     wanted = CompressedTensorsConfig(use_optimized_inference=True)
     checkpoint = quantise_checkpoint(TINY_LLAMA, folder, "token")
-    return AutoModelForCausalLM.from_pretrained(
-        checkpoint, dtype=torch.bfloat16, device_map="cuda", quantization_config=wanted
-    ).eval()
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16, quantization_config=wanted)
+    return model.eval().to("cuda")
 
 
 def torchao(config: str, device: str) -> PreTrainedModel:
@@ -97,6 +94,5 @@ def torchao(config: str, device: str) -> PreTrainedModel:
     from transformers import TorchAoConfig
 
     wanted = TorchAoConfig(getattr(torchao.quantization, config)())
-    return AutoModelForCausalLM.from_pretrained(
-        TINY_LLAMA, dtype=torch.bfloat16, device_map=device, quantization_config=wanted
-    ).eval()
+    model = AutoModelForCausalLM.from_pretrained(TINY_LLAMA, dtype=torch.bfloat16, quantization_config=wanted)
+    return model.eval().to(device)

@@ -19,6 +19,7 @@ from benchlib import aims
 from benchlib.pages import wrapped
 
 from rmsnorm_patch.bench import plots
+from rmsnorm_patch.bench.quantised import QUANTISED
 from rmsnorm_patch.bench.rows import (
     FUSED,
     PAIR,
@@ -260,6 +261,13 @@ def long_and_odd(record: Row, op: str) -> list[Row]:
     return [row for row in select(record, op, "cold") if row["m"] != 4096 or row["n"] not in in_prefill]
 
 
+def quantised(record: Row, mode: str, note: str) -> str:
+    """A table for each op that the record has rows of."""
+    found = {op.removeprefix(f"{FUSED}_"): rows for op in QUANTISED if (rows := select(record, op, mode))}
+    tables = [f"**{name}.** {peers('', rows).lstrip()}" for name, rows in found.items()]
+    return "\n\n".join([note, *tables]) if tables else MISSING
+
+
 COLD = "Buffers rotate through ten times the L2."
 SECTIONS: dict[str, Callable[[Row], str]] = {
     "Aims": aims_table,
@@ -272,6 +280,8 @@ SECTIONS: dict[str, Callable[[Row], str]] = {
         "else takes two (Inductor: one compiled function). First cold, then hot.",
         select(r, PAIR, "cold") + select(r, PAIR, "hot"),
     ),
+    "Quantised rows": lambda r: quantised(r, "cold", f"Add, norm and quantisation. {COLD}"),
+    "Quantised rows, decode": lambda r: quantised(r, "chain", "Add, norm and quantisation, chained by their sum."),
     "Long and odd rows, fused add": lambda r: peers(COLD, long_and_odd(r, FUSED)),
     "Long rows, plain norm": lambda r: peers(COLD, long_and_odd(r, PLAIN)),
     "Other dtypes and numerics": variants_table,

@@ -47,6 +47,11 @@ def record(script):
     ]
     kernels += [row(FUSED, "kernel", 4096, int(n), us - 0.5, None, theirs=us + 0.25) for n, us in published.items()]
     kernels += [row(FUSED, "chain", t.case.m, t.case.n, 1.0, 1.5) for t in suites["decode"]]
+    kernels += [
+        row(t.case.op, t.case.mode, t.case.m, t.case.n, 1.0, 1.5)
+        for suite in ("quantised", "quantised_decode")
+        for t in suites[suite]
+    ]
     kernels += [row(FUSED, "hot", 4096, n, 1.0, 1.5) for n in (1024, 2048)]
     kernels += [row(PAIR, mode, 4096, 128, 1.0, 1.5, ours_two_launches=1.4) for mode in ("cold", "hot")]
     kernels += [row(op, "cold", 512, n, 1.0, 1.1) for op in (FUSED, PLAIN) for n in (65536, 131072, 262144)]
@@ -95,8 +100,12 @@ def test_every_aim_is_open_without_figures(script, record):
 @pytest.mark.parametrize(
     ("choose", "change", "aims"),
     [
-        (lambda r: r["mode"] == "chain" and r["m"] == 64, 1.2, ["dependent chain, 1 to 64 rows"]),
-        (lambda r: r["mode"] == "chain" and r["m"] == 256, 1.4, ["dependent chain, 128 and 256 rows"]),
+        (lambda r: r["mode"] == "chain" and r["op"] == FUSED and r["m"] == 64, 1.2, ["dependent chain, 1 to 64 rows"]),
+        (
+            lambda r: r["mode"] == "chain" and r["op"] == FUSED and r["m"] == 256,
+            1.4,
+            ["dependent chain, 128 and 256 rows"],
+        ),
         (lambda r: r["mode"] == "hot" and r["op"] == FUSED, 1.45, ["hot"]),
         (lambda r: r["mode"] == "kernel" and r["n"] == 16384, 136.0, ["kernel time alone"]),
         (lambda r: r["n"] == 262144 and r["op"] == PLAIN, 1.2, ["rows of 65536"]),
@@ -146,6 +155,16 @@ def test_a_page_of_everything(script, record, tmp_path, monkeypatch):
     for name in ("results_roofline.svg", "results_decode.svg"):
         assert f"]({name})" in text
         assert (tmp_path / name).read_text().startswith("<?xml")
+
+
+def test_each_way_of_quantising_has_a_table(script, record, tmp_path, monkeypatch):
+    text = write(script, record, tmp_path, monkeypatch)
+    for title, shapes, count in (("Quantised rows", "4096 x ", 3), ("Quantised rows, decode", "64 x ", 2)):
+        section = text.split(f"## {title}\n")[1].split("\n## ")[0]
+        assert re.findall(r"^\*\*(\w+)\.\*\*", section, flags=re.MULTILINE) == [
+            *("fp8_static", "fp8_token", "fp8_block", "fp8_block_columns", "fp8_block_both", "int8_token")
+        ]
+        assert section.count(f"\n| {shapes}") == 6 * count
 
 
 def test_a_page_of_nothing_says_so_in_every_section(script, tmp_path, monkeypatch):
