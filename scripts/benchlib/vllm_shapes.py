@@ -33,6 +33,13 @@ QWEN3 = {
     "num_hidden_layers": 36,
     "rms_norm_eps": 1e-6,
 }
+QWEN3_MOE = {
+    **{"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048},
+    **{"intermediate_size": 6144, "num_hidden_layers": 12, "num_key_value_heads": 4, "rms_norm_eps": 1e-6},
+    **{"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True},
+    **{"decoder_sparse_step": 1, "mlp_only_layers": []},
+}
+"""A quarter of the layers of Qwen3-30B-A3B."""
 GEMMA3_4B = {
     "architectures": ["Gemma3ForCausalLM"],
     "model_type": "gemma3_text",
@@ -80,6 +87,7 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "glm4-9b": (GLM4_9B, {}),
     "olmo2-1b": (OLMO2_1B, {}),
     "llama-8b-fp8": (LLAMA_8B, {"quantization": "fp8"}),
+    "qwen3-moe-fp8": ({**LLAMA_8B, **QWEN3_MOE}, {"quantization": "fp8"}),
     "llama-8b-tp2": (LLAMA_8B, {"tensor_parallel_size": 2}),
     "tiny": (TINY, {}),
     "tiny-fp8": (TINY, {"quantization": "fp8"}),
