@@ -33,9 +33,10 @@ collapse there, and matrix products run faster on them: it holds only where weig
 Ideas that lost, to be measured again: "-dependent" launches the compiler's own kernels dependently too
 (`triton.enable_pdl`), "ir-heads" serves the norms over q and k heads, which the plugin leaves to the compiler, and
 "ir-functional" returns new tensors where the plugin writes into its inputs. "ir-apart" is the plugin without its
-taking over what is left of split products (RMSNORM_PATCH_VLLM_LINEAR=off), "ir-reorder" with splits of its own, which
-change bits (=reorder); as this is the setting of a process, no engine "ir" can share it. "oot-noir" is route oot with
-vLLM's IR hidden: what a vLLM without it gets.
+taking over what is left of split products (RMSNORM_PATCH_VLLM_LINEAR=off), "ir-adds-apart" without its taking adds into
+the norms in front of them (RMSNORM_PATCH_VLLM_NORM_ADD=off). "ir-reorder" has splits of its own, which change bits
+(RMSNORM_PATCH_VLLM_LINEAR=reorder); as this is the setting of a process, no engine "ir" can share it. "oot-noir" is
+route oot with vLLM's IR hidden: what a vLLM without it gets.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchlib.vllm_engine import ENVIRONMENT, SHAPES, VARIANTS, Setup, base_of, schedules_of, serve
+from benchlib.vllm_engine import VARIANTS, Setup, base_of, schedules_of, serve
+from benchlib.vllm_shapes import ENVIRONMENT, SHAPES
 from gpu_record import digest
 
 from rmsnorm_patch.bench.versions import versions

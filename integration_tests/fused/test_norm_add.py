@@ -72,7 +72,9 @@ def test_each_rounding_is_the_models(spec: NormSpec) -> None:
     assert not torch.equal(unrounded.to(BF16), total)
 
 
-@pytest.mark.parametrize("spec", [LLAMA, GEMMA, SPECS["width"], SPECS["weightless"]], ids=str)
+@pytest.mark.parametrize(
+    "spec", [LLAMA, GEMMA, *(SPECS[name] for name in ("width", "weightless", "fp32 sum"))], ids=str
+)
 @pytest.mark.parametrize(
     ("n", "apart"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,9 +20,11 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 EPS, NEXT_EPS = 1e-6, 1e-3
+FP32_SUM = NormSpec(round_before_weight="none", output="input", sum="fp32")
+FP32_SUMS = {"fp32 sum": FP32_SUM, "fp32 sum, offset": replace(FP32_SUM, weight_offset="fp32")}
 SPECS = {"llama": LLAMA, "gemma": GEMMA, "one rounding": FP32_WEIGHT_MULTIPLY, "width": NormSpec(width=100),
          "offset in the weight's dtype": NormSpec(weight_offset="weight_dtype"),
-         "weightless": NormSpec(has_weight=False)}  # fmt: skip
+         "weightless": NormSpec(has_weight=False), **FP32_SUMS}  # fmt: skip
 LENGTHS = (128, 1024, 2304, 2560, 3584, 3840, 4096, 5120, 5376, 8192, 16384)
 ROWS = (1, 2, 5, 17, 33, 100, 130, 300, 600, 1029)
 """Of every schedule, and some that are no multiple of the rows of a CTA."""
@@ -53,7 +56,7 @@ def test_bits_are_those_of_the_separate_kernels(n: int, spec: NormSpec) -> None:
 @pytest.mark.parametrize("dtype", [FP16, FP32], ids=str)
 @pytest.mark.parametrize("n", [128, 2304, 4096, 8192])
 def test_other_dtypes(dtype: torch.dtype, n: int) -> None:
-    for spec in (LLAMA, GEMMA):
+    for spec in (LLAMA, GEMMA, FP32_SUM):
         for m in (1, 33, 600):
             assert check(rows(m, n, 3, dtype), rows(m, n, 4, dtype), *weights(n, dtype, spec), spec) == ""
 
@@ -112,7 +115,7 @@ def test_weights_written_by_the_kernel_in_front_are_read() -> None:
 
 @pytest.mark.parametrize("n", [128, 1003, 3584, 4608, 5376, 20000])
 def test_triton_bits_are_those_of_its_separate_kernels(n: int) -> None:
-    for spec in (LLAMA, GEMMA):
+    for spec in (LLAMA, GEMMA, FP32_SUM):
         for m in (1, 37):
             check(rows(m, n, 19), rows(m, n, 20), *weights(n, BF16, spec), spec, "triton")
 

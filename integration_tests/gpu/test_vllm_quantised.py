@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "integration_tests" / "data"
 sys.path.insert(0, str(ROOT / "scripts"))
 from benchlib.quantised import quantise_checkpoint  # noqa: E402
-from benchlib.vllm_engine import ENVIRONMENT  # noqa: E402
+from benchlib.vllm_shapes import ENVIRONMENT  # noqa: E402
 
 LAYERS = 2
 NORMS = 2 * LAYERS + 1

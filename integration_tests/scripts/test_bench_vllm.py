@@ -8,9 +8,11 @@ import sys
 import pytest
 import torch
 from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rmsnorm_patch.backends.cuda import launcher, schedules
 from rmsnorm_patch.kernel_files import kernels_dir
+from rmsnorm_patch.vllm_plugin import settings
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +23,11 @@ def bench_vllm(script):
 @pytest.fixture(scope="module")
 def vllm_engine(script):
     return script("benchlib.vllm_engine")
+
+
+@pytest.fixture(scope="module")
+def shapes(script):
+    return script("benchlib.vllm_shapes")
 
 
 def test_what_each_kernel_adds_to_a_step_is_the_step(vllm_engine):
@@ -38,18 +45,34 @@ def test_kernels_whose_names_begin_alike_are_told_apart(vllm_engine):
     assert all(len(label) <= 90 for label in labels)
 
 
-def test_every_scheme_has_its_shapes(vllm_engine):
-    for scheme, quantisation in vllm_engine.CONFIGS.items():
+def test_every_scheme_has_its_shapes(shapes):
+    for scheme, quantisation in shapes.CONFIGS.items():
         for name in ("llama-8b", "tiny"):
-            config, extra = vllm_engine.SHAPES[f"{name}-{scheme}"]
+            config, extra = shapes.SHAPES[f"{name}-{scheme}"]
             assert (config["quantization_config"], extra) == (quantisation, {})
-            assert config["hidden_size"] == vllm_engine.SHAPES[name][0]["hidden_size"]
-    assert "quantization_config" not in vllm_engine.LLAMA_8B
-    assert set(vllm_engine.ENVIRONMENT) <= set(vllm_engine.SHAPES)
+            assert config["hidden_size"] == shapes.SHAPES[name][0]["hidden_size"]
+    assert "quantization_config" not in shapes.LLAMA_8B
+    assert set(shapes.ENVIRONMENT) <= set(shapes.SHAPES)
 
 
-def test_a_shape_with_experts_is_a_configuration_of_transformers(vllm_engine):
-    config, extra = vllm_engine.SHAPES["qwen3-moe-fp8"]
+@pytest.mark.parametrize("shape", ["gemma3-4b", "glm4-9b", "olmo2-1b"])
+def test_sandwich_shapes_are_configs_that_transformers_reads(shapes, shape):
+    fields = dict(shapes.SHAPES[shape][0])
+    (architecture,) = fields["architectures"]
+    config = AutoConfig.for_model(**fields)
+    assert architecture == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[fields["model_type"]]
+    assert all(getattr(config, name) == value for name, value in fields.items() if name != "torch_dtype")
+
+
+def test_a_variable_is_set_while_an_engine_starts(vllm_engine, monkeypatch):
+    monkeypatch.delenv(vllm_engine.NORM_ADD_VARIABLE, raising=False)
+    with vllm_engine.CHANGES["ir-adds-apart"]():
+        assert settings.read_norm_add() == "off"
+    assert settings.read_norm_add() == "auto"
+
+
+def test_a_shape_with_experts_is_a_configuration_of_transformers(shapes):
+    config, extra = shapes.SHAPES["qwen3-moe-fp8"]
     made = AutoConfig.for_model(**{name: value for name, value in config.items() if name != "architectures"})
     assert (made.num_experts, made.num_experts_per_tok, made.head_dim) == (128, 8, 128)
     assert extra == {"quantization": "fp8"}

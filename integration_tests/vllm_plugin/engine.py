@@ -7,8 +7,8 @@ for vLLM's IR ops) and `changes` (generate once more after each: "written" norm 
 engine runs; "replaced" ones, by others in another memory).
 Answer: tokens and logprobs of every prompt, the number of forwards while they were generated, the lines of our call
 trace that belong to them and those from the start (where a CUDA graph's calls are captured), the classes of the model's
-norms, and whether CUDA was initialised. On a GPU: which of our kernels the device ran while the tokens were generated;
-on the CPU with the whole compiler: which ops ran, and how often.
+norms, and whether CUDA was initialised. On a GPU: which of our kernels the device ran while the tokens were generated,
+and how many kernels of any; on the CPU with the whole compiler: which ops ran, and how often.
 With several workers, which are processes of their own, only tokens, logprobs and the lines of each worker.
 """
 
@@ -32,7 +32,14 @@ def trace_lines() -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-KERNELS = ("rms_norm_rows", "rms_norm_partials", "rms_norm_stream", "rms_norm_pair", "rms_norm_quantised")
+KERNELS = (
+    "rms_norm_rows",
+    "rms_norm_partials",
+    "rms_norm_stream",
+    "rms_norm_pair",
+    "rms_norm_quantised",
+    "rms_norm_add",
+)
 
 
 def told(outputs: list[Any]) -> dict[str, Any]:
@@ -47,10 +54,11 @@ def told(outputs: list[Any]) -> dict[str, Any]:
     }
 
 
-def generate(llm: Any, prompts: list[Any], sampling: Any, watched: bool) -> tuple[list[Any], dict[str, int]]:
-    """The outputs, and kernel -> launches of it, replays of a CUDA graph included; on the CPU op -> calls."""
+def generate(llm: Any, prompts: list[Any], sampling: Any, watched: bool) -> tuple[list[Any], dict[str, int], int]:
+    """The outputs, kernel of ours -> launches of it, replays of a CUDA graph included, and all that the device ran; on
+    the CPU op -> calls."""
     if not torch.cuda.is_available() and not watched:
-        return llm.generate(prompts, sampling, use_tqdm=False), {}
+        return llm.generate(prompts, sampling, use_tqdm=False), {}, 0
     on_a_gpu = torch.cuda.is_available()
     activity = torch.profiler.ProfilerActivity.CUDA if on_a_gpu else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity]) as profile:
@@ -59,8 +67,9 @@ def generate(llm: Any, prompts: list[Any], sampling: Any, watched: bool) -> tupl
             torch.cuda.synchronize()
     rows = profile.key_averages()
     if on_a_gpu:
-        return outputs, {row.key: row.count for row in rows if row.key in KERNELS}
-    return outputs, {row.key: row.count for row in rows if row.key.startswith(("aten::", "rmsnorm_patch::"))}
+        ran = {row.key: row.count for row in rows if row.device_type == torch.autograd.DeviceType.CUDA}
+        return outputs, {name: count for name, count in ran.items() if name in KERNELS}, sum(ran.values())
+    return outputs, {row.key: row.count for row in rows if row.key.startswith(("aten::", "rmsnorm_patch::"))}, 0
 
 
 def lines_of_workers() -> dict[str, list[dict[str, Any]]]:
@@ -122,7 +131,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
 
     model.compute_logits = counted
     at_start = trace_lines()
-    outputs, kernels = generate(llm, prompts, sampling, watched=request.get("whole_compiler", False))
+    outputs, kernels, launches = generate(llm, prompts, sampling, watched=request.get("whole_compiler", False))
     lines, counted_forwards, after = trace_lines()[len(at_start) :], forwards, dict[str, Any]()
     for how in request.get("changes", ()):
         change_norms(model, how)
@@ -134,6 +143,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         "trace": lines,
         "trace_at_start": at_start,
         "kernels": kernels,
+        "launches": launches,
         "norms": sorted({type(m).__name__ for m in model.modules() if "RMSNorm" in type(m).__name__}),
         "priority": llm.llm_engine.vllm_config.kernel_config.ir_op_priority.rms_norm,
         "cuda_initialised": torch.cuda.is_initialized(),

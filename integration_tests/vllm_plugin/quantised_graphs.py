@@ -153,13 +153,16 @@ FORMS = ("in place", "written", "functional", "plain")
 
 class Made:
     """The graph that torch makes of `forward(x, residual, weight, scale)`, functional, with symbolic numbers of rows.
-    form: "in place" puts our op that writes back in place, as vLLM's lowering does."""
+    form: "in place" puts our op that writes back in place, as vLLM's lowering does. more: inputs in place of scale."""
 
-    def __init__(self, forward: Callable[..., Any], form: str = "written", m: int = 5) -> None:
+    def __init__(
+        self, forward: Callable[..., Any], form: str = "written", m: int = 5, more: tuple[torch.Tensor, ...] = ()
+    ) -> None:
         torch._dynamo.reset()
         generator = torch.Generator().manual_seed(1)
         x, residual = (torch.randn(m, N, generator=generator).to(BF16) for _ in range(2))
-        self.inputs = x, residual, torch.randn(N, generator=generator).to(BF16), torch.tensor([0.02])
+        weight = torch.randn(N, generator=generator).to(BF16)
+        self.inputs = x, residual, weight, *(more or (torch.tensor([0.02]),))
         made = self.made = list[fx.GraphModule]()
 
         def keep(module: fx.GraphModule, example: Any) -> Any:

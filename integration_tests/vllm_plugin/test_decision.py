@@ -219,6 +219,20 @@ def test_a_bad_value_for_quantised_rows_names_the_allowed_ones(monkeypatch: pyte
     assert settings.read_quantised() == "off"
 
 
+def test_adds_behind_norms_are_taken_where_the_graph_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert decide(CUDA).norm_add
+    off = decide(replace(CUDA, norm_add="off"))
+    assert not off.norm_add
+    assert "RMSNORM_PATCH_VLLM_NORM_ADD=off leaves the adds behind norms apart" in off.reason
+    eager = [decide(replace(CUDA, compiled=False, norm_add=setting)) for setting in ("auto", "off")]
+    assert not any(decision.norm_add or "NORM_ADD" in decision.reason for decision in eager)
+    monkeypatch.setenv("RMSNORM_PATCH_VLLM_NORM_ADD", "on")
+    told = "RMSNORM_PATCH_VLLM_NORM_ADD: got 'on'; supported: auto, off; next: "
+    for check in (settings.read_norm_add, settings.check):
+        with pytest.raises(UnsupportedInput, match=told):
+            check()
+
+
 def test_a_bad_value_for_joining_names_the_allowed_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RMSNORM_PATCH_VLLM", raising=False)
     monkeypatch.setenv("RMSNORM_PATCH_VLLM_LINEAR", "on")

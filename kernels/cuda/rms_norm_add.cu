@@ -3,11 +3,12 @@
 //   total = norm(x) + residual, normed = norm(total) with the next weight.
 //
 // Each step is rounded as in the kernels of the norms, whose reduction trees these are: the bits are those of the
-// separate ops. NEXT == 0 leaves the second norm out.
+// separate ops. With SUM_F32 the second norm reads the sum before it is rounded, as that of a fused add does. NEXT == 0
+// leaves the second norm out.
 
 #include "rows.cuh"
 
-static_assert(FUSED_ADD && !SUM_F32 && OUT_T == X_T, "the norm's result is added in X_T");
+static_assert(FUSED_ADD && OUT_T == X_T, "the norm's result is added in X_T");
 static_assert(!STRIDE2 && WEIGHT_ROWS == 1 && N % VEC == 0, "rows of one level, of whole chunks");
 
 // Strides in elements. total and normed have rows one after another.
@@ -64,12 +65,31 @@ __device__ __forceinline__ void expect_next_sums() {
 
 constexpr int K = CHUNKS_PER_THREAD, U = ROWS_PER_THREAD;
 
+// A chunk of x, or of the sum, as a norm reads it. x comes packed also where the sum is held in fp32.
+template <int WORDS>
+__device__ __forceinline__ void hold(const u32 (&chunk)[WORDS], u32 (&held)[HELD_WORDS]) {
+    if constexpr (WORDS == HELD_WORDS) {
+#pragma unroll
+        for (int word = 0; word < WORDS; ++word) held[word] = chunk[word];
+    } else {
+#pragma unroll
+        for (int p = 0; p < PAIRS; ++p) {
+            const Pair pair = unpack<X_T>(chunk[p]);
+            held[2 * p] = __float_as_uint(pair.lo);
+            held[2 * p + 1] = __float_as_uint(pair.hi);
+        }
+    }
+}
+
 // What each row of the thread adds to its row's sum of squares, in the parts that the tree takes.
-__device__ __forceinline__ void squares_of(const u32 (&held)[U * K][HELD_WORDS], const Share& share,
+template <int WORDS>
+__device__ __forceinline__ void squares_of(const u32 (&chunks)[U * K][WORDS], const Share& share,
                                            float (&partial)[U * SUMS_PER_THREAD]) {
 #pragma unroll
     for (int i = 0; i < U * K; ++i) {
-        const float sum = sum_of_squares(held[i], (share.first_chunk + i % K * TPR) * VEC);
+        u32 held[HELD_WORDS];
+        hold(chunks[i], held);
+        const float sum = sum_of_squares(held, (share.first_chunk + i % K * TPR) * VEC);
         if constexpr (TREE_THREADS) {
             partial[i / K] = i % K == 0 ? sum : __fadd_rn(partial[i / K], sum);
         } else {
@@ -79,11 +99,12 @@ __device__ __forceinline__ void squares_of(const u32 (&held)[U * K][HELD_WORDS],
 }
 
 // Without this the compiler keeps the unpacked fp32 values across a reduction: twice the registers.
-__device__ __forceinline__ void keep_packed(u32 (&held)[U * K][HELD_WORDS]) {
+template <int WORDS>
+__device__ __forceinline__ void keep_packed(u32 (&chunks)[U * K][WORDS]) {
 #pragma unroll
     for (int i = 0; i < U * K; ++i) {
 #pragma unroll
-        for (int word = 0; word < HELD_WORDS; ++word) asm volatile("" : "+r"(held[i][word]));
+        for (int word = 0; word < WORDS; ++word) asm volatile("" : "+r"(chunks[i][word]));
     }
 }
 
@@ -107,7 +128,7 @@ extern "C" __global__ void __launch_bounds__(THREADS_PER_ROW* SLOTS, RESIDENT_CT
     if constexpr (LAUNCH_AT == 1) launch_next_kernel();
 
     Weights weights[WEIGHTS_HELD], next_weights[WEIGHTS_HELD];
-    u32 held[U * K][HELD_WORDS], residual[U * K][X_WORDS];
+    u32 x[U * K][X_WORDS], residual[U * K][X_WORDS], held[U * K][HELD_WORDS];
     auto row_of = [&](int u) { return first + share.slot + u * SLOTS; };
     auto is_chunk = [&](int i) { return is_row(row_of(i / K), args.m) && share.exists(i % K); };
     auto chunk_of = [&](int i) { return share.first_chunk + i % K * TPR; };
@@ -118,9 +139,9 @@ extern "C" __global__ void __launch_bounds__(THREADS_PER_ROW* SLOTS, RESIDENT_CT
 #pragma unroll
     for (int i = 0; i < U * K; ++i) {
 #pragma unroll
-        for (int word = 0; word < X_WORDS; ++word) held[i][word] = residual[i][word] = 0;
+        for (int word = 0; word < X_WORDS; ++word) x[i][word] = residual[i][word] = 0;
         if (is_chunk(i)) {
-            load_chunk<X_T, ALIGN>(held[i], place(rows.x, rows.x_row_stride, i), valid_elements(chunk_of(i)));
+            load_chunk<X_T, ALIGN>(x[i], place(rows.x, rows.x_row_stride, i), valid_elements(chunk_of(i)));
             load_chunk<X_T, ALIGN>(residual[i], place(rows.residual, rows.residual_row_stride, i),
                                    valid_elements(chunk_of(i)));
         }
@@ -130,11 +151,11 @@ extern "C" __global__ void __launch_bounds__(THREADS_PER_ROW* SLOTS, RESIDENT_CT
     if constexpr (NEXT && WEIGHT_WHEN < 2) load_weights(next, share, next_weights, 0, 0);
 
     float partial[U * SUMS_PER_THREAD], sums[U];
-    squares_of(held, share, partial);
+    squares_of(x, share, partial);
     if constexpr (WEIGHT_WHEN == 3) load_weights(rows, share, weights, 0, 0);
     sum_rows<U>(partial, sums, share.slot, share.thread);
     if constexpr (LAUNCH_AT == 3 && !NEXT) launch_next_kernel();
-    keep_packed(held);
+    keep_packed(x);
 
 #pragma unroll
     for (int i = 0; i < U * K; ++i) {
@@ -142,6 +163,7 @@ extern "C" __global__ void __launch_bounds__(THREADS_PER_ROW* SLOTS, RESIDENT_CT
         const float rstd = reciprocal_rms(sums[u], args.eps);
         load_late_weights(rows, share, weights, row_of(u), j);
         u32 normed[CHUNK_WORDS<OUT_T>], total[X_WORDS];
+        hold(x[i], held[i]);
         normalise_chunk(held[i], rstd, weights[j % WEIGHTS_HELD], normed);
         add_chunk(normed, residual[i], held[i], total);
         if (!share.exists(j)) {  // its weight was not read, and the next norm counts it

@@ -1,7 +1,8 @@
 """total = rms_norm(x) + residual, and with NEXT y = rms_norm(total) with a weight and eps of its own.
 
 Every program handles ROWS whole rows, in CHUNKS chunks of BLOCK columns, on the schedule that both norms have for that
-length: each reduction adds in their order, and each step rounds as theirs does. The results are contiguous.
+length: each reduction adds in their order, and each step rounds as theirs does. ROUND_SUM: the second norm reads the
+sum as it is stored; else in fp32. The results are contiguous.
 """
 
 # ruff: noqa: RUF005 - Triton knows `xs + (x,)` and not `(*xs, x)`
@@ -58,6 +59,7 @@ def rms_norm_add(
     PRODUCT: tl.constexpr,
     OUT: tl.constexpr,
     PACKED: tl.constexpr,
+    ROUND_SUM: tl.constexpr,
     NVIDIA: tl.constexpr,
     DEPENDENT: tl.constexpr,
     NEXT: tl.constexpr,
@@ -85,7 +87,7 @@ def rms_norm_add(
     rstd = reciprocal_rms(squares, eps, WIDTH)
 
     zero = opaque_zero(rstd, num_rows)
-    totals = ()
+    kept = ()
     squares = tl.full([ROWS, BLOCK], 0.0, tl.float32)
     for c in tl.static_range(CHUNKS):
         w = 0.0
@@ -93,11 +95,14 @@ def rms_norm_add(
             w = load_weight(weight, cols, c, N, BLOCK, ROWS)
         h = widened_again(xs[c], zero, PACKED)
         normed = scale(h * rstd, w, HAS_WEIGHT, OFFSET, ROUNDED, PRODUCT, OUT)
-        total = sum_after_rounding(normed.to(tl.float32), residuals[c].to(tl.float32), zero, NVIDIA).to(OUT)
-        totals = totals + (total,)
+        held = sum_after_rounding(normed.to(tl.float32), residuals[c].to(tl.float32), zero, NVIDIA)
+        total = held.to(OUT)
+        if ROUND_SUM:
+            held = total
+        kept = kept + (held,)
         at = c * BLOCK + cols
         # Beyond a row's end an offset or an infinite rstd may have made something of nothing.
-        squares += square(tl.where(at < N, total, 0.0).to(tl.float32), at, WIDTH, N)
+        squares += square(tl.where(at < N, held, 0.0).to(tl.float32), at, WIDTH, N)
         store_row(total_row, cols, c, total, live, N, BLOCK, ROWS)
 
     if NEXT:
@@ -107,6 +112,6 @@ def rms_norm_add(
             w = 0.0
             if HAS_WEIGHT:
                 w = load_weight(next_weight, cols, c, N, BLOCK, ROWS)
-            h = widened_again(totals[c], zero, PACKED)
+            h = widened_again(kept[c], zero, PACKED and ROUND_SUM)
             y = scale(h * rstd, w, HAS_WEIGHT, OFFSET, ROUNDED, PRODUCT, OUT)
             store_row(y_row, cols, c, y, live, N, BLOCK, ROWS)

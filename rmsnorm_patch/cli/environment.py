@@ -50,6 +50,7 @@ VARIABLES: dict[str, Callable[[], object]] = {
     settings.VARIABLE: settings.read,
     settings.LINEAR_VARIABLE: settings.read_linear,
     settings.QUANTISED_VARIABLE: settings.read_quantised,
+    settings.NORM_ADD_VARIABLE: settings.read_norm_add,
     settings.NUMERICS_VARIABLE: settings.read_numerics,
     settings.RELEASE_VARIABLE: settings.read_tried,
     settings.TRACE_VARIABLE: lambda: None,

@@ -45,7 +45,8 @@ class Facts:
     without an NVIDIA GPU; captures: whether CUDA graphs are; linear: `settings.read_linear()`; tried:
     `settings.read_tried()`; transformers: what its modules compute, where that was asked for; fusions: passes of vLLM
     that may take norms into kernels of their own; quantised: `settings.read_quantised()`; norm_quant: whether vLLM's
-    pass of that name is on; without_gain: `schemes.without_gain()`, asked for route "auto" alone."""
+    pass of that name is on; without_gain: `schemes.without_gain()`, asked for route "auto" alone; norm_add:
+    `settings.read_norm_add()`."""
 
     requested: settings.Route
     version: str
@@ -66,6 +67,7 @@ class Facts:
     quantised: settings.Quantised = "auto"
     norm_quant: bool = False
     without_gain: str = ""
+    norm_add: settings.NormAdd = "auto"
 
     @property
     def may_quantise_rows(self) -> bool:
@@ -80,7 +82,7 @@ class Decision:
     norms with fp32 `1 + w` weights are served too, by their class (`oot_route`). numerics: the classes of transformers
     that its norms compute as, "" for the engine's own numerics; refused: why these although transformers' were asked
     for; invariant: it is a batch-invariant engine; quantised: norms write quantised rows where the graph has readers of
-    such (`quantised_pass`)."""
+    such (`quantised_pass`); norm_add: they take the residual-adds behind them (`norm_add_pass`)."""
 
     route: Chosen
     provider: str
@@ -93,6 +95,7 @@ class Decision:
     refused: str = ""
     invariant: bool = False
     quantised: bool = False
+    norm_add: bool = False
 
     def __str__(self) -> str:
         how = f"route {self.route}, provider {self.provider}" if self.route != "none" else "off, vLLM's own norms"
@@ -148,6 +151,9 @@ def _decide(facts: Facts) -> Decision:
         reason += "; norms add up the parts of split products"
     if reorder:
         reason += f", and of products that are split for them ({settings.LINEAR_VARIABLE}=reorder)"
+    norm_add = facts.compiled and facts.norm_add != "off"
+    if facts.compiled and not norm_add:
+        reason += f"; {settings.NORM_ADD_VARIABLE}=off leaves the adds behind norms apart"
     quantised = facts.may_quantise_rows
     if quantised:
         reason += f"; quantization {facts.quantization!r}: norms write quantised rows where the graph reads such"
@@ -155,9 +161,17 @@ def _decide(facts: Facts) -> Decision:
         reason += "; batch-invariant: a row's bits follow from it and its length alone"
     # With tensor parallel a class would hide its norms from vLLM's fusion with the all-reduce, which numerics turn off.
     offset = bool(numerics) or not (facts.compiled and facts.tensor_parallel > 1)
-    invariant = facts.batch_invariant
     return Decision(
-        route, provider, reason, False, linear, reorder, offset, numerics, invariant=invariant, quantised=quantised
+        route,
+        provider,
+        reason,
+        linear=linear,
+        reorder=reorder,
+        offset=offset,
+        numerics=numerics,
+        invariant=facts.batch_invariant,
+        quantised=quantised,
+        norm_add=norm_add,
     )
 
 
@@ -232,6 +246,7 @@ def facts_of(vllm_config: Any, incumbents: tuple[str, ...]) -> Facts:
         quantised=settings.read_quantised(),
         norm_quant=bool(getattr(compilation.pass_config, NORM_QUANT, None)),
         without_gain=schemes.without_gain(quantisation) if requested == "auto" else "",
+        norm_add=settings.read_norm_add(),
     )
 
 

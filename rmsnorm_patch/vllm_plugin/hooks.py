@@ -15,7 +15,7 @@ from ..backends.cuda import nvrtc
 from ..fused.linear_norm import splits as linear_norm_splits
 from ..numerics.contract import FUNCTIONAL
 from ..ops.dispatch import triton_installed
-from . import batch_invariant, calls, counterparts, linear_pass, quantised_pass, settings
+from . import batch_invariant, calls, counterparts, linear_pass, norm_add_pass, quantised_pass, settings
 from .decision import NORM_QUANT, SPECS, Decision, decide, decision_for, facts_of
 from .log import logger, warn_once
 from .wrapping import wrap_once
@@ -57,9 +57,9 @@ def install_passes() -> None:
         warn_once(f"norms stay apart from their neighbours: this vLLM keeps its graph passes elsewhere ({error})")
         return
     for name, *wrappers in (
-        ("configure", quantised_pass.wrap_configure, linear_pass.wrap_configure),
-        ("__call__", quantised_pass.wrap_call, linear_pass.wrap_call),
-        ("uuid", quantised_pass.wrap_uuid, linear_pass.wrap_uuid),
+        ("configure", quantised_pass.wrap_configure, norm_add_pass.wrap_configure, linear_pass.wrap_configure),
+        ("__call__", quantised_pass.wrap_call, norm_add_pass.wrap_call, linear_pass.wrap_call),
+        ("uuid", quantised_pass.wrap_uuid, norm_add_pass.wrap_uuid, linear_pass.wrap_uuid),
     ):
         wrap_once(PostGradPassManager, name, _in_turn(*wrappers))
     if linear_pass.tell not in linear_norm_splits.on_found:
@@ -155,7 +155,8 @@ def _compute_hash(original: Callable[..., Any]) -> Callable[..., Any]:
 def fingerprint(decision: Decision, splits: str) -> str:
     """What a compiled graph depends on and vLLM cannot see. The toolchain decides which norms are served at all."""
     toolchain = nvrtc.find() is not None, triton_installed()
-    what = f"{decision.route} {decision.provider} {decision.linear} {splits} {decision.numerics} {decision.quantised}"
+    passes = decision.linear, splits, decision.quantised, decision.norm_add
+    what = f"{decision.route} {decision.provider} {decision.numerics} {passes}"
     return f"rmsnorm_patch {calls.VERSION} {what} {calls.forms()} {toolchain}"
 
 

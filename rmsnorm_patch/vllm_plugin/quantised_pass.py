@@ -12,49 +12,25 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 
-from ..fused.linear_norm.graph import arguments_by_name
 from ..fused.norm_quantised import kernel as norm_quantised_kernel
 from ..fused.norm_quantised import op as norm_quantised_op
-from ..numerics.contract import FUSED_ADD, FUSED_ADD_IN_PLACE, RMS_NORM
+from ..numerics.contract import FUSED_ADD
 from ..numerics.quantisation import QuantSpec, Value
 from ..numerics.spec import NormSpec
 from . import arithmetic, quantisations, trial
 from .decision import decision_for
 from .log import logger, warn_once
+from .norms_in_graphs import Norm, Places, erase_unread, is_the_only_name, norm_of, path_of
 from .quantisations import Quantisation
 
 aten = torch.ops.aten
-_SPEC = ("round_before_weight", "weight_offset", "output", "sum", "width", "group")
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A norm of ours in a graph. op: which; arguments: by name. rows: what holds its result, from behind `node` on;
-    total: what holds the sum, where that is a result of the node. functional: the node writes nothing."""
-
-    node: fx.Node
-    op: str
-    arguments: dict[str, Any]
-    rows: fx.Node
-    total: fx.Node | None
-    functional: bool
-
-    @property
-    def adds(self) -> bool:
-        return self.op != RMS_NORM.name
-
-    @property
-    def spec(self) -> NormSpec:
-        return NormSpec(
-            0.0, has_weight=self.arguments["weight"] is not None, **{name: self.arguments[name] for name in _SPEC}
-        )
 
 
 def fuse(graph: fx.Graph) -> int:
@@ -65,38 +41,6 @@ def fuse(graph: fx.Graph) -> int:
         if norm is not None:
             count += _fuse(graph, norm, {node: place for place, node in enumerate(graph.nodes)})
     return count
-
-
-def norm_of(node: fx.Node) -> Norm | None:
-    """The norm of ours that a node is; None for any other, and for one whose results go on as a pair."""
-    ops = torch.ops.rmsnorm_patch
-    if node.target is ops.rms_norm.default:
-        return Norm(node, RMS_NORM.name, arguments_by_name(node), node, None, functional=True)
-    if node.target is ops.fused_add_rms_norm.default:
-        return _of_results(node, FUSED_ADD.name, arguments_by_name(node), first=0)
-    if node.target is ops.fused_add_rms_norm_.default:
-        rows: Any = node.args[0]
-        return Norm(node, FUSED_ADD_IN_PLACE.name, arguments_by_name(node), rows, None, functional=False)
-    if node.target is auto_functionalized and node.args == (ops.fused_add_rms_norm_.default,):
-        # The first place is for what an op returns, here nothing; behind it is what it wrote.
-        return _of_results(node, FUSED_ADD_IN_PLACE.name, dict(node.kwargs), first=1)
-    return None
-
-
-def _of_results(node: fx.Node, op: str, arguments: dict[str, Any], first: int) -> Norm | None:
-    results: dict[Any, list[fx.Node]] = {first: [], first + 1: []}
-    for user in node.users:
-        if user.target is not operator.getitem or user.args[1] not in results:
-            return None
-        results[user.args[1]].append(user)
-    rows, totals = results.values()
-    if len(rows) != 1 or len(totals) > 1:
-        return None
-    return Norm(node, op, arguments, rows[0], totals[0] if totals else None, functional=True)
-
-
-Places = dict[fx.Node, int]
-"""Where each node stood when its norm was looked at; nodes that were put in since have no place."""
 
 
 def _fuse(graph: fx.Graph, norm: Norm, places: Places) -> bool:
@@ -162,7 +106,7 @@ def _declined(norm: Norm, found: Quantisation, places: Places) -> str:
         return "the graph is one for rows of any length"
     if norm.op == FUSED_ADD.name and not _is_given_up(norm.arguments["residual"], norm.node):
         return "nobody gave up the residual, which would be copied first"
-    if not norm.functional and not _is_the_only_name(norm.rows, norm.node, places):
+    if not norm.functional and not is_the_only_name(norm.rows, norm.node, places):
         return "a view of the rows was taken before the norm wrote them"
     value = None if weight is None else weight.meta["val"]
     return trial.declined_quantised(x, value, norm.spec, found.spec, norm.adds, found.given is not None)
@@ -170,31 +114,6 @@ def _declined(norm: Norm, found: Quantisation, places: Places) -> str:
 
 def _is_given_up(residual: fx.Node, norm: fx.Node) -> bool:
     return residual.op != "placeholder" and all(user is norm for user in residual.users)
-
-
-def _is_the_only_name(rows: fx.Node, norm: fx.Node, places: Places) -> bool:
-    """Whether what a norm writes in place is read behind it through `rows` alone: by no view that was taken before, and
-    by nothing that `rows` is itself a view of."""
-
-    def is_done(node: fx.Node) -> bool:
-        """Whether a node, and what may be a view of it, is read before the norm alone."""
-        return places[node] < places[norm] and (not _may_be_a_view(node) or all(map(is_done, node.users)))
-
-    if not all(places[user] >= places[norm] or is_done(user) for user in rows.users):
-        return False
-    while _may_be_a_view(rows) and rows.all_input_nodes:
-        viewed, rows = rows, rows.all_input_nodes[0]
-        if not all(user is viewed or is_done(user) for user in rows.users):
-            return False
-    return True
-
-
-def _may_be_a_view(node: fx.Node) -> bool:
-    """Whether a node's value may be memory of another one; what is no op with a schema counts as one that is."""
-    schema = getattr(node.target, "_schema", None)
-    if node.op != "call_function" or node.target is auto_functionalized:
-        return False
-    return schema is None or any(argument.alias_info is not None for argument in schema.arguments)
 
 
 def _replace(graph: fx.Graph, norm: Norm, same: list[Quantisation], places: Places) -> bool:
@@ -214,13 +133,13 @@ def _replace(graph: fx.Graph, norm: Norm, same: list[Quantisation], places: Plac
     if norm.total is not None:
         norm.total.replace_all_uses_with(totals[0])
     for one in same:
-        _erase_unread(graph, one.nodes)
+        erase_unread(graph, one.nodes)
     both = bool(normed.users)
     if not both:
         _write_rows_once(made, norm, same[0].spec)
-    _erase_unread(graph, results)
+    erase_unread(graph, results)
     if norm.functional and norm.rows is not norm.node:
-        _erase_unread(graph, [norm.rows] if norm.total is None else [norm.rows, norm.total])
+        erase_unread(graph, [norm.rows] if norm.total is None else [norm.rows, norm.total])
     graph.erase_node(norm.node)
     return both
 
@@ -273,19 +192,12 @@ def _as_shaped(graph: fx.Graph, result: fx.Node, held: fx.Node) -> fx.Node:
     return shaped
 
 
-def _erase_unread(graph: fx.Graph, nodes: list[fx.Node]) -> None:
-    """Erase those that nobody reads; each stands before what it reads."""
-    for node in dict.fromkeys(nodes):
-        if not node.users and node.op != "placeholder":
-            graph.erase_node(node)
-
-
 _TOLD: set[tuple[Any, ...]] = set()
 
 
 def _tell(norm: Norm, what: str, *once: Any) -> None:
     """One line in the log; where something is to be told `once`, only for the first norm of it."""
-    path, columns = _path(norm), str(norm.arguments["x"].meta["val"].shape[-1])
+    path, columns = path_of(norm), str(norm.arguments["x"].meta["val"].shape[-1])
     key = (columns, *once) if once else (path, columns, what)
     if key not in _TOLD:
         _TOLD.add(key)
@@ -306,15 +218,6 @@ def _tell_plain(norm: Norm, places: Places) -> None:
     names = sorted({str(user.args[0] if user.target is auto_functionalized else user.target) for user in behind})
     if norm.rows.meta["val"].dim() == 2:
         _tell(norm, f"writes plain rows, as {', '.join(names)} reads them; so do others like it", "plain", *names)
-
-
-def _path(norm: Norm) -> str:
-    """Where a norm stands in the model, as far as its graph says."""
-    for node in (norm.node, norm.rows, *norm.rows.users):
-        if stack := node.meta.get("nn_module_stack"):
-            path = str(list(stack.values())[-1][0])
-            return path.replace("L['self'].", "").replace("L['s'].", "")
-    return "a norm"
 
 
 def wrap_configure(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -18,6 +18,9 @@ LINEAR_VARIABLE = "RMSNORM_PATCH_VLLM_LINEAR"
 Quantised = Literal["auto", "off"]
 QUANTISED: tuple[Quantised, ...] = get_args(Quantised)
 QUANTISED_VARIABLE = "RMSNORM_PATCH_VLLM_QUANTISED"
+NormAdd = Literal["auto", "off"]
+NORM_ADDS: tuple[NormAdd, ...] = get_args(NormAdd)
+NORM_ADD_VARIABLE = "RMSNORM_PATCH_VLLM_NORM_ADD"
 Numerics = Literal["engine", "huggingface"]
 NUMERICS: tuple[Numerics, ...] = get_args(Numerics)
 NUMERICS_VARIABLE = "RMSNORM_PATCH_VLLM_NUMERICS"
@@ -43,6 +46,11 @@ def read_quantised() -> Quantised:
     return _one_of(QUANTISED_VARIABLE, QUANTISED)
 
 
+def read_norm_add() -> NormAdd:
+    """Whether `RMSNORM_PATCH_VLLM_NORM_ADD` lets norms take the residual-adds behind them into their launches."""
+    return _one_of(NORM_ADD_VARIABLE, NORM_ADDS)
+
+
 def read_numerics() -> Numerics:
     """Whose arithmetic `RMSNORM_PATCH_VLLM_NUMERICS` asks for: that of the engine, or of transformers' modules."""
     return _one_of(NUMERICS_VARIABLE, NUMERICS)
@@ -58,6 +66,7 @@ def check() -> None:
     read()
     read_linear()
     read_quantised()
+    read_norm_add()
     read_numerics()
     launch_mode.read()
 

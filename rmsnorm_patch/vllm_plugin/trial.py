@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import ops
 from ..errors import RMSNormPatchError
+from ..fused.norm_add import op as norm_add_op
 from ..fused.norm_quantised import op as norm_quantised_op
 from ..numerics.contract import PLAIN_OPS
 from ..numerics.quantisation import QuantSpec, rms_norm_quantised
@@ -93,6 +94,70 @@ def _trial(
         for left, right in zip(got, want, strict=True):
             if not torch.allclose(left.float(), right.float(), rtol=4 * torch.finfo(dtype).eps, atol=1e-6):
                 return "its kernel disagrees with the reference on this device"
+    return ""
+
+
+def declined_norm_add(x: torch.Tensor, weight: torch.Tensor | None, spec: NormSpec, following: bool) -> str:
+    """Why a norm of tensors like these stays apart from the add behind it, and from the norm of the sum where one is
+    `following`; or "". x and weight may be fake tensors."""
+    return _declined_norm_add(x.dtype, x.shape[-1], None if weight is None else weight.dtype, spec, following, x.device)
+
+
+@cache
+def _declined_norm_add(
+    dtype: torch.dtype,
+    n: int,
+    weight_dtype: torch.dtype | None,
+    spec: NormSpec,
+    following: bool,
+    device: torch.device,
+) -> str:
+    if device.type != "cuda":
+        return ""
+    op = norm_add_op.NORM_ADD_NORM if following else norm_add_op.NORM_ADD
+    _trials.append(op)
+    try:
+        with _disable_current_modes():
+            bound, made = norm_add_op.bind(op, spec), torch.empty(0, n, dtype=dtype, device=device)
+            weight = None if weight_dtype is None else torch.empty(n, dtype=weight_dtype, device=device)
+            if why := bound.why_apart(made, weight):
+                return why
+            why = _trial_norm_add(bound, dtype, n, weight_dtype, following, device)
+    finally:
+        _trials.pop()
+    if why:
+        warn_once(f"{op} of {n} columns stays apart: {why}")
+    return why
+
+
+def _trial_norm_add(
+    bound: norm_add_op.BoundNormAdd,
+    dtype: torch.dtype,
+    n: int,
+    weight_dtype: torch.dtype | None,
+    following: bool,
+    device: torch.device,
+) -> str:
+    """Run the op on a few rows and hold its bits against those of the separate ops."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=device).to(dtype)
+
+    weights = [None if weight_dtype is None else normal(n).to(weight_dtype) for _ in range(2)]
+    for m in ROWS:
+        x, residual = normal(m, n), normal(m, n)
+        try:
+            found = bound(x, residual, weights[0], 1e-6, *((weights[1], 1e-5) if following else ()))
+            want = bound.fused(bound.plain(x, weights[0], 1e-6), residual, weights[1], 1e-5)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        except (RMSNormPatchError, RuntimeError, OSError) as error:
+            return f"its kernel does not run here ({error})"
+        if not all(
+            torch.equal(*pair) for pair in zip(found if following else (found,), want[-1 - following :], strict=True)
+        ):
+            return "its kernel disagrees with the separate ones on this device"
     return ""
 
 

@@ -15,64 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .quantised import CONFIGS
+from rmsnorm_patch.vllm_plugin.settings import LINEAR_VARIABLE, NORM_ADD_VARIABLE
 
-LLAMA_8B = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "hidden_act": "silu",
-    "torch_dtype": "bfloat16",
-    "tie_word_embeddings": False,
-}
-SMALL = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64}
-TINY = {**LLAMA_8B, "vocab_size": 1024, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
-TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
-QWEN3 = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
-    "vocab_size": 151936,
-    "intermediate_size": 12288,
-    "num_hidden_layers": 36,
-    "rms_norm_eps": 1e-6,
-}
-QWEN3_MOE = {
-    **{"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048},
-    **{"intermediate_size": 6144, "num_hidden_layers": 12, "num_key_value_heads": 4, "rms_norm_eps": 1e-6},
-    **{"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True},
-    **{"decoder_sparse_step": 1, "mlp_only_layers": []},
-}
-"""A quarter of the layers of Qwen3-30B-A3B."""
-SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "llama-8b": (LLAMA_8B, {}),
-    "llama-1b": ({**LLAMA_8B, **SMALL}, {}),
-    "qwen3-8b": ({**LLAMA_8B, **QWEN3}, {}),
-    "llama-8b-fp8": (LLAMA_8B, {"quantization": "fp8"}),
-    "qwen3-moe-fp8": ({**LLAMA_8B, **QWEN3_MOE}, {"quantization": "fp8"}),
-    "llama-8b-tp2": (LLAMA_8B, {"tensor_parallel_size": 2}),
-    "tiny": (TINY, {}),
-    "tiny-fp8": (TINY, {"quantization": "fp8"}),
-}
-"""Shape -> config.json and further arguments of the engine. "fp8" quantises at load, a scale a row; the schemes of
-`quantised.CONFIGS` stand in config.json, as in a checkpoint that is quantised."""
-for _name, _config in (("llama-8b", LLAMA_8B), ("tiny", TINY)):
-    for _scheme, _quantisation in CONFIGS.items():
-        SHAPES[f"{_name}-{_scheme}"] = ({**_config, "quantization_config": _quantisation}, {})
-_FLASHINFER, _DEEPGEMM = "FlashInferFp8DeepGEMMDynamicBlockScaledKernel", "DeepGemmFp8BlockScaledMMKernel"
-ENVIRONMENT: dict[str, dict[str, str]] = {}
-"""Shape -> variables of its process: which of vLLM's products of blocks are not to be taken."""
-for _name in ("llama-8b-block", "tiny-block"):
-    for _product, _others in (("deepgemm", (_FLASHINFER,)), ("cutlass", (_FLASHINFER, _DEEPGEMM))):
-        SHAPES[f"{_name}-{_product}"] = SHAPES[_name]
-        ENVIRONMENT[f"{_name}-{_product}"] = {"VLLM_DISABLED_KERNELS": ",".join(_others)}
+from .vllm_shapes import SHAPES
+
 DEPENDENT = "triton.enable_pdl"
 VARIANTS: dict[str, tuple[str, dict[str, bool]]] = {
     "stock": ("off", {}),
@@ -80,6 +26,7 @@ VARIANTS: dict[str, tuple[str, dict[str, bool]]] = {
     "ir": ("ir", {}),
     "ir-dependent": ("ir", {DEPENDENT: True}),
     "ir-apart": ("ir", {}),
+    "ir-adds-apart": ("ir", {}),
     "ir-reorder": ("ir", {}),
     "ir-functional": ("ir", {}),
     "ir-heads": ("ir", {}),
@@ -273,15 +220,18 @@ def exposed(kernels: list[tuple[str, float, float]]) -> dict[str, list[float]]:
 @contextmanager
 def norms_removed() -> Iterator[None]:
     from vllm.model_executor.custom_op import CustomOp, op_registry_oot
-    from vllm.model_executor.layers.layernorm import RMSNorm
+    from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 
-    class Removed(RMSNorm):
-        def forward(self, x: Any, residual: Any = None) -> Any:
-            return x if residual is None else (x, residual)
+    def forward(self: Any, x: Any, residual: Any = None) -> Any:
+        return x if residual is None else (x, residual)
 
-    CustomOp.register_oot(Removed, name="RMSNorm")
+    standing = dict(op_registry_oot)  # the plugin's classes too
+    for norm in (RMSNorm, GemmaRMSNorm):
+        op_registry_oot.pop(norm.__name__, None)
+        CustomOp.register_oot(type("Removed", (norm,), {"forward": forward}), name=norm.__name__)
     yield
-    del op_registry_oot["RMSNorm"]
+    op_registry_oot.clear()
+    op_registry_oot.update(standing)
 
 
 @contextmanager
@@ -298,14 +248,12 @@ def changed(name: str, value: Any) -> Iterator[None]:
 
 
 @contextmanager
-def products(setting: str) -> Iterator[None]:
-    """What the engines that start within do with products before norms."""
-    from rmsnorm_patch.vllm_plugin.settings import LINEAR_VARIABLE
-
-    before = os.environ.get(LINEAR_VARIABLE, "")
-    os.environ[LINEAR_VARIABLE] = setting
+def set_to(variable: str, setting: str) -> Iterator[None]:
+    """What the engines that start within find in a variable of the plugin's."""
+    before = os.environ.get(variable, "")
+    os.environ[variable] = setting
     yield
-    os.environ[LINEAR_VARIABLE] = before
+    os.environ[variable] = before
 
 
 @contextmanager
@@ -322,8 +270,9 @@ def ir_hidden() -> Iterator[None]:
 
 CHANGES: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "removed": norms_removed,
-    "ir-apart": lambda: products("off"),
-    "ir-reorder": lambda: products("reorder"),
+    "ir-apart": lambda: set_to(LINEAR_VARIABLE, "off"),
+    "ir-adds-apart": lambda: set_to(NORM_ADD_VARIABLE, "off"),
+    "ir-reorder": lambda: set_to(LINEAR_VARIABLE, "reorder"),
     "ir-heads": lambda: changed("COMPILER_HEAD", 0),
     "ir-functional": lambda: changed("IN_PLACE", False),
     "oot-noir": ir_hidden,

@@ -94,7 +94,8 @@ def check_norm_adds(rows, arch):
 
 
 def test_adds_behind_norms():
-    check_norm_adds([each for n in (3584, 4096, 16384) for spec in (LLAMA, GEMMA) for each in added(n, 90, spec)], 90)
+    specs = LLAMA, GEMMA, FP32_SUM
+    check_norm_adds([each for n in (3584, 4096, 16384) for spec in specs for each in added(n, 90, spec)], 90)
 
 
 @pytest.mark.long

@@ -15,14 +15,18 @@ from rmsnorm_patch.backends.triton.backend import Layout
 from rmsnorm_patch.fused.norm_add import portable
 from rmsnorm_patch.numerics.spec import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, NormSpec
 
+FP32_SUM = NormSpec(round_before_weight="none", output="input", sum="fp32")
+
 
 def compiled(target: GPUTarget, spec: NormSpec, dtype: torch.dtype, n: int) -> tuple[Layout, Any]:
     layout = Layout("rms_norm", spec, dtype, n, dtype, ahead.known(target))
-    constants = portable.constants(layout, True) | {"NESTED": False}
+    constants = portable.constants(layout, spec, True) | {"NESTED": False}
     return layout, ahead.compiled(target, portable.MODULE, layout, constants, dtype)
 
 
-@pytest.mark.parametrize("spec", [LLAMA, GEMMA, FP32_WEIGHT_MULTIPLY], ids=["llama", "gemma", "one rounding"])
+@pytest.mark.parametrize(
+    "spec", [LLAMA, GEMMA, FP32_WEIGHT_MULTIPLY, FP32_SUM], ids=["llama", "gemma", "one rounding", "fp32 sum"]
+)
 @pytest.mark.parametrize("dtype", ahead.NAMES, ids=str)
 @pytest.mark.parametrize("arch", [80, 90])
 def test_no_product_is_contracted_with_the_sum(

@@ -141,7 +141,7 @@ def _product_of(x: Any, residual: Any, norm: fx.Node) -> Any:
         return None
     node = product.next
     while node is not norm:
-        if node.op == "call_function" and (_writes(node.target) or (node is not x and x in node.all_input_nodes)):
+        if node.op == "call_function" and (writes(node.target) or (node is not x and x in node.all_input_nodes)):
             return None
         node = node.next
     values = [node.meta["val"] for node in (rows, matrix, residual)]
@@ -149,7 +149,7 @@ def _product_of(x: Any, residual: Any, norm: fx.Node) -> Any:
     return product if alike else None
 
 
-def _writes(target: Any) -> bool:
+def writes(target: Any) -> bool:
     """Whether an op may change a tensor that it is given; what is no op with a schema counts as one that may."""
     if target is auto_functionalized:
         return False

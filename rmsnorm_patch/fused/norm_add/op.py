@@ -7,14 +7,16 @@ sum = norm(x) + residual; normed = the norm of that sum with `next_weight` and `
 dtype; weights: [N], of one dtype, or both None. The other arguments are `ops.spec_args`: both norms have one spec,
 whose result has x's dtype. normed and sum are contiguous.
 
-Every step is rounded as the separate ops round it: the bits are those of `rms_norm`, an addition in x's dtype, and
-`rms_norm` or `fused_add_rms_norm`. `kernel.py` and `portable.py` do all in one launch. Where the norms' own kernels
-have other reduction trees than theirs, the op runs those norms.
+Every step is rounded as the separate ops round it: the bits are those of `rms_norm` and `fused_add_rms_norm`, which
+reads the sum as the spec's `sum` says. With "rounded" they are those of an addition and `rms_norm` too. `kernel.py` and
+`portable.py` do all in one launch. Where the norms' own kernels have other reduction trees than theirs, the op runs
+those norms.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,6 +56,8 @@ def bind(op: str, spec: NormSpec, backend: Backend = "auto", enable_pdl: bool | 
     """The callable of NORM_ADD or NORM_ADD_NORM: one object for each variant, backend and mode."""
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}; allowed: {', '.join(map(repr, BACKENDS))}")
+    if op == NORM_ADD:  # no norm reads its sum
+        spec = replace(spec, sum="rounded")
     return _bound(op, spec.variant, backend, dependent(enable_pdl))
 
 
@@ -100,8 +104,6 @@ class BoundNormAdd:
         backend = self.backend_for(x, weight)
         if backend == "reference":
             return ""
-        if self.spec.sum != "rounded":
-            return "the next norm reads the unrounded sum"
         if self.fused.backend_for(x, weight, x) != backend:
             return "the norm and the fused add have different backends"
         module = _module(backend)

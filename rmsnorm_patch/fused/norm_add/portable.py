@@ -37,10 +37,10 @@ def cannot_serve(spec: NormSpec, x: torch.Tensor, weight: torch.Tensor | None) -
     return f"the norms' schedules differ in {', '.join(unlike)}" if unlike else ""
 
 
-def constants(layout: backend.Layout, following: bool) -> dict[str, Any]:
+def constants(layout: backend.Layout, spec: NormSpec, following: bool) -> dict[str, Any]:
     """The kernel's compile-time constants but NESTED."""
     made = {name: layout.constants[name] for name in (*_NAMES, "DEPENDENT")}
-    return {**made, "NVIDIA": layout.nvidia, "NEXT": following}
+    return {**made, "ROUND_SUM": spec.sum == "rounded", "NVIDIA": layout.nvidia, "NEXT": following}
 
 
 def bind(op: Any, dependent: bool) -> tuple[Callable[..., Any], None]:
@@ -69,5 +69,5 @@ class BoundPortable:
             weights = (x if each is None else backend.aligned(each, layout) for each in (weight, next_weight))
             added = (IMPLIED_EPS if each is None else float(each) for each in (eps, next_eps))
             operands = x, residual, *weights, normed, total, *added
-            self.kernel.start(layout, x, operands, rows, constants(layout, bool(following)))
+            self.kernel.start(layout, x, operands, rows, constants(layout, self.op.spec, bool(following)))
         return (normed, total) if following else total
