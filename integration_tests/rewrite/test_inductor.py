@@ -149,6 +149,21 @@ def test_where_no_op_would_run_the_model_traces_its_own_arithmetic(
     assert outcomes == []
 
 
+@torch.no_grad()
+def test_a_failure_leaves_a_right_graph_and_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(graph: torch.fx.Graph, norm: torch.fx.Node) -> str:
+        raise KeyError("val")
+
+    monkeypatch.setattr(captured, "_product_behind", fail)
+    model = layer()
+    rmsnorm_patch.apply(model, compiled="joined")
+    with caplog.at_level("WARNING", logger=captured.logger.name):
+        assert torch.equal(compiled(model), model(*given()))
+    assert "rmsnorm_patch: norms of a graph stay apart: KeyError: 'val'" in caplog.messages
+
+
 def test_in_training_mode_and_for_a_gradient(outcomes: list[captured.Outcome]) -> None:
     model = layer()
     rmsnorm_patch.apply(model, compiled="joined")
