@@ -44,13 +44,33 @@ QWEN3 = {
     "num_hidden_layers": 36,
     "rms_norm_eps": 1e-6,
 }
+GEMMA3 = {
+    **LLAMA_8B,
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "vocab_size": 262208,
+    "hidden_size": 2560,
+    "intermediate_size": 10240,
+    "num_hidden_layers": 34,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 1024,
+    "rms_norm_eps": 1e-6,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
+}
+"""Gemma 3 4B: four norms of 1 + w a layer, and those over heads."""
 SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "llama-8b": (LLAMA_8B, {}),
     "llama-1b": ({**LLAMA_8B, **SMALL}, {}),
     "qwen3-8b": ({**LLAMA_8B, **QWEN3}, {}),
+    "gemma3-4b": (GEMMA3, {}),
     "llama-8b-fp8": (LLAMA_8B, {"quantization": "fp8"}),
     "llama-8b-tp2": (LLAMA_8B, {"tensor_parallel_size": 2}),
     "tiny": (TINY, {}),
+    "tiny-gemma3": ({**GEMMA3, **{key: value for key, value in TINY.items() if value != LLAMA_8B[key]}}, {}),
     "tiny-fp8": (TINY, {"quantization": "fp8"}),
 }
 """Shape -> config.json and further arguments of the engine. "fp8" quantises at load, a scale a row; the schemes of
@@ -60,11 +80,15 @@ for _name, _config in (("llama-8b", LLAMA_8B), ("tiny", TINY)):
         SHAPES[f"{_name}-{_scheme}"] = ({**_config, "quantization_config": _quantisation}, {})
 _FLASHINFER, _DEEPGEMM = "FlashInferFp8DeepGEMMDynamicBlockScaledKernel", "DeepGemmFp8BlockScaledMMKernel"
 ENVIRONMENT: dict[str, dict[str, str]] = {}
-"""Shape -> variables of its process: which of vLLM's products of blocks are not to be taken."""
+"""Shape -> variables of its process: which of vLLM's products of blocks are not to be taken, and whether a request has
+the same bits in every batch."""
 for _name in ("llama-8b-block", "tiny-block"):
     for _product, _others in (("deepgemm", (_FLASHINFER,)), ("cutlass", (_FLASHINFER, _DEEPGEMM))):
         SHAPES[f"{_name}-{_product}"] = SHAPES[_name]
         ENVIRONMENT[f"{_name}-{_product}"] = {"VLLM_DISABLED_KERNELS": ",".join(_others)}
+for _name in ("llama-8b", "tiny"):
+    SHAPES[f"{_name}-invariant"] = SHAPES[_name]
+    ENVIRONMENT[f"{_name}-invariant"] = {"VLLM_BATCH_INVARIANT": "1"}
 DEPENDENT = "triton.enable_pdl"
 VARIANTS: dict[str, tuple[str, dict[str, bool]]] = {
     "stock": ("off", {}),
