@@ -91,7 +91,7 @@ def torch_overrides() -> Any:
         from torch._native import registry
     except ImportError:
         return None
-    return registry if any(op == REPLACED for op, _ in registry._graphs) else None
+    return registry if REPLACED in registry.get_dsl_operations("cutedsl") else None
 
 
 def quack_norm(model: nn.Module) -> None:
