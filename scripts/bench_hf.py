@@ -8,14 +8,17 @@
 Variants share one set of weights and run in alternating rounds (forwards, then backwards), so that clocks and host
 noise hit all of them. Each is checked against stock logits before it is timed; "removed" (no norm at all) is a ceiling
 and has no right answer; "patched-apart" leaves adds behind norms to themselves; "joined" is patched with
-compiled="joined". --compile is torch.compile, with its default settings or "reduce-overhead" (CUDA graphs), decoding
-into a static cache; --ops puts our ops into the graphs (RMSNORM_PATCH_COMPILE=op). --prefill without numbers leaves
-prefill out; compiled variants are then checked on the graph that decodes.
+compiled="joined". "F.rms_norm" has aten's kernel, "F.rms_norm-quack" what torch puts in its place. --compile is
+torch.compile, with its default settings or "reduce-overhead" (CUDA graphs), decoding into a static cache; --ops puts
+our ops into the graphs (RMSNORM_PATCH_COMPILE=op). --captured repeats one eager step of one token, captured in a CUDA
+graph, without a cache. --prefill without numbers leaves prefill out; compiled variants are then checked on the graph
+that decodes.
 
-A row of the JSON: {"model", "layers", "work": "decode BATCH" | "prefill BATCHxLENGTH", "mode": "eager" | "compiled"
-["reduce-overhead"] ["with ops"],
+A row of the JSON: {"model", "layers", "work": "decode BATCH" | "prefill BATCHxLENGTH", "mode": "eager" | "captured" |
+"compiled" ["reduce-overhead"] ["with ops"],
 "tokens_per_s": {variant: median of the rounds}, "spread": {variant: [least, most]}, "ratio_to_stock": {variant: ratio
-of medians}, "logit_error": {variant: relative distance from stock logits}, "missing": {variant: why it is not here}}.
+of medians}, "logit_error": {variant: relative distance from stock logits}, "missing": {variant: why it is not here},
+"norm_kernels": {variant: the kernels of one `F.rms_norm`}}.
 """
 
 from __future__ import annotations
@@ -74,6 +77,34 @@ def decode(model, batch: int, tokens: int, static: bool) -> float:
 
 
 @torch.no_grad()
+def captured_step(model, batch: int, tokens: int) -> float:
+    """Tokens per second of replays of an eager step of one token a sequence, captured in a CUDA graph, without a cache:
+    the host's cost is none, and attention costs nothing. Without a GPU the step itself is repeated."""
+    device = next(model.parameters()).device
+    token = torch.ones(batch, 1, dtype=torch.long, device=device)
+
+    def step():
+        token.copy_(model(token, use_cache=False).logits[:, -1:].argmax(-1))
+
+    for _ in range(2):
+        step()
+    sync()
+    repeat = step
+    if device.type == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        repeat = graph.replay
+        repeat()
+    sync()
+    start = time.perf_counter()
+    for _ in range(tokens):
+        repeat()
+    sync()
+    return batch * tokens / (time.perf_counter() - start)
+
+
+@torch.no_grad()
 def prefill(model, batch: int, length: int, repeats: int, compiled: bool) -> float:
     """Prompt tokens per second without a cache; only the last position's logits."""
     device = next(model.parameters()).device
@@ -100,7 +131,8 @@ def check(variants: dict, compiled: bool = False) -> dict[str, float]:
         if name == "removed":
             continue
         forward = model._bench_forward if compiled else model
-        got = forward(input_ids=ids, use_cache=False).logits.float()
+        with models.kernels_of(name):
+            got = forward(input_ids=ids, use_cache=False).logits.float()
         errors[name] = ((got - want).norm() / want.norm()).item()
         if not errors[name] <= MAX_LOGIT_ERROR:
             raise SystemExit(
@@ -134,6 +166,8 @@ def check_decode(variants: dict, batch: int, tokens: int) -> dict[str, float]:
 
 def workloads(args: argparse.Namespace) -> dict[str, Callable]:
     compiled = args.compile is not None
+    if args.captured:
+        return {f"decode {n}": lambda model, n=n: captured_step(model, n, args.tokens) for n in args.batch}
     found: dict[str, Callable] = {
         f"decode {batch}": lambda model, batch=batch: decode(model, batch, args.tokens, static=compiled)
         for batch in args.batch
@@ -149,7 +183,8 @@ def alternate(variants: dict, work: Callable, rounds: int) -> dict[str, list[flo
     for turn in range(rounds):
         names = list(variants) if turn % 2 == 0 else list(variants)[::-1]
         for name in names:
-            samples[name].append(work(variants[name]))
+            with models.kernels_of(name):
+                samples[name].append(work(variants[name]))
     return samples
 
 
@@ -162,7 +197,7 @@ def compile_all(variants: dict, mode: str) -> None:
 
 def mode_of(args: argparse.Namespace) -> str:
     if not args.compile:
-        return "eager"
+        return "captured" if args.captured else "eager"
     return " ".join(["compiled", *[args.compile] * (args.compile != "default"), *["with ops"] * args.ops])
 
 
@@ -173,6 +208,7 @@ def run(args: argparse.Namespace) -> list[dict]:
     for name, why in missing.items():
         print(f"{name} is not here: {why}", flush=True)
     errors = check(variants)
+    kernels = {name: models.norm_kernels(name) for name in variants if name.startswith("F.")}
     if args.compile:
         compile_all(variants, args.compile)
         errors = check(variants, compiled=True) if args.prefill else check_decode(variants, args.batch[0], args.tokens)
@@ -180,8 +216,9 @@ def run(args: argparse.Namespace) -> list[dict]:
     rows = []
     for name, work in workloads(args).items():
         if args.compile:
-            for model in variants.values():
-                work(model)
+            for variant, model in variants.items():
+                with models.kernels_of(variant):
+                    work(model)
         samples = alternate(variants, work, args.rounds)
         medians = {variant: statistics.median(values) for variant, values in samples.items()}
         rows.append(
@@ -195,6 +232,7 @@ def run(args: argparse.Namespace) -> list[dict]:
                 "ratio_to_stock": {variant: round(value / medians["stock"], 4) for variant, value in medians.items()},
                 "logit_error": errors,
                 "missing": missing,
+                "norm_kernels": kernels,
             }
         )
         cells = "  ".join(f"{v} {t:.0f} ({t / medians['stock']:.3f}x)" for v, t in medians.items())
@@ -221,6 +259,7 @@ def main() -> None:
         choices=("default", "reduce-overhead"),
         help="torch.compile every variant; static cache for decode",
     )
+    parser.add_argument("--captured", action="store_true", help="replay a captured eager step; no prefill")
     parser.add_argument("--ops", action="store_true", help="our ops in the patched model's graphs")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -228,6 +267,8 @@ def main() -> None:
         parser.error("--prefill takes BATCH and LENGTH, or nothing where --batch names what to decode")
     if "stock" not in args.variants:
         parser.error("--variants must hold stock: every ratio is against it")
+    if args.captured and args.compile:
+        parser.error("--captured: got --compile too; a captured step is an eager one; give one of them")
     if args.ops:
         os.environ["RMSNORM_PATCH_COMPILE"] = "op"
     run(args)

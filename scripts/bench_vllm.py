@@ -20,7 +20,7 @@ choice everywhere, so that two engines' other kernels are the same ones; vLLM's 
 Quantised engines have the scheme behind the shape: "-static", "-token" and "-block" have fp8 products (the last as vLLM
 chooses them, or of one library: "-block-deepgemm", "-block-cutlass"), "-int8" and "-w4a16" others, and "-fp8" is
 quantised at load. One scheme at a time fits on a GPU of 80 GB. "qwen3-moe-fp8" has experts: 12 of the 48 layers of a
-Qwen3-30B-A3B.
+Qwen3-30B-A3B. "-invariant" gives a request the same bits in every batch (VLLM_BATCH_INVARIANT).
 
 "ir@PATH" is the engine "ir" with its graphs captured under other schedules, one kernel's file or a folder of them;
 "ir@plain" with norms that are not launched dependently. The rest of such a step is the same kernels, so that 0.1 % is

@@ -50,6 +50,49 @@ def test_every_column_is_checked_timed_and_written(repository: Path, tmp_path: P
         assert row["missing"] == {"liger": "Liger's kernels need a GPU"}
 
 
+def test_a_captured_step_and_what_torch_puts_in_atens_place(repository: Path, tmp_path: Path) -> None:
+    """On the CPU the step is repeated as it is, and torch has nothing in aten's place."""
+    target = tmp_path / "out.json"
+    wanted = ("--captured", "--variants", "stock", "F.rms_norm", "F.rms_norm-quack", "patched")
+    ended = bench(repository, *wanted, "--batch", "1", "2", "--json", str(target))
+    assert ended.returncode == 0, ended.stderr
+    rows = json.loads(target.read_text())
+    assert [(row["work"], row["mode"]) for row in rows] == [("decode 1", "captured"), ("decode 2", "captured")]
+    for row in rows:
+        assert list(row["tokens_per_s"]) == ["stock", "F.rms_norm", "patched"]
+        assert min(row["tokens_per_s"].values()) > 0
+        assert row["norm_kernels"] == {"F.rms_norm": []}
+        assert "no kernel in place of aten's _fused_rms_norm" in row["missing"]["F.rms_norm-quack"]
+    assert bench(repository, "--captured", "--compile").returncode == 2
+
+
+OVERRIDDEN = """
+import sys; sys.path.insert(0, "scripts")
+import torch
+from benchlib import models
+from torch._native import registry
+def doubled(input, normalized_shape, weight, eps):
+    return 2 * input, input
+registry.register_op_override("cutedsl", "aten", models.REPLACED, "CPU", lambda *given: True, doubled)
+registry._register_all_overrides()
+def ran():
+    return float(torch.ops.aten._fused_rms_norm(torch.ones(1, 4), [4], torch.ones(4), 1e-6)[0][0, 0])
+before = ran()
+for variant in ("F.rms_norm", models.VENDORED, "patched", models.VENDORED):
+    with models.kernels_of(variant):
+        print(variant, round(ran()))
+print("as before", ran() == before == 2.0)
+"""
+
+
+def test_only_the_column_of_that_name_has_torchs_replacement(repository: Path) -> None:
+    pytest.importorskip("torch._native.registry", reason="this torch replaces no kernel of aten's")
+    environment = {**os.environ, "PYTHONPATH": str(repository)}
+    words = [sys.executable, "-c", OVERRIDDEN]
+    ended = subprocess.run(words, cwd=repository, env=environment, capture_output=True, text=True, check=True)
+    assert [line.partition(" ")[2] for line in ended.stdout.splitlines()] == ["1", "2", "1", "2", "before True"]
+
+
 def test_sandwich_layouts_with_and_without_their_adds(repository: Path, tmp_path: Path) -> None:
     target = tmp_path / "out.json"
     shape = ("--shape", "tiny-gemma2", "--variants", "stock", "F.rms_norm", "patched", "patched-apart")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -81,6 +83,58 @@ def functional_norm(model: nn.Module) -> None:
         norm.__class__ = swapped
 
 
+REPLACED = "_fused_rms_norm"
+"""The aten op behind `F.rms_norm` on a GPU. From 2.13 on torch has kernels of its own vendored quack for it. They need
+nvidia-cutlass-dsl, in a version that torch knows, and apache-tvm-ffi."""
+VENDORED = "F.rms_norm-quack"
+
+
+def torch_overrides() -> Any:
+    """torch's registry of kernels in place of aten's; None where nothing stands in place of `REPLACED`."""
+    try:
+        from torch._native import registry
+    except ImportError:
+        return None
+    return registry if REPLACED in registry.get_dsl_operations("cutedsl") else None
+
+
+def quack_norm(model: nn.Module) -> None:
+    """`F.rms_norm` with the kernels that torch has in place of aten's."""
+    if torch_overrides() is None:
+        raise ImportError(
+            "this torch has no kernel in place of aten's _fused_rms_norm; that needs 2.13, nvidia-cutlass-dsl and "
+            "apache-tvm-ffi (TORCH_NATIVE_SKIP_VERSION_CHECK=1: whichever version)"
+        )
+    functional_norm(model)
+
+
+@contextmanager
+def kernels_of(variant: str) -> Iterator[None]:
+    """What runs within has torch's replacements of aten's norm in the column of that name, and aten's in all others."""
+    registry = torch_overrides() if variant != VENDORED else None
+    if registry is not None:
+        registry.deregister_op_overrides(disable_op_symbols=REPLACED)
+    try:
+        yield
+    finally:
+        if registry is not None:
+            registry.reenable_op_overrides(enable_op_symbols=REPLACED)
+
+
+def norm_kernels(variant: str) -> list[str]:
+    """The names of the kernels that one `F.rms_norm` of the variant starts; none without a GPU."""
+    if not torch.cuda.is_available():
+        return []
+    x, weight = torch.randn(1, 4096, device="cuda").bfloat16(), torch.ones(4096, device="cuda").bfloat16()
+    with kernels_of(variant):
+        torch.nn.functional.rms_norm(x, (4096,), weight, 1e-5)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            torch.nn.functional.rms_norm(x, (4096,), weight, 1e-5)
+            torch.cuda.synchronize()
+    device = torch.autograd.DeviceType.CUDA
+    return [event.name for event in profile.events() if event.device_type == device]
+
+
 def liger_norm(model: nn.Module) -> None:
     """Liger's RMSNorm as its own monkey patch installs it on a Llama instance, and on that one alone."""
     _check_is_llama(model)
@@ -129,6 +183,7 @@ def patched_apart(model: nn.Module) -> None:
 VARIANTS: dict[str, Callable[[nn.Module], None]] = {
     "stock": lambda model: None,
     "F.rms_norm": functional_norm,
+    VENDORED: quack_norm,
     "liger": liger_norm,
     "patched": patched,
     "removed": removed_norm,

@@ -90,6 +90,7 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "qwen3-moe-fp8": ({**LLAMA_8B, **QWEN3_MOE}, {"quantization": "fp8"}),
     "llama-8b-tp2": (LLAMA_8B, {"tensor_parallel_size": 2}),
     "tiny": (TINY, {}),
+    "tiny-gemma3": ({**GEMMA3_4B, **{key: value for key, value in TINY.items() if value != LLAMA_8B[key]}}, {}),
     "tiny-fp8": (TINY, {"quantization": "fp8"}),
 }
 """Shape -> config.json and further arguments of the engine. "fp8" quantises at load, a scale a row; the schemes of
@@ -99,8 +100,12 @@ for _name, _config in (("llama-8b", LLAMA_8B), ("tiny", TINY)):
         SHAPES[f"{_name}-{_scheme}"] = ({**_config, "quantization_config": _quantisation}, {})
 _FLASHINFER, _DEEPGEMM = "FlashInferFp8DeepGEMMDynamicBlockScaledKernel", "DeepGemmFp8BlockScaledMMKernel"
 ENVIRONMENT: dict[str, dict[str, str]] = {}
-"""Shape -> variables of its process: which of vLLM's products of blocks are not to be taken."""
+"""Shape -> variables of its process: which of vLLM's products of blocks are not to be taken, and whether a request has
+the same bits in every batch."""
 for _name in ("llama-8b-block", "tiny-block"):
     for _product, _others in (("deepgemm", (_FLASHINFER,)), ("cutlass", (_FLASHINFER, _DEEPGEMM))):
         SHAPES[f"{_name}-{_product}"] = SHAPES[_name]
         ENVIRONMENT[f"{_name}-{_product}"] = {"VLLM_DISABLED_KERNELS": ",".join(_others)}
+for _name in ("llama-8b", "tiny"):
+    SHAPES[f"{_name}-invariant"] = SHAPES[_name]
+    ENVIRONMENT[f"{_name}-invariant"] = {"VLLM_BATCH_INVARIANT": "1"}
