@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from rmsnorm_patch.cli.kernel_bench import Request, kernel_table
 
@@ -55,5 +57,22 @@ def test_the_table_has_the_best_of_ours_and_the_best_peer() -> None:
     us = {"ours": 4.0, "ours_triton": 5.0, "quack": 6.0, "liger": 8.0}
     table = kernel_table([{**shape, "us": us, "failed": {}, "roofline_us": 3.8}])
     cells = [next(iter(column.cells)) for column in table.columns]
-    others = "ours_triton 5.00, liger 8.00"
-    assert cells == ["rms_norm cold bf16", "4096 x 2048", "4.00", "quack 6.00", "1.500", "0.950", others]
+    others = "quack 6.00\nours_triton 5.00\nliger 8.00"
+    assert cells == ["rms_norm cold bf16\n4096 x 2048", "4.00", others, "1.500", "0.950"]
+
+
+def test_no_name_is_parted_on_a_narrow_screen() -> None:
+    shape = {
+        "op": "fused_add_rms_norm",
+        "mode": "cold",
+        "dtype": "bf16",
+        "variant": "fp32 weight",
+        "m": 4096,
+        "n": 32768,
+    }
+    us = {"ours_inplace": 1234.5, "F.rms_norm": 3456.7, "flashinfer_cuda": 2345.6}
+    console = Console(width=80, file=io.StringIO())
+    console.print(kernel_table([{**shape, "us": us, "failed": {}, "roofline_us": 1000.0}]))
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert all(name in printed for name in ("fused_add_rms_norm", "4096 x 32768", "F.rms_norm", "flashinfer_cuda"))
+    assert "…" not in printed

@@ -58,20 +58,22 @@ def test_a_request_alone_and_in_batches(eager: bool, tmp_path: Path, vllm_proces
     pytest.importorskip("vllm", reason="vLLM is not installed here")
     mine = [5, 70, 101, 108, 111, 40, 98]
     others = [[3 + (7 * i + j) % 250 for j in range(4 + i % 23)] for i in range(63)]
-    answers = {}
-    for size in (1, 2, 8, 64):
-        prompts = [*others[: (size - 1) // 2], mine, *others[(size - 1) // 2 : size - 1]]
-        request = {
-            "model": str(DATA / "tiny-llama"),
-            "enforce_eager": eager,
-            "prompts": prompts,
-            "max_tokens": 16,
-            "engine": {"gpu_memory_utilization": 0.05, "max_num_seqs": 64, "max_num_batched_tokens": 1024},
-        }
-        answer = vllm_processes.run_engine(request, tmp_path / str(size), tmp_path / "cache", VLLM_BATCH_INVARIANT="1")
+    batches = [[*others[: (size - 1) // 2], mine, *others[(size - 1) // 2 : size - 1]] for size in (2, 8, 64)]
+    request = {
+        "model": str(DATA / "tiny-llama"),
+        "enforce_eager": eager,
+        "prompts": [mine],
+        "batches": [*batches, batches[-1][::-1]],
+        "max_tokens": 16,
+        "engine": {"gpu_memory_utilization": 0.05, "max_num_seqs": 64, "max_num_batched_tokens": 1024},
+    }
+    answer = vllm_processes.run_engine(request, tmp_path / "run", tmp_path / "cache", VLLM_BATCH_INVARIANT="1")
+    said = [line for line in answer["log"].splitlines() if "rmsnorm_patch" in line or "GRAPH" in line]
+    assert "batch-invariant: a row's bits follow from it" in answer["log"]
+    alone = answer["tokens"][0], answer["logprobs"][0]
+    for prompts, batch in zip(request["batches"], answer["batches"], strict=True):
         at = prompts.index(mine)
-        answers[size] = answer["tokens"][at], answer["logprobs"][at]
-        assert "batch-invariant: a row's bits follow from it" in answer["log"]
-        assert sum(answer["kernels"].values()) > 0
-        assert "rms_norm_partials" not in answer["kernels"]
-    assert all(answer == answers[1] for answer in answers.values())
+        assert (batch["tokens"][at], batch["logprobs"][at]) == alone, f"in a batch of {len(prompts)}"
+    for kernels in (answer["kernels"], *(batch["kernels"] for batch in answer["batches"])):
+        assert sum(kernels.values()) > 0, (answer["trace_at_start"][:2], said)
+        assert "rms_norm_partials" not in kernels

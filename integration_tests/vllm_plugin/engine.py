@@ -3,12 +3,13 @@
 Request: model (folder), enforce_eager, prompts (lists of token ids), max_tokens; and, where wanted, `engine` (further
 LLM arguments), `where_known` (more of them, for releases that have such), `variables` (of the environment),
 `vllm_version` (what vLLM shall say it is), `whole_compiler` (on the CPU, compile as on a GPU), `hide_ir` (no providers
-for vLLM's IR ops) and `changes` (generate once more after each: "written" norm weights, in their memory, while the
-engine runs; "replaced" ones, by others in another memory).
-Answer: tokens and logprobs of every prompt, the number of forwards while they were generated, the lines of our call
-trace that belong to them and those from the start (where a CUDA graph's calls are captured), the classes of the model's
-norms, and whether CUDA was initialised. On a GPU: which of our kernels the device ran while the tokens were generated,
-and how many kernels of any; on the CPU with the whole compiler: which ops ran, and how often.
+for vLLM's IR ops), `batches` (further lists of prompts, each generated for by itself) and `changes` (generate once more
+after each: "written" norm weights, in their memory, while the engine runs; "replaced" ones, by others in another
+memory).
+Answer: tokens and logprobs of every prompt, and of those of each of the `batches`, the number of forwards while they
+were generated, the lines of our call trace that belong to them and those from the start (where a CUDA graph's calls are
+captured), the classes of the model's norms, and whether CUDA was initialised. On a GPU: which of our kernels the device
+ran while the tokens were generated; on the CPU with the whole compiler: which ops ran, and how often.
 With several workers, which are processes of their own, only tokens, logprobs and the lines of each worker.
 """
 
@@ -133,12 +134,17 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     at_start = trace_lines()
     outputs, kernels, launches = generate(llm, prompts, sampling, watched=request.get("whole_compiler", False))
     lines, counted_forwards, after = trace_lines()[len(at_start) :], forwards, dict[str, Any]()
+    batches = []
+    for batch in request.get("batches", ()):
+        made, ran = generate(llm, [{"prompt_token_ids": ids} for ids in batch], sampling, watched=False)
+        batches.append({**told(made), "kernels": ran})
     for how in request.get("changes", ()):
         change_norms(model, how)
         after[how] = told(llm.generate(prompts, sampling, use_tqdm=False))
     return {
         **told(outputs),
         "after": after,
+        "batches": batches,
         "forwards": counted_forwards,
         "trace": lines,
         "trace_at_start": at_start,

@@ -104,21 +104,22 @@ def _machine() -> dict[str, Any]:
 
 
 def kernel_table(rows: Sequence[Row]) -> Table:
-    """Microseconds a launch; a copy of the same bytes is the limit where memory decides."""
+    """Microseconds a launch; a copy of the same bytes is the limit where memory decides. A shape stands under its work,
+    and the others in one cell, the best peer first, so that no name is parted on a screen of 80 columns."""
     table = Table(title="microseconds a launch, median", title_justify="left")
-    for name in ("work", "rows x columns", "ours", "best peer", "peer / ours", "copy / ours", "the others"):
-        table.add_column(name, justify="left" if name in ("work", "the others") else "right")
+    for name in ("work, rows x columns", "ours", "the others", "peer /\nours", "copy /\nours"):
+        table.add_column(name, justify="left" if name in ("work, rows x columns", "the others") else "right")
     for row in rows:
         mine, peer, ratio, limit = ours(row), best_peer(row), gain(row), share(row)
-        others = {name: us for name, us in row["us"].items() if us != mine and (peer is None or name != peer[0])}
+        others = [(us, name) for name, us in row["us"].items() if us != mine and (peer is None or name != peer[0])]
+        first = [] if peer is None else [(peer[1], peer[0])]
+        work = " ".join(filter(None, (row["op"], row["mode"], row["dtype"], row["variant"])))
         table.add_row(
-            " ".join(filter(None, (row["op"], row["mode"], row["dtype"], row["variant"]))),
-            f"{row['m']} x {row['n']}",
+            f"{work}\n{row['m']} x {row['n']}",
             "-" if mine is None else f"{mine:.2f}",
-            "-" if peer is None else f"{peer[0]} {peer[1]:.2f}",
+            "\n".join(f"{name} {us:.2f}" for us, name in [*first, *sorted(others)]) or "-",
             "-" if ratio is None else f"{ratio:.3f}",
             "-" if limit is None else f"{limit:.3f}",
-            ", ".join(f"{name} {us:.2f}" for name, us in sorted(others.items(), key=lambda one: one[1])),
         )
     return table
 
