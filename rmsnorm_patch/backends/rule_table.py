@@ -31,6 +31,7 @@ class Table:
         self.values: dict[str, Any] = dict(values)
 
     def error(self, key: str, got: object, allowed: str) -> KernelBuildError:
+        """For a value that this file must not have. (Methods that read a value take it out, and raise this.)"""
         return KernelBuildError(
             site=f"{self.file}: {key}", got=repr(got), supported=allowed, next_step="correct this key or remove it"
         )
@@ -39,18 +40,21 @@ class Table:
         return f"{self.where}.{key}" if self.where else key
 
     def text(self, key: str, default: str | None = None, allowed: Collection[str] | None = None) -> str:
+        """A string, one of those allowed."""
         value = self.values.pop(key, default)
         if not isinstance(value, str) or (allowed is not None and value not in allowed):
             raise self.error(self._key(key), value, "one of " + ", ".join(allowed) if allowed else "a string")
         return value
 
     def texts(self, key: str, allowed: tuple[str, ...], default: tuple[str, ...] | None = None) -> tuple[str, ...]:
+        """A list of at least one of those allowed."""
         value = self.values.pop(key, default)
         if not isinstance(value, list | tuple) or not value or any(item not in allowed for item in value):
             raise self.error(self._key(key), value, "a list out of " + ", ".join(allowed))
         return tuple(value)
 
     def integer(self, key: str, default: int | None, allowed: Collection[int] | None = None, low: int = 1) -> int:
+        """An integer from `low` on, one of those allowed."""
         value = self.values.pop(key, default)
         wrong = type(value) is not int or value < low or (allowed is not None and value not in allowed)
         if wrong:
@@ -58,6 +62,7 @@ class Table:
         return value  # type: ignore[return-value]
 
     def span(self, key: str, default: Range | None, low: int = 1) -> Range:
+        """[min] or [min, max], or the minimum alone."""
         value = self.values.pop(key, default)
         if type(value) is int:
             value = (value, UNBOUNDED)
@@ -70,6 +75,7 @@ class Table:
         return first, last
 
     def itemsizes(self) -> tuple[int, ...]:
+        """Bytes of the elements of x that are served: 2, 4 or both, which is the default."""
         value = self.values.pop("itemsize", [2, 4])
         if not isinstance(value, list) or not value or any(v not in (2, 4) for v in value):
             raise self.error(self._key("itemsize"), value, "a list out of 2, 4 (bytes of one element of x)")

@@ -188,6 +188,7 @@ def _launches(case: Case, step: Callable[[Tensors], Any]) -> tuple[Callable[[], 
 
 
 def measure(provider: Provider, case: Case, replays: int) -> timing.Timing:
+    """Time a call on operands made for the case, on the device or in mode "host" on the host. replays: of the graph."""
     weights = weights_of(case)
     if case.mode == "host":
         inputs = operands(case, 1)[0]

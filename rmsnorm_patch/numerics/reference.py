@@ -11,6 +11,7 @@ from .spec import NormSpec
 
 
 def mean_square(x: torch.Tensor, spec: NormSpec) -> torch.Tensor:
+    """Of each row of x [..., N], in its dtype: [..., 1], or [..., N] with groups."""
     if spec.group is not None:
         grouped = x.unflatten(-1, (-1, spec.group))
         return grouped.pow(2).mean(-1, keepdim=True).expand_as(grouped).flatten(-2)

@@ -57,6 +57,7 @@ class Layer:
         return [] if self.reason else [each for each in self.norm_adds if not each.reason and self._added(each)]
 
     def live_tail(self) -> Add | None:
+        """The last add, where the trace shows that the source's is the one that ran."""
         tail = self.flow.tail
         if tail is not None and tail.shared:
             return None

@@ -70,6 +70,7 @@ def layer_loops(parent: nn.Module, cls: type) -> list[LayerLoop]:
 
 
 def loops_of(source: Source) -> list[LoopCode]:
+    """Each `for` of a forward that runs layers one after another over one state."""
     self_name = source.tree.args.args[0].arg if source.tree.args.args else "self"
     found = []
     for block in _blocks(source.tree):

@@ -78,6 +78,7 @@ class Ends(NamedTuple):
 
     @classmethod
     def of(cls, layer: Layer) -> Ends:
+        """What the layer's trace says of both ends."""
         if layer.trace is None:
             return cls()
         entry = layer.below.get(layer.trace.entry) or layer.below.get(layer.trace.copied)

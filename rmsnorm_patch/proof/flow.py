@@ -32,6 +32,8 @@ def is_call(event: observe.Event) -> bool:
 
 @dataclass
 class Call:
+    """One norm call: the norm's path, a digest of its input, its result."""
+
     path: str
     digest: int
     normed: torch.Tensor

@@ -55,6 +55,7 @@ class Comparison:
         return json.dumps(self.to_dict(), indent=indent)
 
     def explain(self) -> str:
+        """One line."""
         verdict = "bit-identical to" if self.bit_identical else f"{self.error:.3e} (relative rms) from"
         return (
             f"logits {verdict} those in {self.path}, allowed {self.allowed:.3e}; top-1 {self.top1_agreement:.4f} over "

@@ -35,6 +35,7 @@ class Reasons:
         self._tallies: dict[str, _Tally] = {}
 
     def add(self, reason: str) -> None:
+        """Count it once more; under OTHER where there are too many reasons."""
         tally = self._tallies.get(reason)
         if tally is None:
             known = reason if reason and len(self._tallies) < MAX_REASONS else OTHER

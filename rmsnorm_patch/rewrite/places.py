@@ -133,6 +133,7 @@ Index = dict[int, list[Place]]
 
 
 def index_of(parent: nn.Module) -> Index:
+    """Where each module below `parent` stands, `parent` left out."""
     found: Index = {}
     for holder in parent.modules():
         for name, child in holder._modules.items():

@@ -160,6 +160,8 @@ class Plan:
         return dict(sorted(found.items()))
 
     def norm_groups(self, fold: bool = True) -> tuple[SiteGroup, ...]:
+        """The norms as rows of a table. fold: norms at paths that differ in layer numbers alone share one."""
+
         def why(site: NormSite) -> str:
             gating = "" if site.gating is None else f" {site.gating}"
             computed = f"{numerics(site.spec)}{gating}, N={site.hidden_size}"
@@ -169,6 +171,7 @@ class Plan:
         return _grouped(((s.action, s.class_name, s.path, why(s)) for s in self.norms), fold)
 
     def pair_groups(self, fold: bool = True) -> tuple[SiteGroup, ...]:
+        """The adds, as `norm_groups`."""
         falling = {site.path for site in self.norms if site.falls_back}
 
         def why(pair: PairSite) -> str:
@@ -178,6 +181,8 @@ class Plan:
         return _grouped(((p.action, PAIR_MEANING[p.kind], p.norm, why(p)) for p in self.pairs), fold)
 
     def query_key_groups(self, fold: bool = True) -> tuple[SiteGroup, ...]:
+        """The attentions, as `norm_groups`."""
+
         def why(site: QueryKeySite) -> str:
             return site.source if site.action == "fuse" else site.reason
 

@@ -41,6 +41,7 @@ class Build:
     arch: int
 
     def defines(self) -> dict[str, int]:
+        """Every macro that the sources read, by name."""
         spec, config = self.spec, self.config
         weight = self.weight_dtype if spec.has_weight else None
         return {

@@ -201,6 +201,7 @@ def schedules(
 
 
 def no_kernel(op: Op, x_dtype: torch.dtype, n: int, arch: int) -> str:
+    """Why no rule of `op` serves rows of `n` columns on sm_`arch`, in words."""
     able = [k for k in registered_kernels() if op in k.ops and DTYPE_NAMES[x_dtype] in k.x_dtypes]
     lowest = min((kernel.capability[0] for kernel in able), default=0)
     if able and arch < lowest:

@@ -103,6 +103,7 @@ class Target(NamedTuple):
 
     @classmethod
     def of(cls, device: torch.device, dependent: bool = True) -> Target:
+        """Asks a GPU for its properties. dependent: False launches plainly whatever the device."""
         if device.type != "cuda":
             return cls()
         properties = torch.cuda.get_device_properties(device)
@@ -232,6 +233,8 @@ class _Op:
 
 
 class RMSNorm(_Op):
+    """f(x, weight, eps) -> normed, contiguous. x: [..., N]; weight: [N] or None. Raises UnsupportedInput."""
+
     def __call__(self, x: torch.Tensor, weight: torch.Tensor | None, eps: float | None) -> torch.Tensor:
         if not self.spec.has_weight:
             weight = None
@@ -253,6 +256,8 @@ class RMSNorm(_Op):
 
 
 class FusedAddRMSNorm(_Op):
+    """f(x, residual, weight, eps) -> (normed, sum), of two dtypes too. Raises UnsupportedInput."""
+
     def __call__(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, eps: float | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -297,6 +302,8 @@ class FusedAddRMSNorm(_Op):
 
 
 class FusedAddRMSNormInPlace(FusedAddRMSNorm):
+    """f(x, residual, weight, eps) -> None; residual <- sum, x <- normed. Raises UnsupportedInput."""
+
     def __call__(  # type: ignore[override]
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, eps: float | None
     ) -> None:

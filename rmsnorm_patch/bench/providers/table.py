@@ -13,6 +13,8 @@ Call = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Provider:
+    """Who computes one op in a benchmark, by name. in_place: results are written over its operands."""
+
     name: str
     op: str
     call: Call
