@@ -44,6 +44,8 @@ def _weight(dtype=torch.float32, **fields):
         (_x(torch.float16), _weight(torch.float16)),
         (_x(), torch.rand(8)),
         (_x()[:, ::1].t().t(), _weight()),
+        (torch.randn(2, 3, 8), _weight()),
+        (torch.randn(8), _weight()),
     ],
 )
 def test_what_a_kernel_may_serve(x, weight):

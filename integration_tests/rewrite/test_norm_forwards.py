@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import rmsnorm_patch
 from rmsnorm_patch import ops
 from rmsnorm_patch.patch_state import STATE
+from rmsnorm_patch.rewrite import guards
 from rmsnorm_patch.rewrite.counts import CALLS
 from rmsnorm_patch.rewrite.guise import MORE_ARGUMENTS
 
@@ -84,6 +86,32 @@ def test_a_call_with_more_than_the_input_goes_to_the_original() -> None:
     for call in (lambda: norm(position=1), lambda: norm(x, rows=x), lambda: norm()):
         with pytest.raises(TypeError, match="forward"):
             call()
+
+
+def test_each_reason_alone_sends_a_call_to_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    ops.forget()
+    x = torch.randn(3, 32)
+
+    def because(change: Callable[[nn.Module], object], given: torch.Tensor = x) -> dict[str, int]:
+        norm = patched(Extra(), "triton")
+        counts = norm.__dict__[STATE][CALLS]
+        change(norm)
+        with torch.no_grad():
+            norm(given)
+        assert counts.alone + sum(counts.fallen_back.counts().values()) == 1
+        return counts.fallen_back.counts()
+
+    assert because(lambda norm: None) == {}
+    assert because(lambda norm: norm.train()) == {guards.TRAINING: 1}
+    assert because(lambda norm: setattr(norm, "eps", 1)) == {"eps is a int, no float": 1}
+    assert because(lambda norm: None, x.double()) == {"input dtype torch.float64": 1}
+
+    def take_away(norm: nn.Module) -> None:
+        del norm.weight
+        norm.__dict__["weight"] = torch.ones(32)
+
+    assert because(take_away) == {"the norm's weight is not a parameter or buffer of its own": 1}
 
 
 def targets(norm: nn.Module, x: torch.Tensor) -> list[str]:
