@@ -55,11 +55,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"wheel": next(folder.glob("*.whl")), "sdist": next(folder.glob("*.tar.gz"))}
 
 
-def new_environment(version: str, folder: Path) -> Path:
-    """Python of an empty environment; the test is skipped where this machine has no such Python."""
-    python = interpreter(version)
-    if python is None:
-        pytest.skip(f"this machine has no Python {version}")
+def new_environment(python: str, folder: Path) -> Path:
+    """Python of an empty environment that `python` makes."""
     run(python, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
     return folder / "bin" / "python"
 
@@ -70,15 +67,19 @@ def pip_install(python: Path, *words: object) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
 @pytest.mark.parametrize("version", [v for v in DECLARED if not sys.version.startswith(f"{v}.")][-2:])
-def test_the_wheel_installs_and_answers(version: str, built: dict[str, Path], tmp_path: Path) -> None:
+def test_it_installs_and_answers(version: str, kind: str, built: dict[str, Path], tmp_path: Path) -> None:
     """What needs no torch, on two other Pythons: every file compiles there, and help and version are shown. The pure
-    Python packages are those of this environment."""
-    python = new_environment(version, tmp_path / "env")
-    pip_install(python, "--no-deps", "--no-index", built["wheel"])
+    Python packages, what builds the archive among them, are those of this environment."""
+    found = interpreter(version)
+    if found is None:
+        pytest.skip(f"this machine has no Python {version}")
+    python = new_environment(found, tmp_path / "env")
     site = next((tmp_path / "env" / "lib").glob("python3*/site-packages"))
-    run(python, "-W", "error", "-m", "compileall", "-q", "-f", site / "rmsnorm_patch", cwd=tmp_path)
     (site / "outer.pth").write_text(str(Path(torch.__file__).parents[1]) + "\n")
+    pip_install(python, "--no-deps", "--no-index", "--no-build-isolation", "--ignore-installed", built[kind])
+    run(python, "-W", "error", "-m", "compileall", "-q", "-f", site / "rmsnorm_patch", cwd=tmp_path)
     script = python.parent / "rmsnorm-patch"
     assert run(script, "--version", cwd=tmp_path).startswith("rmsnorm_patch ")
     assert "verify" in run(script, "--help", cwd=tmp_path)
@@ -89,8 +90,12 @@ def test_the_wheel_installs_and_answers(version: str, built: dict[str, Path], tm
 @pytest.mark.parametrize("version", DECLARED)
 def test_a_stranger_installs_and_patches(version: str, built: dict[str, Path], tmp_path: Path) -> None:
     """pip fetches what the package asks for, after the torch that this environment has: gigabytes where the index
-    carries CUDA builds alone. The wheel leaves that torch as it is, and so does the source archive on top of it."""
-    python = new_environment(version, tmp_path / "env")
+    carries CUDA builds alone. The wheel leaves that torch as it is, and so does the source archive on top of it.
+
+    A declared Python that is not here fails: what is declared is run."""
+    found = interpreter(version)
+    assert found is not None, f"Python {version} is declared and not here: install it, or do not declare it"
+    python = new_environment(found, tmp_path / "env")
     release = torch.__version__.partition("+")[0]
     pip_install(python, f"torch=={release}")
     torch_before = run(python, "-c", "import torch; print(torch.__version__)", cwd=tmp_path).strip()
@@ -101,7 +106,7 @@ def test_a_stranger_installs_and_patches(version: str, built: dict[str, Path], t
         torch_now, package = run(python, "-c", TINY_MODEL, cwd=tmp_path).split()
         assert torch_now == torch_before
         assert Path(package).is_relative_to(tmp_path / "env")
-        found = json.loads(run(python.parent / "rmsnorm-patch", "env", "--json", cwd=tmp_path))
-        assert found["python"].startswith(f"{version}.")
-        assert found["kernels"].startswith(str(tmp_path / "env"))
-        assert found["outlook"]
+        report = json.loads(run(python.parent / "rmsnorm-patch", "env", "--json", cwd=tmp_path))
+        assert report["python"].startswith(f"{version}.")
+        assert report["kernels"].startswith(str(tmp_path / "env"))
+        assert report["outlook"]
