@@ -131,6 +131,20 @@ def test_in_compiled_graphs_too(kind: str, run: Any, differing: Any) -> None:
     assert differing(kind, named) == 0
 
 
+@pytest.mark.long
+def test_the_share_of_equal_logprobs_is_reported(
+    tmp_path: Path, tiny_llama: Path, environment: Any, vllm_processes: Any
+) -> None:
+    script = HERE.parents[1] / "scripts" / "compare_logprobs.py"
+    words = [str(script), str(tiny_llama), "--tokens", "8", "--json", str(tmp_path / "rows.json")]
+    done = vllm_processes.run_program(words, environment())
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [(row["numerics"], row["tokens"]) for row in rows] == [("engine", 16), ("huggingface", 16)]
+    assert all(row["greedy_equal"] >= 14 and row["largest_difference"] < 0.1 for row in rows)
+    assert ["9 of 9 norms compute" in " ".join(row["norms"]) for row in rows] == [False, True]
+
+
 FUSES_BY_HAND = {"compilation_config": {"pass_config": {"fuse_allreduce_rms": True}}}
 REFUSED = """
 import json, sys
