@@ -87,13 +87,18 @@ def test_what_around_a_call_forbids_it():
     assert not guards.servable(x, wanted)
     assert guards.reason(x, wanted) == "a gradient is wanted"
     assert not guards.servable(_x().requires_grad_(), weight)
+    assert not guards.servable(_x().requires_grad_(), None)
+    assert guards.servable(x, None)
     with torch.no_grad():
         assert guards.servable(x, wanted)
+        assert guards.servable(_x().requires_grad_(), None)
         with Seen():
             assert not guards.servable(x, weight)
+            assert not guards.servable(x, None)
             assert guards.reason(x, weight) == "a torch dispatch mode is active"
         with torch.autocast("cpu", torch.bfloat16):
             assert not guards.servable(x, weight)
+            assert not guards.servable(x, None)
             assert guards.reason(x, weight) == "autocast is active"
         with torch.autograd.forward_ad.dual_level():
             assert not guards.servable(x, weight)
