@@ -104,10 +104,10 @@ def kernel_tests(workers: int) -> dict[str, object]:
 def engine_tests(workers: int) -> dict[str, object]:
     """Counts of vLLM's GPU tests, and the plugin's files, of which they speak and which `files` does not hold.
 
-    Tests of one file share engines: a worker takes a file whole.
+    Those that share engines are of one group, which a worker takes whole.
     """
     words = [str(path) for path in _engine_tests()]
-    spread = ["-n", str(min(workers, len(words))), "--dist", "loadfile"] if _spread(workers) else []
+    spread = ["-n", str(workers), "--dist", "loadgroup"] if _spread(workers) else []
     return {**run_tests([*words, *spread]), "files": plugin_files()}
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.xdist_group("engine")]  # tests share engines
 pytest.importorskip("vllm", reason="vLLM is not installed here")
 
 HERE = Path(__file__).resolve().parent

@@ -134,7 +134,7 @@ def test_tests_that_hold_a_time_run_last_and_those_of_engines_apart(gpu_record, 
     assert "rmsnorm_patch/vllm_plugin/hooks.py" in found["files"]
     (words,) = runs
     assert set(words) >= {str(path) for path in gpu_record._engine_tests()}
-    assert ("loadfile" in words) == bool(workers)
+    assert ("loadgroup" in words) == bool(workers)
 
 
 def test_a_failure_of_engines_with_this_plugin_is_a_problem(gpu_record, record):
