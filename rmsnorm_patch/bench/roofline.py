@@ -73,7 +73,16 @@ def quantised_traffic(x, residual, rows, normed, total, config) -> None:
     block, warps = config
     both = normed is not None
     _quantised_traffic[(triton.cdiv(x.numel(), block),)](
-        x, residual, rows, normed if both else x, total, x.numel(), BOTH=both, BLOCK=block, num_warps=warps
+        x,
+        residual,
+        rows,
+        normed if both else x,
+        total,
+        x.numel(),
+        BOTH=both,
+        BLOCK=block,
+        num_warps=warps,
+        **COMPILE_OPTIONS,
     )
 
 

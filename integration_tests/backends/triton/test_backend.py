@@ -83,7 +83,7 @@ def test_every_launch_says_whether_products_are_fused() -> None:
                 keywords = {each.arg for each in call.keywords}
                 if keywords & {"BLOCK", "NESTED", "DEPENDENT"} or "**values" in ast.unparse(call):
                     launches.append(f"{file.name}: {ast.unparse(call)}")
-    assert len(launches) == 7
+    assert len(launches) == 6
     assert [each for each in launches if "**COMPILE_OPTIONS" not in each and "**layout.options" not in each] == []
 
 
