@@ -32,6 +32,8 @@ APART = {"gemma3_text": 4 * LAYERS + 1, "glm4": 4 * LAYERS + 1, "olmo2": 2 * LAY
 """Norms of a forward but those of queries and keys, which the compiler keeps at these lengths."""
 LEFT = {"gemma3_text": 1, "glm4": 1, "olmo2": 0}
 """Of them those that no add is in front of: the first one of a forward."""
+UNTIMED = {"triton.autotune_pointwise": False, "combo_kernels": True, "benchmark_combo_kernel": False}
+"""Inductor would time ways to add up a row, and two engines of one graph could then choose differently."""
 Answers = Callable[[str, str], dict[str, Any]]
 
 
@@ -50,7 +52,7 @@ def engines(
             "enforce_eager": False,
             "prompts": PROMPTS,
             "max_tokens": TOKENS,
-            "engine": {"gpu_memory_utilization": 0.05},
+            "engine": {"gpu_memory_utilization": 0.05, "compilation_config": {"inductor_compile_config": UNTIMED}},
         }
         folder = work / f"{kind}-{norm_add}"
         variables = {"RMSNORM_PATCH_VLLM": "auto", "RMSNORM_PATCH_VLLM_NORM_ADD": norm_add}

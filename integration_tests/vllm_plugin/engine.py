@@ -136,7 +136,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     lines, counted_forwards, after = trace_lines()[len(at_start) :], forwards, dict[str, Any]()
     batches = []
     for batch in request.get("batches", ()):
-        made, ran = generate(llm, [{"prompt_token_ids": ids} for ids in batch], sampling, watched=False)
+        made, ran, _ = generate(llm, [{"prompt_token_ids": ids} for ids in batch], sampling, watched=False)
         batches.append({**told(made), "kernels": ran})
     for how in request.get("changes", ()):
         change_norms(model, how)
