@@ -157,6 +157,10 @@ def scaled(rows: Any, matrix: Any, residual: Any, weight: Any) -> Any:
     return norm(residual * 2 + F.linear(rows, matrix) * 0.5, weight)
 
 
+def scaled_by_the_add(rows: Any, matrix: Any, residual: Any, weight: Any) -> Any:
+    return norm(torch.add(residual * 2, F.linear(rows, matrix), alpha=3), weight)
+
+
 def product_read_by_others(rows: Any, matrix: Any, residual: Any, weight: Any) -> Any:
     x = F.linear(rows, matrix)
     return norm(residual * 2 + x, weight), x.relu()
@@ -212,6 +216,7 @@ def weight_computed_later(rows: Any, matrix: Any, residual: Any, weight: Any) ->
 
 APART = {
     no_add: "no add stands in front",
+    scaled_by_the_add: "no add stands in front",
     scaled: "no operand of the add is a product that nothing else reads",
     product_read_by_others: "no operand of the add is a product that nothing else reads",
     product_with_itself: "no operand of the add is a product that nothing else reads",
