@@ -20,7 +20,13 @@ from rmsnorm_patch.errors import VerificationFailed
 from rmsnorm_patch.proof.report import Proof
 from rmsnorm_patch.scan.plan import Plan
 
-VOID = {"meta", "link", "br", "hr", "img", "rect", "circle", "path", "line"}
+VOID = {"meta", "link", "br", "wbr", "hr", "img", "rect", "circle", "path", "line"}
+
+
+LINES_OF_NAMES = """[...new Set([...document.querySelectorAll(".sites .path")].flatMap(path =>
+  [...path.childNodes].filter(node => node.nodeType === Node.TEXT_NODE).map(node => {
+    const range = document.createRange(); range.selectNodeContents(node); return range.getClientRects().length; })))]"""
+"""The lines that the names in the paths of sites take, each number once: a path breaks behind a dot."""
 
 
 class Outline(HTMLParser):
@@ -181,6 +187,7 @@ def test_it_reads_well_in_a_browser(
     assert said == []
     assert [url for url in asked if not url.startswith("data:")] == [path.as_uri()]
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate(LINES_OF_NAMES) == [1]
     colours = page.evaluate(
         "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
         ".map(c => c.match(/\\d+/g).slice(0, 3).reduce((sum, n) => sum + Number(n), 0))"
