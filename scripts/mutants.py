@@ -102,6 +102,7 @@ SUITES = {
             "pairs/test_rewritten_layers.py",
             "pairs/test_through.py",
             "pairs/test_query_key.py",
+            "pairs/test_query_key_forms.py",
             "adversarial/test_patching_compile.py",
             "proof/test_rewrite_mutants.py",
         ),

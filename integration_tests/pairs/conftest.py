@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # test folders are not packages
 
-pytest.register_assert_rewrite("small_layers")
+pytest.register_assert_rewrite("small_layers", "query_and_key")
 
 from small_layers import WIDTH  # noqa: E402
 

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import ast
 import copy
-import importlib
-import importlib.util
 import inspect
 import linecache
 import pickle
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn as nn
-import transformers
+from query_and_key import reasons, same
 from transformers import PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import rmsnorm_patch
-from rmsnorm_patch.pairs import query_key as reading
 from rmsnorm_patch.pairs.layout import layout
 from rmsnorm_patch.rewrite import observe, query_key
 
@@ -61,14 +55,6 @@ def ran(model: PreTrainedModel) -> Counter[str]:
     with torch.no_grad(), observe.observing(lambda event: found.update([event.kind])):
         model(TOKENS)
     return found
-
-
-def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
-
-
-def reasons(model: nn.Module) -> set[str]:
-    return {site.reason for site in rmsnorm_patch.plan(model).query_key if site.action == "leave"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -238,270 +224,3 @@ def test_an_eps_changed_after_apply_is_read(qwen3) -> None:
     patched = outputs(qwen3)
     rmsnorm_patch.revert(qwen3)
     assert same(patched, outputs(qwen3))
-
-
-# forms
-
-
-class Base(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.q_norm = LlamaRMSNorm(16)
-        self.k_norm = LlamaRMSNorm(16)
-        self.q_proj = nn.Linear(16, 32)
-        self.k_proj = nn.Linear(16, 32)
-        self.dropout = nn.Dropout(0.5)
-        self.flag = True
-
-    def rows(self, x):
-        return self.k_proj(x).view(*x.shape[:-1], 2, 16)
-
-
-class Plain(Base):
-    def forward(self, x):
-        q = self.q_norm(self.q_proj(x).view(*x.shape[:-1], -1, 16)).transpose(1, 2) * 0.5
-        k: torch.Tensor = self.k_norm(hidden_states=self.k_proj(x).view(*x.shape[:-1], -1, 16)).to(x.dtype)
-        return q.sum() + k.sum()
-
-
-class OneNorm(Base):
-    def forward(self, x):
-        q = self.q_norm(self.q_proj(x).view(*x.shape[:-1], 2, 16))
-        q = q.transpose(1, 2)
-        k = self.q_norm(self.k_proj(x).view(*x.shape[:-1], 2, 16))
-        return q.sum() + k.sum()
-
-
-class Chained(Base):
-    def forward(self, x):
-        q = self.q_norm(x)
-        k = self.k_norm(q)
-        return k
-
-
-class ReadsItsResult(Base):
-    def forward(self, x):
-        q = self.q_norm(x)
-        k = self.k_norm(self.q_proj(q).view(*x.shape[:-1], 2, 16))
-        return k
-
-
-class ProductBetween(Base):
-    def forward(self, x):
-        q = self.q_norm(self.q_proj(x).view(*x.shape[:-1], 2, 16))
-        x = self.dropout(x)
-        k = self.k_norm(self.k_proj(x).view(*x.shape[:-1], 2, 16))
-        return q.sum() + k.sum()
-
-
-class DropsIn(Base):
-    def forward(self, x):
-        q = self.dropout(self.q_norm(self.q_proj(x).view(*x.shape[:-1], 2, 16)))
-        k = self.k_norm(self.k_proj(x).view(*x.shape[:-1], 2, 16))
-        return q.sum() + k.sum()
-
-
-class WritesInPlace(Base):
-    def forward(self, x):
-        q = self.q_norm(x)
-        k = self.k_norm(x.mul_(2))
-        return q.sum() + k.sum()
-
-
-class AnotherBranch(Base):
-    def forward(self, x):
-        q = self.q_norm(x)
-        k = x
-        if self.flag:
-            k = self.k_norm(x)
-        return q.sum() + k.sum()
-
-
-class OwnMethod(Base):
-    def forward(self, x):
-        q = self.q_norm(self.q_proj(x).view(*x.shape[:-1], 2, 16))
-        k = self.k_norm(self.rows(x))
-        return q.sum() + k.sum()
-
-
-class OneStatement(Base):
-    def forward(self, x):
-        q, k = self.q_norm(x), self.k_norm(x)
-        return q.sum() + k.sum()
-
-
-class WritesInMethod(Base):
-    def rows(self, x):
-        return super().rows(x.mul_(2))
-
-    def forward(self, x):
-        q = self.q_norm(x)
-        k = self.k_norm(self.rows(x))
-        return q.sum() + k.sum()
-
-
-class RunsInProperty(Base):
-    @property
-    def scale(self):
-        self.dropout(torch.ones(1))
-        return 2
-
-    def forward(self, x):
-        q = self.q_norm(x)
-        k = self.k_norm(x * self.scale)
-        return q.sum() + k.sum()
-
-
-FUSED = (Plain, OneNorm, OwnMethod)
-LEFT = {
-    Chained: "k_norm reads what is computed after q_norm",
-    ReadsItsResult: "k_norm reads what is computed after q_norm",
-    ProductBetween: "code runs between the two norms",
-    DropsIn: "the statement of q_norm does more than shape the norm's result",
-    WritesInPlace: "what k_norm reads is computed in another way than by a module and in shape",
-    AnotherBranch: "the two norms stand in different branches",
-    OneStatement: "both norms stand in one statement",
-    WritesInMethod: "a trace of its forward shows that code runs between the two norms",
-    RunsInProperty: "a trace of its forward shows that code runs between the two norms",
-}
-
-
-class Model(nn.Module):
-    def __init__(self, kind: type[nn.Module]) -> None:
-        super().__init__()
-        self.attention = kind()
-
-    def forward(self, x):
-        return self.attention(x)
-
-
-@torch.no_grad()
-def run(model: nn.Module) -> tuple[torch.Tensor, Counter[str]]:
-    torch.manual_seed(1)
-    found: Counter[str] = Counter()
-    with observe.observing(lambda event: found.update([event.kind])):
-        return model(torch.linspace(-1, 1, 3 * 2 * 16).view(2, 3, 16)), found
-
-
-@pytest.mark.parametrize("kind", FUSED)
-def test_forms_that_are_fused(kind) -> None:
-    torch.manual_seed(0)
-    model = Model(kind).eval()
-    before, _ = run(model)
-    rmsnorm_patch.apply(model)
-    after, found = run(model)
-    assert found == {"together": 2}
-    assert torch.equal(before, after)
-
-
-@pytest.mark.parametrize("kind", LEFT)
-def test_forms_that_are_left(kind) -> None:
-    torch.manual_seed(0)
-    model = Model(kind).eval()
-    assert reasons(model) == {LEFT[kind]}
-    before, _ = run(model)
-    rmsnorm_patch.apply(model)
-    after, found = run(model)
-    assert "together" not in found
-    assert torch.equal(before, after)
-
-
-# transformers' own attentions
-
-SHOWN = 73
-"""Classes of transformers 5.24 whose forward shows the norms of a query and a key, RMSNorms or not."""
-NOT_SHOWN = {
-    "code runs between the two norms": 6,
-    "the two norms stand in different branches": 4,
-    "both norms stand in one statement": 3,
-    "k_norm reads what is computed after q_norm": 2,
-}
-
-
-class Sums:
-    """What `find` asks of a source."""
-
-    sums: frozenset[str] = frozenset()
-
-
-def forwards() -> Iterator[tuple[str, ast.FunctionDef]]:
-    for path in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
-        for cls in ast.parse(path.read_text()).body:
-            for function in cls.body if isinstance(cls, ast.ClassDef) else ():
-                if isinstance(function, ast.FunctionDef) and function.name == "forward":
-                    yield cls.name, function
-
-
-@pytest.mark.skipif(not transformers.__version__.startswith("5.24."), reason="pinned for transformers 5.24")
-def test_every_attention_of_transformers_is_read() -> None:
-    shown, others = set(), Counter()
-    for name, function in forwards():
-        called = (node.func for node in ast.walk(function) if isinstance(node, ast.Call))
-        attributes = {f.attr for f in called if isinstance(f, ast.Attribute) and ast.unparse(f.value) == "self"}
-        norms = frozenset(attribute for attribute in attributes if "norm" in attribute)
-        for found in reading.find(Sums(), function, norms):  # type: ignore[arg-type]
-            if found.named and not found.reason:
-                shown.add(name)
-            elif found.named:
-                others[found.reason] += 1
-    assert {"Qwen3VLTextAttention", "Qwen3OmniMoeThinkerTextAttention", "Olmo3Attention", "Llama4TextAttention"} < shown
-    assert len(shown) == SHOWN
-    assert dict(others) == NOT_SHOWN
-
-
-@pytest.mark.skipif(importlib.util.find_spec("transformers.models.qwen3_vl") is None, reason="an older transformers")
-@pytest.mark.parametrize("kind", ["qwen3_vl", "qwen3_vl_moe", "glm_ocr", "internvl"])
-def test_relatives_that_see(kind: str) -> None:
-    """Text and vision attentions of models that are no causal LMs."""
-    module = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
-    configuration = importlib.import_module(f"transformers.models.{kind}.configuration_{kind}")
-    torch.manual_seed(0)
-    attention, inputs = ATTENTIONS[kind](module, configuration)
-    holder = nn.ModuleDict({"attention": attention.eval()})
-    before = attention_outputs(attention, inputs)
-    report = rmsnorm_patch.apply(holder)
-    assert report.counts()["query_key/fuse"] == 1
-    assert torch.equal(before, attention_outputs(attention, inputs))
-    assert rmsnorm_patch.status(holder).counts()["reference"] == 2
-
-
-@torch.no_grad()
-def attention_outputs(attention: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-    result = attention(**inputs)
-    return result[0] if isinstance(result, tuple) else result
-
-
-def text(name: str, config: str) -> Callable[..., tuple[nn.Module, dict[str, Any]]]:
-    def make(module: Any, configuration: Any) -> tuple[nn.Module, dict[str, Any]]:
-        made = getattr(configuration, config)(
-            hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_hidden_layers=1
-        )
-        made._attn_implementation = "eager"
-        cos = torch.linspace(0, 1, 5 * 16).view(1, 5, 16)
-        inputs = {"hidden_states": torch.randn(1, 5, 64), "position_embeddings": (cos, cos), "attention_mask": None}
-        return getattr(module, name)(made, layer_idx=0), inputs
-
-    return make
-
-
-def vision(name: str, config: str, rotated: bool) -> Callable[..., tuple[nn.Module, dict[str, Any]]]:
-    def make(module: Any, configuration: Any) -> tuple[nn.Module, dict[str, Any]]:
-        sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_heads": 4, "use_qk_norm": True}
-        made = getattr(configuration, config)(**sizes)
-        made._attn_implementation = "eager"
-        attention = getattr(module, name)(made)
-        if not rotated:
-            return attention, {"hidden_states": torch.randn(1, 5, 64)}
-        cos = torch.linspace(0, 1, 5 * 16).view(5, 16)
-        inputs: dict[str, Any] = {"hidden_states": torch.randn(5, 64), "cu_seqlens": torch.tensor([0, 5])}
-        return attention, {**inputs, "position_embeddings": (cos, cos)}
-
-    return make
-
-
-ATTENTIONS = {
-    "qwen3_vl": text("Qwen3VLTextAttention", "Qwen3VLTextConfig"),
-    "qwen3_vl_moe": text("Qwen3VLMoeTextAttention", "Qwen3VLMoeTextConfig"),
-    "glm_ocr": vision("GlmOcrVisionAttention", "GlmOcrVisionConfig", rotated=True),
-    "internvl": vision("InternVLVisionAttention", "InternVLVisionConfig", rotated=False),
-}

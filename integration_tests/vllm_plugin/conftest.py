@@ -15,6 +15,10 @@ from uuid import uuid4
 import pytest
 from filelock import FileLock
 
+sys.path.insert(0, str(Path(__file__).parent))  # modules here: test folders are not packages
+
+pytest.register_assert_rewrite("lowered_layers")
+
 
 @pytest.fixture(scope="session")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
