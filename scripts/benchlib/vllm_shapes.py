@@ -50,6 +50,7 @@ GEMMA3_4B = {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
     "query_pre_attn_scalar": 256,
     "sliding_window": 1024,
     "max_position_embeddings": 8192,
