@@ -78,13 +78,13 @@ def test_a_shape_with_experts_is_a_configuration_of_transformers(shapes):
     assert extra == {"quantization": "fp8"}
 
 
-def test_shapes_have_a_process_of_their_own_setting_and_tiny_twins(vllm_engine):
+def test_shapes_have_a_process_of_their_own_setting_and_tiny_twins(shapes):
     for name in ("llama-8b", "tiny"):
-        assert vllm_engine.SHAPES[f"{name}-invariant"] is vllm_engine.SHAPES[name]
-        assert vllm_engine.ENVIRONMENT[f"{name}-invariant"] == {"VLLM_BATCH_INVARIANT": "1"}
-    tiny, gemma = (vllm_engine.SHAPES[name][0] for name in ("tiny-gemma3", "gemma3-4b"))
-    assert {key for key in gemma if tiny[key] == gemma[key]} > {"model_type", "architectures", "hidden_activation"}
-    assert tiny["hidden_size"] == vllm_engine.TINY["hidden_size"]
+        assert shapes.SHAPES[f"{name}-invariant"] is shapes.SHAPES[name]
+        assert shapes.ENVIRONMENT[f"{name}-invariant"] == {"VLLM_BATCH_INVARIANT": "1"}
+    tiny, gemma = (shapes.SHAPES[name][0] for name in ("tiny-gemma3", "gemma3-4b"))
+    assert {key for key in gemma if tiny[key] == gemma[key]} > {"model_type", "architectures", "query_pre_attn_scalar"}
+    assert tiny["hidden_size"] == shapes.TINY["hidden_size"]
 
 
 def test_a_row_is_a_median_over_captures_and_knows_its_share_of_the_ceiling(bench_vllm):
