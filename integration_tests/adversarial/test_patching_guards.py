@@ -92,6 +92,9 @@ def test_what_around_a_call_forbids_it():
     with torch.no_grad():
         assert guards.servable(x, wanted)
         assert guards.servable(_x().requires_grad_(), None)
+        with torch.device("cpu"):  # only places new tensors
+            assert guards.servable(x, weight)
+            assert guards.reason(x, weight) == ""
         with Seen():
             assert not guards.servable(x, weight)
             assert not guards.servable(x, None)

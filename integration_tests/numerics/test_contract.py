@@ -46,6 +46,7 @@ def test_every_row_is_an_op_of_torch_and_has_kernels() -> None:
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith(namespace)}
     folders = (
         "linear_fused_add_rms_norm_",
+        "joinable_rms_norm",
         "rms_norm_quantised",
         "fused_add_rms_norm_quantised_",
         "rms_norm_gated",

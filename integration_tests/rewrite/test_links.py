@@ -22,6 +22,11 @@ def link_of(untaken: int) -> handover.Link:
     return link
 
 
+def test_a_new_link_has_given_nothing_and_is_in_vain_of_nothing() -> None:
+    link = handover.Link()
+    assert (link.given, link.untaken, link.skipped, link.shape) == (0, 0, 0, None)
+
+
 def test_a_link_rests_after_so_many_in_vain_and_not_before() -> None:
     assert not link_of(MOST - 1).rests(ONE)
     assert link_of(MOST).rests(ONE)

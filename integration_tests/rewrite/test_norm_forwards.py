@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import rmsnorm_patch
 from rmsnorm_patch import ops
 from rmsnorm_patch.patch_state import STATE
-from rmsnorm_patch.rewrite import guards
+from rmsnorm_patch.rewrite import guards, guise
 from rmsnorm_patch.rewrite.counts import CALLS
 from rmsnorm_patch.rewrite.guise import MORE_ARGUMENTS
 
@@ -62,6 +62,21 @@ def test_a_patched_forward_shows_the_names_and_the_signature_of_the_original(mak
     assert list(inspect.signature(after).parameters) == list(inspect.signature(before).parameters)
     if isinstance(norm, Extra):
         assert inspect.signature(after) == inspect.signature(before)
+
+
+class Defaults(nn.Module):
+    def forward(self, rows: torch.Tensor, factor: float = 2.0) -> torch.Tensor:
+        return rows * factor
+
+
+def test_defaults_stay_those_of_the_original() -> None:
+    def forward(self: nn.Module, x: torch.Tensor, y: float) -> torch.Tensor:
+        return x * y
+
+    made = guise.in_the_guise_of(Defaults, forward)
+    assert made.__defaults__ == (2.0,)
+    assert torch.equal(made(Defaults(), torch.ones(2)), torch.full((2,), 2.0))
+    assert torch.equal(made(Defaults(), torch.ones(2), factor=3.0), torch.full((2,), 3.0))
 
 
 def test_a_call_with_more_than_the_input_goes_to_the_original() -> None:
