@@ -5,11 +5,11 @@ A broken CUDA toolchain therefore costs a warning, not the engine: vLLM's own no
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import ops
 from ..errors import RMSNormPatchError
@@ -30,6 +30,21 @@ _trials: list[str] = []
 
 def is_trial() -> bool:
     return bool(_trials)
+
+
+def on_a_fresh_stack(op: str, run: Callable[..., str], *args: object) -> str:
+    """What the trial `run` of an op says, run by a thread of its own.
+
+    A compiler asks while it compiles, hundreds of calls deep and under modes of its own (fake tensors among them). A
+    kernel that is built there can meet the interpreter's limit of calls. A new thread has neither the calls nor the
+    modes.
+    """
+    _trials.append(op)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(run, *args).result()
+    finally:
+        _trials.pop()
 
 
 def declined(x: torch.Tensor, weight: torch.Tensor | None, spec: NormSpec, op: str) -> str:
@@ -61,12 +76,7 @@ def _why(
     if weight_dtype not in (None, dtype):
         return f"weight of {weight_dtype} for input of {dtype}: vLLM's compiler fuses the weight's own arithmetic"
     if device.type == "cuda":
-        _trials.append(op)
-        try:
-            with _disable_current_modes():
-                return _trial(dtype, n, weight_dtype, spec, op, device)
-        finally:
-            _trials.pop()
+        return on_a_fresh_stack(op, _trial, dtype, n, weight_dtype, spec, op, device)
     return ""
 
 
@@ -115,30 +125,26 @@ def _declined_norm_add(
     if device.type != "cuda":
         return ""
     op = norm_add_op.NORM_ADD_NORM if following else norm_add_op.NORM_ADD
-    _trials.append(op)
-    try:
-        with _disable_current_modes():
-            bound, made = norm_add_op.bind(op, spec), torch.empty(0, n, dtype=dtype, device=device)
-            weight = None if weight_dtype is None else torch.empty(n, dtype=weight_dtype, device=device)
-            if why := bound.why_apart(made, weight):
-                return why
-            why = _trial_norm_add(bound, dtype, n, weight_dtype, following, device)
-    finally:
-        _trials.pop()
+    why = on_a_fresh_stack(op, _trial_norm_add, op, dtype, n, weight_dtype, spec, following, device)
     if why:
         warn_once(f"{op} of {n} columns stays apart: {why}")
     return why
 
 
 def _trial_norm_add(
-    bound: norm_add_op.BoundNormAdd,
+    op: str,
     dtype: torch.dtype,
     n: int,
     weight_dtype: torch.dtype | None,
+    spec: NormSpec,
     following: bool,
     device: torch.device,
 ) -> str:
     """Run the op on a few rows and hold its bits against those of the separate ops."""
+    bound, made = norm_add_op.bind(op, spec), torch.empty(0, n, dtype=dtype, device=device)
+    weight = None if weight_dtype is None else torch.empty(n, dtype=weight_dtype, device=device)
+    if why := bound.why_apart(made, weight):
+        return why
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -186,12 +192,7 @@ def _declined_quantised(
     if device.type != "cuda":
         return ""
     op = norm_quantised_op.FUSED if adds else norm_quantised_op.PLAIN
-    _trials.append(op)
-    try:
-        with _disable_current_modes():
-            why = _trial_quantised(op, dtype, n, weight_dtype, spec, quant, bounded, device)
-    finally:
-        _trials.pop()
+    why = on_a_fresh_stack(op, _trial_quantised, op, dtype, n, weight_dtype, spec, quant, bounded, device)
     if why:
         warn_once(f"{op} of {n} columns, {quant.scheme}, is left to vLLM: {why}")
     return why
