@@ -12,7 +12,8 @@ Where operands happen to lie in the device's memory moves matrix products by 1 t
 norms together cost, and stays as it is for the life of an engine. Variants joined by "+" are engines of one process
 with one set of weights, which takes a part of that away; their rows say "shared". Before every round but the first,
 each engine captures its decode graphs again, with activations elsewhere in memory ("captures"): on an H200 that moves
-a step by 0.1 %, so what two engines differ by is not where their activations lie. Judge over several starts.
+a step by 0.1 %, so what two engines differ by is not where their activations lie. Judge over several starts. In vLLM
+0.33 a step behind such a capture ended with an illegal address, cause not known: there give --keep-graphs.
 
 Each engine also compiles for itself, and Inductor times candidates while it does. "--untimed" has it take its first
 choice everywhere, so that two engines' other kernels are the same ones; vLLM's default lets it time.
@@ -140,14 +141,19 @@ Key = tuple[str, str, str, str]
 
 
 def measure(
-    children: list[Child], batches: list[int], rounds: int, deadline: float, save: Callable[[dict[str, Any]], None]
+    children: list[Child],
+    batches: list[int],
+    rounds: int,
+    deadline: float,
+    save: Callable[[dict[str, Any]], None],
+    keep_graphs: bool = False,
 ) -> dict[str, Any]:
-    """Alternating rounds."""
+    """Alternating rounds. keep_graphs: those of the start serve all of them."""
     samples: dict[Key, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     engines = [(child, variant) for child in children for variant in child.variants]
     for number in range(rounds):
         for child, variant in engines if number % 2 == 0 else engines[::-1]:
-            again = child.capture(variant, bool(number))
+            again = child.capture(variant, anew=number > 0 and not keep_graphs)
             process = "shared" if len(child.variants) > 1 else "own"
             for batch in (*batches, None):
                 result = child.ask(variant, "prefill") if batch is None else child.ask(variant, "decode", batch)
@@ -209,6 +215,7 @@ def main() -> None:
     parser.add_argument("--kernels", type=int, nargs="*", default=[], help="batches whose kernels are listed")
     parser.add_argument("--decode", type=json.loads, default=DECODE, help='batch -> tokens of a round, as {"1": 128}')
     parser.add_argument("--seconds", type=float, default=3600, help="start no new round after this time")
+    parser.add_argument("--keep-graphs", action="store_true", help="do not capture again before a round")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -237,7 +244,7 @@ def main() -> None:
     deadline = time.monotonic() + options.seconds
     children = start(options.engines, setup)
     try:
-        result = measure(children, list(decode), options.rounds, deadline, save)
+        result = measure(children, list(decode), options.rounds, deadline, save, options.keep_graphs)
         result["versions"] = versions()
         result["selected"] = {child.name: child.selected() for child in children}
         result["kernels"] = {}

@@ -154,3 +154,32 @@ def test_plain_launches_hold_while_graphs_are_captured(vllm_engine, monkeypatch)
         launcher.functions().new_kernel(*arguments)
     launcher.functions().new_kernel(*arguments)
     assert made == [(*arguments[:7], 0, *arguments[8:]), arguments]
+
+
+class Steps:
+    """Stands where a process with an engine would, and keeps what it was told."""
+
+    shape, variants = "tiny", ("stock", "ir")
+
+    def __init__(self) -> None:
+        self.told = []
+
+    def capture(self, variant, anew):
+        self.told.append((variant, anew))
+        return anew
+
+    def ask(self, variant, do, *args):
+        return {"tokens_per_s": 1.0, "step_us": 2.0} if do == "decode" else {"tokens_per_s": 3.0}
+
+
+@pytest.mark.parametrize(("keep", "captures"), [(False, 3), (True, 1)])
+def test_graphs_are_captured_anew_before_a_round_unless_they_are_kept(bench_vllm, keep, captures):
+    child = Steps()
+    found = bench_vllm.measure([child], [1], 3, float("inf"), lambda result: None, keep)
+    behind_the_first = not keep
+    assert child.told == [
+        *[("stock", False), ("ir", False), ("ir", behind_the_first), ("stock", behind_the_first)],
+        *[("stock", behind_the_first), ("ir", behind_the_first)],
+    ]
+    assert {row["captures"] for row in found["rows"] if row["case"] == "decode-1"} == {captures}
+    assert {row["rounds"] for row in found["rows"]} == {3}
