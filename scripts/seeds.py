@@ -1,15 +1,16 @@
 """Generate docs/seeds.md: what five documents on RMSNorm kernels show, the command that shows it here, our figures.
 
-    python scripts/seeds.py records/nvidia-h200.json
+    python scripts/seeds.py records/nvidia-h200.json ...
 
-Our figures come from the record. Those of the documents stand in `benchlib/published.json`, and are marked as theirs.
+Our figures come from the records: of each section from the first that has it. Those of the documents stand in
+`benchlib/published.json`, and are marked as theirs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -31,14 +32,15 @@ FLOPS = 5
 """Of an element, as the first document counts: its square, that added, and the two products and the quotient behind."""
 FP32_BYTES = 4
 HIP = "HIP gfx942"
+HOPPER = 90
 
 
 def profile_text(record: Row) -> str:
     """Naive kernels, a kernel a step, with the profiler's metrics."""
-    rows = record.get("profile", ())
+    rows = [row for row in record.get("profile", ()) if row.get("us")]
     theirs = PUBLISHED["naive"]
     quoted = [theirs["gpu"], theirs["kernels"], f"{theirs['ms'] * 1e3:.2f}", theirs["gb_per_s"], theirs["gflops"]]
-    found = [row for row in rows if (row["op"], row["dtype"], row["m"], row["n"]) == PROFILED and row.get("us")]
+    found = [row for row in rows if (row["op"], row["dtype"], row["m"], row["n"]) == PROFILED]
     speed = [["the document's, quoted", *quoted]]
     for row in found:
         elements = row["m"] * row["n"]
@@ -136,39 +138,40 @@ def traffic_text(record: Row) -> str:
 
 
 def shapes_text(record: Row) -> str:
-    """Five fp32 shapes, and which op runs where."""
+    """Five fp32 shapes."""
     rows = select(record, PLAIN, "hot", "fp32")
     sizes = [[shape(row), f"{row['m'] * row['n']:,}", f"{row['m'] * row['n'] * FP32_BYTES:,}"] for row in rows]
     times = peers("One buffer, plain norm.", rows)
-    return (
-        table(["rows x N", "elements", "bytes of x"], sizes) + "\n" + times + "\n" + targets_text(record)
-        if rows
-        else MISSING
-    )
+    return table(["rows x N", "elements", "bytes of x"], sizes) + "\n" + times if rows else MISSING
 
 
-def targets_text(record: Row) -> str:
-    """Op by target. Ran: the record's GPU tests. Compiled, read: `make test` reads the machine code."""
-    ran = record["device"]["capability"] if record.get("tests") and not record["tests"]["failed"] else None
-    here = ran[0] * 10 + ran[1] if ran else None
+def targets_text(records: Iterable[Row]) -> str:
+    """Op by target. Ran: the GPU tests of a record that lists its kernel. Compiled, read: `make test` reads the machine
+    code."""
+    passed = [record for record in records if record.get("tests") and not record["tests"]["failed"]]
+
+    def ran(arch: int, files: set[str]) -> bool:
+        return any(
+            record["device"]["capability"] == [arch // 10, arch % 10] and files <= record["files"].keys()
+            for record in passed
+        )
+
     body: list[list[object]] = []
     for op in registry.OPS:
         sources = {f"kernels/cuda/{kernel.source}" for kernel in schedules.registered_kernels() if op in kernel.ops}
-        recorded = sources <= record["files"].keys()
         cells: list[object] = [op]
         for arch in GPUS:
             served = any(schedules.schedules(op, torch.bfloat16, n, arch) for n in (128, 4096))
-            cells.append("no" if not served else "ran" if arch == here and recorded else "compiled, read")
+            cells.append("no" if not served else "ran" if ran(arch, sources) else "compiled, read")
         file = f"triton/{'rms_norm' if op == 'rms_norm_pair' else op.rstrip('_')}.py"
-        ran = "ran" if here and f"kernels/{file}" in record["files"] else "compiled"
-        cells += [ran, "compiled"] if (kernels_dir() / file).exists() else ["no", "no"]
-        body.append(cells)
-    head = ["op", *(f"sm_{arch}" for arch in GPUS), f"Triton sm_{here or 90}", f"Triton {HIP}", "CPU"]
+        here = "ran" if ran(HOPPER, {f"kernels/{file}"}) else "compiled"
+        cells += [here, "compiled"] if (kernels_dir() / file).exists() else ["no", "no"]
+        body.append([*cells, "ran"])
     return (
-        "Where each op runs. *Ran*: its GPU tests passed there, in this record. *Compiled, read*: the tests compile it "
-        "and read the machine code; nobody has run it. On the CPU the reference of each runs in every test. Triton "
+        "*Ran*: GPU tests passed there, in a record that this page names. *Compiled, read*: the tests compile it and "
+        "read the machine code; no such record has it run. On the CPU the reference of each runs in every test. Triton "
         "has no kernel of its own for a pair: it launches the plain norm twice.\n\n"
-        + table(head, [[*row, "ran"] for row in body])
+        + table(["op", *(f"sm_{arch}" for arch in GPUS), f"Triton sm_{HOPPER}", f"Triton {HIP}", "CPU"], body)
     )
 
 
@@ -208,23 +211,28 @@ DOCUMENTS: tuple[tuple[str, str, str, Callable[[Row], str]], ...] = (
 )
 
 
-def page(name: str, record: Row) -> str:
+def page(records: dict[str, Row]) -> str:
+    """records: by their names in `records/`."""
     parts = [
         "# Published figures beside ours\n\nFive documents on RMSNorm kernels: what each shows, the command that shows "
-        f"it here, our figures. Generated by `scripts/seeds.py` from `records/{name}`, code digest "
-        f"`{record['digest'][:16]}`. Figures marked as quoted are the documents' own.\n"
+        "it here, our figures. Generated by `scripts/seeds.py`. Figures marked as quoted are the documents' own.\n"
     ]
     for title, shows, command, text in DOCUMENTS:
-        parts.append(f"## {title}\n\n{shows}\n\n```\n{command}\n```\n\n{text(record)}")
+        name, said = next(
+            ((name, said) for name, record in records.items() if MISSING not in (said := text(record))), ("", MISSING)
+        )
+        source = f"From `records/{name}`, code digest `{records[name]['digest'][:16]}`.\n\n" if name else ""
+        parts.append(f"## {title}\n\n{shows}\n\n```\n{command}\n```\n\n{source}{said}")
+    parts.append(f"## Which op runs where\n\n{targets_text(records.values())}")
     return wrapped("\n".join(parts))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("record", type=Path)
+    parser.add_argument("records", type=Path, nargs="+", metavar="RECORD")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "seeds.md")
     args = parser.parse_args()
-    args.out.write_text(page(name_of(args.record), json.loads(args.record.read_text())))
+    args.out.write_text(page({name_of(path): json.loads(path.read_text()) for path in args.records}))
 
 
 if __name__ == "__main__":

@@ -14,19 +14,29 @@ def seeds(script):
 
 
 @pytest.fixture(scope="module")
-def shown(repository) -> tuple[str, dict]:
-    """The record that the page names."""
+def shown(repository) -> dict[str, dict]:
+    """The records that the page names, in its order."""
     page = (repository / "docs" / "seeds.md").read_text()
-    (name,) = re.findall(r"`records/([\w./-]+\.json)`", page.split("\n\n")[1])
-    return name, json.loads((repository / "records" / name).read_text())
+    names = dict.fromkeys(re.findall(r"From `records/([\w./-]+\.json)`", page))
+    return {name: json.loads((repository / "records" / name).read_text()) for name in names}
 
 
 def test_the_page_is_that_of_its_record(seeds, shown, repository):
-    assert seeds.page(*shown) == (repository / "docs" / "seeds.md").read_text()
+    assert seeds.page(shown) == (repository / "docs" / "seeds.md").read_text()
+
+
+def test_a_section_comes_from_the_first_record_that_has_it(seeds):
+    row = {"op": "rms_norm", "mode": "cold", "dtype": "fp16", "m": 4096, "n": 1024, "variant": ""}
+    empty = {"digest": "a" * 64, "device": {"name": "test data"}, "kernels": [], "tests": None, "files": {}}
+    timed = {**empty, "digest": "b" * 64, "kernels": [{**row, "us": {"ours": 2.0, "eager": 8.0}}]}
+    sections = seeds.page({"one.json": empty, "other.json": timed}).split("## ")
+    assert "From `records/other.json`, code digest `bbbbbbbbbbbbbbbb`" in sections[2]
+    assert "Not in this record." in sections[3]
+    assert "From" not in sections[3]
 
 
 def test_every_document_has_a_section(seeds, shown):
-    page = seeds.page(*shown)
+    page = seeds.page(shown)
     assert len(seeds.DOCUMENTS) == 5
     assert all(f"## {title}" in page and command in page for title, _, command, _ in seeds.DOCUMENTS)
 
@@ -43,12 +53,12 @@ def test_what_ran_is_what_the_record_has_tests_of(seeds):
         "kernels/cuda/rms_norm_stream.cu": "",
         "kernels/triton/rms_norm.py": "",
     }
-    text = seeds.targets_text({**record, "files": listed})
+    text = seeds.targets_text([{**record, "files": listed}])
     read = "compiled, read"
     assert cells(text, "rms_norm") == [read, read, "ran", read, read, read, "ran", "compiled", "ran"]
     assert cells(text, "rms_norm_gated") == [*[read] * 6, "compiled", "compiled", "ran"]  # not in the record
     assert cells(text, "rms_norm_quantised")[3:6] == ["no"] * 3
-    failed = seeds.targets_text({**record, "files": listed, "tests": {"failed": 1}})
+    failed = seeds.targets_text([{**record, "files": listed, "tests": {"failed": 1}}])
     assert cells(failed, "rms_norm") == [*[read] * 6, "compiled", "compiled", "ran"]
 
 
