@@ -23,8 +23,8 @@ sys.path.insert(0, str(ROOT))
 import rmsnorm_patch  # noqa: E402
 
 LEFT_OUT = (
-    *("api.py", "__main__.py", "bench", "cli", "proof", "vllm_plugin", "compat/sglang.py", "py.typed"),
-    "fused/norm_quantised",
+    *("api.py", "__main__.py", "bench", "cli", "proof", "vllm_plugin", "py.typed"),
+    *("compat/sglang.py", "compat/sglang_plugin.py", "fused/norm_quantised"),
 )
 """Of the package: what no layer needs."""
 BACKENDS = ("cpu", "cuda")

@@ -76,6 +76,7 @@ def test_wheel_holds_the_package_and_its_kernels_only(wheel: Path, repository: P
     assert metadata["Requires-Python"] == ">=3.10"
     assert any(name.endswith("/licenses/LICENSE") for name in names)
     assert "rmsnorm-patch = rmsnorm_patch.cli:main" in entries
+    assert "sglang" not in entries  # until an engine of SGLang has run with the plugin on a GPU
 
 
 def test_installed_package_finds_its_kernels(installed: tuple[str, Path], repository: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import torch
 from .. import ops, vllm_plugin
 from ..backends import launch_mode
 from ..backends.cuda import cache, launcher
+from ..compat import sglang_plugin
 from ..errors import RMSNormPatchError, UnsupportedInput
 from ..kernel_files import kernels_dir
 from ..numerics.contract import FUSED_ADD, RMS_NORM
@@ -54,6 +55,7 @@ VARIABLES: dict[str, Callable[[], object]] = {
     settings.NUMERICS_VARIABLE: settings.read_numerics,
     settings.RELEASE_VARIABLE: settings.read_tried,
     settings.TRACE_VARIABLE: lambda: None,
+    sglang_plugin.VARIABLE: sglang_plugin.read,
 }
 """Every variable that the package reads -> what raises for a value that means nothing."""
 

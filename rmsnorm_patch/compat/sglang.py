@@ -11,6 +11,8 @@ from ..numerics.spec import NormSpec
 
 SPEC = NormSpec(round_before_weight="none", output="input", sum="fp32")
 """SGLang's arithmetic: the norm reads the unrounded sum, the weight is multiplied in fp32, one rounding at the end."""
+GEMMA_SPEC = NormSpec(round_before_weight="none", weight_offset="fp32", output="input", sum="fp32")
+"""The same of its functions for Gemma, whose weight is `1 + w`."""
 SITE = "fused_add_rmsnorm"
 
 
