@@ -40,10 +40,10 @@ def check(compiled: Any, backend: str) -> None:
         raise UnsupportedInput("compiled", got, "torch 2.9 to 2.14", "install one of these, or pass compiled='model'")
 
 
-@torch.compiler.assume_constant_result
 def joins(compiled: str, device_type: str) -> bool:
     """Whether a norm of this class is joinable in the graph that is being traced. Dynamo runs this once for a graph, in
-    the thread that compiles: what Inductor is configured with may hold in one thread alone."""
+    the thread that compiles: what Inductor is configured with may hold in one thread alone. `install` tells Dynamo so:
+    a decorator would import it with this package."""
     if compiled != "joined" or ops.compile_form(device_type) != "op" or torch.compiler.is_exporting():
         return False
     install()
@@ -52,6 +52,7 @@ def joins(compiled: str, device_type: str) -> bool:
 
 def install() -> None:
     """Put the pass behind those that stand there, unless it does so already."""
+    torch.compiler.assume_constant_result(joins)
     config = _config()
     found = getattr(config, _PLACE)
     if not any(isinstance(each, _our_pass()) for each in _passes(found)):
