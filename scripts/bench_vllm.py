@@ -12,8 +12,8 @@ Where operands happen to lie in the device's memory moves matrix products by 1 t
 norms together cost, and stays as it is for the life of an engine. Variants joined by "+" are engines of one process
 with one set of weights, which takes a part of that away; their rows say "shared". Before every round but the first,
 each engine captures its decode graphs again, with activations elsewhere in memory ("captures"): on an H200 that moves
-a step by 0.1 %, so what two engines differ by is not where their activations lie. Judge over several starts. In vLLM
-0.33 a step behind such a capture ended with an illegal address, cause not known: there give --keep-graphs.
+a step by 0.1 %, so what two engines differ by is not where their activations lie. Judge over several starts. What was
+captured before stays in memory beside it: each round takes some more, unless --keep-graphs leaves the first in place.
 
 Each engine also compiles for itself, and Inductor times candidates while it does. "--untimed" has it take its first
 choice everywhere, so that two engines' other kernels are the same ones; vLLM's default lets it time.

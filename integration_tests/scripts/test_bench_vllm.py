@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import enum
+import gc
 import os
 import sys
+import types
+import weakref
 
 import pytest
 import torch
@@ -183,3 +187,61 @@ def test_graphs_are_captured_anew_before_a_round_unless_they_are_kept(bench_vllm
     ]
     assert {row["captures"] for row in found["rows"] if row["case"] == "decode-1"} == {captures}
     assert {row["rounds"] for row in found["rows"]} == {3}
+
+
+class Mode(enum.Enum):
+    """Those of vLLM's CUDAGraphMode that are captured."""
+
+    PIECEWISE = 1
+    FULL = 2
+
+
+class Graph:
+    """Stands where a CUDA graph would: it can be looked for, and its end be seen."""
+
+
+class Runner:
+    """Stands where vLLM's runner would, and captures what its manager describes."""
+
+    def __init__(self) -> None:
+        self.cudagraph_manager = types.SimpleNamespace(
+            _capture_descs={mode: [1, 8] for mode in Mode}, graphs={}, pool="global"
+        )
+        self.captured: list[tuple[set[str], object]] = []
+
+    def capture_model(self) -> None:
+        manager = self.cudagraph_manager
+        assert not manager.graphs
+        self.captured.append(({mode.name for mode in manager._capture_descs}, manager.pool))
+        for descs in manager._capture_descs.values():
+            manager.graphs.update({desc: Graph() for desc in descs})
+
+
+def test_graphs_outlive_those_captured_in_their_place(vllm_engine, monkeypatch):
+    """A graph that ends takes the cuBLAS workspaces of its capture stream with it, those of piecewise graphs too."""
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    runner = Runner()
+    worker = types.SimpleNamespace(model_runner=runner, device="cpu")
+    manager, every = runner.cudagraph_manager, dict(runner.cudagraph_manager._capture_descs)
+    runner.capture_model()
+    stood = []
+    for _ in range(3):
+        stood += [weakref.ref(graph) for graph in manager.graphs.values()]
+        assert vllm_engine.recapture(worker)
+        assert manager._capture_descs == every
+    gc.collect()
+    assert len(stood) == 6
+    assert all(graph() is not None for graph in stood)
+    assert not {id(graph()) for graph in stood} & {id(graph) for graph in manager.graphs.values()}
+    assert [modes for modes, _ in runner.captured[1:]] == [{"FULL"}] * 3
+    assert len({id(pool) for _, pool in runner.captured}) == 4
+
+
+def test_a_runner_without_full_graphs_is_left_as_it_is(vllm_engine):
+    runner = Runner()
+    del runner.cudagraph_manager._capture_descs[Mode.FULL]
+    worker = types.SimpleNamespace(model_runner=runner, device="cpu")
+    assert not vllm_engine.recapture(worker)
+    assert not vllm_engine.recapture(types.SimpleNamespace(model_runner=types.SimpleNamespace()))
+    assert runner.captured == []
+    assert vars(worker).keys() == {"model_runner", "device"}

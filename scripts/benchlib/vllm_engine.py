@@ -297,7 +297,12 @@ def keep_graphs() -> list[Any]:
 
 def recapture(worker: Any) -> bool:
     """Capture a worker's full graphs into a pool of their own, behind an allocation of another size each time. Returns
-    False where its runner keeps its graphs elsewhere than vLLM 0.26's does, or has none."""
+    False where its runner keeps its graphs elsewhere than vLLM 0.26's does, or has none.
+
+    The graphs that stood stay alive with their memory, out of vLLM's reach: a graph that is destroyed takes the cuBLAS
+    workspaces of the stream it was captured on with it (torch 2.14). The engine's piecewise graphs were captured on
+    the same stream, and their split products write into these workspaces.
+    """
     import random
 
     import torch
@@ -310,6 +315,7 @@ def recapture(worker: Any) -> bool:
     mebibytes = 2 * random.Random(len(ballast)).randint(6, 60)
     ballast.append(torch.empty(mebibytes << 20, dtype=torch.uint8, device=worker.device))
     every, manager._capture_descs = manager._capture_descs, full
+    worker.__dict__.setdefault("stood", []).extend(manager.graphs.values())
     manager.graphs.clear()
     manager.pool = torch.cuda.graph_pool_handle()
     try:
