@@ -6,7 +6,6 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,55 +14,12 @@ import torch
 from torch._inductor import config as inductor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from norm_add_graphs import ADD, ADD_NORM, FUSED, OFFSET, PLAIN, Forward, check, made_of, ours, rms, same, sums
 from quantised_graphs import BF16, INDUCTOR, STORED, Made, N, norm
 
-from rmsnorm_patch import ops
 from rmsnorm_patch.numerics.spec import NormSpec
 from rmsnorm_patch.vllm_plugin import log, norm_add_pass
 from rmsnorm_patch.vllm_plugin.decision import SPECS
-
-ADD, ADD_NORM = "rmsnorm_patch.rms_norm_add.default", "rmsnorm_patch.rms_norm_add_rms_norm.default"
-PLAIN = "rmsnorm_patch.rms_norm.default"
-FUSED = ("in place", "written", "functional")
-OFFSET = replace(SPECS[INDUCTOR], weight_offset="fp32")
-Forward = Callable[..., Any]
-
-
-def rms(x: Any, weight: Any, spec: NormSpec = SPECS[INDUCTOR], eps: float = 1e-3) -> Any:
-    return torch.ops.rmsnorm_patch.rms_norm(x, weight, eps, *ops.spec_args(spec))
-
-
-def made_of(forward: Forward, form: str = "written") -> Made:
-    """Of `forward(x, residual, weight, next_weight, matrix, number)`."""
-    generator = torch.Generator().manual_seed(2)
-    more = torch.randn(N, generator=generator), torch.randn(N, N, generator=generator) / 16
-    return Made(forward, form, more=(*(tensor.to(BF16) for tensor in more), torch.tensor(0.3).to(BF16)))
-
-
-def ours(made: Made) -> list[str]:
-    return [target for target in made.targets() if target.startswith("rmsnorm_patch.")]
-
-
-def sums(made: Made) -> list[str]:
-    """What the norms that read a sum take of it."""
-    place = [argument.name for argument in torch.ops.rmsnorm_patch.rms_norm_add_rms_norm.default._schema.arguments]
-    return [node.args[place.index("sum")] for node in made.graph.nodes if str(node.target) == ADD_NORM]
-
-
-def same(left: Any, right: Any) -> bool:
-    return len(left) == len(right) and all(
-        one.stride() == other.stride() and torch.equal(one.view(torch.int16), other.view(torch.int16))
-        for one, other in zip(left, right, strict=True)
-    )
-
-
-def check(made: Made, *want: str) -> None:
-    """The ops of ours behind the pass, and equal bits."""
-    before = made.run()
-    count = norm_add_pass.fuse(made.graph)
-    assert ours(made) == list(want)
-    assert count == sum("rms_norm_add" in target for target in want)
-    assert same(made.run(), before)
 
 
 @pytest.mark.parametrize("provider", [INDUCTOR, STORED, "rmsnorm_patch_native"])
@@ -344,6 +300,49 @@ def test_a_view_of_the_residual_that_was_taken_before(late: bool, told: Callable
     fused = "rmsnorm_patch.fused_add_rms_norm_.default"
     check(_in_place(forward, read), *((PLAIN, fused) if late else (ADD_NORM,)))
     assert ("a view of a term was taken before the sum was written" in told()[0]) == late
+
+
+@pytest.mark.parametrize("form", ["in place", "written"])
+def test_a_sum_that_is_written_to_rows_apart(form: str, told: Callable[[], list[str]]) -> None:
+    """Its readers know their strides, which the op's results have not."""
+
+    def forward(x: Any, residual: Any, weight: Any, following: Any, *_: Any) -> Any:
+        apart = torch.empty_strided(residual.shape, (2 * N, 1), dtype=BF16).copy_(residual)
+        return norm(rms(x, weight), apart, following, INDUCTOR, form)
+
+    made = made_of(forward, form)
+    check(made, *ours(made))
+    assert PLAIN in ours(made)
+    assert "the sum is written to rows that are not contiguous" in told()[0]
+
+
+def test_a_sum_that_is_the_weight_of_a_norm() -> None:
+    def forward(x: Any, residual: Any, weight: Any, following: Any, *_: Any) -> Any:
+        total = rms(weight, following) + following
+        return rms(x, total), total
+
+    check(made_of(forward), ADD, PLAIN)
+
+
+def test_a_sum_that_is_the_weight_of_its_own_norm() -> None:
+    def forward(x: Any, residual: Any, weight: Any, following: Any, *_: Any) -> Any:
+        total = rms(weight, following) + following
+        return rms(total, total), total
+
+    check(made_of(forward), ADD, PLAIN)
+
+
+def test_an_op_that_writes_may_be_called_by_name() -> None:
+    """As vLLM puts its own ops."""
+
+    def forward(x: Any, residual: Any, weight: Any, following: Any, *_: Any) -> Any:
+        return norm(rms(x, weight), residual + 1, following, INDUCTOR, "in place")
+
+    made = made_of(forward, "in place")
+    (fused,) = (node for node in made.graph.nodes if "fused_add" in str(node.target))
+    names = [argument.name for argument in fused.target._schema.arguments]
+    fused.args, fused.kwargs = (), dict(zip(names, fused.args, strict=True))
+    check(made, ADD_NORM)
 
 
 def test_the_log_says_what_was_done_once(told: Callable[[], list[str]]) -> None:

@@ -23,6 +23,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..fused.linear_norm.graph import tunes_products, writes
 from ..fused.norm_add import op as norm_add_op
+from ..numerics.contract import FUSED_ADD_IN_PLACE
 from ..numerics.spec import NormSpec
 from . import trial
 from .decision import decision_for
@@ -111,8 +112,9 @@ def _of_own_add(norm: Norm, add: fx.Node, places: Places) -> Site | None:
     terms.remove(norm.node)
     if not isinstance(terms[0], fx.Node) or not isinstance(terms[0].meta["val"], torch.Tensor):
         return None
-    readers = [user for user in add.users if user.target is torch.ops.rmsnorm_patch.rms_norm.default]
-    following = norm_of(min(readers, key=places.__getitem__)) if readers else None
+    norms = (norm_of(user) for user in add.users if user.target is torch.ops.rmsnorm_patch.rms_norm.default)
+    readers = [reader for reader in norms if reader is not None and reader.arguments["x"] is add]
+    following = min(readers, key=lambda reader: places[reader.node], default=None)
     site = Site(norm, add, terms[0], following)
     if following is not None and _unlike(site, places):
         return replace(site, following=None)
@@ -130,7 +132,7 @@ def _unlike(site: Site, places: Places) -> str:
     weights = [norm.arguments["weight"] for norm in (site.norm, following)]
     if len({None if weight is None else weight.meta["val"].dtype for weight in weights}) > 1:
         return "the norms' weights have two dtypes"
-    if weights[1] is not None and places[weights[1]] > places[site.add]:
+    if weights[1] is not None and places[weights[1]] >= places[site.add]:
         return "the weight of the norm of the sum is computed behind the add"
     if site.is_own_add and _writer_between(site.add, following.node):
         return "something is written between the add and the norm of the sum"
@@ -153,6 +155,8 @@ def _declined(site: Site, places: Places) -> str:
     if _writer_between(site.norm.node, site.add):
         return "something is written between the norm and the add"
     following = site.following
+    if following is not None and following.op == FUSED_ADD_IN_PLACE.name and not residual.is_contiguous():
+        return "the sum is written to rows that are not contiguous"
     if following is not None and not following.functional:
         written = [following.arguments[name] for name in ("x", "residual")]
         if not all(is_the_only_name(node, following.node, places) for node in written):
