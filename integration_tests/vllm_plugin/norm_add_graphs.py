@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from quantised_graphs import BF16, INDUCTOR, Made, N
+from quantised_graphs import BF16, INDUCTOR, Made, N, norm
+from torch._inductor import config as inductor
 
 from rmsnorm_patch import ops
 from rmsnorm_patch.numerics.spec import NormSpec
@@ -56,3 +57,28 @@ def check(made: Made, *want: str) -> None:
     assert ours(made) == list(want)
     assert count == sum("rms_norm_add" in target for target in want)
     assert same(made.run(), before)
+
+
+def compiled(forward: Forward, fuse: bool, inputs: tuple[torch.Tensor, ...]) -> tuple[list[torch.Tensor], list[str]]:
+    """The results of Inductor's code for `forward`, with the pass or without, and our ops in its graph."""
+    found: list[str] = []
+
+    def change(graph: Any) -> None:
+        if fuse:
+            norm_add_pass.fuse(graph)
+        found.extend(str(node.target) for node in graph.nodes if str(node.target).startswith("rmsnorm_patch."))
+
+    torch._dynamo.reset()
+    with inductor.patch(post_grad_custom_post_pass=change, force_disable_caches=True), torch.no_grad():
+        return list(torch.compile(forward, fullgraph=True)(*(tensor.clone() for tensor in inputs))), found
+
+
+def layers(x: Any, residual: Any, weight: Any, following: Any, matrix: Any, number: Any) -> Any:
+    """Sites of every kind, between arithmetic that the compiler fuses with whatever it can."""
+    scaled = residual * number
+    total = scaled + rms((scaled * 2) @ matrix, weight)  # the compiler makes the residual anew
+    first = (total * number) @ matrix  # and fuses this with the sum
+    total = residual + rms(first, following)
+    rows, total = norm(rms(total @ matrix, weight), total, following, INDUCTOR, "functional")
+    total = total + rms(torch.nn.functional.silu(rows @ matrix), weight)
+    return rms(total, following), total * number, total.relu()

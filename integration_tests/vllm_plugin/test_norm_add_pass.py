@@ -14,7 +14,22 @@ import torch
 from torch._inductor import config as inductor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from norm_add_graphs import ADD, ADD_NORM, FUSED, OFFSET, PLAIN, Forward, check, made_of, ours, rms, same, sums
+from norm_add_graphs import (
+    ADD,
+    ADD_NORM,
+    FUSED,
+    OFFSET,
+    PLAIN,
+    Forward,
+    check,
+    compiled,
+    layers,
+    made_of,
+    ours,
+    rms,
+    same,
+    sums,
+)
 from quantised_graphs import BF16, INDUCTOR, STORED, Made, N, norm
 
 from rmsnorm_patch.numerics.spec import NormSpec
@@ -65,6 +80,30 @@ def test_a_copy_that_vllm_makes_for_an_op_that_writes() -> None:
     plain.replace_all_uses_with(copy, delete_user_cb=lambda user: user is not copy)
     check(made, ADD_NORM)
     assert not any("clone" in target for target in made.targets())
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_a_copy_of_a_residual_that_is_read_again(written: bool) -> None:
+    """The op writes nothing, and needs none; unless what was copied is written first."""
+
+    def forward(x: Any, residual: Any, weight: Any, following: Any, *_: Any) -> Any:
+        own = residual + 1
+        return *norm(rms(x, weight), own, following, INDUCTOR, "in place"), own
+
+    def copy(graph: Any) -> None:
+        (plain,) = (node for node in graph.nodes if str(node.target) == PLAIN)
+        (fused,) = (node for node in graph.nodes if "fused_add" in str(node.target))
+        own = fused.args[1]
+        with graph.inserting_before(plain):
+            made = graph.call_function(torch.ops.aten.clone.default, (own,))
+            made.meta["val"] = own.meta["val"]
+            if written:
+                graph.call_function(torch.ops.aten.mul_.Tensor, (own, 2))
+        fused.replace_input_with(own, made)
+
+    made = _in_place(forward, copy)
+    check(made, ADD_NORM)
+    assert [target for target in made.targets() if "clone" in target] == ["aten.clone.default"] * written
 
 
 @pytest.mark.parametrize("spec", [SPECS[INDUCTOR], SPECS[STORED], OFFSET], ids=["fp32 sum", "rounded sum", "offset"])
@@ -316,18 +355,11 @@ def test_a_sum_that_is_written_to_rows_apart(form: str, told: Callable[[], list[
     assert "the sum is written to rows that are not contiguous" in told()[0]
 
 
-def test_a_sum_that_is_the_weight_of_a_norm() -> None:
+@pytest.mark.parametrize("its_own", [False, True])
+def test_a_sum_that_is_the_weight_of_a_norm(its_own: bool) -> None:
     def forward(x: Any, residual: Any, weight: Any, following: Any, *_: Any) -> Any:
         total = rms(weight, following) + following
-        return rms(x, total), total
-
-    check(made_of(forward), ADD, PLAIN)
-
-
-def test_a_sum_that_is_the_weight_of_its_own_norm() -> None:
-    def forward(x: Any, residual: Any, weight: Any, following: Any, *_: Any) -> Any:
-        total = rms(weight, following) + following
-        return rms(total, total), total
+        return rms(total if its_own else x, total), total
 
     check(made_of(forward), ADD, PLAIN)
 
@@ -397,41 +429,16 @@ def test_a_failure_leaves_a_right_graph_and_one_warning(told: Callable[[], list[
     assert same(made.run(), before)
 
 
-def _compiled(forward: Forward, fuse: bool, inputs: tuple[torch.Tensor, ...]) -> tuple[list[torch.Tensor], list[str]]:
-    """The results of Inductor's code for `forward`, with the pass or without, and our ops in its graph."""
-    found: list[str] = []
-
-    def change(graph: Any) -> None:
-        if fuse:
-            norm_add_pass.fuse(graph)
-        found.extend(str(node.target) for node in graph.nodes if str(node.target).startswith("rmsnorm_patch."))
-
-    torch._dynamo.reset()
-    with inductor.patch(post_grad_custom_post_pass=change, force_disable_caches=True), torch.no_grad():
-        return list(torch.compile(forward, fullgraph=True)(*(tensor.clone() for tensor in inputs))), found
-
-
-def _layers(x: Any, residual: Any, weight: Any, following: Any, matrix: Any, number: Any) -> Any:
-    """Sites of every kind, between arithmetic that the compiler fuses with whatever it can."""
-    scaled = residual * number
-    total = scaled + rms((scaled * 2) @ matrix, weight)  # the compiler makes the residual anew
-    first = (total * number) @ matrix  # and fuses this with the sum
-    total = residual + rms(first, following)
-    rows, total = norm(rms(total @ matrix, weight), total, following, INDUCTOR, "functional")
-    total = total + rms(torch.nn.functional.silu(rows @ matrix), weight)
-    return rms(total, following), total * number, total.relu()
-
-
 @pytest.mark.slow
 def test_no_bit_of_the_compilers_code_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which it would if the adds that the compiler fuses were taken."""
     inputs = made_of(_exaone).inputs
-    want, before = _compiled(_layers, False, inputs)
-    got, after = _compiled(_layers, True, inputs)
+    want, before = compiled(layers, False, inputs)
+    got, after = compiled(layers, True, inputs)
     assert [op for op in before if "add" in op] == ["rmsnorm_patch.fused_add_rms_norm.default"]
     assert [op for op in after if "_add" in op] == [ADD, ADD_NORM]
     assert same(got, want)
     monkeypatch.setattr(norm_add_pass, "_left_to_the_compiler", lambda *_: "")
-    taken, every = _compiled(_layers, True, inputs)
+    taken, every = compiled(layers, True, inputs)
     assert [op for op in every if "_add" in op] == [ADD, ADD, ADD_NORM, ADD_NORM]
     assert not same(taken, want)

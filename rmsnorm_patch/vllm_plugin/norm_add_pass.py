@@ -248,6 +248,7 @@ def _is_stored(site: Site, places: Places) -> bool:
 
 def _replace(graph: fx.Graph, site: Site, places: Places) -> set[fx.Node]:
     """Put the op in place of the norm, the add and the norm of the sum; returns the norms that are gone."""
+    unread = [site.residual] if _is_copy(site) else []
     with graph.inserting_before(site.add):
         normed, total = _insert(graph, site)
     following, dead = site.following, [site.add]
@@ -270,14 +271,20 @@ def _replace(graph: fx.Graph, site: Site, places: Places) -> set[fx.Node]:
     for node in dead:
         graph.erase_node(node)
     copies = [user for user in site.norm.node.users if user.target is aten.clone.default]
-    erase_unread(graph, [*copies, site.norm.node, normed, total])
+    erase_unread(graph, [*copies, *unread, site.norm.node, normed, total])
     return {site.norm.node} if following is None else {site.norm.node, following.node}
+
+
+def _is_copy(site: Site) -> bool:
+    """Whether the residual was copied for an op that writes, and nothing has written since."""
+    return site.residual.target is aten.clone.default and not _writer_between(site.residual, site.add)
 
 
 def _insert(graph: fx.Graph, site: Site) -> tuple[fx.Node, fx.Node]:
     """(normed, sum); without a norm of the sum the first is the second."""
     given = site.norm.arguments
-    arguments = {**given, "residual": site.residual, "sum": site.spec.sum}
+    residual = site.residual.args[0] if _is_copy(site) else site.residual
+    arguments = {**given, "residual": residual, "sum": site.spec.sum}
     if site.following is not None:
         arguments.update({f"next_{name}": site.following.arguments[name] for name in ("weight", "eps")})
     name = norm_add_op.NORM_ADD if site.following is None else norm_add_op.NORM_ADD_NORM
