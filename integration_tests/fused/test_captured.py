@@ -199,6 +199,10 @@ def view_of_the_residual_read_later(rows: Any, matrix: Any, residual: Any, weigh
     return norm(own + F.linear(rows, matrix), weight), view.relu()
 
 
+def one_row_for_all(rows: Any, matrix: Any, residual: Any, weight: Any) -> Any:
+    return norm(residual * 2 + F.linear(rows[:1], matrix), weight)
+
+
 def other_shape(rows: Any, matrix: Any, residual: Any, weight: Any) -> Any:
     return norm((residual * 2)[:1] + F.linear(rows, matrix), weight)
 
@@ -227,6 +231,7 @@ APART = {
     residual_read_later: "the residual is read later, or is the graph's own input",
     residual_returned: "the residual is read later, or is the graph's own input",
     view_of_the_residual_read_later: "the residual is read later, or is the graph's own input",
+    one_row_for_all: "product, residual and norm are not contiguous rows of one 16-bit dtype",
     other_shape: "product, residual and norm are not contiguous rows of one 16-bit dtype",
     weight_computed_later: "the norm's weight is computed behind the add",
 }
@@ -238,6 +243,12 @@ def test_arithmetic_again(step: Step) -> None:
     assert (outcome.joined, dict(outcome.left)) == (0, {APART[step]: 1})
     assert not calls(graph)
     assert [node for node in graph.graph.nodes if node.target is torch.ops.aten.rsqrt.default]
+
+
+def test_one_row_of_two_dimensions_for_all() -> None:
+    graph, outcome = settled(one_row_for_all, operands(3))
+    assert (outcome.joined, dict(outcome.left)) == (0, {APART[one_row_for_all]: 1})
+    assert not calls(graph)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,55 +14,27 @@ import torch
 from torch._inductor import config as inductor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from norm_add_graphs import (
+    ADD,
+    ADD_NORM,
+    FUSED,
+    OFFSET,
+    PLAIN,
+    Forward,
+    check,
+    compiled,
+    layers,
+    made_of,
+    ours,
+    rms,
+    same,
+    sums,
+)
 from quantised_graphs import BF16, INDUCTOR, STORED, Made, N, norm
 
-from rmsnorm_patch import ops
 from rmsnorm_patch.numerics.spec import NormSpec
 from rmsnorm_patch.vllm_plugin import log, norm_add_pass
 from rmsnorm_patch.vllm_plugin.decision import SPECS
-
-ADD, ADD_NORM = "rmsnorm_patch.rms_norm_add.default", "rmsnorm_patch.rms_norm_add_rms_norm.default"
-PLAIN = "rmsnorm_patch.rms_norm.default"
-FUSED = ("in place", "written", "functional")
-OFFSET = replace(SPECS[INDUCTOR], weight_offset="fp32")
-Forward = Callable[..., Any]
-
-
-def rms(x: Any, weight: Any, spec: NormSpec = SPECS[INDUCTOR], eps: float = 1e-3) -> Any:
-    return torch.ops.rmsnorm_patch.rms_norm(x, weight, eps, *ops.spec_args(spec))
-
-
-def made_of(forward: Forward, form: str = "written") -> Made:
-    """Of `forward(x, residual, weight, next_weight, matrix, number)`."""
-    generator = torch.Generator().manual_seed(2)
-    more = torch.randn(N, generator=generator), torch.randn(N, N, generator=generator) / 16
-    return Made(forward, form, more=(*(tensor.to(BF16) for tensor in more), torch.tensor(0.3).to(BF16)))
-
-
-def ours(made: Made) -> list[str]:
-    return [target for target in made.targets() if target.startswith("rmsnorm_patch.")]
-
-
-def sums(made: Made) -> list[str]:
-    """What the norms that read a sum take of it."""
-    place = [argument.name for argument in torch.ops.rmsnorm_patch.rms_norm_add_rms_norm.default._schema.arguments]
-    return [node.args[place.index("sum")] for node in made.graph.nodes if str(node.target) == ADD_NORM]
-
-
-def same(left: Any, right: Any) -> bool:
-    return len(left) == len(right) and all(
-        one.stride() == other.stride() and torch.equal(one.view(torch.int16), other.view(torch.int16))
-        for one, other in zip(left, right, strict=True)
-    )
-
-
-def check(made: Made, *want: str) -> None:
-    """The ops of ours behind the pass, and equal bits."""
-    before = made.run()
-    count = norm_add_pass.fuse(made.graph)
-    assert ours(made) == list(want)
-    assert count == sum("rms_norm_add" in target for target in want)
-    assert same(made.run(), before)
 
 
 @pytest.mark.parametrize("provider", [INDUCTOR, STORED, "rmsnorm_patch_native"])
@@ -109,6 +80,30 @@ def test_a_copy_that_vllm_makes_for_an_op_that_writes() -> None:
     plain.replace_all_uses_with(copy, delete_user_cb=lambda user: user is not copy)
     check(made, ADD_NORM)
     assert not any("clone" in target for target in made.targets())
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_a_copy_of_a_residual_that_is_read_again(written: bool) -> None:
+    """The op writes nothing, and needs none; unless what was copied is written first."""
+
+    def forward(x: Any, residual: Any, weight: Any, following: Any, *_: Any) -> Any:
+        own = residual + 1
+        return *norm(rms(x, weight), own, following, INDUCTOR, "in place"), own
+
+    def copy(graph: Any) -> None:
+        (plain,) = (node for node in graph.nodes if str(node.target) == PLAIN)
+        (fused,) = (node for node in graph.nodes if "fused_add" in str(node.target))
+        own = fused.args[1]
+        with graph.inserting_before(plain):
+            made = graph.call_function(torch.ops.aten.clone.default, (own,))
+            made.meta["val"] = own.meta["val"]
+            if written:
+                graph.call_function(torch.ops.aten.mul_.Tensor, (own, 2))
+        fused.replace_input_with(own, made)
+
+    made = _in_place(forward, copy)
+    check(made, ADD_NORM)
+    assert [target for target in made.targets() if "clone" in target] == ["aten.clone.default"] * written
 
 
 @pytest.mark.parametrize("spec", [SPECS[INDUCTOR], SPECS[STORED], OFFSET], ids=["fp32 sum", "rounded sum", "offset"])
@@ -346,6 +341,42 @@ def test_a_view_of_the_residual_that_was_taken_before(late: bool, told: Callable
     assert ("a view of a term was taken before the sum was written" in told()[0]) == late
 
 
+@pytest.mark.parametrize("form", ["in place", "written"])
+def test_a_sum_that_is_written_to_rows_apart(form: str, told: Callable[[], list[str]]) -> None:
+    """Its readers know their strides, which the op's results have not."""
+
+    def forward(x: Any, residual: Any, weight: Any, following: Any, *_: Any) -> Any:
+        apart = torch.empty_strided(residual.shape, (2 * N, 1), dtype=BF16).copy_(residual)
+        return norm(rms(x, weight), apart, following, INDUCTOR, form)
+
+    made = made_of(forward, form)
+    check(made, *ours(made))
+    assert PLAIN in ours(made)
+    assert "the sum is written to rows that are not contiguous" in told()[0]
+
+
+@pytest.mark.parametrize("its_own", [False, True])
+def test_a_sum_that_is_the_weight_of_a_norm(its_own: bool) -> None:
+    def forward(x: Any, residual: Any, weight: Any, following: Any, *_: Any) -> Any:
+        total = rms(weight, following) + following
+        return rms(total if its_own else x, total), total
+
+    check(made_of(forward), ADD, PLAIN)
+
+
+def test_an_op_that_writes_may_be_called_by_name() -> None:
+    """As vLLM puts its own ops."""
+
+    def forward(x: Any, residual: Any, weight: Any, following: Any, *_: Any) -> Any:
+        return norm(rms(x, weight), residual + 1, following, INDUCTOR, "in place")
+
+    made = made_of(forward, "in place")
+    (fused,) = (node for node in made.graph.nodes if "fused_add" in str(node.target))
+    names = [argument.name for argument in fused.target._schema.arguments]
+    fused.args, fused.kwargs = (), dict(zip(names, fused.args, strict=True))
+    check(made, ADD_NORM)
+
+
 def test_the_log_says_what_was_done_once(told: Callable[[], list[str]]) -> None:
     def forward(x: Any, residual: Any, weight: Any, following: Any, matrix: Any, *_: Any) -> Any:
         rows, total = norm(rms(x, weight), residual, following, INDUCTOR, "functional")
@@ -398,41 +429,16 @@ def test_a_failure_leaves_a_right_graph_and_one_warning(told: Callable[[], list[
     assert same(made.run(), before)
 
 
-def _compiled(forward: Forward, fuse: bool, inputs: tuple[torch.Tensor, ...]) -> tuple[list[torch.Tensor], list[str]]:
-    """The results of Inductor's code for `forward`, with the pass or without, and our ops in its graph."""
-    found: list[str] = []
-
-    def change(graph: Any) -> None:
-        if fuse:
-            norm_add_pass.fuse(graph)
-        found.extend(str(node.target) for node in graph.nodes if str(node.target).startswith("rmsnorm_patch."))
-
-    torch._dynamo.reset()
-    with inductor.patch(post_grad_custom_post_pass=change, force_disable_caches=True), torch.no_grad():
-        return list(torch.compile(forward, fullgraph=True)(*(tensor.clone() for tensor in inputs))), found
-
-
-def _layers(x: Any, residual: Any, weight: Any, following: Any, matrix: Any, number: Any) -> Any:
-    """Sites of every kind, between arithmetic that the compiler fuses with whatever it can."""
-    scaled = residual * number
-    total = scaled + rms((scaled * 2) @ matrix, weight)  # the compiler makes the residual anew
-    first = (total * number) @ matrix  # and fuses this with the sum
-    total = residual + rms(first, following)
-    rows, total = norm(rms(total @ matrix, weight), total, following, INDUCTOR, "functional")
-    total = total + rms(torch.nn.functional.silu(rows @ matrix), weight)
-    return rms(total, following), total * number, total.relu()
-
-
 @pytest.mark.slow
 def test_no_bit_of_the_compilers_code_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which it would if the adds that the compiler fuses were taken."""
     inputs = made_of(_exaone).inputs
-    want, before = _compiled(_layers, False, inputs)
-    got, after = _compiled(_layers, True, inputs)
+    want, before = compiled(layers, False, inputs)
+    got, after = compiled(layers, True, inputs)
     assert [op for op in before if "add" in op] == ["rmsnorm_patch.fused_add_rms_norm.default"]
     assert [op for op in after if "_add" in op] == [ADD, ADD_NORM]
     assert same(got, want)
     monkeypatch.setattr(norm_add_pass, "_left_to_the_compiler", lambda *_: "")
-    taken, every = _compiled(_layers, True, inputs)
+    taken, every = compiled(layers, True, inputs)
     assert [op for op in every if "_add" in op] == [ADD, ADD, ADD_NORM, ADD_NORM]
     assert not same(taken, want)

@@ -289,6 +289,24 @@ def test_a_view_that_was_taken_before_the_norm_wrote(told: Callable[[], list[str
     assert "a view of the rows was taken before the norm wrote them" in told()[0]
 
 
+@pytest.mark.parametrize("form", ["in place", "written", "functional"])
+def test_rows_that_are_written_apart(form: str, told: Callable[[], list[str]]) -> None:
+    """Who reads them plain knows their strides, which the op's results have not."""
+
+    def forward(x: Any, residual: Any, weight: Any, scale: Any) -> Any:
+        apart = torch.empty_strided(x.shape, (2 * N, 1), dtype=x.dtype).copy_(x)
+        given = (residual + 1, apart) if form == "functional" else (apart, residual + 1)
+        rows, total = norm(*given, weight, INDUCTOR, form)
+        return *static_op(rows, scale), rows, total
+
+    made = Made(forward, form)
+    before = made.run()
+    count = quantised_pass.fuse(made.graph)
+    assert same(made.run(), before)
+    assert count == 0
+    assert "the rows are not contiguous" in told()[0]
+
+
 @pytest.mark.parametrize("name", ["static op", "token op", "block op, columns", "int8 op"])
 def test_a_quantisation_that_is_called_as_it_is(name: str) -> None:
     """Not as a functional call: it writes buffers that are read behind it."""

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import sys
+import threading
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from rmsnorm_patch import ops
+from rmsnorm_patch.numerics.quantisation import QuantSpec
+from rmsnorm_patch.numerics.spec import NormSpec
 from rmsnorm_patch.vllm_plugin import trial
 
 CALLS = 200
@@ -57,3 +61,53 @@ def test_a_trial_is_known_as_one_and_ends_with_its_error() -> None:
     with pytest.raises(ValueError, match="of the trial"):
         trial.on_a_fresh_stack("rms_norm", fail)
     assert not trial.is_trial()
+
+
+def test_a_trial_is_none_of_the_other_threads_business() -> None:
+    """They serve forwards meanwhile, which a trace must hold."""
+    begun, asked = threading.Event(), threading.Event()
+
+    def wait() -> str:
+        begun.set()
+        return str(asked.wait(60))
+
+    found: list[str] = []
+    other = threading.Thread(target=lambda: found.append(trial.on_a_fresh_stack("rms_norm", wait)))
+    other.start()
+    assert begun.wait(60)
+    during = trial.is_trial()
+    asked.set()
+    other.join()
+    assert found == ["True"]
+    assert not during
+
+
+def test_what_is_bound_anew_is_tried_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another backend may serve it."""
+    tried: list[str] = []
+
+    def run(op: str, *_: object) -> str:
+        tried.append(op)
+        return ""
+
+    monkeypatch.setattr(trial, "on_a_fresh_stack", run)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    x = FakeTensor(fake, torch.empty(1, 96, dtype=torch.bfloat16, device="meta"), torch.device("cuda:0"))
+    spec = NormSpec(has_weight=False)
+
+    def ask() -> None:
+        assert trial.declined(x, None, spec, "rms_norm") == ""
+        assert trial.declined_norm_add(x, None, spec, following=False) == ""
+        quant = QuantSpec("fp8_token")
+        assert trial.declined_quantised(x, None, spec, quant, adds=False, bounded=False) == ""
+
+    ops.forget()
+    try:
+        ask()
+        ask()
+        assert len(tried) == 3
+        ops.forget()
+        ask()
+        assert len(tried) == 6
+    finally:
+        ops.forget()

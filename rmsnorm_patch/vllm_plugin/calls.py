@@ -14,7 +14,7 @@ from ..numerics.spec import NormSpec, WeightOffset
 from . import huggingface
 from .decision import SPECS
 
-VERSION = 6
+VERSION = 7
 """Raise it when the graphs that the routes produce change: it is part of vLLM's compile-cache key."""
 
 COMPILER_HEAD = 256

@@ -23,6 +23,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..fused.linear_norm.graph import tunes_products, writes
 from ..fused.norm_add import op as norm_add_op
+from ..numerics.contract import FUSED_ADD_IN_PLACE
 from ..numerics.spec import NormSpec
 from . import trial
 from .decision import decision_for
@@ -111,8 +112,9 @@ def _of_own_add(norm: Norm, add: fx.Node, places: Places) -> Site | None:
     terms.remove(norm.node)
     if not isinstance(terms[0], fx.Node) or not isinstance(terms[0].meta["val"], torch.Tensor):
         return None
-    readers = [user for user in add.users if user.target is torch.ops.rmsnorm_patch.rms_norm.default]
-    following = norm_of(min(readers, key=places.__getitem__)) if readers else None
+    norms = (norm_of(user) for user in add.users if user.target is torch.ops.rmsnorm_patch.rms_norm.default)
+    readers = [reader for reader in norms if reader is not None and reader.arguments["x"] is add]
+    following = min(readers, key=lambda reader: places[reader.node], default=None)
     site = Site(norm, add, terms[0], following)
     if following is not None and _unlike(site, places):
         return replace(site, following=None)
@@ -130,7 +132,7 @@ def _unlike(site: Site, places: Places) -> str:
     weights = [norm.arguments["weight"] for norm in (site.norm, following)]
     if len({None if weight is None else weight.meta["val"].dtype for weight in weights}) > 1:
         return "the norms' weights have two dtypes"
-    if weights[1] is not None and places[weights[1]] > places[site.add]:
+    if weights[1] is not None and places[weights[1]] >= places[site.add]:
         return "the weight of the norm of the sum is computed behind the add"
     if site.is_own_add and _writer_between(site.add, following.node):
         return "something is written between the add and the norm of the sum"
@@ -153,6 +155,8 @@ def _declined(site: Site, places: Places) -> str:
     if _writer_between(site.norm.node, site.add):
         return "something is written between the norm and the add"
     following = site.following
+    if following is not None and following.op == FUSED_ADD_IN_PLACE.name and not residual.is_contiguous():
+        return "the sum is written to rows that are not contiguous"
     if following is not None and not following.functional:
         written = [following.arguments[name] for name in ("x", "residual")]
         if not all(is_the_only_name(node, following.node, places) for node in written):
@@ -244,6 +248,7 @@ def _is_stored(site: Site, places: Places) -> bool:
 
 def _replace(graph: fx.Graph, site: Site, places: Places) -> set[fx.Node]:
     """Put the op in place of the norm, the add and the norm of the sum; returns the norms that are gone."""
+    unread = [site.residual] if _is_copy(site) else []
     with graph.inserting_before(site.add):
         normed, total = _insert(graph, site)
     following, dead = site.following, [site.add]
@@ -266,14 +271,20 @@ def _replace(graph: fx.Graph, site: Site, places: Places) -> set[fx.Node]:
     for node in dead:
         graph.erase_node(node)
     copies = [user for user in site.norm.node.users if user.target is aten.clone.default]
-    erase_unread(graph, [*copies, site.norm.node, normed, total])
+    erase_unread(graph, [*copies, *unread, site.norm.node, normed, total])
     return {site.norm.node} if following is None else {site.norm.node, following.node}
+
+
+def _is_copy(site: Site) -> bool:
+    """Whether the residual was copied for an op that writes, and nothing has written since."""
+    return site.residual.target is aten.clone.default and not _writer_between(site.residual, site.add)
 
 
 def _insert(graph: fx.Graph, site: Site) -> tuple[fx.Node, fx.Node]:
     """(normed, sum); without a norm of the sum the first is the second."""
     given = site.norm.arguments
-    arguments = {**given, "residual": site.residual, "sum": site.spec.sum}
+    residual = site.residual.args[0] if _is_copy(site) else site.residual
+    arguments = {**given, "residual": residual, "sum": site.spec.sum}
     if site.following is not None:
         arguments.update({f"next_{name}": site.following.arguments[name] for name in ("weight", "eps")})
     name = norm_add_op.NORM_ADD if site.following is None else norm_add_op.NORM_ADD_NORM

@@ -49,8 +49,8 @@ def norm_of(node: fx.Node) -> Norm | None:
     if node.target is ops.fused_add_rms_norm.default:
         return _of_results(node, FUSED_ADD.name, arguments_by_name(node), first=0)
     if node.target is ops.fused_add_rms_norm_.default:
-        rows: Any = node.args[0]
-        return Norm(node, FUSED_ADD_IN_PLACE.name, arguments_by_name(node), rows, None, functional=False)
+        arguments = arguments_by_name(node)
+        return Norm(node, FUSED_ADD_IN_PLACE.name, arguments, arguments["x"], None, functional=False)
     if node.target is auto_functionalized and node.args == (ops.fused_add_rms_norm_.default,):
         # The first place is for what an op returns, here nothing; behind it is what it wrote.
         return _of_results(node, FUSED_ADD_IN_PLACE.name, dict(node.kwargs), first=1)

@@ -21,7 +21,7 @@ from torch._higher_order_ops.auto_functionalize import auto_functionalized
 
 from ..fused.norm_quantised import kernel as norm_quantised_kernel
 from ..fused.norm_quantised import op as norm_quantised_op
-from ..numerics.contract import FUSED_ADD
+from ..numerics.contract import FUSED_ADD, FUSED_ADD_IN_PLACE
 from ..numerics.quantisation import QuantSpec, Value
 from ..numerics.spec import NormSpec
 from . import arithmetic, quantisations, trial
@@ -106,6 +106,10 @@ def _declined(norm: Norm, found: Quantisation, places: Places) -> str:
         return "the graph is one for rows of any length"
     if norm.op == FUSED_ADD.name and not _is_given_up(norm.arguments["residual"], norm.node):
         return "nobody gave up the residual, which would be copied first"
+    # The op's rows are contiguous, and its sum lies where the residual did: as those of this norm only if this is.
+    place = {FUSED_ADD_IN_PLACE.name: "x", FUSED_ADD.name: "residual"}.get(norm.op)
+    if place is not None and not norm.arguments[place].meta["val"].is_contiguous():
+        return "the rows are not contiguous"
     if not norm.functional and not is_the_only_name(norm.rows, norm.node, places):
         return "a view of the rows was taken before the norm wrote them"
     value = None if weight is None else weight.meta["val"]

@@ -5,13 +5,14 @@ A broken CUDA toolchain therefore costs a warning, not the engine: vLLM's own no
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 
 import torch
 
 from .. import ops
+from ..backends.bindings import kept
 from ..errors import RMSNormPatchError
 from ..fused.norm_add import op as norm_add_op
 from ..fused.norm_quantised import op as norm_quantised_op
@@ -24,12 +25,17 @@ ROWS = (1, 3)
 """Rows of the trial calls: a schedule is compiled per row length, for all row counts of one reduction tree."""
 
 
-_trials: list[str] = []
-"""The op whose trial runs now: such calls belong to no forward."""
+_THREAD = threading.local()
+"""Marked in the threads of trials: other threads serve forwards meanwhile."""
 
 
 def is_trial() -> bool:
-    return bool(_trials)
+    """Whether this thread runs a trial, whose calls belong to no forward."""
+    return getattr(_THREAD, "tries", False)
+
+
+def _mark_thread() -> None:
+    _THREAD.tries = True
 
 
 def on_a_fresh_stack(op: str, run: Callable[..., str], *args: object) -> str:
@@ -39,12 +45,8 @@ def on_a_fresh_stack(op: str, run: Callable[..., str], *args: object) -> str:
     kernel that is built there can meet the interpreter's limit of calls. A new thread has neither the calls nor the
     modes.
     """
-    _trials.append(op)
-    try:
-        with ThreadPoolExecutor(1) as pool:
-            return pool.submit(run, *args).result()
-    finally:
-        _trials.pop()
+    with ThreadPoolExecutor(1, f"trial of {op}", _mark_thread) as pool:
+        return pool.submit(run, *args).result()
 
 
 def declined(x: torch.Tensor, weight: torch.Tensor | None, spec: NormSpec, op: str) -> str:
@@ -58,7 +60,7 @@ def any_declined(weight: torch.Tensor, dtype: torch.dtype, spec: NormSpec, names
     return any(declined(x, weight if spec.has_weight else None, spec, op) for op in names)
 
 
-@cache
+@kept
 def _declined(
     dtype: torch.dtype, n: int, weight_dtype: torch.dtype | None, spec: NormSpec, op: str, device: torch.device
 ) -> str:
@@ -113,7 +115,7 @@ def declined_norm_add(x: torch.Tensor, weight: torch.Tensor | None, spec: NormSp
     return _declined_norm_add(x.dtype, x.shape[-1], None if weight is None else weight.dtype, spec, following, x.device)
 
 
-@cache
+@kept
 def _declined_norm_add(
     dtype: torch.dtype,
     n: int,
@@ -176,7 +178,7 @@ def declined_quantised(
     return _declined_quantised(x.dtype, x.shape[-1], weight_dtype, spec, quant, adds, bounded, x.device)
 
 
-@cache
+@kept
 def _declined_quantised(
     dtype: torch.dtype,
     n: int,

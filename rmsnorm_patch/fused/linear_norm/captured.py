@@ -149,7 +149,9 @@ def _why_not(graph: fx.Graph, norm: fx.Node, weight: Any, behind: _Behind) -> st
     values = [node.meta["val"] for node in (rows, transposed.args[0], behind.residual)]
     dtype = values[0].dtype
     alike = all(value.dtype == dtype and value.is_contiguous() for value in (*values, norm.meta["val"]))
-    if not alike or dtype not in _HALVES or behind.residual.meta["val"].shape != behind.total.meta["val"].shape:
+    shape = behind.total.meta["val"].shape
+    alike = alike and all(each.meta["val"].shape == shape for each in (behind.x, behind.residual))  # none is expanded
+    if not alike or dtype not in _HALVES:
         return "product, residual and norm are not contiguous rows of one 16-bit dtype"
     if not all(isinstance(size, int) for size in values[1].shape):
         return "the sizes of the product's matrix are left open"
