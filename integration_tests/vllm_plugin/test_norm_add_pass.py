@@ -408,7 +408,7 @@ def _exaone(x: Any, residual: Any, weight: Any, following: Any, matrix: Any, *_:
 
 
 def test_the_pass_runs_where_it_is_asked_for_and_is_part_of_the_key() -> None:
-    call, uuid = norm_add_pass.wrap_call(Manager.__call__), norm_add_pass.wrap_uuid(Manager.uuid)
+    call, uuid = norm_add_pass.PASS.wrap_call(Manager.__call__), norm_add_pass.PASS.wrap_uuid(Manager.uuid)
     off, unknown = Manager(False), Manager()
     del unknown.rmsnorm_patch_norm_add
     for manager, found in ((off, PLAIN), (unknown, PLAIN), (Manager(), ADD)):
@@ -423,7 +423,7 @@ def test_a_failure_leaves_a_right_graph_and_one_warning(told: Callable[[], list[
     before = made.run()
     (add,) = (node for node in made.graph.nodes if node.target is torch.ops.aten.add.Tensor)
     kept = add.meta.pop("val")
-    norm_add_pass.wrap_call(Manager.__call__)(Manager(), made.graph)
+    norm_add_pass.PASS.wrap_call(Manager.__call__)(Manager(), made.graph)
     add.meta["val"] = kept
     assert told() == ["rmsnorm_patch: not every norm takes the add behind it: KeyError: 'val'"]
     assert same(made.run(), before)

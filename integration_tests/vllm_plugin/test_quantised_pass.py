@@ -340,7 +340,7 @@ class Manager:
 
 
 def test_the_pass_runs_where_the_engine_may_quantise_rows_and_is_part_of_the_key() -> None:
-    call, uuid = quantised_pass.wrap_call(Manager.__call__), quantised_pass.wrap_uuid(Manager.uuid)
+    call, uuid = quantised_pass.PASS.wrap_call(Manager.__call__), quantised_pass.PASS.wrap_uuid(Manager.uuid)
     off, unknown = Manager(False), Manager()
     del unknown.rmsnorm_patch_quantised
     for manager, count in ((off, 0), (unknown, 0), (Manager(), 1)):
@@ -356,7 +356,7 @@ def test_a_failure_leaves_a_right_graph_and_one_warning(told: Callable[[], list[
     tensors = (node for node in made.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor))
     weight = next(node for node in tensors if node.op == "placeholder" and list(node.meta["val"].shape) == [N])
     kept = weight.meta.pop("val")
-    quantised_pass.wrap_call(Manager.__call__)(Manager(), made.graph)
+    quantised_pass.PASS.wrap_call(Manager.__call__)(Manager(), made.graph)
     weight.meta["val"] = kept
     assert told() == ["rmsnorm_patch: not every norm writes quantised rows: KeyError: 'val'"]
     assert same(made.run(), before)

@@ -57,9 +57,14 @@ def install_passes() -> None:
         warn_once(f"norms stay apart from their neighbours: this vLLM keeps its graph passes elsewhere ({error})")
         return
     for name, *wrappers in (
-        ("configure", quantised_pass.wrap_configure, norm_add_pass.wrap_configure, linear_pass.wrap_configure),
-        ("__call__", quantised_pass.wrap_call, norm_add_pass.wrap_call, linear_pass.wrap_call),
-        ("uuid", quantised_pass.wrap_uuid, norm_add_pass.wrap_uuid, linear_pass.wrap_uuid),
+        (
+            "configure",
+            quantised_pass.PASS.wrap_configure,
+            norm_add_pass.PASS.wrap_configure,
+            linear_pass.wrap_configure,
+        ),
+        ("__call__", quantised_pass.PASS.wrap_call, norm_add_pass.PASS.wrap_call, linear_pass.wrap_call),
+        ("uuid", quantised_pass.PASS.wrap_uuid, norm_add_pass.PASS.wrap_uuid, linear_pass.wrap_uuid),
     ):
         wrap_once(PostGradPassManager, name, _in_turn(*wrappers))
     if linear_pass.tell not in linear_norm_splits.on_found:

@@ -12,7 +12,6 @@ what makes its terms or reads its sum: there the sum is not rounded in between, 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,8 +25,7 @@ from ..fused.norm_add import op as norm_add_op
 from ..numerics.contract import FUSED_ADD_IN_PLACE
 from ..numerics.spec import NormSpec
 from . import trial
-from .decision import decision_for
-from .log import logger, warn_once
+from .managed_pass import ManagedPass
 from .norms_in_graphs import (
     Norm,
     Places,
@@ -36,6 +34,7 @@ from .norms_in_graphs import (
     may_be_a_view,
     norm_of,
     path_of,
+    tell_once,
 )
 
 aten = torch.ops.aten
@@ -307,11 +306,7 @@ _TOLD: set[tuple[Any, ...]] = set()
 
 
 def _tell(site: Site, what: str, *once: Any) -> None:
-    """One line in the log, for the first norm of which there is the same to be told."""
-    columns = str(site.norm.arguments["x"].meta["val"].shape[-1])
-    if (key := (columns, *once)) not in _TOLD:
-        _TOLD.add(key)
-        logger.info("rmsnorm_patch: %s (%s columns) %s; so do others like it", path_of(site.norm), columns, what)
+    tell_once(_TOLD, site.norm, f"{what}; so do others like it", *once)
 
 
 def _tell_served(site: Site) -> None:
@@ -322,37 +317,4 @@ def _tell_served(site: Site) -> None:
         _tell(site, what, site.is_own_add, site.following.functional)
 
 
-def wrap_configure(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Of vLLM's manager of passes: it learns whether its engine's norms take the adds behind them."""
-
-    def configure(self: Any, config: Any) -> None:
-        original(self, config)
-        self.rmsnorm_patch_norm_add = decision_for(config).norm_add
-
-    return configure
-
-
-def wrap_call(original: Callable[..., Any]) -> Callable[..., Any]:
-    def call(self: Any, graph: fx.Graph) -> None:
-        original(self, graph)
-        if _fuses(self):
-            try:
-                fuse(graph)
-            except Exception as error:  # each site leaves a right graph
-                warn_once(f"not every norm takes the add behind it: {type(error).__name__}: {error}")
-
-    return call
-
-
-def wrap_uuid(original: Callable[..., Any]) -> Callable[..., Any]:
-    """As `linear_pass.wrap_uuid`."""
-
-    def uuid(self: Any) -> str:
-        return f"{original(self)}|rmsnorm_patch norm_add {_fuses(self)}"
-
-    return uuid
-
-
-def _fuses(manager: Any) -> bool:
-    """What `wrap_configure` has told a manager; one that was configured before leaves norms as they are."""
-    return getattr(manager, "rmsnorm_patch_norm_add", False)
+PASS = ManagedPass("norm_add", fuse, "not every norm takes the add behind it")

@@ -14,6 +14,7 @@ from torch._higher_order_ops.auto_functionalize import auto_functionalized
 from ..fused.linear_norm.graph import arguments_by_name
 from ..numerics.contract import FUSED_ADD, FUSED_ADD_IN_PLACE, RMS_NORM
 from ..numerics.spec import NormSpec
+from .log import logger
 
 _SPEC = ("round_before_weight", "weight_offset", "output", "sum", "width", "group")
 
@@ -112,3 +113,13 @@ def path_of(norm: Norm) -> str:
             path = str(list(stack.values())[-1][0])
             return path.replace("L['self'].", "").replace("L['s'].", "")
     return "a norm"
+
+
+def tell_once(told: set[tuple[Any, ...]], norm: Norm, what: str, *once: Any) -> None:
+    """One line in the log, unless it is among the `told`; where something is to be told `once`, only for the first norm
+    of these columns that has it."""
+    path, columns = path_of(norm), str(norm.arguments["x"].meta["val"].shape[-1])
+    key = (columns, *once) if once else (path, columns, what)
+    if key not in told:
+        told.add(key)
+        logger.info("rmsnorm_patch: %s (%s columns) %s", path, columns, what)

@@ -11,7 +11,6 @@ The pass starts from our own ops, in the forms that `linear_pass` knows, and run
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -25,9 +24,8 @@ from ..numerics.contract import FUSED_ADD, FUSED_ADD_IN_PLACE
 from ..numerics.quantisation import QuantSpec, Value
 from ..numerics.spec import NormSpec
 from . import arithmetic, quantisations, trial
-from .decision import decision_for
-from .log import logger, warn_once
-from .norms_in_graphs import Norm, Places, erase_unread, is_the_only_name, norm_of, path_of
+from .managed_pass import ManagedPass
+from .norms_in_graphs import Norm, Places, erase_unread, is_the_only_name, norm_of, tell_once
 from .quantisations import Quantisation
 
 aten = torch.ops.aten
@@ -54,7 +52,7 @@ def _fuse(graph: fx.Graph, norm: Norm, places: Places) -> bool:
         elif first is None or one.key != first.key:
             left.append(f"{one.name}: {why or 'another quantisation reads the same rows'}")
     for why in left:
-        _tell(norm, f"keeps plain rows for {why}")
+        tell_once(_TOLD, norm, f"keeps plain rows for {why}")
     if first is None:
         if not left:
             _tell_plain(norm, places)
@@ -199,21 +197,12 @@ def _as_shaped(graph: fx.Graph, result: fx.Node, held: fx.Node) -> fx.Node:
 _TOLD: set[tuple[Any, ...]] = set()
 
 
-def _tell(norm: Norm, what: str, *once: Any) -> None:
-    """One line in the log; where something is to be told `once`, only for the first norm of it."""
-    path, columns = path_of(norm), str(norm.arguments["x"].meta["val"].shape[-1])
-    key = (columns, *once) if once else (path, columns, what)
-    if key not in _TOLD:
-        _TOLD.add(key)
-        logger.info("rmsnorm_patch: %s (%s columns) %s", path, columns, what)
-
-
 def _tell_served(norm: Norm, found: Quantisation, both: bool) -> None:
     spec = found.spec
     value = "its fp32 value" if spec.value == "fp32" else "its rounded value"
     second = ", and plain rows beside them" if both else ""
     text = f"writes {spec.scheme} rows of {value}, in place of {found.name}{second}; so do others like it"
-    _tell(norm, text, spec, found.name, both)
+    tell_once(_TOLD, norm, text, spec, found.name, both)
 
 
 def _tell_plain(norm: Norm, places: Places) -> None:
@@ -221,40 +210,9 @@ def _tell_plain(norm: Norm, places: Places) -> None:
     behind = (user for user in norm.rows.users if places[user] > places[norm.node])
     names = sorted({str(user.args[0] if user.target is auto_functionalized else user.target) for user in behind})
     if norm.rows.meta["val"].dim() == 2:
-        _tell(norm, f"writes plain rows, as {', '.join(names)} reads them; so do others like it", "plain", *names)
+        tell_once(
+            _TOLD, norm, f"writes plain rows, as {', '.join(names)} reads them; so do others like it", "plain", *names
+        )
 
 
-def wrap_configure(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Of vLLM's manager of passes: it learns whether its engine's products may read quantised rows."""
-
-    def configure(self: Any, config: Any) -> None:
-        original(self, config)
-        self.rmsnorm_patch_quantised = decision_for(config).quantised
-
-    return configure
-
-
-def wrap_call(original: Callable[..., Any]) -> Callable[..., Any]:
-    def call(self: Any, graph: fx.Graph) -> None:
-        original(self, graph)
-        if _fuses(self):
-            try:
-                fuse(graph)
-            except Exception as error:  # each norm leaves a right graph
-                warn_once(f"not every norm writes quantised rows: {type(error).__name__}: {error}")
-
-    return call
-
-
-def wrap_uuid(original: Callable[..., Any]) -> Callable[..., Any]:
-    """As `linear_pass.wrap_uuid`."""
-
-    def uuid(self: Any) -> str:
-        return f"{original(self)}|rmsnorm_patch quantised {_fuses(self)}"
-
-    return uuid
-
-
-def _fuses(manager: Any) -> bool:
-    """What `wrap_configure` has told a manager; one that was configured before leaves norms as they are."""
-    return getattr(manager, "rmsnorm_patch_quantised", False)
+PASS = ManagedPass("quantised", fuse, "not every norm writes quantised rows")
