@@ -25,12 +25,10 @@ from benchlib.quantised import BLOCK, quantise_checkpoint  # noqa: E402
 
 from rmsnorm_patch.numerics.quantisation import QuantSpec, quantise  # noqa: E402
 
+LIBRARIES = {"compressed": "compressed_tensors", "optimized": "compressed_tensors", "torchao": "torchao"}
+"""First word of a kind of model -> what makes its products; transformers makes those of the others."""
 HELD = "_FINEGRAINED_FP8"
 """The name under which transformers keeps what it downloaded."""
-
-
-def has(library: str) -> bool:
-    return importlib.util.find_spec(library) is not None
 
 
 def product(
@@ -96,3 +94,19 @@ def torchao(config: str, device: str) -> PreTrainedModel:
     wanted = TorchAoConfig(getattr(torchao.quantization, config)())
     model = AutoModelForCausalLM.from_pretrained(TINY_LLAMA, dtype=torch.bfloat16, quantization_config=wanted)
     return model.eval().to(device)
+
+
+def made(kind: str, folder: Path, device: str) -> PreTrainedModel:
+    """ "fine-grained", "compressed SCHEME", "optimized" or "torchao CONFIG". Skips where its library is not installed.
+
+    folder: where a checkpoint is written, new for each.
+    """
+    way, _, which = kind.partition(" ")
+    library = LIBRARIES.get(way)
+    if library and importlib.util.find_spec(library) is None:
+        pytest.skip(f"{library} is not installed here")
+    if way == "compressed":
+        return compressed(folder, device, which)
+    if way == "optimized":
+        return optimized(folder)
+    return torchao(which, device) if way == "torchao" else fine_grained(folder, device)

@@ -12,15 +12,15 @@ from transformers import PreTrainedModel
 
 import rmsnorm_patch
 
-KINDS = {
-    "fine-grained": "",
-    "compressed token": "compressed_tensors",
-    "compressed static": "compressed_tensors",
-    "compressed int8": "compressed_tensors",
-    "torchao Float8WeightOnlyConfig": "torchao",
-    "torchao Int8DynamicActivationInt8WeightConfig": "torchao",
-}
-"""Whose products, and the library that makes them."""
+KINDS = (
+    "fine-grained",
+    "compressed token",
+    "compressed static",
+    "compressed int8",
+    "torchao Float8WeightOnlyConfig",
+    "torchao Int8DynamicActivationInt8WeightConfig",
+)
+"""Of `quantised_models.made`."""
 NORMS, PAIRS = 9, 8
 CALLS = {"norm": 1, "in_layer": 4, "cross_layer": 4, "taken": 4}
 """What a forward goes through: every add with its norm."""
@@ -36,13 +36,7 @@ def ids() -> torch.Tensor:
 @pytest.fixture
 def make(quantised_models: ModuleType, tmp_path: Path) -> Iterator[Make]:
     def made(kind: str) -> PreTrainedModel:
-        if KINDS[kind] and not quantised_models.has(KINDS[kind]):
-            pytest.skip(f"{KINDS[kind]} is not installed here")
-        library, _, scheme = kind.partition(" ")
-        folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        if library == "compressed":
-            return quantised_models.compressed(folder, "cpu", scheme)
-        return quantised_models.torchao(scheme, "cpu") if scheme else quantised_models.fine_grained(folder, "cpu")
+        return quantised_models.made(kind, tmp_path / str(len(list(tmp_path.iterdir()))), "cpu")  # type: ignore[no-any-return]
 
     with quantised_models.product_of_the_hub():
         yield made

@@ -19,32 +19,23 @@ pytestmark = [
     ),
 ]
 
-KINDS = {
-    "fine-grained": "",
-    "compressed token": "compressed_tensors",
-    "compressed static": "compressed_tensors",
-    "compressed int8": "compressed_tensors",
-    "optimized": "compressed_tensors",
-    "torchao Float8WeightOnlyConfig": "torchao",
-    "torchao Float8DynamicActivationFloat8WeightConfig": "torchao",
-}
-"""Whose products, and the library that makes them."""
+KINDS = (
+    "fine-grained",
+    "compressed token",
+    "compressed static",
+    "compressed int8",
+    "optimized",
+    "torchao Float8WeightOnlyConfig",
+    "torchao Float8DynamicActivationFloat8WeightConfig",
+)
+"""Of `quantised_models.made`."""
 Make = Callable[[str], PreTrainedModel]
 
 
 @pytest.fixture
 def make(quantised_models: ModuleType, tmp_path: Path) -> Iterator[Make]:
     def made(kind: str) -> PreTrainedModel:
-        if KINDS[kind] and not quantised_models.has(KINDS[kind]):
-            pytest.skip(f"{KINDS[kind]} is not installed here")
-        library, _, scheme = kind.partition(" ")
-        if library == "compressed":
-            return quantised_models.compressed(tmp_path / "checkpoint", "cuda", scheme)
-        if library == "optimized":
-            return quantised_models.optimized(tmp_path / "checkpoint")
-        if library == "torchao":
-            return quantised_models.torchao(scheme, "cuda")
-        return quantised_models.fine_grained(tmp_path / "checkpoint", "cuda")
+        return quantised_models.made(kind, tmp_path / str(len(list(tmp_path.iterdir()))), "cuda")  # type: ignore[no-any-return]
 
     with quantised_models.product_of_the_hub():
         yield made
