@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from rmsnorm_patch.fused.linear_norm import op as linear_norm_op
 from rmsnorm_patch.fused.linear_norm import splits as linear_norm_splits
 from rmsnorm_patch.fused.linear_norm.splits import HIDDEN, UNKNOWN, WHOLE, Split, SplitFinder, in_parts
 from rmsnorm_patch.numerics.spec import LLAMA, NormSpec
+from rmsnorm_patch.ops import dispatch
 
 pytestmark = pytest.mark.usefixtures("products_unknown")
 
@@ -426,3 +428,55 @@ def test_operands_at_odd_addresses_are_no_known_product(looked_at: list[int]) ->
     for by_rows, by_matrix, split in ((0, 0, two), (1, 0, UNKNOWN), (0, 32, UNKNOWN), (64, 64, two)):
         assert finder.split_of(moved(rows, by_rows), moved(matrix, by_matrix), residual, weight, LLAMA) == split
     assert looked_at == [5]
+
+
+def test_a_comparison_is_of_its_own_thread(looked_at: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls of other threads belong to forwards, also while one of them compares for itself and ends first."""
+    one_compares, other_is_done = threading.Event(), threading.Event()
+    seen: dict[str, list[bool]] = {"one": [], "other": []}
+    find = linear_norm_splits._find_split
+
+    def compare(*given: Any) -> Split:
+        name = threading.current_thread().name
+        if name == "one":
+            one_compares.set()
+            assert other_is_done.wait(10)
+        seen[name].append(linear_norm_splits.is_comparing())
+        return find(*given)
+
+    def other() -> None:
+        assert one_compares.wait(10)
+        seen["other"].append(linear_norm_splits.is_comparing())
+        parts_of(SplitFinder(), 3)
+        seen["other"].append(linear_norm_splits.is_comparing())
+        other_is_done.set()
+
+    monkeypatch.setattr(linear_norm_splits, "_find_split", compare)
+    threads = [threading.Thread(target=lambda: parts_of(SplitFinder(), 3), name="one")]
+    threads.append(threading.Thread(target=other, name="other"))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == {"one": [True], "other": [False, True, False]}
+    assert not linear_norm_splits.is_comparing()
+
+
+@pytest.mark.usefixtures("looked_at")
+def test_who_is_told_of_products_may_leave_while_they_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    def leaves(*_: Any) -> None:
+        told.append("leaves")
+        linear_norm_splits.on_found.remove(leaves)
+
+    monkeypatch.setattr(linear_norm_splits, "on_found", [leaves, lambda *_: told.append("stays")])
+    parts_of(SplitFinder(), 3)
+    assert told == ["leaves", "stays"]
+
+
+def test_a_backend_that_the_variable_asks_for_gets_the_norm_of_every_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    ops.forget()
+    monkeypatch.setenv(dispatch.BACKEND_VARIABLE, "triton")
+    assert linear_norm_op._bound(True)[1] == "triton"
+    ops.forget()

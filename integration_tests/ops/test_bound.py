@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +15,12 @@ from rmsnorm_patch import ops
 from rmsnorm_patch.backends import launch_mode
 from rmsnorm_patch.backends.triton import backend as triton_backend
 from rmsnorm_patch.errors import KernelBuildError, UnsupportedInput
+from rmsnorm_patch.fused.gated_norm import op as gated_norm
 from rmsnorm_patch.fused.linear_norm import op as linear_norm_op
+from rmsnorm_patch.fused.norm_add import op as norm_add
 from rmsnorm_patch.numerics import reference
 from rmsnorm_patch.numerics.contract import PLAIN_OPS
+from rmsnorm_patch.numerics.gating import GateSpec
 from rmsnorm_patch.numerics.spec import GEMMA, LLAMA
 from rmsnorm_patch.ops import dispatch, library
 
@@ -267,3 +271,51 @@ def test_compiled_training_has_the_gradients_of_the_arithmetic(form: str, monkey
     layer.weight.grad = None
     layer(x, x)[0].square().sum().backward()
     assert torch.equal(compiled, layer.weight.grad)
+
+
+BINDINGS: dict[str, Callable[[], Any]] = {
+    "rms_norm": lambda: ops.bind_rms_norm(LLAMA),
+    "fused_add_rms_norm": lambda: ops.bind_fused_add_rms_norm(LLAMA),
+    "fused_add_rms_norm_": lambda: ops.bind_fused_add_rms_norm_(LLAMA),
+    "norm_add": lambda: norm_add.bind_norm_add(LLAMA),
+    "norm_add_norm": lambda: norm_add.bind_norm_add_norm(LLAMA),
+    "gated": lambda: gated_norm.bind(LLAMA, GateSpec("silu", "norm_first")),
+}
+
+
+def backend_of(bound: Any, x: torch.Tensor) -> str:
+    tensors = {norm_add.BoundNormAdd: (x, None), gated_norm.Bound: (x, x, None)}.get(type(bound), (x,))
+    return bound.backend_for(*tensors)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", BINDINGS)
+def test_every_op_reads_the_variable_when_it_is_bound_and_then_alone(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of what is called for the first time under another value."""
+    bind, variable = BINDINGS[name], dispatch.BACKEND_VARIABLE
+    monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    x, wider = torch.randn(3, 64), torch.randn(3, 80)
+    ops.forget()
+    before = bind()
+    assert backend_of(before, x) == "reference"
+    monkeypatch.setenv(variable, "triton")
+    after = bind()
+    assert [backend_of(before, each) for each in (x, wider)] == ["reference", "reference"]
+    assert backend_of(after, x) == "triton"
+    monkeypatch.delenv(variable)
+    assert bind() is before
+    assert [backend_of(after, each) for each in (x, wider)] == ["triton", "triton"]
+
+
+def test_on_a_gpu_too_a_bound_op_keeps_what_the_variable_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(dispatch.BACKEND_VARIABLE, raising=False)
+    monkeypatch.setattr(dispatch, "_describe", lambda _: (90, "a GPU", ""))
+    before = ops.Bound("rms_norm", LLAMA, "auto", True)
+    after = ops.Bound("rms_norm", LLAMA, "auto", True, "triton")
+    x, cuda = torch.empty(2, 4096, dtype=torch.bfloat16), torch.device("cuda", 0)
+    monkeypatch.setenv(dispatch.BACKEND_VARIABLE, "reference")
+    choose = dispatch.choose
+    monkeypatch.setattr(dispatch, "choose", lambda *given, **named: choose(*given, **{**named, "device": cuda}))
+    assert (before._chosen(x, None, x.dtype), after._chosen(x, None, x.dtype)) == ("cuda", "triton")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from rmsnorm_patch.fused.norm_quantised import op as norm_quantised
 from rmsnorm_patch.numerics.contract import FUNCTIONAL, PLAIN_OPS
 from rmsnorm_patch.numerics.gating import GateSpec
 from rmsnorm_patch.numerics.spec import LLAMA
+from rmsnorm_patch.ops import bound as bound_module
 from rmsnorm_patch.ops import listeners
 
 
@@ -86,3 +89,58 @@ def test_where_nobody_listens_a_call_does_not_ask() -> None:
     assert type(bound) is ops.Bound
     bound(torch.randn(3, 16), WEIGHT, 1e-6)
     assert calls == []
+
+
+def a_call() -> listeners.Call:
+    x = torch.randn(3, 16)
+    return listeners.Call("rms_norm", LLAMA, True, x, WEIGHT, x)
+
+
+def test_who_leaves_or_comes_while_a_call_is_told_costs_nobody_else_the_call() -> None:
+    heard: list[str] = []
+    ends: dict[str, Callable[[], None]] = {}
+
+    def listener(name: str, then: Callable[[], object] = lambda: None) -> None:
+        def hear(_: listeners.Call) -> None:
+            heard.append(name)
+            then()
+
+        ends[name] = listeners.listen(hear)
+
+    listener("leaves itself", lambda: ends.pop("leaves itself")())
+    listener("sends another away, brings a third", lambda: (ends.pop("sent away")(), listener("brought")))
+    listener("sent away")
+    listener("stays")
+    try:
+        listeners.tell(a_call())
+        assert heard == ["leaves itself", "sends another away, brings a third", "stays"]
+    finally:
+        for end in ends.values():
+            end()
+    assert not listeners.active
+
+
+def test_who_begins_to_listen_while_another_thread_binds_hears_that_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both where an op is kept by itself and below an op of torch's."""
+    spec = replace(LLAMA, width=7)
+    calls: list[listeners.Call] = []
+    ends = []
+
+    class Binding(ops.Bound):
+        def __init__(self, *which: Any) -> None:
+            if not ends:  # what another thread does now
+                ends.append(listeners.listen(calls.append))
+            super().__init__(*which)
+
+    x = torch.randn(3, 16)
+    monkeypatch.setattr(bound_module, "Bound", Binding)
+    try:
+        torch.ops.rmsnorm_patch.rms_norm(x, WEIGHT, 1e-6, *ops.spec_args(spec))
+        monkeypatch.undo()
+        calls.clear()
+        torch.ops.rmsnorm_patch.rms_norm(x, WEIGHT, 1e-6, *ops.spec_args(spec))
+        ops.bind_rms_norm(spec)(x, WEIGHT, 1e-6)
+    finally:
+        for end in ends:
+            end()
+    assert len(calls) == 2

@@ -3,6 +3,10 @@
 `rmsnorm_patch/numerics/quantisation.py` defines each bit. Every program handles ROWS whole rows, in CHUNKS chunks of
 BLOCK columns, on the schedule of the norm for that length. e4m3 is put together from the bits of fp32, so that devices
 and the interpreter need no such type.
+
+Of short rows the results stay in registers between the row's largest value and its bytes. Of LEAN ones the row does, as
+it came, and the results are computed again, to the same bits. The first STREAMED chunks of rows too long even for that
+are read again each time.
 """
 
 # ruff: noqa: RUF005 - Triton knows `xs + (x,)` and not `(*xs, x)`
@@ -11,10 +15,13 @@ import triton.language as tl
 from triton.language.standard import _elementwise_max
 
 from .row_math import (
+    added_by_now,
     dense_row,
+    in_pairs,
     launch_dependents,
     load_row,
     load_weight,
+    opaque_zero,
     reciprocal_rms,
     row_offset,
     rows_of_program,
@@ -23,6 +30,7 @@ from .row_math import (
     store_row,
     wait_for_inputs,
     weight_row,
+    widened_again,
 )
 
 
@@ -106,6 +114,106 @@ def quantised(steps, INT8: tl.constexpr, NOT_A_NUMBER: tl.constexpr):
     return to_e4m3(steps, NOT_A_NUMBER)
 
 
+@triton.jit
+def read_again(
+    x_row,
+    residual_row,
+    cols,
+    c: tl.constexpr,
+    live,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    FUSED_ADD: tl.constexpr,
+    ROUND_SUM: tl.constexpr,
+):
+    """fp32 of chunk `c` of what is normed. A rounded sum stands where the residual was, behind a barrier."""
+    if FUSED_ADD and ROUND_SUM:
+        return load_row(residual_row, cols, c, live, N, BLOCK, ROWS).to(tl.float32)
+    h = load_row(x_row, cols, c, live, N, BLOCK, ROWS).to(tl.float32)
+    if FUSED_ADD:
+        h += load_row(residual_row, cols, c, live, N, BLOCK, ROWS).to(tl.float32)
+    return h
+
+
+@triton.jit
+def results_of(
+    h,
+    weight,
+    cols,
+    c: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ROUNDED: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    OUT: tl.constexpr,
+    FROM_F32: tl.constexpr,
+):
+    """(the norm's results, what is quantised of them) of h = x * rstd, chunk `c`."""
+    w = 0.0
+    if HAS_WEIGHT:
+        w = load_weight(weight, cols, c, N, BLOCK, ROWS)
+    y = scale(h, w, HAS_WEIGHT, OFFSET, ROUNDED, PRODUCT, OUT)
+    value = y.to(tl.float32)
+    if FROM_F32:
+        value = scale(h, w, HAS_WEIGHT, OFFSET, ROUNDED, tl.float32, tl.float32)
+    # Columns beyond the row: their values are 0 * rstd, which is NaN where rstd is infinite.
+    return y, tl.where(c * BLOCK + cols < N, value, 0.0)
+
+
+@triton.jit
+def store_in_groups(
+    quantised_row,
+    scales_row,
+    values,
+    given,
+    cols,
+    c: tl.constexpr,
+    live,
+    scale_group_stride,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
+    INT8: tl.constexpr,
+    LIMIT: tl.constexpr,
+    STEP: tl.constexpr,
+    NOT_A_NUMBER: tl.constexpr,
+    LARGEST_AT_LEAST: tl.constexpr,
+    SCALE_AT_LEAST: tl.constexpr,
+    ROUNDED_SCALE_AT_LEAST: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
+    GIVEN: tl.constexpr,
+):
+    """Chunk `c`, whose scales are not the row's: a given one (GROUP 0), or one for each group of columns."""
+    if GROUP == 0:
+        step = given + tl.full([ROWS, 1], 0.0, tl.float32)
+        steps = in_steps(values, step, step, STEP, LIMIT)
+    else:
+        SIZE: tl.constexpr = min(GROUP, BLOCK)
+        GROUPS: tl.constexpr = BLOCK // SIZE
+        bits = tl.reshape(magnitude_bits(values, NOT_A_NUMBER), [ROWS, GROUPS, SIZE])
+        group_largest = tl.reduce(bits, 2, _elementwise_max).to(tl.float32, bitcast=True)  # [ROWS, GROUPS]
+        step = scale_of(
+            group_largest,
+            given,
+            LIMIT,
+            LARGEST_AT_LEAST,
+            SCALE_AT_LEAST,
+            ROUNDED_SCALE_AT_LEAST,
+            POWER_OF_TWO,
+            GIVEN,
+        )
+        group = c * GROUPS + tl.arange(0, GROUPS)[None, :]
+        tl.store(scales_row + group * scale_group_stride, step, mask=live & (group * SIZE < N))
+        wide = tl.broadcast_to(step[:, :, None], [ROWS, GROUPS, SIZE])
+        steps = in_steps(values, tl.reshape(wide, [ROWS, BLOCK]), given, STEP, LIMIT)
+    store_row(quantised_row, cols, c, quantised(steps, INT8, NOT_A_NUMBER), live, N, BLOCK, ROWS)
+
+
 @triton.jit(
     do_not_specialize=[
         "num_rows",
@@ -141,6 +249,8 @@ def rms_norm_quantised(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr,
+    STREAMED: tl.constexpr,
+    LEAN: tl.constexpr,
     NESTED: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     OFFSET: tl.constexpr,
@@ -149,6 +259,7 @@ def rms_norm_quantised(
     OUT: tl.constexpr,
     ROUND_SUM: tl.constexpr,
     FUSED_ADD: tl.constexpr,
+    PACKED: tl.constexpr,
     DEPENDENT: tl.constexpr,
     GROUP: tl.constexpr,
     INT8: tl.constexpr,
@@ -178,40 +289,86 @@ def rms_norm_quantised(
     if GIVEN:
         given = tl.load(given_ptr)
 
+    NARROW: tl.constexpr = LEAN and (ROUND_SUM or not FUSED_ADD)  # what is kept is of x's dtype
+    WRITTEN_LAST: tl.constexpr = FUSED_ADD and not ROUND_SUM  # the sum of streamed chunks, which are read again
     squares = tl.full([ROWS, BLOCK], 0.0, tl.float32)
     kept = ()
     for c in tl.static_range(0, CHUNKS):
-        h = load_row(x_row, cols, c, live, N, BLOCK, ROWS).to(tl.float32)
+        total = load_row(x_row, cols, c, live, N, BLOCK, ROWS)
+        h = total.to(tl.float32)
         if FUSED_ADD:
             h += load_row(residual_row, cols, c, live, N, BLOCK, ROWS).to(tl.float32)
             total = h.to(x_ptr.dtype.element_ty)
+            if NARROW:
+                total = in_pairs(total, PACKED)
             if ROUND_SUM:
                 h = total.to(tl.float32)
-            store_row(residual_row, cols, c, total, live, N, BLOCK, ROWS)
+            if not (WRITTEN_LAST and c < STREAMED):
+                store_row(residual_row, cols, c, total, live, N, BLOCK, ROWS)
         squares += square(h, c * BLOCK + cols, WIDTH, N)
-        kept = kept + (h,)
+        if LEAN:
+            squares = added_by_now(squares, PACKED)
+        if c >= STREAMED:
+            kept = kept + (total if NARROW else h,)
     if DEPENDENT:
         launch_dependents()
     rstd = reciprocal_rms(squares, eps, WIDTH)
+    if STREAMED > 0:
+        # The sum comes back through other threads than those that wrote it.
+        tl.debug_barrier()
 
+    # Chunks that are kept come before streamed ones, which need their registers.
+    BEGIN: tl.constexpr = CHUNKS - 1 if STREAMED > 0 else 0
+    END: tl.constexpr = -1 if STREAMED > 0 else CHUNKS
+    BY: tl.constexpr = -1 if STREAMED > 0 else 1
+    zero = opaque_zero(rstd, num_rows)
     values = ()
     largest = tl.full([ROWS, 1], 0, tl.int32)
-    for c in tl.static_range(0, CHUNKS):
-        w = 0.0
-        if HAS_WEIGHT:
-            w = load_weight(weight, cols, c, N, BLOCK, ROWS)
-        y = scale(kept[c] * rstd, w, HAS_WEIGHT, OFFSET, ROUNDED, PRODUCT, OUT)
+    for c in tl.static_range(BEGIN, END, BY):
+        if c < STREAMED:
+            h = read_again(x_row, residual_row, cols, c, live, N, BLOCK, ROWS, FUSED_ADD, ROUND_SUM)
+        elif NARROW:
+            h = widened_again(kept[c - STREAMED], zero, PACKED)
+        else:
+            h = kept[c - STREAMED]
+        y, value = results_of(
+            h * rstd, weight, cols, c, N, BLOCK, ROWS, HAS_WEIGHT, OFFSET, ROUNDED, PRODUCT, OUT, FROM_F32
+        )
         if BOTH:
             store_row(y_row, cols, c, y, live, N, BLOCK, ROWS)
-        value = y.to(tl.float32)
-        if FROM_F32:
-            value = scale(kept[c] * rstd, w, HAS_WEIGHT, OFFSET, ROUNDED, tl.float32, tl.float32)
-        # Columns beyond the row: their values are 0 * rstd, which is NaN where rstd is infinite.
-        value = tl.where(c * BLOCK + cols < N, value, 0.0)
-        values = values + (value,)
         if GROUP == N:
             bits = magnitude_bits(value, NOT_A_NUMBER)
             largest = tl.maximum(largest, tl.reduce(bits, 1, _elementwise_max)[:, None])
+        if not LEAN:
+            values = values + (value,)
+        elif GROUP != N:
+            if WRITTEN_LAST and c < STREAMED:
+                # Every thread has read the chunk before one of them overwrites it.
+                tl.debug_barrier()
+                store_row(residual_row, cols, c, h.to(x_ptr.dtype.element_ty), live, N, BLOCK, ROWS)
+            store_in_groups(
+                quantised_row,
+                scales_row,
+                value,
+                given,
+                cols,
+                c,
+                live,
+                scale_group_stride,
+                N,
+                BLOCK,
+                ROWS,
+                GROUP,
+                INT8,
+                LIMIT,
+                STEP,
+                NOT_A_NUMBER,
+                LARGEST_AT_LEAST,
+                SCALE_AT_LEAST,
+                ROUNDED_SCALE_AT_LEAST,
+                POWER_OF_TWO,
+                GIVEN,
+            )
 
     if GROUP == N:
         row_largest = largest.to(tl.float32, bitcast=True)
@@ -226,32 +383,47 @@ def rms_norm_quantised(
             GIVEN,
         )
         tl.store(scales_row, step, mask=live)
-        for c in tl.static_range(0, CHUNKS):
-            steps = in_steps(values[c], step, row_largest, STEP, LIMIT)
+        zero = opaque_zero(row_largest, num_rows)
+        for c in tl.static_range(BEGIN, END, BY):
+            if LEAN:
+                if c < STREAMED:
+                    h = read_again(x_row, residual_row, cols, c, live, N, BLOCK, ROWS, FUSED_ADD, ROUND_SUM)
+                    if WRITTEN_LAST:
+                        tl.debug_barrier()
+                        store_row(residual_row, cols, c, h.to(x_ptr.dtype.element_ty), live, N, BLOCK, ROWS)
+                elif NARROW:
+                    h = widened_again(kept[c - STREAMED], zero, PACKED)
+                else:
+                    h = kept[c - STREAMED]
+                _, value = results_of(
+                    h * rstd, weight, cols, c, N, BLOCK, ROWS, HAS_WEIGHT, OFFSET, ROUNDED, PRODUCT, OUT, FROM_F32
+                )
+            else:
+                value = values[c]
+            steps = in_steps(value, step, row_largest, STEP, LIMIT)
             store_row(quantised_row, cols, c, quantised(steps, INT8, NOT_A_NUMBER), live, N, BLOCK, ROWS)
-    elif GROUP == 0:
-        step = given + tl.full([ROWS, 1], 0.0, tl.float32)
+    elif not LEAN:
         for c in tl.static_range(0, CHUNKS):
-            steps = in_steps(values[c], step, step, STEP, LIMIT)
-            store_row(quantised_row, cols, c, quantised(steps, INT8, NOT_A_NUMBER), live, N, BLOCK, ROWS)
-    else:
-        SIZE: tl.constexpr = min(GROUP, BLOCK)
-        GROUPS: tl.constexpr = BLOCK // SIZE
-        for c in tl.static_range(0, CHUNKS):
-            bits = tl.reshape(magnitude_bits(values[c], NOT_A_NUMBER), [ROWS, GROUPS, SIZE])
-            group_largest = tl.reduce(bits, 2, _elementwise_max).to(tl.float32, bitcast=True)  # [ROWS, GROUPS]
-            step = scale_of(
-                group_largest,
+            store_in_groups(
+                quantised_row,
+                scales_row,
+                values[c],
                 given,
+                cols,
+                c,
+                live,
+                scale_group_stride,
+                N,
+                BLOCK,
+                ROWS,
+                GROUP,
+                INT8,
                 LIMIT,
+                STEP,
+                NOT_A_NUMBER,
                 LARGEST_AT_LEAST,
                 SCALE_AT_LEAST,
                 ROUNDED_SCALE_AT_LEAST,
                 POWER_OF_TWO,
                 GIVEN,
             )
-            group = c * GROUPS + tl.arange(0, GROUPS)[None, :]
-            tl.store(scales_row + group * scale_group_stride, step, mask=live & (group * SIZE < N))
-            wide = tl.broadcast_to(step[:, :, None], [ROWS, GROUPS, SIZE])
-            steps = in_steps(values[c], tl.reshape(wide, [ROWS, BLOCK]), given, STEP, LIMIT)
-            store_row(quantised_row, cols, c, quantised(steps, INT8, NOT_A_NUMBER), live, N, BLOCK, ROWS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from typing import Any, TypeVar
 
 from . import launch_mode
@@ -11,11 +11,22 @@ from . import launch_mode
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., object])
 _KEPT: list[Callable[[], None]] = []
+_forgotten = [0]
+"""How often."""
 
 
 def kept(function: F) -> F:
-    """`functools.cache`, emptied by `forget`."""
-    cached = cache(function)
+    """`functools.cache`, emptied by `forget`. What another thread makes meanwhile is made again."""
+
+    @wraps(function)
+    def made(*given: Any, **named: Any) -> object:
+        while True:
+            before = _forgotten[0]
+            result = function(*given, **named)
+            if before == _forgotten[0]:
+                return result
+
+    cached = cache(made)
     forgotten_with(cached.cache_clear)
     return cached  # type: ignore[return-value]
 
@@ -42,5 +53,6 @@ def forget() -> None:
 
     What is held already (a patched module's op, a captured graph) stays what it is. Machine code is kept.
     """
-    for clear in _KEPT:
+    _forgotten[0] += 1
+    for clear in tuple(_KEPT):
         clear()

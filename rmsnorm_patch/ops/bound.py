@@ -22,7 +22,7 @@ COMPILE_VARIABLE = "RMSNORM_PATCH_COMPILE"
 
 _is_compiling = torch.compiler.is_compiling
 _mixes_dtypes = operands.mixes_dtypes
-_BOUND: dict[tuple[str, NormSpec, str, bool, str], Bound] = {}
+_BOUND: dict[tuple[tuple[str, NormSpec, str, bool, str], bool], Bound] = {}
 forgotten_with(_BOUND.clear)
 
 
@@ -79,11 +79,11 @@ def bind(op: str, spec: NormSpec, backend: str = "auto", enable_pdl: bool | None
         raise ValueError(f"spec: got {spec!r}; allowed: a NormSpec")
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}; allowed: {', '.join(map(repr, BACKENDS))}")
-    variable = os.environ.get(dispatch.BACKEND_VARIABLE, "") if backend == "auto" else ""
-    key = (op, spec.variant, backend, launch_mode.dependent(enable_pdl), variable)
+    which = (op, spec.variant, backend, launch_mode.dependent(enable_pdl), dispatch.variable_for(backend))
+    key = which, bool(listeners.active)  # somebody may begin to listen while another thread binds
     bound = _BOUND.get(key)
     if bound is None:
-        bound = _BOUND.setdefault(key, (TellingBound if listeners.active else Bound)(*key))
+        bound = _BOUND.setdefault(key, (TellingBound if key[1] else Bound)(*which))
     return bound
 
 
@@ -96,11 +96,11 @@ class Bound:
     __slots__ = (
         "_adds",
         "_args",
-        "_cpu_is_forced",
         "_device_call",
         "_in_place",
         "_reference",
         "_routes",
+        "_variable",
         "backend",
         "dependent",
         "op",
@@ -118,7 +118,7 @@ class Bound:
         self._args = spec_args(spec, backend, dependent)
         self._in_place = PLAIN_OPS[op].in_place
         self._adds = PLAIN_OPS[op].fused_add
-        self._cpu_is_forced = bool(variable)
+        self._variable = variable
         self._reference = _reference_function(op, spec)
         self._routes: dict[tuple[Any, ...], tuple[str, Callable[..., Any]]] = {}
         self._device_call: Callable[..., Any] | None = None
@@ -166,7 +166,7 @@ class Bound:
         """Whether nothing is to choose: it was asked for, or `x` is on a device without kernels and none is forced."""
         if self.backend != "auto":
             return self.backend == "reference"
-        return not (x.is_cuda or (self._cpu_is_forced and x.device.type == "cpu"))
+        return not (x.is_cuda or (self._variable and x.device.type == "cpu"))
 
     def _route(
         self, x: torch.Tensor, weight: torch.Tensor | None, residual: torch.Tensor | None = None
@@ -184,7 +184,7 @@ class Bound:
         self, x: torch.Tensor, weight: torch.Tensor | None, added: torch.dtype
     ) -> tuple[str, Callable[..., Any]]:
         operands.check_rms_norm(x, weight, self.spec, self.op)
-        name = self.backend if self.backend != "auto" else _choose(self.op, self.spec, x, weight, added)
+        name = self.backend if self.backend != "auto" else self._chosen(x, weight, added)
         if name == "reference":
             return name, self._reference
         if name == "cuda" and not x.is_cuda:
@@ -197,6 +197,21 @@ class Bound:
             self.table = table
             return name, self._device_call
         return name, call
+
+    def _chosen(self, x: torch.Tensor, weight: torch.Tensor | None, added: torch.dtype) -> str:
+        n, weight_dtype = x.shape[-1], None if weight is None else weight.dtype
+        choice = dispatch.choose(
+            self.op,
+            self.spec,
+            x.dtype,
+            weight_dtype,
+            x.numel() // n,
+            n,
+            residual_dtype=added,
+            device=x.device,
+            variable=self._variable,
+        )
+        return choice.backend
 
     def __repr__(self) -> str:
         plain = "" if self.dependent else ", enable_pdl=False"
@@ -219,13 +234,6 @@ class TellingBound(Bound):
 
 def _needs_grad(args: tuple[Any, ...]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
-
-
-def _choose(op: str, spec: NormSpec, x: torch.Tensor, weight: torch.Tensor | None, added: torch.dtype) -> str:
-    weight_dtype = None if weight is None else weight.dtype
-    m = x.numel() // x.shape[-1]
-    n = x.shape[-1]
-    return dispatch.choose(op, spec, x.dtype, weight_dtype, m, n, residual_dtype=added, device=x.device).backend
 
 
 def _reference_function(op: str, spec: NormSpec) -> Callable[..., Any]:

@@ -32,11 +32,18 @@ class Choice:
     reason: str
 
 
-def requested_backend(argument: str | None = None) -> Backend:
-    """The backend asked for by `argument`, else by RMSNORM_PATCH_BACKEND, else "auto"."""
+def variable_for(backend: str) -> str:
+    """What RMSNORM_PATCH_BACKEND says of ops that are bound now: a part of the key under which they are kept. "" where
+    a `backend` is named, which it then says nothing of."""
+    return os.environ.get(BACKEND_VARIABLE, "") if backend == "auto" else ""
+
+
+def requested_backend(argument: str | None = None, variable: str | None = None) -> Backend:
+    """The backend asked for by `argument`, else by RMSNORM_PATCH_BACKEND, else "auto". variable: what that said when an
+    op was bound; None reads it."""
     site, value = "backend", argument
     if argument in (None, "auto"):
-        site, value = BACKEND_VARIABLE, os.environ.get(BACKEND_VARIABLE) or argument or "auto"
+        site, value = BACKEND_VARIABLE, (variable_for("auto") if variable is None else variable) or "auto"
     for known in BACKENDS:
         if value == known:
             return known
@@ -81,15 +88,16 @@ def choose(
     device_name: str | None = None,
     cuda_unavailable: str = "",
     backend: Backend = "auto",
+    variable: str | None = None,
 ) -> Choice:
     """The kernel for `m` rows of `n` columns on `device`, or on a device of this compute capability (None: no GPU).
 
     residual_dtype: of what is added to x; None: x's.
     cuda_unavailable: why CUDA kernels cannot be built here ("" if they can); asked of the backend for a `device`.
     A forced `backend` that cannot serve the call raises KernelBuildError; "auto" is what RMSNORM_PATCH_BACKEND says, or
-    falls back and says why.
+    falls back and says why. variable: as `requested_backend` takes it.
     """
-    backend = requested_backend(backend)
+    backend = requested_backend(backend, variable)
     _check_dtypes(op, x_dtype, weight_dtype)
     n = spec.group or n  # a grouped norm is one of shorter rows
     if device is not None and device.type == "cuda":

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..backends.bindings import forget
+from ..locks import Lock
 from ..numerics.spec import NormSpec
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -35,8 +36,9 @@ class Call(NamedTuple):
     more: Mapping[str, Any] = _NOTHING
 
 
-active: list[Callable[[Call], None]] = []
-"""Calls are described only while somebody listens."""
+active: tuple[Callable[[Call], None], ...] = ()
+"""Calls are described only while somebody listens. Replaced, never changed: threads that tell go on with theirs."""
+_LOCK = Lock()
 
 
 def listen(listener: Callable[[Call], None]) -> Callable[[], None]:
@@ -44,17 +46,24 @@ def listen(listener: Callable[[Call], None]) -> Callable[[], None]:
 
     Ops are bound anew for it (`ops.forget`): what somebody holds already stays silent.
     """
-    active.append(listener)
+    global active
+    with _LOCK:
+        active = (*active, listener)
     forget()
 
     def end() -> None:
-        active.remove(listener)
+        global active
+        with _LOCK:
+            left = list(active)
+            left.remove(listener)
+            active = tuple(left)
         forget()
 
     return end
 
 
 def tell(call: Call) -> None:
-    """Tell everybody who listens."""
+    """Tell everybody who listens when this begins, but for those who leave before their turn."""
     for listener in active:
-        listener(call)
+        if listener in active:
+            listener(call)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +16,7 @@ from triton.compiler import ASTSource
 from rmsnorm_patch.backends.triton import loader
 from rmsnorm_patch.backends.triton.backend import Layout, Target
 
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -41,3 +45,17 @@ def compiled(
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=function, signature=signature, constexprs=dict(constants), attrs=attributes)
     return triton.compile(source, target=target, options=layout.options)
+
+
+def cuobjdump(compiled: Any, folder: Path, option: str) -> str:
+    """What NVIDIA's tool says of the machine code, which is put into `folder`."""
+    path = folder / "kernel.cubin"
+    path.write_bytes(compiled.asm["cubin"])
+    return subprocess.run([CUOBJDUMP, option, path], capture_output=True, text=True, check=True).stdout
+
+
+def usage(compiled: Any, folder: Path, what: str) -> int:
+    """REG: registers a thread; STACK, LOCAL: bytes that it spills."""
+    found = re.search(rf"{what}:(\d+)", cuobjdump(compiled, folder, "--dump-resource-usage"))
+    assert found is not None
+    return int(found[1])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import ahead
 import pytest
 import torch
-import triton
+from ahead import cuobjdump, usage
 from triton.backends.compiler import GPUTarget
 
 from rmsnorm_patch.backends.triton.backend import Layout
@@ -20,7 +19,6 @@ from rmsnorm_patch.numerics.spec import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, T5, 
 NVIDIA = [80, 89, 90, 100, 103, 120]
 AMD = ["gfx942", "gfx950"]
 OPS = ["rms_norm", "fused_add_rms_norm"]
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
 @pytest.fixture(autouse=True)
@@ -69,12 +67,6 @@ def cuda(capability: int) -> GPUTarget:
     return GPUTarget("cuda", capability, 32)
 
 
-def cuobjdump(compiled: Any, folder: Path, option: str) -> str:
-    path = folder / "kernel.cubin"
-    path.write_bytes(compiled.asm["cubin"])
-    return subprocess.run([CUOBJDUMP, option, path], capture_output=True, text=True, check=True).stdout
-
-
 def widths(sass: str, instruction: str) -> set[str]:
     return set(re.findall(rf"\b{instruction}\.E\S*", sass))
 
@@ -84,9 +76,8 @@ def widths(sass: str, instruction: str) -> set[str]:
 def test_nvidia_code_has_no_spills_and_moves_sixteen_bytes(op: str, capability: int, tmp_path: Path) -> None:
     for n in (64, 5120, 16384, 24576, 49152, 65536, 131072):
         compiled = build(cuda(capability), op, n)
-        usage = cuobjdump(compiled, tmp_path, "--dump-resource-usage")
-        registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
-        assert (stack, local) == (0, 0), (n, usage)
+        registers, stack, local = (usage(compiled, tmp_path, name) for name in ("REG", "STACK", "LOCAL"))
+        assert (stack, local) == (0, 0), n
         assert registers * 32 * compiled.metadata.num_warps <= 65536, (n, registers)
         sass = cuobjdump(compiled, tmp_path, "-sass")
         assert widths(sass, "LDG") == {"LDG.E.128"}, n
@@ -135,7 +126,7 @@ def test_rows_stay_packed_and_leave_room_for_two_programs(op: str, tmp_path: Pat
     """Kept as fp32 they take 111 registers at 32768 (plain), and one program fits on a multiprocessor."""
     for n in (16384, 20480, 24576) if op != "rms_norm" else (16384, 20480, 24576, 32768):
         compiled = build(cuda(90), op, n)
-        registers = int(re.search(r"REG:(\d+)", cuobjdump(compiled, tmp_path, "--dump-resource-usage"))[1])
+        registers = usage(compiled, tmp_path, "REG")
         assert 2 * -(-registers // 8) * 8 * 32 * compiled.metadata.num_warps <= 65536, (n, registers)
 
 

@@ -48,8 +48,14 @@ def rows(m: int, n: int, dtype: torch.dtype) -> torch.Tensor:
     return values.to(dtype)
 
 
-@pytest.mark.parametrize("n", [64, 200, 384, 1003])
-@pytest.mark.parametrize("name", QUANTS)
+LENGTHS = [
+    *((name, n) for name in QUANTS for n in (64, 200, 384, 1003)),
+    *((name, 32768) for name in ("token native", "block separate")),  # computed twice
+    *((name, 65544) for name in ("token", "block")),  # a part is read again too
+]
+
+
+@pytest.mark.parametrize(("name", "n"), LENGTHS)
 def test_interpreted_bits_are_those_of_quantising_the_norm(name: str, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     quant, dtype = QUANTS[name], FP16 if n == 200 else BF16
@@ -87,6 +93,14 @@ def test_interpreted_rows_with_strides_and_a_plain_norm(monkeypatch: pytest.Monk
     assert second.numel() == 0
 
 
+def build(target: GPUTarget, name: str, n: int, fused_add: bool = True, spec: NormSpec = LLAMA) -> Any:
+    layout = Layout("fused_add_rms_norm_" if fused_add else "rms_norm", spec, BF16, n, BF16, ahead.known(target))
+    made: dict[str, Any] = portable.constants(layout, spec, QUANTS[name], fused_add, True)
+    made |= {"NESTED": False, "GIVEN": name.startswith("static")}
+    types = {"rows_ptr": "*u8", "scales_ptr": "*fp32", "given_ptr": "*fp32"}
+    return ahead.compiled(target, portable.MODULE, layout, made, BF16, types)
+
+
 @pytest.mark.parametrize(
     ("target", "name", "n"),
     [
@@ -101,11 +115,29 @@ def test_it_compiles_for_devices_that_are_not_here(
     target: GPUTarget, name: str, n: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    layout = Layout("fused_add_rms_norm_", LLAMA, BF16, n, BF16, ahead.known(target))
-    made: dict[str, Any] = portable.constants(layout, LLAMA, QUANTS[name], True, True)
-    made |= {"NESTED": False, "GIVEN": False}
-    types = {"rows_ptr": "*u8", "scales_ptr": "*fp32", "given_ptr": "*fp32"}
-    compiled = ahead.compiled(target, portable.MODULE, layout, made, BF16, types)
+    compiled = build(target, name, n)
     if target.backend == "cuda":
         waits = compiled.asm["ptx"].count("griddepcontrol.wait")
         assert waits == (1 if int(target.arch) >= 90 else 0)
+
+
+@pytest.mark.parametrize(
+    ("capability", "name", "fused_add", "spec"),
+    [
+        (89, "block", True, LLAMA),
+        (90, "block separate", True, LLAMA),
+        (90, "block", True, FP32_SUM),
+        (90, "token", True, LLAMA),
+        (90, "token native", True, FP32_SUM),
+        (90, "int8", False, LLAMA),
+        (90, "static", True, FP32_SUM),
+        (100, "block", True, LLAMA),
+        (100, "token", True, FP32_SUM),
+    ],
+)
+def test_the_longest_rows_that_stay_in_registers_do_not_spill(
+    capability: int, name: str, fused_add: bool, spec: NormSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    compiled = build(GPUTarget("cuda", capability, 32), name, 65536, fused_add, spec)
+    assert (ahead.usage(compiled, tmp_path, "STACK"), ahead.usage(compiled, tmp_path, "LOCAL")) == (0, 0)

@@ -22,6 +22,8 @@ from ...kernel_files import kernels_dir
 from ...locks import Lock
 
 _LOCK = Lock(waits=True)  # a module half imported, and the switch of `knobs` set, could not be mended
+_LOADED: dict[bool, dict[str, ModuleType]] = {}
+"""By whether they are interpreted; only what is loaded to its end, which `sys.modules` does not say."""
 _PACKAGES = {False: "_rmsnorm_patch_triton", True: "_rmsnorm_patch_triton_interpreted"}
 MODULES = ("row_math", "rms_norm", "fused_add_rms_norm", "rms_norm_quantised", "rms_norm_add", "rms_norm_gated")
 
@@ -45,12 +47,12 @@ def triton_missing() -> str:
 
 def load(name: str, interpreted: bool) -> ModuleType:
     """The module `kernels/triton/<name>.py`; its kernels run on the CPU where `interpreted`."""
-    package = _PACKAGES[interpreted]
-    module = sys.modules.get(f"{package}.{name}")
-    if module is None or getattr(module, "_loading", False):
+    modules = _LOADED.get(interpreted)
+    if modules is None:
         with _LOCK:
-            module = _load_all(package, interpreted)[name]
-    return module
+            modules = _LOADED.get(interpreted) or _load_all(_PACKAGES[interpreted], interpreted)
+            _LOADED[interpreted] = modules
+    return modules[name]
 
 
 def _load_all(package: str, interpreted: bool) -> dict[str, ModuleType]:

@@ -30,14 +30,15 @@ SCHEMA = f"(Tensor x, Tensor gate, Tensor? weight, str activation, str order, {S
 
 
 def bind(spec: NormSpec, gating: GateSpec, backend: Backend = "auto", enable_pdl: bool | None = None) -> Bound:
-    """f(x, gate, weight, eps) -> normed: one object for each variant, backend and mode. eps=None is fp32's epsilon.
-    UnsupportedInput for a value of RMSNORM_PATCH_PDL that is none."""
-    return _bound(spec.variant, gating, backend, launch_mode.dependent(enable_pdl))
+    """f(x, gate, weight, eps) -> normed: one object for each variant, backend and mode, and for each value of
+    RMSNORM_PATCH_BACKEND, which is read here. eps=None is fp32's epsilon. UnsupportedInput for a value of
+    RMSNORM_PATCH_PDL that is none."""
+    return _bound(spec.variant, gating, backend, launch_mode.dependent(enable_pdl), dispatch.variable_for(backend))
 
 
 @kept
-def _bound(spec: NormSpec, gating: GateSpec, backend: Backend, dependent: bool) -> Bound:
-    return Bound(spec, gating, backend, dependent)
+def _bound(spec: NormSpec, gating: GateSpec, backend: Backend, dependent: bool, variable: str) -> Bound:
+    return Bound(spec, gating, backend, dependent, variable)
 
 
 class Bound:
@@ -46,12 +47,14 @@ class Bound:
     An instance, not a function: held as a class attribute it does not turn into a method.
     """
 
-    def __init__(self, spec: NormSpec, gating: GateSpec, backend: Backend, dependent: bool) -> None:
+    def __init__(self, spec: NormSpec, gating: GateSpec, backend: Backend, dependent: bool, variable: str) -> None:
+        """variable: what RMSNORM_PATCH_BACKEND says for backend "auto"."""
         self.spec = spec
         self.gating = gating
         self.backend = backend
         self.dependent = dependent
         self._arguments = ops.spec_args(spec, backend, dependent)
+        self._variable = variable
         self._routes: dict[tuple[Any, ...], tuple[str, Callable[..., torch.Tensor]]] = {}
 
     def __repr__(self) -> str:
@@ -104,7 +107,8 @@ class Bound:
         return route
 
     def _new_route(self, x: torch.Tensor, gate: torch.Tensor) -> tuple[str, Callable[..., torch.Tensor]]:
-        asked, supported = dispatch.requested_backend(self.backend), "rows of a multiple of 16 bytes on sm_80 and newer"
+        asked = dispatch.requested_backend(self.backend, self._variable)
+        supported = "rows of a multiple of 16 bytes on sm_80 and newer"
         backend = dispatch.serving(NAME, asked, x.device, lambda: kernel.serves(self.spec, x), supported)
         if backend == "cuda":
             return backend, kernel.bound(self.spec, self.gating, gate.dtype, self.dependent)

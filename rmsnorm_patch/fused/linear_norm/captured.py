@@ -92,7 +92,7 @@ def settle(graph: fx.Graph, captured: bool) -> Outcome:
     outcome = Outcome(joined, left)
     if joined or left:
         logger.info("rmsnorm_patch: in a graph of torch.compile %s", outcome)
-        for tell in on_settled:
+        for tell in tuple(on_settled):  # one of them may leave, or bring another
             tell(outcome)
     return outcome
 

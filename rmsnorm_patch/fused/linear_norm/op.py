@@ -25,6 +25,7 @@ from ...errors import UnsupportedInput
 from ...numerics import operands
 from ...numerics.contract import FUSED_ADD_IN_PLACE, IMPLIED_EPS
 from ...numerics.spec import NormSpec
+from ...ops import dispatch
 from ...ops.library import register, spec_of
 from .splits import UNKNOWN, SplitFinder, finder_of, product_in_parts
 
@@ -62,13 +63,13 @@ DEFAULTS = (*ops.spec_args(NormSpec()), "")
 
 @kept
 def _bound(has_weight: bool, *spec: object) -> tuple[NormSpec, Backend, ops.Bound, ops.Bound, SplitFinder]:
-    """Of the arguments after eps, of which those at the end may be missing: numerics, backend, the fused op, the same
-    launched plainly, and who knows how the library splits."""
+    """Of the arguments after eps, of which those at the end may be missing: numerics, the backend that is asked for,
+    the fused op, the same launched plainly, and who knows how the library splits."""
     arguments: tuple[Any, ...] = (*spec, *DEFAULTS[len(spec) :])
     before, offset, output, sum_of, width, group, backend, enable_pdl, splits = arguments
     variant = spec_of(has_weight, before, offset, output, sum_of, width, group)
     asked, plain = (ops.bind_fused_add_rms_norm_(variant, backend, pdl) for pdl in (enable_pdl, False))
-    return variant, backend, asked, plain, finder_of(splits)
+    return variant, dispatch.requested_backend(backend), asked, plain, finder_of(splits)
 
 
 def check(rows: torch.Tensor, matrix: torch.Tensor) -> None:

@@ -10,6 +10,7 @@ as many parts as fill the device. Its sums are then fp32 sums in another order: 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -66,12 +67,13 @@ def in_parts(parts: int) -> Split:
 Key = tuple[Product, NormSpec, torch.dtype | None]
 on_found: list[Callable[[Product, Split], None]] = []
 """Who is told of each product that was looked at, with what was found."""
-_comparing: list[Product] = []
+_THREAD = threading.local()
+"""Marked while it compares: other threads serve forwards meanwhile."""
 
 
 def is_comparing() -> bool:
-    """Whether the calls made now compare a product with its parts: they belong to no forward."""
-    return bool(_comparing)
+    """Whether this thread compares a product with its parts: its calls belong to no forward."""
+    return getattr(_THREAD, "compares", False)
 
 
 def product_in_parts(rows: torch.Tensor, matrix: torch.Tensor, parts: int) -> torch.Tensor:
@@ -136,12 +138,12 @@ class SplitFinder:
 
     def _compare(self, rows: torch.Tensor, matrix: torch.Tensor, weight: torch.Tensor | None, spec: NormSpec) -> Split:
         product, *_ = _key(rows, matrix, weight, spec)
-        _comparing.append(product)
+        _THREAD.compares = True
         try:
             split = _find_split(rows, matrix, weight, spec, self.reordering)
         finally:
-            _comparing.pop()
-        for tell in on_found:
+            _THREAD.compares = False
+        for tell in tuple(on_found):  # one of them may leave, or bring another
             tell(product, split)
         return split
 

@@ -29,7 +29,7 @@ from ...errors import UnsupportedInput
 from ...numerics import operands, reference
 from ...numerics.contract import IMPLIED_EPS, SPEC_ARGUMENTS
 from ...numerics.spec import NormSpec
-from ...ops import listeners
+from ...ops import dispatch, listeners
 from ...ops.library import positional, register, spec_of
 
 NORM_ADD, NORM_ADD_NORM = "rms_norm_add", "rms_norm_add_rms_norm"
@@ -53,16 +53,18 @@ def bind_norm_add_norm(spec: NormSpec, backend: Backend = "auto", enable_pdl: bo
 
 
 def bind(op: str, spec: NormSpec, backend: Backend = "auto", enable_pdl: bool | None = None) -> BoundNormAdd:
-    """The callable of NORM_ADD or NORM_ADD_NORM: one object for each variant, backend and mode."""
+    """The callable of NORM_ADD or NORM_ADD_NORM: one object for each variant, backend and mode, and for each value of
+    RMSNORM_PATCH_BACKEND, which is read here."""
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}; allowed: {', '.join(map(repr, BACKENDS))}")
     if op == NORM_ADD:  # no norm reads its sum
         spec = replace(spec, sum="rounded")
-    return _bound(op, spec.variant, backend, dependent(enable_pdl))
+    return _bound(op, spec.variant, backend, dependent(enable_pdl), dispatch.variable_for(backend))
 
 
 @kept
-def _bound(op: str, variant: NormSpec, backend: Backend, pdl: bool) -> BoundNormAdd:
+def _bound(op: str, variant: NormSpec, backend: Backend, pdl: bool, variable: str) -> BoundNormAdd:
+    """variable: what the norms, which are bound with it, read."""
     return BoundNormAdd(op, variant, backend, pdl)
 
 
@@ -81,7 +83,6 @@ class BoundNormAdd:
         self.plain = ops.bind_rms_norm(spec, backend, pdl)
         self.fused = ops.bind_fused_add_rms_norm(spec, backend, pdl)
         self._routes: dict[tuple[Any, ...], tuple[str, Call]] = {}
-        self._device_call: Call | None = None
 
     def __repr__(self) -> str:
         return f"BoundNormAdd({self.op!r}, {self.spec!r}, backend={self.backend!r})"

@@ -14,6 +14,9 @@ from ...numerics.spec import NormSpec
 from .kernel import Operands, Results, new_results, norm_of, scale_strides
 
 MODULE = "rms_norm_quantised"
+LEAN_FROM = 32768
+"""Columns of a program from which its fp32 results would take half of a multiprocessor's registers. Its rows are kept
+as they came, and what is quantised is computed twice."""
 
 
 def bound(
@@ -32,9 +35,12 @@ def constants(layout: backend.Layout, spec: NormSpec, quant: QuantSpec, fused_ad
     """The kernel's compile-time constants but NESTED and GIVEN."""
     names = ("N", "WIDTH", "VEC", "ROWS", "BLOCK", "CHUNKS", "HAS_WEIGHT", "OFFSET", "ROUNDED", "PRODUCT", "OUT")
     arithmetic = quant.arithmetics
-    n = layout.columns
+    n, schedule = layout.columns, layout.schedule
+    lean = schedule.rows * schedule.block * schedule.chunks >= LEAN_FROM
     return {
-        **{name: layout.constants[name] for name in (*names, "DEPENDENT")},
+        **{name: layout.constants[name] for name in (*names, "PACKED", "DEPENDENT")},
+        "STREAMED": schedule.streamed,
+        "LEAN": lean,
         "ROUND_SUM": spec.sum == "rounded",
         "FUSED_ADD": fused_add,
         "GROUP": {"fp8_static": 0, "fp8_block": GROUP if n > GROUP else n}.get(quant.scheme, n),

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ....locks import Lock
 from .. import driver
 from ..arguments import Arguments
 
@@ -153,6 +154,7 @@ class PlainCall:
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _kernels: list[_Kernel] = []
+_LOCK = Lock()
 
 
 def _followed(handle: int) -> Iterator[_Kernel]:
@@ -170,9 +172,11 @@ def functions() -> tuple[Callable[..., Any], ...]:
 
     def new_kernel(*values: Any) -> int:
         *integers, arguments = values
-        _kernels.append(_Kernel(tuple(integers), arguments))
-        _kernels[-1].handle = len(_kernels)
-        return len(_kernels)
+        kernel = _Kernel(tuple(integers), arguments)
+        with _LOCK:  # another thread may build one meanwhile, and each handle is one kernel's
+            _kernels.append(kernel)
+            kernel.handle = len(_kernels)
+        return kernel.handle
 
     def launch(handle: int, stream: int, groups: int, arguments: bytes) -> int:
         kernel = _kernels[handle - 1]
