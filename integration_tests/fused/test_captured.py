@@ -319,3 +319,15 @@ def test_who_asked_is_told() -> None:
         "1 norms take over the product in front",
         "0 norms take over the product in front; 1 not: no add stands in front",
     ]
+
+
+def test_who_is_told_of_a_graph_may_leave_while_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    def leaves(_: captured.Outcome) -> None:
+        told.append("leaves")
+        captured.on_settled.remove(leaves)
+
+    monkeypatch.setattr(captured, "on_settled", [leaves, lambda _: told.append("stays")])
+    settled(no_add, operands(3))
+    assert told == ["leaves", "stays"]

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from unittest.mock import Mock
+
 import pytest
 import torch
 from recording_driver import Op
@@ -87,3 +92,21 @@ def test_env_says_why_nobody_can_start_kernels(recorded, tmp_path, monkeypatch):
     assert str(folder) in environment.starting()
     for forget in (cache.forget, launcher.functions.cache_clear, ops.forget):
         forget()
+
+
+def test_kernels_that_threads_build_at_once_have_numbers_of_their_own(monkeypatch):
+    """A number that two of them had would start the one kernel for the other."""
+
+    class Slow(list):
+        def append(self, kernel):
+            super().append(kernel)
+            time.sleep(0.1)
+
+    monkeypatch.setattr(in_python, "_kernels", Slow())
+    monkeypatch.setattr(in_python, "_Kernel", lambda *_: SimpleNamespace())
+    monkeypatch.setattr(driver, "library", lambda: Mock())
+    new_kernel = in_python.functions()[0]
+    with ThreadPoolExecutor(3) as pool:
+        numbers = list(pool.map(new_kernel, range(3), range(3)))
+    assert sorted(numbers) == [1, 2, 3]
+    assert [in_python._kernels[number - 1].handle for number in numbers] == numbers

@@ -5,7 +5,10 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +52,38 @@ def test_missing_triton_is_a_reason_and_not_a_crash() -> None:
     )
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert found.splitlines() == ["(False, 'triton is not installed')", "8.0"]
+
+
+def test_a_thread_waits_for_kernels_that_another_one_is_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what is half loaded `sys.modules` has the module, but not yet its kernel."""
+    import triton
+
+    loads, may_go_on = threading.Event(), threading.Event()
+    decorate: Any = triton.jit
+
+    def jit(*given: Any, **named: Any) -> Any:
+        loads.set()
+        may_go_on.wait(10)
+        return decorate(*given, **named)
+
+    monkeypatch.setattr(triton, "jit", jit)
+    monkeypatch.setattr(triton_loader, "_PACKAGES", {True: "", False: "_loaded_by_two_threads"})
+    monkeypatch.setattr(triton_loader, "_LOADED", {}, raising=False)
+    found: list[ModuleType] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(triton_loader.load("row_math", interpreted=False)))
+        for _ in range(2)
+    ]
+    threads[0].start()
+    assert loads.wait(10)
+    threads[1].start()
+    threads[1].join(0.2)
+    early = list(found)
+    may_go_on.set()
+    for thread in threads:
+        thread.join()
+    assert early == []
+    assert [hasattr(module, "reciprocal_rms") for module in found] == [True, True]
 
 
 def test_interpreted_and_compiled_kernels_live_side_by_side() -> None:
