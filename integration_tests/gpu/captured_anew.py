@@ -103,10 +103,12 @@ def released() -> None:
 
 def graphs(make: Callable[[], Callable[[], torch.Tensor]], how: str) -> bool:
     stream = torch.cuda.Stream()
-    standing, result = captured(make(), stream)
+    call = make()
+    standing, result = captured(call, stream)
     standing.replay()
     before = result.clone()
-    others = [captured(make(), torch.cuda.Stream() if how == "elsewhere" else stream)]
+    other = make()  # what the graphs read is theirs alone to lose: the operands stay
+    others = [captured(other, torch.cuda.Stream() if how == "elsewhere" else stream)]
     if how != "keep":
         others.clear()
     released()

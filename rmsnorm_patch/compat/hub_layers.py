@@ -23,7 +23,6 @@ from ..ops import dispatch
 from ..rewrite import guards
 from ..scan.norms import infer_gated, infer_spec
 
-_is_compiling = torch.compiler.is_compiling
 _EPS_OF_NONE = torch.finfo(torch.float32).eps
 
 
@@ -79,7 +78,7 @@ def rms_norm(module: nn.Module, hidden_states: Any) -> Any:
     hidden_states: [..., N]; the result has its shape, and the dtype that the class's own forward gives. Raises what
     that forward raises.
     """
-    if not (_is_compiling() or module.training):
+    if not (ops.is_traced() or module.training):
         known = served(module)
         given = _weight_and_eps(module, known, hidden_states)
         if given is not None:
@@ -92,7 +91,7 @@ def rms_norm_gated(module: nn.Module, hidden_states: Any, gate: Any = None) -> A
 
     hidden_states, gate: [..., N], of one shape; the result has it, and the dtype that the class's own forward gives.
     """
-    if not (_is_compiling() or module.training) and type(gate) is torch.Tensor:
+    if not (ops.is_traced() or module.training) and type(gate) is torch.Tensor:
         known = served(module, gated=True)
         given = _weight_and_eps(module, known, hidden_states)
         if given is not None and guards.gate_fits(hidden_states, gate):

@@ -91,7 +91,7 @@ def hook_of_norm(name: str, spec: NormSpec) -> Callable[..., torch.Tensor]:
         out: torch.Tensor | None = None,
         enable_pdl: bool | None = None,
     ) -> torch.Tensor:
-        if torch.compiler.is_compiling() or out is not None or not _serves(name, own, input, weight):
+        if ops.is_traced() or out is not None or not _serves(name, own, input, weight):
             return own(input, weight, eps, out, enable_pdl)
         return ops.bind_rms_norm(spec, enable_pdl=enable_pdl)(input, weight, eps)
 
@@ -110,7 +110,7 @@ def hook_of_add(name: str, spec: NormSpec) -> Callable[..., None]:
         enable_pdl: bool | None = None,
     ) -> None:
         same = residual.dtype == input.dtype and residual.shape == input.shape
-        if torch.compiler.is_compiling() or not same or not _serves(name, own, input, weight):
+        if ops.is_traced() or not same or not _serves(name, own, input, weight):
             own(input, residual, weight, eps, enable_pdl)
         else:
             ops.bind_fused_add_rms_norm_(spec, enable_pdl=enable_pdl)(input, residual, weight, eps)

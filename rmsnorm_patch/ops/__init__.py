@@ -29,6 +29,7 @@ from .bound import (
     spec_args,
 )
 from .library import NAMESPACE, decompositions
+from .tracing import is_traced
 
 __all__ = [
     "COMPILE_VARIABLE",
@@ -42,5 +43,6 @@ __all__ = [
     "compile_form",
     "decompositions",
     "forget",
+    "is_traced",
     "spec_args",
 ]

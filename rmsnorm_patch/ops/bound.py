@@ -16,11 +16,12 @@ from ..numerics import operands
 from ..numerics.contract import FUSED_ADD, FUSED_ADD_IN_PLACE, IMPLIED_EPS, PLAIN_OPS, RMS_NORM
 from ..numerics.spec import NormSpec
 from . import dispatch, listeners
+from .tracing import is_traced
 
 CompileForm = Literal["op", "decomposed"]
 COMPILE_VARIABLE = "RMSNORM_PATCH_COMPILE"
 
-_is_compiling = torch.compiler.is_compiling
+_is_compiling = torch.compiler.is_compiling  # first: most calls need to ask no more
 _mixes_dtypes = operands.mixes_dtypes
 _BOUND: dict[tuple[tuple[str, NormSpec, str, bool, str], bool], Bound] = {}
 forgotten_with(_BOUND.clear)
@@ -128,8 +129,12 @@ class Bound:
         """What `dispatch.bind_on` gives with it, from the same moment on."""
 
     def __call__(self, *args: Any) -> Any:
-        if _is_compiling():
+        if _is_compiling() and is_traced():
             return self._traced(*args)
+        return self.run(*args)
+
+    def run(self, *args: Any) -> Any:
+        """The call itself: what the op's kernel in the dispatcher runs. It asks for no tracer, which has seen the op."""
         call = self._device_call
         x, residual = args[0], args[1] if self._adds else None
         if call is not None and x.is_cuda and (residual is None or not _mixes_dtypes(x, residual)):
@@ -223,10 +228,10 @@ class TellingBound(Bound):
 
     __slots__ = ()
 
-    def __call__(self, *args: Any) -> Any:
-        result = super().__call__(*args)
+    def run(self, *args: Any) -> Any:
+        result = super().run(*args)
         x = args[0]
-        if type(x) is torch.Tensor and not _is_compiling():
+        if type(x) is torch.Tensor and not is_traced():
             normed = result[0] if isinstance(result, tuple) else result
             listeners.tell(listeners.Call(self.op, self.spec, self.dependent, x, args[-2], normed))
         return result
@@ -242,7 +247,7 @@ def _reference_function(op: str, spec: NormSpec) -> Callable[..., Any]:
 
     def run(*args: Any) -> Any:
         *tensors, eps = args
-        if not torch.compiler.is_compiling():
+        if not is_traced():
             check(*tensors, spec, op)
         return arithmetic(*tensors, spec, IMPLIED_EPS if eps is None else eps)
 

@@ -78,10 +78,10 @@ def _implementation(op: PlainOp) -> Callable[..., Any]:
     name = op.name
 
     def plain(x, weight, eps, *spec, **named):  # type: ignore[no-untyped-def]
-        return _bound_for(name, weight, spec, named)(x, weight, eps)
+        return _bound_for(name, weight, spec, named).run(x, weight, eps)
 
     def with_residual(x, residual, weight, eps, *spec, **named):  # type: ignore[no-untyped-def]
-        return _bound_for(name, weight, spec, named)(x, residual, weight, eps)
+        return _bound_for(name, weight, spec, named).run(x, residual, weight, eps)
 
     return with_residual if op.fused_add else plain
 

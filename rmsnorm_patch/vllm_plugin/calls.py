@@ -51,7 +51,7 @@ def _eager(
 
 def is_eager(x: torch.Tensor) -> bool:
     """False under Dynamo and while a graph pass traces the call with fake tensors."""
-    return type(x) is torch.Tensor and not torch.compiler.is_compiling()
+    return type(x) is torch.Tensor and not ops.is_traced()
 
 
 def rms_norm(

@@ -42,8 +42,7 @@ def on_a_fresh_stack(op: str, run: Callable[..., str], *args: object) -> str:
     """What the trial `run` of an op says, run by a thread of its own.
 
     A compiler asks while it compiles, hundreds of calls deep and under modes of its own (fake tensors among them). A
-    kernel that is built there can meet the interpreter's limit of calls. A new thread has neither the calls nor the
-    modes.
+    new thread has neither the calls nor the modes.
     """
     with ThreadPoolExecutor(1, f"trial of {op}", _mark_thread) as pool:
         return pool.submit(run, *args).result()
