@@ -134,7 +134,7 @@ class Bound:
         return self.run(*args)
 
     def run(self, *args: Any) -> Any:
-        """The call itself: what the op's kernel in the dispatcher runs. It asks for no tracer, which has seen the op."""
+        """The call itself, which the op's kernel in the dispatcher runs: a tracer has seen the op there."""
         call = self._device_call
         x, residual = args[0], args[1] if self._adds else None
         if call is not None and x.is_cuda and (residual is None or not _mixes_dtypes(x, residual)):
