@@ -137,7 +137,7 @@ def is_prose(token: tokenize.TokenInfo) -> bool:
     return docstring or token.type == tokenize.COMMENT
 
 
-@pytest.mark.parametrize("folder", ["rmsnorm_patch", "kernels"])
+@pytest.mark.parametrize("folder", ["rmsnorm_patch", "kernels", "scripts", "integration_tests"])
 def test_no_docstring_holds_a_time(folder: str) -> None:
     found = {named(path): timings(path.read_text()) for path in sorted((ROOT / folder).rglob("*.py"))}
     assert found
