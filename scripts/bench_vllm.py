@@ -8,12 +8,12 @@
 Every engine is a process of its own with dummy weights, the default compile mode and CUDA graphs. All of them start at
 once; then they are measured one at a time in alternating rounds, so that clocks and host noise hit all of them.
 
-Where operands happen to lie in the device's memory moves matrix products by 1 to 3 %, as much as all
-norms together cost, and stays as it is for the life of an engine. Variants joined by "+" are engines of one process
-with one set of weights, which takes a part of that away; their rows say "shared". Before every round but the first,
-each engine captures its decode graphs again, with activations elsewhere in memory ("captures"): on an H200 that moves
-a step by 0.1 %, so what two engines differ by is not where their activations lie. Judge over several starts. What was
-captured before stays in memory beside it: each round takes some more, unless --keep-graphs leaves the first in place.
+Where operands lie in the device's memory moves matrix products by as much as all norms together cost, and stays as it
+is for the life of an engine (docs/decisions/vllm_measured.md). Variants joined by "+" are engines of one process with
+one set of weights, which takes a part of that away; their rows say "shared". Before every round but the first, each
+engine captures its decode graphs again, with activations elsewhere in memory ("captures"). Judge over several starts.
+What was captured before stays in memory beside it: each round takes some more, unless --keep-graphs leaves the first
+in place.
 
 Each engine also compiles for itself, and Inductor times candidates while it does. "--untimed" has it take its first
 choice everywhere, so that two engines' other kernels are the same ones; vLLM's default lets it time.
@@ -24,8 +24,8 @@ quantised at load. One scheme at a time fits on a GPU of 80 GB. "qwen3-moe-fp8" 
 Qwen3-30B-A3B. "-invariant" gives a request the same bits in every batch (VLLM_BATCH_INVARIANT).
 
 "ir@PATH" is the engine "ir" with its graphs captured under other schedules, one kernel's file or a folder of them;
-"ir@plain" with norms that are not launched dependently. The rest of such a step is the same kernels, so that 0.1 % is
-a difference.
+"ir@plain" with norms that are not launched dependently. The rest of such a step is the same kernels, so that small
+differences count.
 
 Device time: the graph of the last decode step is replayed back to back between two CUDA events, without the host in
 between. "removed" replaces every norm, with its residual add, by nothing: a ceiling with no right answer. Activations

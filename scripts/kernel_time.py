@@ -4,7 +4,7 @@
     python scripts/kernel_time.py --provider hp_rms_norm=module:function
 
 ncu empties the caches before each kernel and stops at its end: lines that are then still to be written cost it nothing.
-That is how such figures are usually taken; a launch in a graph (rmsnorm-patch bench-kernels) takes 1 to 2 us longer.
+That is how such figures are usually taken; a launch in a graph (rmsnorm-patch bench-kernels) takes longer.
 A row is one of rmsnorm-patch bench-kernels in mode "kernel".
 """
 

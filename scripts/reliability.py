@@ -1,9 +1,10 @@
-"""Say of each numbered case which tests hold it and how they last ended: writes docs/reliability.md.
+"""Say of each numbered case which tests hold it and how they last ended: writes docs/reliability.md, and beside it a
+page of generated faults.
 
-    python scripts/reliability.py                     write the page from the cases and the results
-    python scripts/reliability.py --check             exit 1 where the page is stale
-    python scripts/reliability.py run --where cpu     run the tests that cases name, keep their results, write the page
-    python scripts/reliability.py take REPORT.xml     keep the results in pytest's own reports, write the page
+    python scripts/reliability.py                     write the pages from the cases and the results
+    python scripts/reliability.py --check             exit 1 where a page is stale
+    python scripts/reliability.py run --where cpu     run the tests that cases name, keep their results, write the pages
+    python scripts/reliability.py take REPORT.xml     keep the results in pytest's own reports, write the pages
 
 Cases: `integration_tests/adversarial/cases.toml`. Results: `records/cases`, a file for each machine, and the records of
 `scripts/gpu_record.py`; where those of today's code do not have a test, the newest of earlier code that has it. What
@@ -36,7 +37,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-PAGE = ROOT / "docs" / "reliability.md"
+PAGE, FAULTS_PAGE = ROOT / "docs" / "reliability.md", ROOT / "docs" / "reliability_faults.md"
 TESTS = ROOT / "integration_tests"
 CASES = TESTS / "adversarial" / "cases.toml"
 RECORDS = ROOT / "records"
@@ -221,7 +222,7 @@ def _gaps(cases: list[Case]) -> Iterator[str]:
 
 
 def _mutants() -> Iterator[str]:
-    """Counts of each run of generated faults, and every survivor of the last run with the reason it has, if any."""
+    """Counts of each run of generated faults, and each survivor of the last run with the reason it has, if any."""
     runs = [json.loads(path.read_text()) for path in sorted(MUTANTS.glob("*.json"))]
     why = equivalents()
     told = "`scripts/mutants.py` changes one constant, bound, operator, branch, call or store at a time and runs the "
@@ -279,7 +280,7 @@ def _ended(result: Result) -> str:
 
 
 def page(areas: list[Area], results: Results) -> str:
-    """The page in full."""
+    """The page of cases."""
     cases = [case for area in areas for case in area.cases]
     words = [verdict(case, results) for case in cases]
     in_part = sum(word.startswith("passed;") for word in words)
@@ -288,7 +289,8 @@ def page(areas: list[Area], results: Results) -> str:
         "",
         "Written by `scripts/reliability.py` from `integration_tests/adversarial/cases.toml` and what runs recorded. "
         "Each case is a bug that shipped somewhere, or one that was found here. How it last ended is the result of its "
-        "tests, with the machine and the commit. A test that was skipped has no result.",
+        "tests, with the machine and the commit. A test that was skipped has no result. Generated faults and random "
+        f"calls have [a page of their own]({FAULTS_PAGE.name}).",
         "",
         "| cases | passed | passed on earlier code | passed in part | failed | not run | without a test |",
         "|---|---|---|---|---|---|---|",
@@ -298,13 +300,19 @@ def page(areas: list[Area], results: Results) -> str:
     ]
     for area in areas:
         lines += _table(area, results)
-    lines += [*_mutants(), *_fuzz(), *_tests(cases, results), *_gaps(cases)]
+    lines += [*_tests(cases, results), *_gaps(cases)]
     return wrapped("\n".join(lines).rstrip() + "\n")
+
+
+def faults_page() -> str:
+    """The page of generated faults and random calls."""
+    head = "# Generated faults and random calls", "", "Written by `scripts/reliability.py` from `records`.", ""
+    return wrapped("\n".join([*head, *_mutants(), *_fuzz()]).rstrip() + "\n")
 
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="exit 1 where the page is stale")
+    parser.add_argument("--check", action="store_true", help="exit 1 where a page is stale")
     verbs = parser.add_subparsers(dest="verb")
     for name in ("run", "take"):
         verb = verbs.add_parser(name)
@@ -324,11 +332,13 @@ def main() -> None:
     elif args.verb == "take":
         machine = args.machine or machine_here(args.where)
         print(f"{take(args.reports, machine, args.results)} results kept in {args.results}")
-    text = page(read_cases(), all_results())
+    pages = {PAGE: page(read_cases(), all_results()), FAULTS_PAGE: faults_page()}
     if args.check:
-        raise SystemExit(0 if PAGE.exists() and PAGE.read_text() == text else "docs/reliability.md is stale")
+        stale = [path.name for path, text in pages.items() if not path.exists() or path.read_text() != text]
+        raise SystemExit(f"stale in docs: {', '.join(stale)}" if stale else 0)
     if args.verb is None or args.results == RESULTS:
-        PAGE.write_text(text)
+        for path, text in pages.items():
+            path.write_text(text)
     raise SystemExit(status)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 
 def demo(root: Path, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -34,6 +36,13 @@ def test_demo_shows_the_whole_story(repository: Path) -> None:
         assert f"PASSED {name}" in ended.stdout
     for part in ("[0-3]", "proved", "96 tokens equal; after revert equal", "tokens per second", "no speed-up"):
         assert ended.stdout.count(part) >= 2, part
+    after = ended.stdout.split("This machine has no GPU")
+    assert len(after) == 2 - torch.cuda.is_available()
+    if not torch.cuda.is_available():
+        told = " ".join(after[1].split())
+        assert "backend triton: proved" in told
+        assert "captured in bfloat16 by triton" in told
+        assert re.search(r"Llama-8B shapes, over stock: decode 1 [\d.]+x, .*prefill .*x \(records/.*\.json\)", told)
 
 
 def test_demo_as_json(command, repository: Path) -> None:

@@ -178,7 +178,7 @@ def test_eight_threads_on_streams_of_their_own(launcher_kind):
 def test_launch_errors_name_the_call(monkeypatch):
     functions = replace(launcher.functions(), launch=lambda *args: 1)
     bound = cuda_backend.BoundOp("rms_norm", LLAMA, True, functions)
-    monkeypatch.setattr(cuda_backend, "add_plan", lambda *args: None)  # such a launcher serves no later call
+    monkeypatch.setattr(cuda_backend, "add_row_kind", lambda *args: None)  # such a launcher serves no later call
     with pytest.raises(KernelBuildError, match=r"launch on cuda:0.*CUDA_ERROR_INVALID_VALUE"):
         bound(rand(4, 512), parameter(512), EPS)
 

@@ -71,7 +71,7 @@ def test_an_honest_kernel_is_green(added: Callable) -> None:
     proof = verify(model, prompts())
     assert proof.passed
     forms = {m.name for site in proof.sites for m in site.measurements}
-    assert {"norm_add:randn", "norm_add:tiny", "norm_add:tail", "norm_add:large"} <= forms
+    assert {"norm_add:randn", "norm_add:tiny", "norm_add:last", "norm_add:large"} <= forms
 
 
 @pytest.mark.parametrize("name", SUMS)

@@ -1,4 +1,4 @@
-"""launcher.c on the CPU: a driver that computes (cpu_driver.c), and plans for it."""
+"""launcher.c on the CPU: a driver that computes (cpu_driver.c), and kernels for it."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ class Driver:
 
 
 def table_of(op: Any, spec: NormSpec, n: int) -> Any:
-    """launcher.c's table of `op`, with a plan for fp32 rows of `n` columns."""
+    """launcher.c's table of `op`, with a kernel for fp32 rows of `n` columns."""
     bound, _ = cuda_backend._bound(op, spec, enable_pdl=True)
-    _add_plan(bound, bound.functions.new_kernel(FUNCTION, CONTEXT, n, 2**63 - 1, 1, 1, 32, 0, 4, 4, 0, PLAIN), n)
+    _add_row_kind(bound, bound.functions.new_kernel(FUNCTION, CONTEXT, n, 2**63 - 1, 1, 1, 32, 0, 4, 4, 0, PLAIN), n)
     return bound.table
 
 
-def _add_plan(bound: Any, handle: int, n: int) -> None:
+def _add_row_kind(bound: Any, handle: int, n: int) -> None:
     fp32 = torch.float32
     code = launcher.dlpack_code(fp32)
-    bound.functions.add_plan(bound.table, handle, 0, fp32, fp32, fp32, n, 0, 4, 4, 1e-6, code, code)
+    bound.functions.add_row_kind(bound.table, handle, 0, fp32, fp32, fp32, n, 0, 4, 4, 1e-6, code, code)
 
 
 class _NoSlowPath:
@@ -66,7 +66,7 @@ def norm_add_table(op: str, spec: NormSpec, n: int) -> Any:
     bound, _ = cuda_backend.started(code, spec, _NoSlowPath)
     arguments, which = jit.source_of("rms_norm_add.cu").arguments, FUNCTION + code - 2
     handle = bound.functions.new_kernel(which, CONTEXT, n, 2**63 - 1, 1, 1, 32, 0, 4, 4, 0, arguments)
-    _add_plan(bound, handle, n)
+    _add_row_kind(bound, handle, n)
     return bound.table
 
 
@@ -75,7 +75,7 @@ def table_of_two(spec: NormSpec, n: int) -> Any:
     bound, _ = cuda_backend.started(TWO_NORMS, spec, lambda functions: BoundPair(spec, True, functions))
     handle = bound.functions.new_kernel(TWO_SETS, CONTEXT, n, 2**63 - 1, 1, 1, 32, 0, 4, 4, 0, PAIR)
     code, fp32 = launcher.dlpack_code(torch.float32), torch.float32
-    bound.functions.add_plan(bound.table, handle, handle, fp32, fp32, fp32, n, 0, 4, 4, 1e-6, code, code)
+    bound.functions.add_row_kind(bound.table, handle, handle, fp32, fp32, fp32, n, 0, 4, 4, 1e-6, code, code)
     return bound.table
 
 

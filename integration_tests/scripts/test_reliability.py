@@ -69,9 +69,10 @@ def test_marks_of_gpu_tests_and_cases_agree(reliability):
             assert all(f"gpu/{path.name}::{name}" in named[number] for number in numbers), name
 
 
-def test_the_page_is_that_of_cases_and_results(reliability):
+def test_the_pages_are_those_of_cases_and_results(reliability):
     text = reliability.page(reliability.read_cases(), reliability.all_results())
     assert reliability.PAGE.read_text() == text, "run scripts/reliability.py"
+    assert reliability.FAULTS_PAGE.read_text() == reliability.faults_page(), "run scripts/reliability.py"
 
 
 def test_reports_are_counted_by_function_and_a_skip_is_no_result(reliability, tmp_path):

@@ -13,6 +13,7 @@ from rmsnorm_patch.bench.suites import SUITES
 
 FUSED, PLAIN, PAIR = "fused_add_rms_norm", "rms_norm", "rms_norm_pair"
 PEERS = ("eager", "F.rms_norm", "inductor", "liger", "quack", "flashinfer", "flashinfer_cuda", "vllm")
+PAGES = ("results.md", "results_quantised.md", "results_vllm.md")
 EMPTY = {
     "digest": "test data " * 4,
     "device": {"name": "test data, no GPU"},
@@ -145,7 +146,7 @@ def write(script, record, folder, monkeypatch) -> str:
     path.write_text(json.dumps(record))
     monkeypatch.setattr(sys, "argv", ["results.py", str(path), "--out", str(folder)])
     script("results").main()
-    return "".join((folder / name).read_text() for name in ("results.md", "results_vllm.md"))
+    return "".join((folder / name).read_text() for name in PAGES)
 
 
 def test_a_page_of_everything(script, record, tmp_path, monkeypatch):
@@ -159,7 +160,7 @@ def test_a_page_of_everything(script, record, tmp_path, monkeypatch):
 
 def test_each_way_of_quantising_has_a_table(script, record, tmp_path, monkeypatch):
     text = write(script, record, tmp_path, monkeypatch)
-    for title, shapes, count in (("Quantised rows", "4096 x ", 3), ("Quantised rows, decode", "64 x ", 2)):
+    for title, shapes, count in (("From memory", "4096 x ", 3), ("In a chain", "64 x ", 2)):
         section = text.split(f"## {title}\n")[1].split("\n## ")[0]
         assert re.findall(r"^\*\*(\w+)\.\*\*", section, flags=re.MULTILINE) == [
             *("fp8_static", "fp8_token", "fp8_block", "fp8_block_columns", "fp8_block_both", "int8_token")
@@ -170,11 +171,11 @@ def test_each_way_of_quantising_has_a_table(script, record, tmp_path, monkeypatc
 def test_a_page_of_nothing_says_so_in_every_section(script, tmp_path, monkeypatch):
     text = write(script, EMPTY, tmp_path, monkeypatch)
     sections = re.split(r"^##? ", text, flags=re.MULTILINE)[2:]
-    assert (
-        len(sections) == len(script("results").SECTIONS) + 4
-    )  # the links to engines and to published figures, tests, engines
+    results = script("results")
+    # Tests; links to three pages; the titles of two of them.
+    assert len(sections) == len(results.SECTIONS) + len(results.QUANTISED_SECTIONS) + 6
     said = [section for section in sections[1:] if "](" not in section or section.startswith("Tests")]
-    assert len(said) == len(sections) - 3
+    assert len(said) == len(sections) - 5
     assert all("Not in this record" in section for section in said)
     assert "svg" not in text
 
@@ -184,7 +185,7 @@ def test_the_same_record_gives_the_same_files(script, record, tmp_path, monkeypa
     for folder in (first, second):
         folder.mkdir()
         write(script, record, folder, monkeypatch)
-    for name in ("results.md", "results_vllm.md", "results_roofline.svg", "results_decode.svg"):
+    for name in (*PAGES, "results_roofline.svg", "results_decode.svg"):
         assert (first / name).read_bytes() == (second / name).read_bytes()
 
 
@@ -260,4 +261,5 @@ def test_the_page_is_that_of_its_records(script, repository):
     drawn = re.findall(r"\]\((results_\w+\.svg)\)", page)
     assert len(records) > 1
     assert script("results").page(records, drawn) == page
+    assert script("results").quantised_page(records) == (repository / "docs" / "results_quantised.md").read_text()
     assert script("results").engines_page(records) == (repository / "docs" / "results_vllm.md").read_text()

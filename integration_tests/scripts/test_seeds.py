@@ -65,7 +65,7 @@ def test_what_ran_is_what_the_record_has_tests_of(seeds):
 def test_gigabytes_a_second_of_fp16_rows(seeds):
     row = {"op": "rms_norm", "mode": "cold", "dtype": "fp16", "m": 4096, "n": 1024, "variant": ""}
     text = seeds.bandwidth_text({"kernels": [{**row, "us": {"ours": 2.0, "ours_triton": 4.0, "eager": 8.0}}]})
-    # 2 * 2 * 4096 * 1024 bytes in 2, in 4 and in 8 us.
+    # 2 * 2 * 4096 * 1024 bytes in 2, in 4 and in 8 microseconds.
     assert cells(text, "1024") == ["8389", "4194", "2097", "4.00", "2.00", "135.46", "19.84", "6.83"]
 
 
@@ -73,7 +73,7 @@ def test_latency_bandwidth_and_rate_of_the_naive_kernels(seeds):
     call = {"op": "rms_norm", "dtype": "fp32", "m": 1, "n": 2048, "kernels": 3, "dram_percent": 1.0}
     row = {**call, "provider": "naive", "us": 6.0, "counts": dict.fromkeys(seeds.METRICS, 1.0)}
     text = seeds.profile_text({"profile": [row], "device": {"name": "test data"}})
-    # 3 * 4 * 2048 bytes and 5 * 2048 operations in 6 us.
+    # 3 * 4 * 2048 bytes and 5 * 2048 operations in 6 microseconds.
     assert cells(text, "naive") == ["test data", "3", "6.00", "4.10", "1.71"]
 
 

@@ -45,8 +45,8 @@ def gain(row: Row) -> float | None:
 
 def share(row: Row) -> float | None:
     """The same-traffic copy's time over ours."""
-    mine, bound = ours(row), row.get("roofline_us")
-    return bound / mine if mine and bound else None
+    mine, copy = ours(row), row.get("roofline_us")
+    return copy / mine if mine and copy else None
 
 
 def rate(row: Row, name: str | None = None) -> float | None:

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-FAMILIES: tuple[str, ...] = ("tiny", "tail", "large")
+FAMILIES: tuple[str, ...] = ("tiny", "last", "large")
 
 _LARGE = {torch.float16: 256.0}
 
 
 def factors(family: str, hidden_size: int, dtype: torch.dtype, eps: float, rms: float) -> torch.Tensor:
     """What to multiply a contribution by, [hidden_size], powers of two; `rms`: of the sums in the ordinary run."""
-    if family == "tail":
+    if family == "last":
         made = torch.full((hidden_size,), 2.0**-7)
         made[-min(8, hidden_size) :] = 16.0
         return made

@@ -1,7 +1,7 @@
 """Made inputs for a site: four families, each of which shows an error that the others hide.
 
 randn: the ordinary case; rounding axes, missing offset, low-precision accumulation. tiny: mean square about eps, where
-a wrong eps is a factor and not a rounding. tail: a row's energy in its last 1 to 16 columns, which a kernel that
+a wrong eps is a factor and not a rounding. last: a row's energy in its last 1 to 16 columns, which a kernel that
 forgets columns does not see. large: close to the dtype's range, where a square in half precision is infinite.
 """
 
@@ -11,7 +11,7 @@ import zlib
 
 import torch
 
-FAMILIES: tuple[str, ...] = ("randn", "tiny", "tail", "large")
+FAMILIES: tuple[str, ...] = ("randn", "tiny", "last", "large")
 
 _ELEMENTS = 1 << 17
 """Elements of a probe: at the honest share of 0.01% that is 13 flips, enough to tell from the 0.1% that is allowed."""
@@ -50,7 +50,7 @@ def _shape(family: str, x: torch.Tensor, dtype: torch.dtype, eps: float) -> torc
         return x * centre * torch.logspace(-0.5, 1.0, rows).unsqueeze(1)
     if family == "large":
         return x * _LARGE.get(dtype, 1e4)
-    if family == "tail":
+    if family == "last":
         columns = torch.arange(hidden_size)
         kept = 1 + torch.arange(rows) % min(16, hidden_size)
         return torch.where(columns >= hidden_size - kept.unsqueeze(1), x * 16.0, x * 2.0**-7)

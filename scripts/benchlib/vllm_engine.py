@@ -95,7 +95,7 @@ class Engine:
     def recapture(self, schedules: str) -> bool:
         """Capture the decode graphs again, elsewhere in memory, with our norms under `schedules`: "" for those of the
         tree, "plain", or a path of others. Returns whether every worker did. Parallel ones never do: vLLM registers
-        an all-reduce's buffers at the first capture, and steps captured later take 5 % longer (8B, two H100)."""
+        an all-reduce's buffers at the first capture, and steps captured later take longer (docs/decisions/vllm.md)."""
         if self.parallel:
             return False
         with scheduled(schedules):

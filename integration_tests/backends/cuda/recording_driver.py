@@ -61,9 +61,9 @@ def kernel(functions: launcher.Functions, **changes: Any) -> int:
 
 
 class Op:
-    """One op's callable over `functions`, with a plan for bf16 rows of N; `slow` collects what it was not sure of."""
+    """One op's callable over `functions`, for bf16 rows of N; `slow` collects what it was not sure of."""
 
-    def __init__(self, functions: launcher.Functions, op: str, has_weight: bool = True, **plan: int) -> None:
+    def __init__(self, functions: launcher.Functions, op: str, has_weight: bool = True, **known: int) -> None:
         self.slow_calls: list[tuple] = []
         self.bumped: list[tuple] = []
 
@@ -83,12 +83,12 @@ class Op:
             DLPACK_CPU,
         )
         self.functions = functions
-        handle, two_level = plan.pop("kernel", None) or kernel(functions), plan.pop("two_level", 0)
+        handle, two_level = known.pop("kernel", None) or kernel(functions), known.pop("two_level", 0)
         weight_dtype = BF16 if has_weight else None
         device = 0 if functions.kind == "c" else -1  # DLPack's index of the CPU, and torch's
         codes = launcher.dlpack_code(BF16), launcher.dlpack_code(weight_dtype)
-        n = plan.pop("n", N)
-        functions.add_plan(self.table, handle, two_level, BF16, weight_dtype, BF16, n, device, 2, 2, 2.5, *codes)
+        n = known.pop("n", N)
+        functions.add_row_kind(self.table, handle, two_level, BF16, weight_dtype, BF16, n, device, 2, 2, 2.5, *codes)
 
 
 def rows(*shape: int) -> torch.Tensor:

@@ -73,7 +73,7 @@ def device_of_sm_90(recorded, monkeypatch):
 @pytest.mark.parametrize("op", PLAIN_OPS)
 def test_a_set_starts_the_kernel_of_a_plain_op_and_says_once_that_its_calls_are_plain(device_of_sm_90, functions, op):
     row, plain = PLAIN_OPS[op], []
-    bound = cuda_backend.BoundOp(op, LLAMA, True, replace(functions, add_plan=lambda *values: plain.append(values)))
+    bound = cuda_backend.BoundOp(op, LLAMA, True, replace(functions, add_row_kind=lambda *values: plain.append(values)))
     x, residual, weight, normed, total = (
         torch.randn(shape).bfloat16() for shape in ((3, N), (3, N), N, (3, N), (3, N))
     )

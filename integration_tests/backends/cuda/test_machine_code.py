@@ -108,7 +108,7 @@ def test_long_rows(arch):
 
 
 def test_clusters_meet_without_a_fence_for_the_whole_gpu():
-    """The release of a cluster barrier is one: 0.05 us of a decode step, 4 to 6% of long rows."""
+    """The release of a cluster barrier is one, and decode and long rows pay for it."""
     rows = [first(n) for n in (4096, 8192, 16384, 65536, 131072, 262144)]
     machines = read(build for _, build in rows)
     for config, build in rows:

@@ -47,8 +47,8 @@ def test_a_field_that_a_plain_call_cannot_fill_is_left_to_python(functions, reco
     """Also in a kernel for more rows, and for rows of two levels."""
     other, plain = kernel(functions, arguments=shuffled("scale", without="inner_rows")), kernel(functions)
     before = recorded.last["launches"]
-    for plan in ({"kernel": other}, {"kernel": kernel(functions, m_max=8, next=other)}):
-        op = Op(functions, "rms_norm", **plan)
+    for known in ({"kernel": other}, {"kernel": kernel(functions, m_max=8, next=other)}):
+        op = Op(functions, "rms_norm", **known)
         assert op.call(rows(4), weight(), 1e-6) == "slow"
     if functions.kind == "c":
         op = Op(functions, "rms_norm", kernel=plain, two_level=other)
@@ -298,7 +298,9 @@ def test_full_table_leaves_the_rest_to_the_slow_path(recorded):
     functions = launcher.functions()
     op = Op(functions, "rms_norm")
     handle = kernel(functions)
-    added = [functions.add_plan(op.table, handle, 0, BF16, BF16, BF16, 1000 + n, 0, 2, 2, 1.0, 1, 1) for n in range(64)]
+    added = [
+        functions.add_row_kind(op.table, handle, 0, BF16, BF16, BF16, 1000 + n, 0, 2, 2, 1.0, 1, 1) for n in range(64)
+    ]
     assert added == [1] * 63 + [0]
     assert op.call(rows(4), weight(), 1e-6).shape == (4, N)
 

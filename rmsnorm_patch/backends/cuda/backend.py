@@ -2,7 +2,7 @@
 
 A call goes one of two ways. The plain case (contiguous tensors, known dtypes and N, this device current) is served by
 launcher.c without Python code. Everything else comes to `Op.__call__`: it checks, copies what no kernel can address,
-builds missing kernels, launches, and registers the plan for the next plain call.
+builds missing kernels, launches, and tells the launcher of rows of that kind, for the next plain call.
 """
 
 from __future__ import annotations
@@ -232,27 +232,27 @@ class BoundOp:
         """The kernels of a call; launcher.c serves the next plain one like it."""
         chain, plain = self.kernels.chain(x, weight, align, weight_align, two_level)
         if plain:
-            add_plan(self.kernels, self.table, x, weight, chain, two_level)
+            add_row_kind(self.kernels, self.table, x, weight, chain, two_level)
         return chain
 
     def prepare(self, x: torch.Tensor, weight: torch.Tensor | None) -> Chain:
         """The kernels for contiguous rows like those of `x`, from an allocation of their own."""
         chain, plain = self.kernels.contiguous(x, weight)
         if plain:
-            add_plan(self.kernels, self.table, x, weight, chain, False)
+            add_row_kind(self.kernels, self.table, x, weight, chain, False)
         return chain
 
 
-def add_plan(
+def add_row_kind(
     kernels: KernelSet, table: object, x: torch.Tensor, weight: torch.Tensor | None, chain: Chain, two_level: bool
 ) -> None:
     """Let the launcher serve rows like those of `x`, as aligned as contiguous ones are, by the `chain` of the set from
     now on. two_level: its rows have two strides."""
-    # A two-level kernel belongs to the plan of contiguous rows.
+    # A two-level kernel belongs to the same kind as contiguous rows.
     handle = chain.kernels[0].handle
     one_level = kernels.contiguous(x, weight)[0].kernels[0].handle if two_level else handle
     spec, weight_dtype = kernels.spec, None if weight is None else weight.dtype
-    kernels.functions.add_plan(
+    kernels.functions.add_row_kind(
         table,
         one_level,
         handle if two_level else 0,

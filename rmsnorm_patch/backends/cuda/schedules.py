@@ -97,35 +97,7 @@ def within(value: int, span: Range) -> bool:
 def configure(
     kernel: Kernel, rule: Rule, m: Range, tuned: tuple[Override, ...], op: Op, n: int, itemsize: int
 ) -> Config:
-    values = {
-        "vec_bytes": rule.vec_bytes,
-        "threads_per_row": rule.threads_per_row,
-        "chunks_per_thread": rule.chunks_per_thread,
-        "rows_per_cta": rule.rows_per_cta,
-        "cta_threads": rule.cta_threads,
-        "rows_per_thread": rule.rows_per_thread,
-        "cluster": rule.cluster,
-        "min_ctas": rule.min_ctas,
-        "registers": rule.registers,
-    }
-    reason = rule.reason or kernel.reason
-    for override in tuned:
-        covers = override.m[0] <= m[0] and m[1] <= override.m[1]
-        if override.kernel == kernel.name and op in override.ops and covers and within(n, override.n):
-            if itemsize not in override.itemsize:
-                continue
-            chosen = dict(override.values)
-            if "threads_per_row" in chosen:
-                values["chunks_per_thread"] = None
-            elif "chunks_per_thread" in chosen:
-                values["threads_per_row"] = None
-            if "cta_threads" in chosen:
-                values["rows_per_cta"] = None
-            if "registers" in chosen:
-                values["min_ctas"] = None
-            values.update(chosen)
-            reason = override.reason or reason
-            break
+    values, reason = _chosen(kernel, rule, m, tuned, op, n, itemsize)
     vec = max(1, int(values["vec_bytes"] or 0) // itemsize)
     cluster = int(values["cluster"] or 1)
     lanes_tree = ("TREE_THREADS", 0) in rule.defines
@@ -156,6 +128,42 @@ def configure(
         m=m,
         reason=reason,
     )
+
+
+def _chosen(
+    kernel: Kernel, rule: Rule, m: Range, tuned: tuple[Override, ...], op: Op, n: int, itemsize: int
+) -> tuple[dict[str, int | None], str]:
+    """The constants of the rule, with the first override that fits in their place, and the reason for them."""
+    values: dict[str, int | None] = {
+        "vec_bytes": rule.vec_bytes,
+        "threads_per_row": rule.threads_per_row,
+        "chunks_per_thread": rule.chunks_per_thread,
+        "rows_per_cta": rule.rows_per_cta,
+        "cta_threads": rule.cta_threads,
+        "rows_per_thread": rule.rows_per_thread,
+        "cluster": rule.cluster,
+        "min_ctas": rule.min_ctas,
+        "registers": rule.registers,
+    }
+    reason = rule.reason or kernel.reason
+    for override in tuned:
+        covers = override.m[0] <= m[0] and m[1] <= override.m[1]
+        if override.kernel == kernel.name and op in override.ops and covers and within(n, override.n):
+            if itemsize not in override.itemsize:
+                continue
+            chosen = dict(override.values)
+            if "threads_per_row" in chosen:
+                values["chunks_per_thread"] = None
+            elif "chunks_per_thread" in chosen:
+                values["threads_per_row"] = None
+            if "cta_threads" in chosen:
+                values["rows_per_cta"] = None
+            if "registers" in chosen:
+                values["min_ctas"] = None
+            values.update(chosen)
+            reason = override.reason or reason
+            break
+    return values, reason
 
 
 def schedules(

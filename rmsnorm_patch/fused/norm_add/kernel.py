@@ -136,5 +136,5 @@ class BoundKernel:
         """The kernels of a call; launcher.c serves the next plain one like it."""
         chain, plain = self.kernels.chain(x, weight, align, weight_align, False)
         if plain:
-            cuda_backend.add_plan(self.kernels, self.table, x, weight, chain, False)
+            cuda_backend.add_row_kind(self.kernels, self.table, x, weight, chain, False)
         return chain

@@ -68,7 +68,7 @@ class Functions:
     new_kernel: Callable[..., int]
     launch: Callable[..., int]
     make_callable: Callable[..., Any]
-    add_plan: Callable[..., int]
+    add_row_kind: Callable[..., int]
     kind: str
     reason: str
     pairs: Pairs | None = None
@@ -83,7 +83,7 @@ def functions() -> Functions:
     if wanted == "python":
         return python_functions(f"{VARIABLE}=python")
     try:
-        new_kernel, launch, make_callable, add_plan, *pairs = _load(_shared_object())
+        new_kernel, launch, make_callable, add_row_kind, *pairs = _load(_shared_object())
     except UnsafeCacheError:
         raise
     except (OSError, KernelBuildError, subprocess.SubprocessError) as error:
@@ -96,7 +96,7 @@ def functions() -> Functions:
             stacklevel=2,
         )
         return python_functions(str(error))
-    return Functions(new_kernel, launch, make_callable, add_plan, "c", "", Pairs(*pairs))
+    return Functions(new_kernel, launch, make_callable, add_row_kind, "c", "", Pairs(*pairs))
 
 
 def dlpack_code(dtype: torch.dtype | None) -> int:
@@ -171,5 +171,5 @@ def _open(path: str) -> tuple[Any, ...]:
 
 def python_functions(reason: str) -> Functions:
     """The launcher through ctypes."""
-    new_kernel, launch, make_callable, add_plan = in_python.functions()
-    return Functions(new_kernel, launch, make_callable, add_plan, kind="python", reason=reason)
+    new_kernel, launch, make_callable, add_row_kind = in_python.functions()
+    return Functions(new_kernel, launch, make_callable, add_row_kind, kind="python", reason=reason)

@@ -76,19 +76,19 @@ class _Kernel:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _RowKind:
     handle: int
     out_dtype: torch.dtype
     default_eps: float
 
 
 class PlainCall:
-    """The op for contiguous tensors of a known plan; everything else goes to `slow`."""
+    """The op for contiguous tensors whose rows are of a known kind; everything else goes to `slow`."""
 
     def __init__(self, launch: Callable[..., int], op: int, has_weight: bool, slow: Callable[..., Any]) -> None:
         self.launch, self.has_weight, self.slow = launch, has_weight, slow
         self.fused, self.in_place = op > 0, op == _FUSED_ADD_IN_PLACE
-        self.plans: dict[tuple[torch.dtype, torch.dtype | None, int, int], _Plan] = {}
+        self.row_kinds: dict[tuple[torch.dtype, torch.dtype | None, int, int], _RowKind] = {}
 
     def __call__(self, *operands: Any) -> Any:
         # Whether what is written overlaps takes the slow path's closer look.
@@ -99,10 +99,10 @@ class PlainCall:
         shape, device = x.shape, x.get_device()
         if not shape or type(x) not in _PLAIN or type(residual) not in _PLAIN:
             return self.slow(*operands)
-        plan = self.plans.get((x.dtype, None if weight is None else weight.dtype, shape[-1], device))
+        row_kind = self.row_kinds.get((x.dtype, None if weight is None else weight.dtype, shape[-1], device))
         rows = x.numel() // (shape[-1] or 1)
         if (
-            plan is None
+            row_kind is None
             or rows == 0
             or not x.is_contiguous()
             or not residual.is_contiguous()
@@ -121,13 +121,13 @@ class PlainCall:
             ):
                 return self.slow(*operands)
             address = weight.data_ptr()
-        kernel = _kernels[plan.handle - 1]
+        kernel = _kernels[row_kind.handle - 1]
         rows *= shape[-1] // kernel.n
         while rows > kernel.m_max and kernel.next:
             kernel = _kernels[kernel.next - 1]
         if (x.data_ptr() | residual.data_ptr()) & (kernel.align - 1) or address & (kernel.weight_align - 1):
             return self.slow(*operands)
-        normed = torch.empty_like(x, dtype=plan.out_dtype)
+        normed = torch.empty_like(x, dtype=row_kind.out_dtype)
         total = torch.empty_like(x) if self.fused else None
         values = {
             "x": x.data_ptr(),
@@ -143,7 +143,7 @@ class PlainCall:
             "inner_rows": 0,
             "x_outer_stride": 0,
             "residual_outer_stride": 0,
-            "eps": plan.default_eps if eps is None else float(eps),
+            "eps": row_kind.default_eps if eps is None else float(eps),
         }
         stream, groups = torch._C._cuda_getCurrentRawStream(device), -(-rows // kernel.rows_per_cta)
         code = self.launch(kernel.handle, stream, groups, kernel.arguments.pick(values))
@@ -165,7 +165,7 @@ def _followed(handle: int) -> Iterator[_Kernel]:
 
 
 def functions() -> tuple[Callable[..., Any], ...]:
-    """(new_kernel, launch, make_callable, add_plan), as launcher.c has them."""
+    """(new_kernel, launch, make_callable, add_row_kind), as launcher.c has them."""
     library = driver.library()
     launch_kernel, get_context = library.cuLaunchKernelEx, library.cuCtxGetCurrent
     push, pop = library.cuCtxPushCurrent_v2, library.cuCtxPopCurrent_v2
@@ -204,7 +204,7 @@ def functions() -> tuple[Callable[..., Any], ...]:
         call = PlainCall(launch, op, has_weight, slow)
         return call, call
 
-    def add_plan(
+    def add_row_kind(
         table: PlainCall,
         handle: int,
         two_level: int,
@@ -220,7 +220,7 @@ def functions() -> tuple[Callable[..., Any], ...]:
     ) -> int:
         if not all(kernel.plain for kernel in _followed(handle)):
             return 0
-        table.plans.setdefault((dtype, weight_dtype, n, device), _Plan(handle, out_dtype, default_eps))
+        table.row_kinds.setdefault((dtype, weight_dtype, n, device), _RowKind(handle, out_dtype, default_eps))
         return 1
 
-    return new_kernel, launch, make_callable, add_plan
+    return new_kernel, launch, make_callable, add_row_kind

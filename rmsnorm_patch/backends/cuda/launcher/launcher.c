@@ -7,15 +7,16 @@
  *
  * new_kernel(...) -> address of a Kernel; launch(kernel, ...) starts one on arguments that are bytes to it, so that an
  * op whose host side is Python needs nothing here; make_callable(op, has_weight, slow, torch...) returns a plain op
- * itself: it takes tensors, checks what must be checked in every call, allocates the results and launches the plan that
- * add_plan registered for (dtype, weight dtype, N, device). Whatever it is not sure of goes to `slow`. launcher_pair.h
- * has what a patched model's layers call, launcher_query_key.h what its attentions do: TWO_NORMS has a table for it.
+ * itself: it takes tensors, checks what must be checked in every call, allocates the results and launches the kernel
+ * that add_row_kind registered for rows of this kind: their dtype, the weight's, N and the device. Whatever it is not
+ * sure of goes to `slow`. launcher_pair.h has what a patched model's layers call, launcher_query_key.h what its
+ * attentions do: TWO_NORMS has a table for it.
  */
 #include "launcher_start.h"
 #include "launcher_tensor.h"
 
 enum { RMS_NORM, FUSED_ADD, FUSED_ADD_IN_PLACE, NORM_ADD, NORM_ADD_NORM, TWO_NORMS };
-enum { MAX_PLANS = 64 };
+enum { MAX_ROW_KINDS = 64 };
 
 /* Of the last allocation, which had `dims` dimensions of `sizes`. */
 typedef struct {
@@ -32,13 +33,13 @@ typedef struct {
     double default_eps;
     Kernel *kernel, *two_level; /* two_level: for x [.., inner, N] whose leading dimensions cannot be merged */
     Shape shape, second;        /* second: of the second set of rows, where an op has two */
-} Plan;
+} RowKind;
 
 typedef struct {
     int op, has_weight, device_type, count;
     PyObject *slow, *tensor_type, *parameter_type, *empty_strided, *bump;
     const Exchange *exchange;
-    Plan plans[MAX_PLANS];
+    RowKind row_kinds[MAX_ROW_KINDS];
 } Table;
 
 /* A contiguous tensor's sizes and strides as tuples: what the allocator takes. */
@@ -86,18 +87,18 @@ static PyObject *allocate_like(const Table *table, Shape *shape, const Tensor *x
     return made;
 }
 
-/* The plan for rows like those of `x`, with a weight of this dtype; 0 where there is none, or another context. */
-static Plan *plan_for(Table *table, const Tensor *x, uint32_t weight_code) {
-    Plan *plan = 0;
-    for (int i = 0; i < table->count && !plan; i++) {
-        Plan *candidate = &table->plans[i];
+/* The kind of the rows of `x`, with a weight of this dtype; 0 where there is none, or another context. */
+static RowKind *row_kind_for(Table *table, const Tensor *x, uint32_t weight_code) {
+    RowKind *row_kind = 0;
+    for (int i = 0; i < table->count && !row_kind; i++) {
+        RowKind *candidate = &table->row_kinds[i];
         if (candidate->x_code == x->dtype && candidate->weight_code == weight_code &&
             candidate->n == x->sizes[x->dims - 1] && candidate->device == x->device)
-            plan = candidate;
+            row_kind = candidate;
     }
     void *context = 0;
     cuCtxGetCurrent(&context);
-    return plan && context == plan->kernel->context ? plan : 0;
+    return row_kind && context == row_kind->kernel->context ? row_kind : 0;
 }
 
 /* Whether the tensor is a weight [n] for x, contiguous. */
@@ -135,18 +136,18 @@ static PyObject *fast(Table *table, PyObject *const *a, int *sure) {
     i64 rows = 1;
     for (int d = 0; d < x.dims - 1; d++)
         rows *= x.sizes[d];
-    Plan *plan = plan_for(table, &x, weight.dtype);
-    if (!plan || rows == 0 || !x.data)
+    RowKind *row_kind = row_kind_for(table, &x, weight.dtype);
+    if (!row_kind || rows == 0 || !x.data)
         return 0;
 
     const i64 columns =
-        plan->kernel->n; /* of a group, where the norm is grouped: a row is then several rows to the kernel */
+        row_kind->kernel->n; /* of a group, where the norm is grouped: a row is then several rows to the kernel */
     Rows x_rows = {columns, 0, 0}, residual_rows = {columns, 0, 0};
     int packed = is_contiguous(&x);
     if (!packed && (columns != n || !strided_rows(&x, &x_rows)))
         return 0;
     values.x = address_of(&x);
-    uint64_t addresses = values.x | (uint64_t)((x_rows.stride | x_rows.outer) * plan->itemsize);
+    uint64_t addresses = values.x | (uint64_t)((x_rows.stride | x_rows.outer) * row_kind->itemsize);
     if (residual_object == x_object) {
         values.residual = values.x;
         residual_rows = x_rows;
@@ -161,7 +162,7 @@ static PyObject *fast(Table *table, PyObject *const *a, int *sure) {
                 return 0;
         }
         values.residual = address_of(&residual);
-        addresses |= values.residual | (uint64_t)((residual_rows.stride | residual_rows.outer) * plan->itemsize);
+        addresses |= values.residual | (uint64_t)((residual_rows.stride | residual_rows.outer) * row_kind->itemsize);
     }
     if (weight_object != NONE) {
         if (!same_sizes(&weight, &n, 1) || weight.device_type != x.device_type || weight.device != x.device ||
@@ -169,13 +170,13 @@ static PyObject *fast(Table *table, PyObject *const *a, int *sure) {
             return 0;
         values.weight = address_of(&weight);
     }
-    double eps = plan->default_eps;
+    double eps = row_kind->default_eps;
     if (eps_object != NONE) {
         eps = PyFloat_AsDouble(eps_object);
         if (eps == -1.0 && PyErr_Occurred())
             return 0;
     }
-    double next_eps = plan->default_eps;
+    double next_eps = row_kind->default_eps;
     if (table->op == NORM_ADD_NORM) {
         Tensor next_weight;
         if (table->has_weight) {
@@ -189,9 +190,9 @@ static PyObject *fast(Table *table, PyObject *const *a, int *sure) {
                 return 0;
         }
     }
-    const Kernel *kernel = plan->kernel;
+    const Kernel *kernel = row_kind->kernel;
     if (x_rows.inner || residual_rows.inner) {
-        kernel = plan->two_level;
+        kernel = row_kind->two_level;
         if (!kernel || in_place || (x_rows.inner && residual_rows.inner && x_rows.inner != residual_rows.inner))
             return 0;
         values.inner_rows = x_rows.inner ? x_rows.inner : residual_rows.inner;
@@ -205,8 +206,8 @@ static PyObject *fast(Table *table, PyObject *const *a, int *sure) {
     if ((addresses & kernel->mask) || ((values.weight | values.next_weight) & kernel->weight_mask))
         return 0;
     if (in_place && packed) {
-        uint64_t bytes = (uint64_t)(rows * columns * plan->itemsize);
-        uint64_t weight_bytes = (uint64_t)(n * plan->weight_itemsize);
+        uint64_t bytes = (uint64_t)(rows * columns * row_kind->itemsize);
+        uint64_t weight_bytes = (uint64_t)(n * row_kind->weight_itemsize);
         if (overlap(values.x, bytes, values.residual, bytes) ||
             (weight_object != NONE && (overlap(values.x, bytes, values.weight, weight_bytes) ||
                                        overlap(values.residual, bytes, values.weight, weight_bytes))))
@@ -233,9 +234,9 @@ static PyObject *fast(Table *table, PyObject *const *a, int *sure) {
         values.total = values.residual;
     } else {
         if (normed_wanted)
-            normed = allocate_like(table, &plan->shape, &x, plan->out_dtype, &values.normed);
+            normed = allocate_like(table, &row_kind->shape, &x, row_kind->out_dtype, &values.normed);
         if (fused && (normed || !normed_wanted))
-            total = allocate_like(table, &plan->shape, &x, plan->dtype, &values.total);
+            total = allocate_like(table, &row_kind->shape, &x, row_kind->dtype, &values.total);
         if ((normed_wanted && !normed) || (fused && !total)) {
             if (normed)
                 Py_DecRef(normed);
@@ -320,52 +321,53 @@ static PyObject *make_callable(PyObject *self, PyObject *const *a, Py_ssize_t co
     return result;
 }
 
-/* add_plan(table, kernel, two_level kernel or 0, dtype, weight_dtype, out_dtype, n, device, itemsize, weight_itemsize,
- * default_eps, code of dtype, code of weight_dtype) -> 1, or 0 if the table is full or a kernel is not plain (the slow
- * path then serves these calls). Again with the same key: sets the two-level kernel. Codes: launcher.dlpack_code. */
-static PyObject *add_plan(PyObject *self, PyObject *const *a, Py_ssize_t count) {
+/* add_row_kind(table, kernel, two_level kernel or 0, dtype, weight_dtype, out_dtype, n, device, itemsize,
+ * weight_itemsize, default_eps, code of dtype, code of weight_dtype) -> 1, or 0 if the table is full or a kernel is not
+ * plain (the slow path then serves these calls). Again with the same key: sets the two-level kernel. Codes:
+ * launcher.dlpack_code. */
+static PyObject *add_row_kind(PyObject *self, PyObject *const *a, Py_ssize_t count) {
     if (count != 13) {
-        PyErr_SetString(PyExc_TypeError, "add_plan takes 13 arguments");
+        PyErr_SetString(PyExc_TypeError, "add_row_kind takes 13 arguments");
         return 0;
     }
     Table *table = PyCapsule_GetPointer(a[0], "rmsnorm_patch.table");
     if (!table)
         return 0;
-    Plan plan;
-    memset(&plan, 0, sizeof plan);
-    plan.kernel = (Kernel *)PyLong_AsUnsignedLongLong(a[1]);
-    plan.two_level = (Kernel *)PyLong_AsUnsignedLongLong(a[2]);
-    plan.dtype = a[3];
-    plan.out_dtype = a[5];
-    plan.n = PyLong_AsLongLong(a[6]);
-    plan.device = PyLong_AsLongLong(a[7]);
-    plan.itemsize = PyLong_AsLongLong(a[8]);
-    plan.weight_itemsize = PyLong_AsLongLong(a[9]);
-    plan.default_eps = PyFloat_AsDouble(a[10]);
-    plan.x_code = (uint32_t)PyLong_AsLongLong(a[11]);
-    plan.weight_code = (uint32_t)PyLong_AsLongLong(a[12]);
+    RowKind row_kind;
+    memset(&row_kind, 0, sizeof row_kind);
+    row_kind.kernel = (Kernel *)PyLong_AsUnsignedLongLong(a[1]);
+    row_kind.two_level = (Kernel *)PyLong_AsUnsignedLongLong(a[2]);
+    row_kind.dtype = a[3];
+    row_kind.out_dtype = a[5];
+    row_kind.n = PyLong_AsLongLong(a[6]);
+    row_kind.device = PyLong_AsLongLong(a[7]);
+    row_kind.itemsize = PyLong_AsLongLong(a[8]);
+    row_kind.weight_itemsize = PyLong_AsLongLong(a[9]);
+    row_kind.default_eps = PyFloat_AsDouble(a[10]);
+    row_kind.x_code = (uint32_t)PyLong_AsLongLong(a[11]);
+    row_kind.weight_code = (uint32_t)PyLong_AsLongLong(a[12]);
     if (PyErr_Occurred())
         return 0;
-    for (const Kernel *kernel = plan.kernel; kernel; kernel = kernel->next)
+    for (const Kernel *kernel = row_kind.kernel; kernel; kernel = kernel->next)
         if (!kernel->plain)
             return PyLong_FromLongLong(0);
-    for (const Kernel *kernel = plan.two_level; kernel; kernel = kernel->next)
+    for (const Kernel *kernel = row_kind.two_level; kernel; kernel = kernel->next)
         if (!kernel->plain)
             return PyLong_FromLongLong(0);
     for (int i = 0; i < table->count; i++) {
-        Plan *known = &table->plans[i];
-        if (known->x_code == plan.x_code && known->weight_code == plan.weight_code && known->n == plan.n &&
-            known->device == plan.device) {
-            if (plan.two_level)
-                known->two_level = plan.two_level;
+        RowKind *known = &table->row_kinds[i];
+        if (known->x_code == row_kind.x_code && known->weight_code == row_kind.weight_code && known->n == row_kind.n &&
+            known->device == row_kind.device) {
+            if (row_kind.two_level)
+                known->two_level = row_kind.two_level;
             return PyLong_FromLongLong(1);
         }
     }
-    if (table->count == MAX_PLANS)
+    if (table->count == MAX_ROW_KINDS)
         return PyLong_FromLongLong(0);
-    Py_IncRef(plan.dtype);
-    Py_IncRef(plan.out_dtype);
-    table->plans[table->count] = plan;
+    Py_IncRef(row_kind.dtype);
+    Py_IncRef(row_kind.out_dtype);
+    table->row_kinds[table->count] = row_kind;
     table->count++;
     return PyLong_FromLongLong(1);
 }
@@ -385,7 +387,7 @@ PyObject *rp_functions(const char *driver) {
         {"new_kernel", (PyCFunction)(void *)new_kernel, METH_FASTCALL, 0},
         {"launch", (PyCFunction)(void *)launch, METH_FASTCALL, 0},
         {"make_callable", (PyCFunction)(void *)make_callable, METH_FASTCALL, 0},
-        {"add_plan", (PyCFunction)(void *)add_plan, METH_FASTCALL, 0},
+        {"add_row_kind", (PyCFunction)(void *)add_row_kind, METH_FASTCALL, 0},
         {"set_surroundings", (PyCFunction)(void *)set_surroundings, METH_FASTCALL, 0},
         {"new_norm", (PyCFunction)(void *)new_norm, METH_FASTCALL, 0},
         {"in_layer", (PyCFunction)(void *)in_layer, METH_FASTCALL, 0},

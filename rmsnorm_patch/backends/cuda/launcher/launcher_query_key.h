@@ -52,9 +52,9 @@ static int read_rows(const Table *table, Side *side) {
 
 /* Starts the kernel for both. Sets *sure to 0 where the slow path has to decide; nothing has happened then. */
 static PyObject *start_two(Table *table, Side *query, Side *key, int *sure) {
-    Plan *plan = plan_for(table, &query->x, query->weight.dtype);
+    RowKind *row_kind = row_kind_for(table, &query->x, query->weight.dtype);
     const int two_level = query->rows.inner || key->rows.inner;
-    const Kernel *kernel = plan ? (two_level ? plan->two_level : plan->kernel) : 0;
+    const Kernel *kernel = row_kind ? (two_level ? row_kind->two_level : row_kind->kernel) : 0;
     if (!kernel)
         return 0;
     while (query->m + key->m > kernel->m_max && kernel->next)
@@ -69,7 +69,7 @@ static PyObject *start_two(Table *table, Side *query, Side *key, int *sure) {
         values.weight2 = address_of(&key->weight);
     }
     void *stream = 0;
-    if (((values.x | values.x2 | (uint64_t)(strides * plan->itemsize)) & kernel->mask) ||
+    if (((values.x | values.x2 | (uint64_t)(strides * row_kind->itemsize)) & kernel->mask) ||
         ((values.weight | values.weight2) & kernel->weight_mask) ||
         table->exchange->current_stream(query->x.device_type, query->x.device, &stream))
         return 0;
@@ -81,11 +81,12 @@ static PyObject *start_two(Table *table, Side *query, Side *key, int *sure) {
     values.inner_rows2 = key->rows.inner ? key->rows.inner : key->m;
     values.x_outer_stride = query->rows.outer;
     values.x2_outer_stride = key->rows.outer;
-    values.normed_row_stride = values.normed2_row_stride = plan->n;
+    values.normed_row_stride = values.normed2_row_stride = row_kind->n;
     values.eps = (float)PyFloat_AsDouble(query->eps);
 
-    PyObject *first = allocate_like(table, &plan->shape, &query->x, plan->out_dtype, &values.normed);
-    PyObject *second = first ? allocate_like(table, &plan->second, &key->x, plan->out_dtype, &values.normed2) : 0;
+    PyObject *first = allocate_like(table, &row_kind->shape, &query->x, row_kind->out_dtype, &values.normed);
+    PyObject *second =
+        first ? allocate_like(table, &row_kind->second, &key->x, row_kind->out_dtype, &values.normed2) : 0;
     PyObject *result = second ? PyTuple_New(2) : 0;
     if (!result || start_plain(kernel, stream, &values)) { /* the slow path repeats it and words the error */
         PyObject *held[] = {first, second, result};
