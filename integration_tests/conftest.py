@@ -14,10 +14,13 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
 
 DATA = Path(__file__).resolve().parent / "data"
 
@@ -36,11 +39,11 @@ SMALL = {
 }
 
 
-def pytest_configure() -> None:
-    torch.set_num_threads(1)
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """In the processes that run tests: the one that hands them out (`-n 2`) need not import torch."""
+    import torch
+
+    torch.set_num_threads(1)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
@@ -65,6 +68,9 @@ def repository() -> Path:
 def random_checkpoint() -> Callable[..., Path]:
     """`random_checkpoint(folder, "qwen3", std=0.2, head_dim=32)`: a small random bf16 model that an engine can serve,
     with the shipped tokenizer. std: of all weights but the norms'. Further arguments are config fields."""
+
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     def save(folder: Path, model_type: str, std: float, **fields: object) -> Path:
         sizes = {"vocab_size": 258, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2}
@@ -162,6 +168,8 @@ def tiny_llama() -> Path:
 def small_model() -> Callable[..., PreTrainedModel]:
     """`small_model("qwen3", torch.bfloat16, num_hidden_layers=3)`: random weights of a fixed seed, norm weights away
     from 1, eval mode. Keyword arguments are config fields; None removes a default field."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     def build(model_type: str, dtype: torch.dtype = torch.float32, seed: int = 0, **fields: object) -> PreTrainedModel:
         wanted = {name: value for name, value in {**SMALL, **fields}.items() if value is not None}

@@ -3,9 +3,9 @@
 Request: model (folder), enforce_eager, prompts (lists of token ids), max_tokens; and, where wanted, `engine` (further
 LLM arguments), `where_known` (more of them, for releases that have such), `variables` (of the environment),
 `vllm_version` (what vLLM shall say it is), `whole_compiler` (on the CPU, compile as on a GPU), `hide_ir` (no providers
-for vLLM's IR ops), `batches` (further lists of prompts, each generated for by itself) and `changes` (generate once more
-after each: "written" norm weights, in their memory, while the engine runs; "replaced" ones, by others in another
-memory).
+for vLLM's IR ops), `forked_workers` (several workers are forks, where vLLM would start interpreters), `batches`
+(further lists of prompts, each generated for by itself) and `changes` (generate once more after each: "written" norm
+weights, in their memory, while the engine runs; "replaced" ones, by others in another memory).
 Answer: tokens and logprobs of every prompt, and of those of each of the `batches`, the number of forwards while they
 were generated, the lines of our call trace that belong to them and those from the start (where a CUDA graph's calls are
 captured), the classes of the model's norms, and whether CUDA was initialised. On a GPU: which of our kernels the device
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -97,6 +98,10 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         vllm.__version__ = request["vllm_version"]
     if request.get("hide_ir"):
         whole_compiler.hide_ir()
+    if request.get("forked_workers"):
+        from vllm.v1.executor import multiproc_executor
+
+        multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
     if request.get("whole_compiler"):
         whole_compiler.install()
         fp8_products.install()
