@@ -67,7 +67,8 @@ def _silu(result: Any, input: Any) -> None:
 
 
 def _silu_static(result: Any, input: Any, scale: Any) -> None:
-    result.copy_(silu_and_mul_quantised(input, "rounded", QuantSpec("fp8_static"), scale)[0])
+    if scale.numel() == 1:
+        result.copy_(silu_and_mul_quantised(input, "rounded", QuantSpec("fp8_static"), scale)[0])
 
 
 def _silu_block(out: Any, input: Any, scales: Any, size: Any, bound: Any, transposed: Any) -> None:
