@@ -122,7 +122,7 @@ def test_an_engine_of_a_scheme_runs_our_kernels_and_keeps_its_logprobs(scheme: s
     _check_logprobs(stock, patched)
 
 
-ROWS_OF_SILU = {"static": "fp8_static", "token": "fp8_token", "block-cutlass": "fp8_block", "int8": "int8_token"}
+ROWS_OF_SILU = {"static": "fp8_static", "token": "fp8_token", "block-cutlass": "fp8_block"}
 
 
 @needs_fp8
