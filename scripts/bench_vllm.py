@@ -33,11 +33,12 @@ collapse there, and matrix products run faster on them: it holds only where weig
 
 Ideas that lost, to be measured again: "-dependent" launches the compiler's own kernels dependently too
 (`triton.enable_pdl`), "ir-heads" serves the norms over q and k heads, which the plugin leaves to the compiler, and
-"ir-functional" returns new tensors where the plugin writes into its inputs. "ir-apart" is the plugin without its
-taking over what is left of split products (RMSNORM_PATCH_VLLM_LINEAR=off), "ir-adds-apart" without its taking adds into
-the norms in front of them (RMSNORM_PATCH_VLLM_NORM_ADD=off). "ir-reorder" has splits of its own, which change bits
-(RMSNORM_PATCH_VLLM_LINEAR=reorder); as this is the setting of a process, no engine "ir" can share it. "oot-noir" is
-route oot with vLLM's IR hidden: what a vLLM without it gets.
+"ir-functional" returns new tensors where the plugin writes into its inputs. "ir-apart" is the plugin without its taking
+over what is left of split products (RMSNORM_PATCH_VLLM_LINEAR=off), "ir-adds-apart" without its taking adds into the
+norms in front of them (RMSNORM_PATCH_VLLM_NORM_ADD=off). "ir-silu" has silu_and_mul write quantised rows too
+(RMSNORM_PATCH_VLLM_SILU_QUANTISED=auto), beside "ir" in one process: llama-8b-token:stock+ir+ir-silu. "ir-reorder" has
+splits of its own, which change bits (RMSNORM_PATCH_VLLM_LINEAR=reorder); as this is the setting of a process, no engine
+"ir" can share it. "oot-noir" is route oot with vLLM's IR hidden: what a vLLM without it gets.
 """
 
 from __future__ import annotations

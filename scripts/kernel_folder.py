@@ -24,7 +24,7 @@ import rmsnorm_patch  # noqa: E402
 
 LEFT_OUT = (
     *("api.py", "__main__.py", "bench", "cli", "proof", "vllm_plugin", "py.typed"),
-    *("compat/sglang.py", "compat/sglang_plugin.py", "fused/norm_quantised"),
+    *("compat/sglang.py", "compat/sglang_plugin.py", "fused/norm_quantised", "fused/silu_quantised"),
 )
 """Of the package: what no layer needs."""
 BACKENDS = ("cpu", "cuda")

@@ -56,6 +56,7 @@ class Suite:
 NUMERICS = ("backends/triton/test_numerics.py", "backends/triton/test_machine_code.py")
 QUANTISED = ("backends/triton/test_quantised.py",)
 ADDED = ("backends/triton/test_norm_add.py", "fused/test_norm_add.py")
+SILU = ("backends/triton/test_silu.py",)
 GATED = ("backends/triton/test_gated.py", "fused/test_gated_norm.py")
 SUITES = {
     "triton": Suite(
@@ -64,9 +65,10 @@ SUITES = {
             "rms_norm.py": NUMERICS,
             "fused_add_rms_norm.py": NUMERICS,
             "row_math.py": (*NUMERICS, *QUANTISED, *ADDED, *GATED),
-            "rms_norm_quantised.py": QUANTISED,
+            "rms_norm_quantised.py": (*QUANTISED, *SILU),
             "rms_norm_add.py": ADDED,
-            "rms_norm_gated.py": GATED,
+            "rms_norm_gated.py": (*GATED, *SILU),
+            "silu_and_mul_quantised.py": SILU,
         },
     ),
     "layer_calls": Suite(

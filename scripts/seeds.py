@@ -163,7 +163,7 @@ def targets_text(records: Iterable[Row]) -> str:
         for arch in GPUS:
             served = any(schedules.schedules(op, torch.bfloat16, n, arch) for n in (128, 4096))
             cells.append("no" if not served else "ran" if ran(arch, sources) else "compiled, read")
-        file = f"triton/{'rms_norm' if op == 'rms_norm_pair' else op.rstrip('_')}.py"
+        file = f"triton/{'rms_norm' if op == 'rms_norm_pair' else op.rstrip('_').removesuffix('_parts')}.py"
         here = "ran" if ran(HOPPER, {f"kernels/{file}"}) else "compiled"
         cells += [here, "compiled"] if (kernels_dir() / file).exists() else ["no", "no"]
         body.append([*cells, "ran"])

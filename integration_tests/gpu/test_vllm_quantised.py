@@ -84,7 +84,7 @@ def engines(
     prompts = [tokenizer(prompt).input_ids for prompt in ("You may", "This program is", "Error: ")]
     started = functools.partial(vllm_processes.run_program, timeout=SECONDS)
 
-    def run(scheme: str, route: str, model: Path) -> dict[str, Any]:
+    def run(scheme: str, route: str, model: Path, more: dict[str, str]) -> dict[str, Any]:
         request = {
             "model": str(model),
             "enforce_eager": False,
@@ -94,19 +94,19 @@ def engines(
             "where_known": {"enable_flashinfer_autotune": False},
         }
         chosen = ENVIRONMENT.get(f"llama-8b-{scheme}", {})
-        variables = {"RMSNORM_PATCH_VLLM": route, **BOUNDED, **own_device, **chosen}
+        variables = {"RMSNORM_PATCH_VLLM": route, **BOUNDED, **own_device, **chosen, **more}
         place = tmp_path / route
         answer: dict[str, Any] = vllm_processes.run_engine(request, place, place / "cache", run=started, **variables)
         return answer
 
-    def both(scheme: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    def both(scheme: str, **more: str) -> tuple[dict[str, Any], dict[str, Any]]:
         wanted = SCHEMES[scheme]
         sizes = {**WIDTHS, "num_hidden_layers": LAYERS, **(EXPERTS if wanted.model == "mixtral" else {})}
         model = random_checkpoint(tmp_path / "model", wanted.model, std=0.03, **sizes)
         if not wanted.engine:
             model = quantise_checkpoint(model, tmp_path / "quantised", scheme.partition("-")[0])
         with ThreadPoolExecutor(max_workers=2) as pool:
-            stock, patched = (pool.submit(run, scheme, route, model) for route in ("off", "ir"))
+            stock, patched = (pool.submit(run, scheme, route, model, more) for route in ("off", "ir"))
             return stock.result(), patched.result()
 
     return both
@@ -118,6 +118,22 @@ def test_an_engine_of_a_scheme_runs_our_kernels_and_keeps_its_logprobs(scheme: s
     stock, patched = engines(scheme)
     assert stock["kernels"] == {}
     assert stock["trace_at_start"] == stock["trace"] == []
+    _check_kernels(scheme, patched)
+    _check_logprobs(stock, patched)
+
+
+ROWS_OF_SILU = {"static": "fp8_static", "token": "fp8_token", "block-cutlass": "fp8_block"}
+
+
+@needs_fp8
+@pytest.mark.parametrize("scheme", ROWS_OF_SILU)
+def test_silu_and_mul_writes_the_rows_of_the_product_behind_it(scheme: str, engines: Any) -> None:
+    stock, patched = engines(scheme, RMSNORM_PATCH_VLLM_SILU_QUANTISED="auto")
+    assert stock["kernels"] == {}
+    written = patched["kernels"].pop("silu_and_mul_quantised", 0)
+    assert written == LAYERS * patched["forwards"], patched["log"][-4000:]
+    assert f"writes {ROWS_OF_SILU[scheme]} rows of its" in patched["log"]
+    patched["trace_at_start"] = [line for line in patched["trace_at_start"] if "silu" not in line]
     _check_kernels(scheme, patched)
     _check_logprobs(stock, patched)
 

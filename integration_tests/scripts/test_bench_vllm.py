@@ -73,6 +73,10 @@ def test_a_variable_is_set_while_an_engine_starts(vllm_engine, monkeypatch):
     with vllm_engine.CHANGES["ir-adds-apart"]():
         assert settings.read_norm_add() == "off"
     assert settings.read_norm_add() == "auto"
+    monkeypatch.delenv(vllm_engine.SILU_QUANTISED_VARIABLE, raising=False)
+    with vllm_engine.CHANGES["ir-silu"]():
+        assert settings.read_silu_quantised() == "auto"
+    assert settings.read_silu_quantised() == "off"
 
 
 def test_a_shape_with_experts_is_a_configuration_of_transformers(shapes):

@@ -41,6 +41,7 @@ KERNELS = (
     "rms_norm_pair",
     "rms_norm_quantised",
     "rms_norm_add",
+    "silu_and_mul_quantised",
 )
 
 

@@ -19,6 +19,7 @@ from torch._inductor.decomposition import select_decomp_table
 
 from rmsnorm_patch import ops
 from rmsnorm_patch.numerics.quantisation import QuantSpec, quantise
+from rmsnorm_patch.numerics.silu import silu_and_mul, silu_and_mul_quantised
 from rmsnorm_patch.vllm_plugin.decision import SPECS
 
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
@@ -34,6 +35,11 @@ SCHEMAS = {
         "bool scale_ue8m0, bool dummy_is_scale_transposed, bool dummy_is_tma_aligned) -> ()"
     ),
     "scaled_fp4_quant": "(Tensor! result, Tensor input, Tensor! scale) -> ()",
+    "silu_and_mul": "(Tensor! result, Tensor input) -> ()",
+    "silu_and_mul_quant": "(Tensor! result, Tensor input, Tensor scale) -> ()",
+    "silu_and_mul_per_block_quant": (
+        "(Tensor! out, Tensor input, Tensor! scales, int group_size, Tensor? scale_ub, bool is_scale_transposed) -> ()"
+    ),
 }
 
 
@@ -56,6 +62,20 @@ def _block(input: Any, output_q: Any, output_s: Any, size: Any, eps: Any, low: A
         _copy(quantise(input, QuantSpec("fp8_block", arithmetic="separate", power_of_two=ue8m0)), output_q, output_s)
 
 
+def _silu(result: Any, input: Any) -> None:
+    result.copy_(silu_and_mul(input))
+
+
+def _silu_static(result: Any, input: Any, scale: Any) -> None:
+    if scale.numel() == 1:
+        result.copy_(silu_and_mul_quantised(input, "rounded", QuantSpec("fp8_static"), scale)[0])
+
+
+def _silu_block(out: Any, input: Any, scales: Any, size: Any, bound: Any, transposed: Any) -> None:
+    if size == 128 and bound is None:
+        _copy(silu_and_mul_quantised(input, "product", QuantSpec("fp8_block", "fp32")), out, scales)
+
+
 def _any(*arguments: Any, **named: Any) -> None:
     """Of ops that are left alone, and of all with tensors that have no data."""
 
@@ -70,6 +90,9 @@ RUN = {
     "dynamic_per_token_scaled_fp8_quant": _token,
     "dynamic_scaled_int8_quant": _int8,
     "per_token_group_fp8_quant": _block,
+    "silu_and_mul": _silu,
+    "silu_and_mul_quant": _silu_static,
+    "silu_and_mul_per_block_quant": _silu_block,
 }
 """Ops that become ours. Of the others no result is read."""
 _LIBRARY = torch.library.Library("_C", "FRAGMENT")
@@ -131,6 +154,34 @@ def block_op(x: torch.Tensor, layout: str = "row_major", ue8m0: bool = False) ->
         x, result, scale, 128, 1e-10, -448.0, 448.0, ue8m0, layout != "row_major", layout == "tma_aligned"
     )
     return result, scale
+
+
+def silu_op(x: torch.Tensor) -> torch.Tensor:
+    result = x.new_empty(x.shape[0], x.shape[-1] // 2)
+    C.silu_and_mul(result, x)
+    return result
+
+
+def native_silu(x: torch.Tensor) -> torch.Tensor:
+    """`SiluAndMul.forward_native` of vLLM."""
+    n = x.shape[-1] // 2
+    return torch.nn.functional.silu(x[..., :n]) * x[..., n:]
+
+
+def silu_static_op(x: torch.Tensor, scale: torch.Tensor) -> Any:
+    """As `maybe_fused_act_quant` and vLLM's pass call it."""
+    result = torch.empty(x.shape[0], x.shape[-1] // 2, dtype=FP8)
+    C.silu_and_mul_quant(result, x, scale)
+    return (result,)
+
+
+def silu_block_op(x: torch.Tensor, transposed: bool = False, size: int = 128, bound: Any = None) -> Any:
+    """As vLLM's pass puts it in place of the two."""
+    m, n = x.shape[0], x.shape[-1] // 2
+    result = torch.empty(m, n, dtype=FP8)
+    scales = torch.empty(n // size, m).permute(-1, -2) if transposed else torch.empty(m, n // size)
+    C.silu_and_mul_per_block_quant(result, x, scales, size, bound, transposed)
+    return result, scales
 
 
 INDUCTOR, STORED = "rmsnorm_patch", "rmsnorm_patch_c"

@@ -219,6 +219,23 @@ def test_a_bad_value_for_quantised_rows_names_the_allowed_ones(monkeypatch: pyte
     assert settings.read_quantised() == "off"
 
 
+def test_silu_writes_quantised_rows_where_that_is_asked_for_and_norms_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    quantised = replace(CUDA, quantization="fp8", silu_quantised="auto")
+    decision = decide(quantised)
+    assert decision.silu_quantised
+    assert "so does silu_and_mul (RMSNORM_PATCH_VLLM_SILU_QUANTISED=auto)" in decision.reason
+    others = [replace(quantised, silu_quantised="off"), replace(CUDA, silu_quantised="auto")]
+    others += [replace(quantised, quantised="off"), replace(quantised, compiled=False)]
+    assert not any(decide(facts).silu_quantised or "silu" in decide(facts).reason for facts in others)
+    monkeypatch.setenv("RMSNORM_PATCH_VLLM_SILU_QUANTISED", "on")
+    told = "RMSNORM_PATCH_VLLM_SILU_QUANTISED: got 'on'; supported: off, auto; next: "
+    for check in (settings.read_silu_quantised, settings.check):
+        with pytest.raises(UnsupportedInput, match=told):
+            check()
+    monkeypatch.delenv("RMSNORM_PATCH_VLLM_SILU_QUANTISED")
+    assert settings.read_silu_quantised() == "off"
+
+
 def test_adds_behind_norms_are_taken_where_the_graph_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     assert decide(CUDA).norm_add
     off = decide(replace(CUDA, norm_add="off"))

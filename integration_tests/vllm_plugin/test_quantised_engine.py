@@ -86,6 +86,25 @@ def test_every_norm_in_front_of_a_quantisation_writes_its_rows(
     )
 
 
+@pytest.mark.parametrize(("scheme", "value"), [("token", "fp32")])
+def test_silu_and_mul_writes_quantised_rows_where_that_is_asked_for(
+    scheme: str, value: str, quantised: Callable[[str], Path], run_engine: Any
+) -> None:
+    """In front of each layer's last product. Its arithmetic is the compiler's here, and its value with it."""
+    asked = {"RMSNORM_PATCH_VLLM_SILU_QUANTISED": "auto"}
+    stock = run_engine(quantised(scheme), False, "off", op_form=True, whole_compiler=True)
+    ours = run_engine(quantised(scheme), False, "ir", op_form=True, whole_compiler=True, variables=asked)
+    calls = ours["kernels"]["rmsnorm_patch::silu_and_mul_quantised"]
+    assert calls == LAYERS[scheme] * ours["forwards"]
+    written = {(line["scheme"], line["value"], line["silu"]) for line in ours["trace"] if "silu" in line}
+    assert written == {(ROWS[scheme][0], value, "fp32")}
+    assert ours["tokens"] == stock["tokens"]
+    for got, want in zip(ours["logprobs"], stock["logprobs"], strict=True):
+        assert got == pytest.approx(want, abs=LOGPROB_TOLERANCE)
+    assert "so does silu_and_mul (RMSNORM_PATCH_VLLM_SILU_QUANTISED=auto)" in ours["log"]
+    assert f"writes {ROWS[scheme][0]} rows of its {value} value, in place of" in ours["log"]
+
+
 def test_both_routes_run_the_same_ops(quantised: Callable[[str], Path], run_engine: Any) -> None:
     """Those of torch that copy included: what is a functional call on route oot is written in place again."""
     ir, oot = (

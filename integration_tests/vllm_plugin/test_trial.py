@@ -12,8 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rmsnorm_patch import ops
 from rmsnorm_patch.errors import KernelBuildError
 from rmsnorm_patch.fused.norm_quantised import op as norm_quantised_op
+from rmsnorm_patch.fused.silu_quantised import op as silu_op
 from rmsnorm_patch.numerics.contract import PLAIN_OPS
 from rmsnorm_patch.numerics.quantisation import QuantSpec, rms_norm_quantised
+from rmsnorm_patch.numerics.silu import silu_and_mul_quantised
 from rmsnorm_patch.numerics.spec import NormSpec
 from rmsnorm_patch.vllm_plugin import calls, log, trial
 from rmsnorm_patch.vllm_plugin.decision import SPECS
@@ -118,6 +120,26 @@ def test_quantised_rows_are_held_against_the_definition(
 
     monkeypatch.setattr(norm_quantised_op, "rms_norm_quantised", broken)
     assert "does not run here (rms_norm_quantised.cu: got no NVRTC" in _trial_quantised(op, quant)
+
+
+@pytest.mark.parametrize("quant", QUANTS, ids=lambda quant: quant.scheme)
+def test_rows_of_silu_are_held_against_the_definition(quant: QuantSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tried() -> str:
+        return trial._trial_silu(torch.bfloat16, 512, "rounded", quant, quant.scheme == "fp8_static", CPU)
+
+    assert tried() == ""
+
+    def other_half(x: torch.Tensor, *how: object) -> object:
+        return silu_and_mul_quantised(x.roll(256, -1), *how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(silu_op, "silu_and_mul_quantised", other_half)
+    assert "disagrees with the reference" in tried()
+
+    def broken(*given: object) -> object:
+        raise KernelBuildError("silu_and_mul_quantised.cu", "no NVRTC", "NVRTC 12.8", "install nvidia-cuda-nvrtc")
+
+    monkeypatch.setattr(silu_op, "silu_and_mul_quantised", broken)
+    assert "does not run here (silu_and_mul_quantised.cu: got no NVRTC" in tried()
 
 
 def test_norms_over_groups_write_no_quantised_rows() -> None:

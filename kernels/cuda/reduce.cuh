@@ -130,10 +130,14 @@ __device__ __forceinline__ void open_cluster() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");  // the fence has published all there is
 }
 
-// No CTA writes into one that has not opened. Sums may arrive before they are expected: the barrier waits for that as
-// well.
-__device__ __forceinline__ void wait_for_open_cluster() {
+// No CTA writes into one that has not opened.
+__device__ __forceinline__ void wait_for_cluster() {
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Sums may arrive before they are expected: the barrier waits for that as well.
+__device__ __forceinline__ void wait_for_open_cluster() {
+    wait_for_cluster();
     if (threadIdx.x == 0)
         asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&sums_arrived)),
                      "n"(ROWS_PER_CTA * SUMS * 4)

@@ -51,6 +51,7 @@ VARIABLES: dict[str, Callable[[], object]] = {
     settings.VARIABLE: settings.read,
     settings.LINEAR_VARIABLE: settings.read_linear,
     settings.QUANTISED_VARIABLE: settings.read_quantised,
+    settings.SILU_QUANTISED_VARIABLE: settings.read_silu_quantised,
     settings.NORM_ADD_VARIABLE: settings.read_norm_add,
     settings.NUMERICS_VARIABLE: settings.read_numerics,
     settings.RELEASE_VARIABLE: settings.read_tried,

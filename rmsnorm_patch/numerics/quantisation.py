@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 
+from ..errors import UnsupportedInput
 from . import reference
 from .spec import NormSpec
 
@@ -153,6 +154,23 @@ def new_scales(x: torch.Tensor, quant: QuantSpec) -> torch.Tensor:
     for size in reversed(shape[1:-1]):
         strides.insert(0, strides[0] * size)
     return x.new_empty_strided(shape, (*strides[: len(shape) - 1], column), dtype=torch.float32)
+
+
+def check_given(x: torch.Tensor, given: torch.Tensor | None, quant: QuantSpec, op: str) -> None:
+    """Raise UnsupportedInput unless `given` is what `quantise` takes for rows beside x."""
+    scheme = quant.scheme
+    wanted = {
+        "fp8_static": "the scale: fp32, one element, on x's device",
+        "fp8_token": "None, or an upper bound: fp32, one element, on x's device",
+    }.get(scheme, "None")
+    if given is None:
+        fits = scheme != "fp8_static"
+    else:
+        fits = scheme in ("fp8_static", "fp8_token") and given.dtype == torch.float32
+        fits = fits and given.numel() == 1 and given.device == x.device
+    if not fits:
+        got = "None" if given is None else f"{tuple(given.shape)} {given.dtype} on {given.device}"
+        raise UnsupportedInput(op, f"given={got} for {scheme}", wanted, "correct the argument")
 
 
 def quantise(

@@ -46,7 +46,7 @@ class Facts:
     `settings.read_tried()`; transformers: what its modules compute, where that was asked for; fusions: passes of vLLM
     that may take norms into kernels of their own; quantised: `settings.read_quantised()`; norm_quant: whether vLLM's
     pass of that name is on; without_gain: `schemes.without_gain()`, asked for route "auto" alone; norm_add:
-    `settings.read_norm_add()`."""
+    `settings.read_norm_add()`; silu_quantised: `settings.read_silu_quantised()`."""
 
     requested: settings.Route
     version: str
@@ -68,6 +68,7 @@ class Facts:
     norm_quant: bool = False
     without_gain: str = ""
     norm_add: settings.NormAdd = "auto"
+    silu_quantised: settings.SiluQuantised = "off"
 
     @property
     def may_quantise_rows(self) -> bool:
@@ -82,7 +83,8 @@ class Decision:
     norms with fp32 `1 + w` weights are served too, by their class (`oot_route`). numerics: the classes of transformers
     that its norms compute as, "" for the engine's own numerics; refused: why these although transformers' were asked
     for; invariant: it is a batch-invariant engine; quantised: norms write quantised rows where the graph has readers of
-    such (`quantised_pass`); norm_add: they take the residual-adds behind them (`norm_add_pass`)."""
+    such (`quantised_pass`); silu_quantised: so does silu_and_mul (`silu_pass`); norm_add: norms take the residual-adds
+    behind them (`norm_add_pass`)."""
 
     route: Chosen
     provider: str
@@ -96,6 +98,7 @@ class Decision:
     invariant: bool = False
     quantised: bool = False
     norm_add: bool = False
+    silu_quantised: bool = False
 
     def __str__(self) -> str:
         how = f"route {self.route}, provider {self.provider}" if self.route != "none" else "off, vLLM's own norms"
@@ -157,6 +160,9 @@ def _decide(facts: Facts) -> Decision:
     quantised = facts.may_quantise_rows
     if quantised:
         reason += f"; quantization {facts.quantization!r}: norms write quantised rows where the graph reads such"
+    silu_quantised = quantised and facts.silu_quantised != "off"
+    if silu_quantised:
+        reason += f"; so does silu_and_mul ({settings.SILU_QUANTISED_VARIABLE}={facts.silu_quantised})"
     if facts.batch_invariant:
         reason += "; batch-invariant: a row's bits follow from it and its length alone"
     # With tensor parallel a class would hide its norms from vLLM's fusion with the all-reduce, which numerics turn off.
@@ -172,6 +178,7 @@ def _decide(facts: Facts) -> Decision:
         invariant=facts.batch_invariant,
         quantised=quantised,
         norm_add=norm_add,
+        silu_quantised=silu_quantised,
     )
 
 
@@ -247,6 +254,7 @@ def facts_of(vllm_config: Any, incumbents: tuple[str, ...]) -> Facts:
         norm_quant=bool(getattr(compilation.pass_config, NORM_QUANT, None)),
         without_gain=schemes.without_gain(quantisation) if requested == "auto" else "",
         norm_add=settings.read_norm_add(),
+        silu_quantised=settings.read_silu_quantised(),
     )
 
 

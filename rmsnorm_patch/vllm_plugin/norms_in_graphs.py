@@ -108,11 +108,16 @@ def erase_unread(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
 
 def path_of(norm: Norm) -> str:
     """Where a norm stands in the model, as far as its graph says."""
-    for node in (norm.node, norm.rows, *norm.rows.users):
+    return place_in_model(norm.node, norm.rows, *norm.rows.users) or "a norm"
+
+
+def place_in_model(*nodes: fx.Node) -> str:
+    """The module that the first of them which says so belongs to, or ""."""
+    for node in nodes:
         if stack := node.meta.get("nn_module_stack"):
             path = str(list(stack.values())[-1][0])
             return path.replace("L['self'].", "").replace("L['s'].", "")
-    return "a norm"
+    return ""
 
 
 def tell_once(told: set[tuple[Any, ...]], norm: Norm, what: str, *once: Any) -> None:

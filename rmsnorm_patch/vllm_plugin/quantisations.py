@@ -60,12 +60,12 @@ class Call:
         return self.arguments.get("input")
 
 
-def call_of(node: fx.Node) -> Call | None:
-    """The quantisation op that a node calls; None for any other node."""
+def call_of(node: fx.Node, part: str = "quant") -> Call | None:
+    """The op of vLLM's that a node calls, if its name has this part: by default a quantisation."""
     functional = node.target is auto_functionalized
     op: Any = node.args[0] if functional else node.target
     schema = getattr(op, "_schema", None)
-    if schema is None or not schema.name.startswith(f"{NAMESPACE}::") or "quant" not in schema.name:
+    if schema is None or not schema.name.startswith(f"{NAMESPACE}::") or part not in schema.name:
         return None
     if functional:
         arguments = dict(node.kwargs)
@@ -99,12 +99,14 @@ def _block(call: Call) -> QuantSpec | str:
         return f"its groups have {given['group_size']} columns, and ours {GROUP}"
     if given["fp8_max"] != FP8_LIMIT:
         return f"its largest value is {given['fp8_max']}, and ours {FP8_LIMIT}"
-    return QuantSpec("fp8_block", "rounded", "separate", _layout(call), bool(given["scale_ue8m0"]))
+    layout = layout_of(call, call.written[1])
+    return QuantSpec("fp8_block", "rounded", "separate", layout, bool(given["scale_ue8m0"]))
 
 
-def _layout(call: Call) -> Layout:
-    """As the tensor for the scales lies; columns that are padded for TMA are named by a flag, as a symbol cannot be."""
-    value = call.arguments[call.written[1]].meta["val"]
+def layout_of(call: Call, scales: str) -> Layout:
+    """As the tensor for the scales, an argument, lies; columns that are padded for TMA are named by a flag, as a symbol
+    cannot be."""
+    value = call.arguments[scales].meta["val"]
     if value.shape[-1] == 1 or value.stride(-1) == 1:
         return "row_major"
     return "tma_aligned" if call.arguments.get("dummy_is_tma_aligned") else "column_major"
@@ -134,7 +136,7 @@ def of_op(call: Call, rows: fx.Node) -> Quantisation | str:
         return f"its schema has no argument {error}: this vLLM has another op of that name"
     if isinstance(spec, str):
         return spec
-    results = _results(call)
+    results = results_of(call)
     if results is None:
         return "its results lie in memory that others share"
     held = results[0]
@@ -142,11 +144,11 @@ def of_op(call: Call, rows: fx.Node) -> Quantisation | str:
     if any(node.meta["val"].shape != call.input.meta["val"].shape for node in held):
         return "its rows are padded"
     given = call.arguments.get("scale" if spec.scheme == "fp8_static" else "scale_ub")
-    made_by = [*(held + scales if call.functional else []), call.node, *_buffers(call), *views]
+    made_by = [*(held + scales if call.functional else []), call.node, *buffers_of(call), *views]
     return Quantisation(spec, given, held, scales, call.node, made_by, is_op=True)
 
 
-def _results(call: Call) -> list[list[fx.Node]] | None:
+def results_of(call: Call) -> list[list[fx.Node]] | None:
     """For each argument that is written, the nodes that hold it afterwards."""
     if call.functional:
         schema = call.node.args[0]._schema  # type: ignore[union-attr]
@@ -171,7 +173,7 @@ def _is_its_own(buffer: fx.Node) -> bool:
     return buffer.target in ALLOCATIONS
 
 
-def _buffers(call: Call) -> list[fx.Node]:
+def buffers_of(call: Call) -> list[fx.Node]:
     """What the call's results are written to, and for a view also the memory behind it."""
     found = []
     for name in call.written:

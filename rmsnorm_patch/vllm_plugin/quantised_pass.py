@@ -11,6 +11,7 @@ The pass starts from our own ops, in the forms that `linear_pass` knows, and run
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -43,7 +44,7 @@ def fuse(graph: fx.Graph) -> int:
 
 def _fuse(graph: fx.Graph, norm: Norm, places: Places) -> bool:
     """Whether the norm writes quantised rows now."""
-    found, left = _quantisations_of(norm, places)
+    found, left = quantisations_of(norm.rows, lambda node: places[node] > places[norm.node], places, _value(norm.spec))
     first = None
     for one in found:
         why = _declined(norm, one, places)
@@ -62,27 +63,25 @@ def _fuse(graph: fx.Graph, norm: Norm, places: Places) -> bool:
     return True
 
 
-def _quantisations_of(norm: Norm, places: Places) -> tuple[list[Quantisation], list[str]]:
-    """What quantises the norm's rows, the first in the graph first; and what else does, with the reason why that is
-    left alone."""
-
-    def come_after(node: fx.Node) -> bool:
-        return places[node] > places[norm.node]
-
+def quantisations_of(
+    rows: fx.Node, come_after: Callable[[fx.Node], bool], places: Places, value: Value
+) -> tuple[list[Quantisation], list[str]]:
+    """What quantises rows, the first in the graph first; and what else does, with the reason why that is left alone.
+    value: what arithmetic reads, once it is no longer the compiler's."""
     found, left = list[Quantisation](), list[str]()
-    readers = quantisations.readers(norm.rows, come_after, arithmetic.ARITHMETIC.__contains__)
+    readers = quantisations.readers(rows, come_after, arithmetic.ARITHMETIC.__contains__)
     for reader in sorted(readers, key=places.__getitem__):
         one: Quantisation | str
         if call := quantisations.call_of(reader):
-            one, name = quantisations.of_op(call, norm.rows), f"{quantisations.NAMESPACE}.{call.name}"
+            one, name = quantisations.of_op(call, rows), f"{quantisations.NAMESPACE}.{call.name}"
         elif quantisations.is_quantised(reader):
-            one, name = arithmetic.of_arithmetic(reader, norm.rows, come_after), "a quantisation in arithmetic"
+            one, name = arithmetic.of_arithmetic(reader, rows, come_after), "a quantisation in arithmetic"
         else:
             continue
         if isinstance(one, str):
             left.append(f"{name}: {one}")
         else:
-            spec = one.spec if one.is_op else replace(one.spec, value=_value(norm.spec))
+            spec = one.spec if one.is_op else replace(one.spec, value=value)
             found.append(replace(one, spec=spec, name=name))
     return found, left
 
@@ -122,16 +121,11 @@ def _replace(graph: fx.Graph, norm: Norm, same: list[Quantisation], places: Plac
     """Put the op that writes quantised rows in place of the norm, and its results in place of what quantised them.
     Returns whether somebody reads the plain rows too."""
 
-    def replace_behind(old: fx.Node, new: fx.Node, node: fx.Node) -> None:
-        old.replace_all_uses_with(new, delete_user_cb=lambda user: places.get(user, -1) > places[node])
-
     with graph.inserting_before(norm.node):
         made, results = _insert(graph, norm, same[0])
         rows, scales, normed, *totals = results
-        for one in same:
-            for held, result in (*((old, rows) for old in one.rows), *((old, scales) for old in one.scales)):
-                replace_behind(held, _as_shaped(graph, result, held), one.node)
-    replace_behind(norm.rows, normed, norm.node)
+        read_instead(graph, same, rows, scales, places)
+    _replace_behind(norm.rows, normed, norm.node, places)
     if norm.total is not None:
         norm.total.replace_all_uses_with(totals[0])
     for one in same:
@@ -144,6 +138,17 @@ def _replace(graph: fx.Graph, norm: Norm, same: list[Quantisation], places: Plac
         erase_unread(graph, [norm.rows] if norm.total is None else [norm.rows, norm.total])
     graph.erase_node(norm.node)
     return both
+
+
+def read_instead(graph: fx.Graph, same: list[Quantisation], rows: fx.Node, scales: fx.Node, places: Places) -> None:
+    """Whoever reads what these quantisations give reads `rows` and `scales`. Views are put where the graph inserts."""
+    for one in same:
+        for held, result in (*((old, rows) for old in one.rows), *((old, scales) for old in one.scales)):
+            _replace_behind(held, _as_shaped(graph, result, held), one.node, places)
+
+
+def _replace_behind(old: fx.Node, new: fx.Node, node: fx.Node, places: Places) -> None:
+    old.replace_all_uses_with(new, delete_user_cb=lambda user: places.get(user, -1) > places[node])
 
 
 def _insert(graph: fx.Graph, norm: Norm, found: Quantisation) -> tuple[fx.Node, list[fx.Node]]:

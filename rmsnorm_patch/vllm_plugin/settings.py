@@ -18,6 +18,9 @@ LINEAR_VARIABLE = "RMSNORM_PATCH_VLLM_LINEAR"
 Quantised = Literal["auto", "off"]
 QUANTISED: tuple[Quantised, ...] = get_args(Quantised)
 QUANTISED_VARIABLE = "RMSNORM_PATCH_VLLM_QUANTISED"
+SiluQuantised = Literal["off", "auto"]
+SILU_QUANTISED: tuple[SiluQuantised, ...] = get_args(SiluQuantised)
+SILU_QUANTISED_VARIABLE = "RMSNORM_PATCH_VLLM_SILU_QUANTISED"
 NormAdd = Literal["auto", "off"]
 NORM_ADDS: tuple[NormAdd, ...] = get_args(NormAdd)
 NORM_ADD_VARIABLE = "RMSNORM_PATCH_VLLM_NORM_ADD"
@@ -46,6 +49,11 @@ def read_quantised() -> Quantised:
     return _one_of(QUANTISED_VARIABLE, QUANTISED)
 
 
+def read_silu_quantised() -> SiluQuantised:
+    """Whether `RMSNORM_PATCH_VLLM_SILU_QUANTISED` lets silu_and_mul write the rows that a quantised product reads."""
+    return _one_of(SILU_QUANTISED_VARIABLE, SILU_QUANTISED)
+
+
 def read_norm_add() -> NormAdd:
     """Whether `RMSNORM_PATCH_VLLM_NORM_ADD` lets norms take the residual-adds behind them into their launches."""
     return _one_of(NORM_ADD_VARIABLE, NORM_ADDS)
@@ -66,6 +74,7 @@ def check() -> None:
     read()
     read_linear()
     read_quantised()
+    read_silu_quantised()
     read_norm_add()
     read_numerics()
     launch_mode.read()

@@ -16,8 +16,10 @@ from ..backends.bindings import kept
 from ..errors import RMSNormPatchError
 from ..fused.norm_add import op as norm_add_op
 from ..fused.norm_quantised import op as norm_quantised_op
+from ..fused.silu_quantised import op as silu_op
 from ..numerics.contract import PLAIN_OPS
 from ..numerics.quantisation import QuantSpec, rms_norm_quantised
+from ..numerics.silu import Silu, silu_and_mul_quantised
 from ..numerics.spec import SUPPORTED_DTYPES, NormSpec
 from .log import warn_once
 
@@ -231,6 +233,45 @@ def _trial_quantised(
             return f"its kernel does not run here ({error})"
         results = (*got, x if residual is None else residual)
         if not all(_is_close(left, right) for left, right in zip(results, want, strict=True)):
+            return "its kernel disagrees with the reference on this device"
+    return ""
+
+
+def declined_silu(x: torch.Tensor, silu: Silu, quant: QuantSpec, bounded: bool) -> str:
+    """Why no kernel writes quantised rows of silu(gate) * up for both of them in x, or "". x may be a fake tensor;
+    bounded: a scale or an upper bound is given."""
+    return _declined_silu(x.dtype, x.shape[-1], silu, quant, bounded, x.device)
+
+
+@kept
+def _declined_silu(
+    dtype: torch.dtype, width: int, silu: Silu, quant: QuantSpec, bounded: bool, device: torch.device
+) -> str:
+    if device.type != "cuda":
+        return ""
+    why = on_a_fresh_stack(silu_op.NAME, _trial_silu, dtype, width, silu, quant, bounded, device)
+    if why:
+        warn_once(f"{silu_op.NAME} of {width // 2} columns, {quant.scheme}, is left to vLLM: {why}")
+    return why
+
+
+def _trial_silu(
+    dtype: torch.dtype, width: int, silu: Silu, quant: QuantSpec, bounded: bool, device: torch.device
+) -> str:
+    """Run the op on a few rows and hold it against the definition; an exponential may differ in its last bits."""
+    generator = torch.Generator(device).manual_seed(0)
+    given = torch.full((1,), 0.02, device=device) if bounded else None
+    for m in ROWS:
+        x = torch.randn(m, width, generator=generator, device=device).to(dtype)
+        want = silu_and_mul_quantised(x, silu, quant, given)
+        try:
+            run = torch.ops.rmsnorm_patch.silu_and_mul_quantised.default
+            got = run(x, given, quant.scheme, *silu_op.silu_args(silu, quant))
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        except (RMSNormPatchError, RuntimeError, OSError) as error:
+            return f"its kernel does not run here ({error})"
+        if not all(_is_close(left, right) for left, right in zip(got, want, strict=True)):
             return "its kernel disagrees with the reference on this device"
     return ""
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rmsnorm_patch.vllm_plugin.settings import LINEAR_VARIABLE, NORM_ADD_VARIABLE
+from rmsnorm_patch.vllm_plugin.settings import LINEAR_VARIABLE, NORM_ADD_VARIABLE, SILU_QUANTISED_VARIABLE
 
 from .vllm_shapes import SHAPES
 
@@ -27,6 +27,7 @@ VARIANTS: dict[str, tuple[str, dict[str, bool]]] = {
     "ir-dependent": ("ir", {DEPENDENT: True}),
     "ir-apart": ("ir", {}),
     "ir-adds-apart": ("ir", {}),
+    "ir-silu": ("ir", {}),
     "ir-reorder": ("ir", {}),
     "ir-functional": ("ir", {}),
     "ir-heads": ("ir", {}),
@@ -272,6 +273,7 @@ CHANGES: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "removed": norms_removed,
     "ir-apart": lambda: set_to(LINEAR_VARIABLE, "off"),
     "ir-adds-apart": lambda: set_to(NORM_ADD_VARIABLE, "off"),
+    "ir-silu": lambda: set_to(SILU_QUANTISED_VARIABLE, "auto"),
     "ir-reorder": lambda: set_to(LINEAR_VARIABLE, "reorder"),
     "ir-heads": lambda: changed("COMPILER_HEAD", 0),
     "ir-functional": lambda: changed("IN_PLACE", False),

@@ -357,6 +357,56 @@ def _chains(op: str) -> Iterator[Probe]:
         yield Probe(rows, lambda m=m, n=n: call(m, n), f"{op} behind {op} {m} {n}", capability)
 
 
+def _silu() -> Iterator[Probe]:
+    """silu(gate) * up, quantised, to the bit of the definition; and a chain of launches, each of which reads what the
+    one in front has written."""
+    import torch
+
+    from rmsnorm_patch.fused.silu_quantised.op import silu_args
+    from rmsnorm_patch.numerics.quantisation import QuantSpec
+    from rmsnorm_patch.numerics.silu import SILUS, silu_and_mul_quantised
+
+    def run(x: torch.Tensor, silu: Any, quant: QuantSpec) -> tuple[Any, Any]:
+        given = torch.tensor([0.037], device="cuda") if quant.scheme == "fp8_static" else None
+        op = torch.ops.rmsnorm_patch.silu_and_mul_quantised
+        found = op(x, given, quant.scheme, *silu_args(silu, quant), "cuda")
+        return found, silu_and_mul_quantised(x, silu, quant, given)
+
+    def call(m: int, n: int, silu: Any, quant: QuantSpec, apart: int = 0) -> str:
+        torch.manual_seed(1)
+        x = torch.randn(m, 2 * n + apart, device="cuda").to(torch.bfloat16)[:, : 2 * n]
+        sizes = torch.randint(-20, 6, (1 + n // 128,), device="cuda")
+        x[:, n:] *= (2.0 ** sizes.repeat_interleave(128)[:n]).to(torch.bfloat16)
+        if m >= 5:
+            x[0], x[1, 3], x[2, 5], x[4, n - 1] = 0, float("nan"), float("inf"), -120.0
+        (rows, scales), (want, want_scales) = run(x, silu, quant)
+        return _differ((rows.view(torch.uint8), want.view(torch.uint8)), (scales, want_scales))
+
+    def chained(m: int, n: int) -> str:
+        def step(x: torch.Tensor) -> torch.Tensor:
+            (rows, _), _ = run(x, "rounded", QuantSpec("fp8_token"))
+            return torch.cat([rows, rows.flip(-1)], -1).view(torch.uint8).to(torch.bfloat16) / 64 - 1
+
+        return _chain(step, torch.randn(m, 2 * n, device="cuda").to(torch.bfloat16))
+
+    kinds = (
+        QuantSpec("fp8_static"),
+        QuantSpec("fp8_token", "fp32", "native"),
+        QuantSpec("fp8_block", "fp32", "fused", "column_major"),
+        QuantSpec("fp8_block", "rounded", "separate", "tma_aligned", True),
+        QuantSpec("int8_token", arithmetic="separate"),
+    )
+    for m, n in ((33, 4096), (7, 14336), (300, 14336), (1029, 64), (700, 768), (9, 9728), (3, 28680), (70, 28680)):
+        for place, quant in enumerate(kinds):
+            given = (m, n, SILUS[place % 3], quant)
+            yield Probe(m, lambda a=given: call(*a), f"silu, {m} {n} {quant}")
+    for m, n, apart in ((9, 4096, 1), (9, 14336, 2), (300, 8192, 4)):
+        given = (m, n, "rounded", kinds[1], apart)
+        yield Probe(m, lambda a=given: call(*a), f"silu, {m} {n} of rows {apart} longer")
+    for m, n in ((300, 14336), (8, 14336)):
+        yield Probe(m, lambda m=m, n=n: chained(m, n), f"silu behind silu {m} {n}")
+
+
 MAKERS: dict[str, Callable[[], Iterator[Probe]]] = {
     "rms_norm_rows.cu": lambda: chain(_norms(streamed=False), _chains("norm")),
     "rms_norm_stream.cu": lambda: chain(_norms(streamed=True), _chains("streamed")),
@@ -365,5 +415,6 @@ MAKERS: dict[str, Callable[[], Iterator[Probe]]] = {
     "rms_norm_quantised.cu": lambda: chain(_quantised(), _chains("quantised")),
     "rms_norm_add.cu": lambda: chain(_adds(), _chains("add")),
     "rms_norm_gated.cu": lambda: chain(_gated(), _chains("gated")),
+    "silu_and_mul_quantised.cu": _silu,
 }
 """Kernel file -> its probes."""

@@ -21,9 +21,12 @@ from rmsnorm_patch.backends.cuda import jit, nvrtc, schedules
 from rmsnorm_patch.fused.gated_norm import kernel as gated_norm_kernel
 from rmsnorm_patch.fused.norm_add import kernel as norm_add_kernel
 from rmsnorm_patch.fused.norm_quantised import kernel as norm_quantised_kernel
+from rmsnorm_patch.fused.silu_quantised import kernel as silu_kernel
 from rmsnorm_patch.numerics.gating import GateSpec
 from rmsnorm_patch.numerics.quantisation import QuantSpec
 from rmsnorm_patch.numerics.spec import LLAMA
+
+SILU = {silu_kernel.WHOLE: QuantSpec("fp8_token"), silu_kernel.PARTS: QuantSpec("fp8_static")}
 
 
 def every_schedule(arch):
@@ -39,7 +42,8 @@ def every_schedule(arch):
                 shortest = max(rule.n[0], -(-rule.row_bytes[0] // x.itemsize))
                 n = -(-shortest // step) * step
                 for op in kernel.ops:
-                    if op == norm_quantised_kernel.OP and arch < norm_quantised_kernel.FP8_CAPABILITY:
+                    writes_fp8 = op in (norm_quantised_kernel.OP, *SILU)
+                    if writes_fp8 and arch < norm_quantised_kernel.FP8_CAPABILITY:
                         continue
                     if (
                         op != "fused_add_rms_norm_" and schedules.DTYPE_NAMES[x] in kernel.x_dtypes
@@ -52,7 +56,15 @@ def every_schedule(arch):
                             (config,) = norm_add_kernel.with_next((config,), True)
                         if op == gated_norm_kernel.OP:  # one order of the two
                             (config,) = gated_norm_kernel.schedules((config,), GateSpec("silu", "norm_first"), x)
+                        if op in SILU:
+                            (config,) = silu_kernel.schedules((config,), "rounded", SILU[op], True)
                         yield in_parts(config, 4) if op == PARTIALS else config, op, n, x
+
+
+def built(config, op, n, arch, x=BF16):
+    if op in SILU:
+        return kernel_table.build(config, silu_kernel.SPEC, False, n, arch, x, None)
+    return kernel_table.build(config, LLAMA, op in ADDING, n, arch, x, x)
 
 
 def kernels_on(arch):
@@ -106,7 +118,7 @@ def test_no_schedule_reads_anything_before_the_previous_kernel_has_ended(arch, f
     short form: one schedule of each kind."""
     seen = set()
     for config, op, n, x in every_schedule(arch) if form == "long" else kinds_of_schedules(arch):
-        above, below = loads_around_the_wait(kernel_table.build(config, LLAMA, op in ADDING, n, arch, x, x))
+        above, below = loads_around_the_wait(built(config, op, n, arch, x))
         assert not above, (config, op, n, above)
         assert below
         seen.add(config.kernel)
@@ -120,7 +132,7 @@ def test_the_assembler_leaves_every_kind_of_kernel_so(arch):
     for config, op, n, x in every_schedule(arch):
         if x == BF16:
             kinds[config.kernel, dict(config.defines)["WEIGHT_AT"]] = config, op, n
-    builds = {kernel_table.build(config, LLAMA, op in ADDING, n, arch): config for config, op, n in kinds.values()}
+    builds = {built(config, op, n, arch): config for config, op, n in kinds.values()}
     for build, machine in read(builds).items():
         assert (machine.waits, machine.loads_before_wait) == (1, 0), builds[build]
     assert {kernel for kernel, _ in kinds} == kernels_on(arch)

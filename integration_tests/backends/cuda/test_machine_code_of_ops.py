@@ -1,4 +1,5 @@
-"""The machine code of the ops around the norm, for GPUs that are not here: quantised rows, adds behind norms, gates."""
+"""The machine code of the ops around the norm, for GPUs that are not here: quantised rows, adds behind norms, gates,
+and of silu_and_mul with quantised rows."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from rmsnorm_patch.backends.cuda import schedules
 from rmsnorm_patch.fused.gated_norm import kernel as gated_norm_kernel
 from rmsnorm_patch.fused.norm_add import kernel as norm_add_kernel
 from rmsnorm_patch.fused.norm_quantised import kernel as norm_quantised_kernel
+from rmsnorm_patch.fused.silu_quantised import kernel as silu_kernel
 from rmsnorm_patch.numerics.gating import GateSpec
 from rmsnorm_patch.numerics.quantisation import QuantSpec
 from rmsnorm_patch.numerics.spec import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, NormSpec
@@ -157,3 +159,59 @@ def test_gated_rows_everywhere(arch, name):
     rows = [each for n in (128, 1024, 4096, 8192, 16384) for each in gated(name, n, arch)]
     rows += gated(name, 8192, arch, group=512)
     check_gated(rows, read(build for _, build in rows), arch)
+
+
+SILU = {
+    "static": ("rounded", QuantSpec("fp8_static")),
+    "token": ("fp32", QuantSpec("fp8_token", "fp32", "native")),
+    "rounded token": ("rounded", QuantSpec("fp8_token")),
+    "block": ("product", QuantSpec("fp8_block", "fp32")),
+    "rounded block": ("rounded", QuantSpec("fp8_block", "rounded", "separate", "tma_aligned", True)),
+    "int8": ("rounded", QuantSpec("int8_token", arithmetic="separate")),
+}
+
+
+def silu(name, n, arch, x=BF16, align=None):
+    """(configuration, build) of each schedule."""
+    way, quant = SILU[name]
+    configs = silu_kernel.schedules(schedules.schedules(silu_kernel.op_of(quant), x, n, arch), way, quant, False)
+    assert configs
+    return [
+        (config, kernel_table.build(config, silu_kernel.SPEC, False, n, arch, x, None, align)) for config in configs
+    ]
+
+
+def check_silu(name, rows, machines, arch):
+    """A chunk's gates and what they multiply take a load of 16 bytes each, its results a store of eight."""
+    for config, build in rows:
+        machine = machines[build]
+        check(config, machine, arch)
+        chunks = dict(config.defines)["PART_CHUNKS"] or -(-build.n // (8 * config.threads_per_row * config.cluster))
+        given, scales = ({32: 1}, {}) if name == "static" else ({}, {32: 1})
+        assert machine.loads == {128: 2 * chunks, **given}, (config, machine)
+        assert machine.stores == {64: chunks, **scales}, (config, machine)
+        assert machine.gpu_fences == 0
+
+
+@pytest.mark.parametrize("name", SILU)
+def test_silu_rows(name):
+    rows = {each: silu(each, 14336, 90) for each in SILU}
+    check_silu(name, rows[name], read(build for each in rows.values() for _, build in each), 90)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", SILU)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_silu_rows_everywhere(arch, name):
+    rows = [each for n in (256, 768, 3584, 14336, 28672) for each in silu(name, n, arch)] + silu(name, 9728, arch, FP16)
+    check_silu(name, rows, read(build for _, build in rows), arch)
+
+
+@pytest.mark.parametrize("name", SILU)
+def test_silu_rows_that_are_less_aligned(name):
+    """A view into rows of an odd stride: elements are put together, and nothing spills."""
+    rows = {each: silu(each, 14336, 90, align=2) for each in SILU}
+    machines = read(build for each in rows.values() for _, build in each)
+    for config, build in rows[name]:
+        check(config, machines[build], 90)
+        assert 128 not in machines[build].loads

@@ -31,12 +31,23 @@ from ...kernel_files import kernels_dir
 from ...numerics.contract import PLAIN_OPS
 from ..rule_table import UNBOUNDED, Range, Table, content_of
 
-OPS = (*PLAIN_OPS, "rms_norm_pair", "rms_norm_partials", "rms_norm_quantised", "rms_norm_add", "rms_norm_gated")
+OPS = (
+    *PLAIN_OPS,
+    "rms_norm_pair",
+    "rms_norm_partials",
+    "rms_norm_quantised",
+    "rms_norm_add",
+    "rms_norm_gated",
+    "silu_and_mul_quantised",
+    "silu_and_mul_quantised_parts",
+)
 """rms_norm_pair: two plain norms of one spec and N, each with its own rows and weight, in one launch (q and k).
 rms_norm_partials: fused_add_rms_norm_ of a product that comes in parts.
 rms_norm_quantised: the norm, with or without an add, that writes quantised rows.
 rms_norm_add: the norm and the add behind it, with or without the norm of the sum.
-rms_norm_gated: the norm of x times an activated gate, or the norm times one."""
+rms_norm_gated: the norm of x times an activated gate, or the norm times one.
+silu_and_mul_quantised: silu(gate) * up, written as quantised rows that have a scale each.
+silu_and_mul_quantised_parts: the same where no scale is a whole row's; M counts the parts of all rows."""
 DTYPES = ("fp32", "bf16", "fp16")
 
 

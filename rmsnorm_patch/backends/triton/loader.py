@@ -25,7 +25,15 @@ _LOCK = Lock(waits=True)  # a module half imported, and the switch of `knobs` se
 _LOADED: dict[bool, dict[str, ModuleType]] = {}
 """By whether they are interpreted; only what is loaded to its end, which `sys.modules` does not say."""
 _PACKAGES = {False: "_rmsnorm_patch_triton", True: "_rmsnorm_patch_triton_interpreted"}
-MODULES = ("row_math", "rms_norm", "fused_add_rms_norm", "rms_norm_quantised", "rms_norm_add", "rms_norm_gated")
+MODULES = (
+    "row_math",
+    "rms_norm",
+    "fused_add_rms_norm",
+    "rms_norm_quantised",
+    "rms_norm_add",
+    "rms_norm_gated",
+    "silu_and_mul_quantised",
+)
 
 
 def interpreting() -> bool:

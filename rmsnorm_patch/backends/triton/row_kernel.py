@@ -43,8 +43,8 @@ class RowKernel:
     ) -> None:
         """Launch for the rows of x [..., N], on its device and current stream.
 
-        The kernel's parameters are the operands (tensors, then what is added to mean squares), the number of rows,
-        `inner` and the strides of `rows`, `more`, and its constants.
+        The kernel's parameters are the operands (tensors, then of a norm what is added to mean squares), the number of
+        rows, `inner` and the strides of `rows`, `more`, and its constants.
         """
         function = getattr(loader.load(self.name, interpreted=not x.is_cuda), self.name)
         count, inner = x.numel() // layout.columns, rows[0].inner

@@ -26,7 +26,7 @@ from ...backends.names import Backend
 from ...errors import UnsupportedInput
 from ...numerics import operands
 from ...numerics.contract import IMPLIED_EPS, SPEC_ARGUMENTS
-from ...numerics.quantisation import QuantSpec, rms_norm_quantised
+from ...numerics.quantisation import QuantSpec, check_given, rms_norm_quantised
 from ...numerics.spec import NormSpec
 from ...ops import dispatch, listeners
 from ...ops.library import DEFAULTS, OPTIONS, positional, register, spec_of
@@ -72,28 +72,13 @@ class Variant:
             raise UnsupportedInput(
                 self.op, f"group={self.spec.group}", "norms with one rstd a row", "norm first, then quantise"
             )
-        self._check_given(x, given)
+        check_given(x, given, self.quant, self.op)
 
     def _check_apart(self, residual: torch.Tensor, **read: torch.Tensor | None) -> None:
         for name, tensor in read.items():
             if tensor is not None and operands.share_memory(residual, tensor):
                 got = f"residual (written) overlapping {name} in memory"
                 raise UnsupportedInput(self.op, got, "tensors with memory of their own", "clone one of them")
-
-    def _check_given(self, x: torch.Tensor, given: torch.Tensor | None) -> None:
-        scheme = self.quant.scheme
-        wanted = {
-            "fp8_static": "the scale: fp32, one element, on x's device",
-            "fp8_token": "None, or an upper bound: fp32, one element, on x's device",
-        }.get(scheme, "None")
-        if given is None:
-            fits = scheme != "fp8_static"
-        else:
-            fits = scheme in ("fp8_static", "fp8_token") and given.dtype == torch.float32
-            fits = fits and given.numel() == 1 and given.device == x.device
-        if not fits:
-            got = "None" if given is None else f"{tuple(given.shape)} {given.dtype} on {given.device}"
-            raise UnsupportedInput(self.op, f"given={got} for {scheme}", wanted, "correct the argument")
 
     def run(self, arguments: Operands) -> Results:
         """(rows, scales, normed), as `kernel.Results` has them. Raises UnsupportedInput, KernelBuildError."""

@@ -34,8 +34,7 @@ def _bound(quant: QuantSpec, fused_add: bool, both: bool, spec: NormSpec, depend
 def constants(layout: backend.Layout, spec: NormSpec, quant: QuantSpec, fused_add: bool, both: bool) -> dict[str, Any]:
     """The kernel's compile-time constants but NESTED and GIVEN."""
     names = ("N", "WIDTH", "VEC", "ROWS", "BLOCK", "CHUNKS", "HAS_WEIGHT", "OFFSET", "ROUNDED", "PRODUCT", "OUT")
-    arithmetic = quant.arithmetics
-    n, schedule = layout.columns, layout.schedule
+    schedule = layout.schedule
     lean = schedule.rows * schedule.block * schedule.chunks >= LEAN_FROM
     return {
         **{name: layout.constants[name] for name in (*names, "PACKED", "DEPENDENT")},
@@ -43,6 +42,15 @@ def constants(layout: backend.Layout, spec: NormSpec, quant: QuantSpec, fused_ad
         "LEAN": lean,
         "ROUND_SUM": spec.sum == "rounded",
         "FUSED_ADD": fused_add,
+        **quant_constants(quant, layout.columns),
+        "BOTH": both,
+    }
+
+
+def quant_constants(quant: QuantSpec, n: int) -> dict[str, Any]:
+    """Those of a quantisation of rows of n columns."""
+    arithmetic = quant.arithmetics
+    return {
         "GROUP": {"fp8_static": 0, "fp8_block": GROUP if n > GROUP else n}.get(quant.scheme, n),
         "INT8": quant.dtype == torch.int8,
         "LIMIT": quant.limit,
@@ -53,7 +61,6 @@ def constants(layout: backend.Layout, spec: NormSpec, quant: QuantSpec, fused_ad
         "ROUNDED_SCALE_AT_LEAST": arithmetic.rounded_scale_at_least,
         "POWER_OF_TWO": quant.power_of_two,
         "FROM_F32": quant.value == "fp32",
-        "BOTH": both,
     }
 
 
