@@ -4,6 +4,7 @@
     python scripts/mutants.py run triton --sample 40 --seed 1   Triton kernels, in the interpreter
     python scripts/mutants.py run layer_calls                   what rewritten layers call; every fault
     python scripts/mutants.py run cuda --workers 12 --gpus 0,1  CUDA kernels; needs a GPU
+    python scripts/mutants.py compile                           those of them that end without a GPU
     python scripts/mutants.py run triton --only 'row_math.py'   those whose name holds a text
     python scripts/mutants.py run triton --time-limit 300       goes on where the last run ended
     python scripts/mutants.py merge triton there.json           adds what a run elsewhere kept with --resume there.json
@@ -208,14 +209,20 @@ def parsed() -> argparse.Namespace:
     run.add_argument("--time-limit", type=float, default=7200, help="seconds after which the rest is not run")
     run.add_argument("--fresh", action="store_true", help="forget how faults ended before")
     run.add_argument("--survivors", action="store_true", help="run again what no test saw")
+    run.add_argument("--unexplained", action="store_true", help="run again survivors without a reason")
     run.add_argument("--no-baseline", action="store_true", help="do not run the tests without a fault first")
     run.add_argument(
         "--leave-out-red", action="store_true", help="go on without tests and probes that are red without a fault"
     )
+    compiled = verbs.add_parser("compile", help="CUDA kernels: what does not compile, and what changes no machine code")
+    compiled.set_defaults(suite="cuda")
+    compiled.add_argument("--only", default="", help="faults whose name holds this text")
+    compiled.add_argument("--workers", type=int, default=1, help="faults at a time")
+    compiled.add_argument("--time-limit", type=float, default=7200, help="seconds after which the rest is not compiled")
     merge = verbs.add_parser("merge", help="add how faults ended elsewhere, and write the record")
     merge.add_argument("suite", choices=tuple(SUITES))
     merge.add_argument("kept", nargs="*", type=Path)
-    for verb in (run, merge):
+    for verb in (run, compiled, merge):
         verb.add_argument("--record", type=Path, help="default: records/mutants/<suite>.json")
         verb.add_argument("--resume", type=Path, help="how faults ended; default: records/mutants/ends/<suite>.json")
     args = parser.parse_args()
@@ -233,7 +240,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.resume.exists() and not args.fresh:
         outcomes.take(args.resume)
     again = (None, *(NOT_SEEN if args.survivors else ()))
-    todo = [fault for fault in wanted if outcomes.of(fault) in again]
+    known = equivalents()
+    todo = [
+        fault
+        for fault in wanted
+        if (end := outcomes.of(fault)) in again
+        or (args.unexplained and end == "survived" and fault.named() not in known)
+    ]
     todo = random.Random(args.seed).sample(todo, len(todo))  # a run that is cut short has some of each file
     if args.suite == "cuda":
         from mutation import on_gpu
@@ -244,6 +257,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         run_python(todo, outcomes, args, stop)
     sample = None if args.sample is None else {"size": args.sample, "seed": args.seed}
     return summary(args.suite, wanted, outcomes, sample)
+
+
+def compiled(args: argparse.Namespace) -> dict[str, Any]:
+    """Compile what was not run; the record."""
+    from mutation import without_gpu
+
+    every = faults(args.suite)
+    outcomes = Outcomes(ROOT, args.suite, every, args.resume)
+    if args.resume.exists():
+        outcomes.take(args.resume)
+    todo = [fault for fault in every if outcomes.of(fault) is None and args.only in fault.named()]
+    without_gpu.run(ROOT, todo, args.workers, time.monotonic() + args.time_limit, outcomes.note)
+    return summary(args.suite, every, outcomes, None)
 
 
 def merge(args: argparse.Namespace) -> dict[str, Any]:
@@ -264,7 +290,7 @@ def main() -> None:
             kinds = ", ".join(f"{kind} {n}" for kind, n in sorted(Counter(fault.kind for fault in found).items()))
             print(f"{suite}: {len(found)} ({kinds})")
         return
-    result = run(args) if args.verb == "run" else merge(args)
+    result = {"run": run, "compile": compiled, "merge": merge}[args.verb](args)
     args.record.parent.mkdir(parents=True, exist_ok=True)
     args.record.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({key: value for key, value in result.items() if key not in ("files", "not_run")}, indent=1))

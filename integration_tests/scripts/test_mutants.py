@@ -8,6 +8,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+
+from rmsnorm_patch.backends.cuda import nvrtc
+from rmsnorm_patch.backends.cuda.schedules import schedules
 
 PYTHON = '''"""A docstring with 3 < 4."""
 LIMIT: int = 7
@@ -112,6 +116,74 @@ def test_what_is_called_equivalent_is_a_fault_of_today_with_a_reason(mutants):
     for name, why in mutants.equivalents().items():
         assert name in names, name
         assert len(why) > 20, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_what_is_called_equivalent_for_every_schedule_is(arch, dtype):
+    """Passes over the chunks of a thread by U + K in place of U * K; chunks of a row of parts by T + K * C or T * K + C
+    in place of T * K * C."""
+    lengths = [*range(8, 1024, 8), *range(1024, 66048, 256)]
+    for op, n in ((op, n) for op in ("rms_norm", "fused_add_rms_norm", "rms_norm_gated") for n in lengths):
+        for config in schedules(op, dtype, n, arch):
+            share = -(-n // config.vec // (config.threads_per_row * config.cluster))
+            rows, stage = config.rows_per_thread, dict(config.defines).get("STAGE", 1)
+            assert -(-(rows + share) // stage) * stage >= rows * share, config
+    for n in range(8, 66048, 8) if dtype == torch.bfloat16 else ():
+        for config in schedules("rms_norm_partials", dtype, n, arch)[:1]:
+            chunks, threads, cluster = n // config.vec, config.threads_per_row, config.cluster
+            share = -(-chunks // (threads * cluster))
+            wrong = {threads + share * cluster, threads * share + cluster}
+            assert chunks == threads * share * cluster or chunks not in wrong, config
+
+
+def test_results_lie_where_spoiled_ones_lay(script):
+    """Both of a call: of numbers and of bytes."""
+    kept: list[tuple[torch.Tensor, ...]] = []
+
+    def call() -> tuple[torch.Tensor, ...]:
+        kept.append((torch.ones(3), torch.ones(2, dtype=torch.int8), torch.ones(2).to(torch.float8_e4m3fn)))
+        return kept[-1]
+
+    found = script("mutation.probes")._anew(call)
+    assert all(each is again for each, again in zip(found, kept[1], strict=True))
+    numbers, *rest = kept[0]
+    assert numbers.isnan().all()
+    assert [each.view(torch.int8).tolist() for each in rest] == [[-1, -1], [-1, -1]]
+
+
+def test_faults_that_end_without_a_gpu(repository: Path):
+    """One that does not compile, one in a header that the kernels do not take in, one that changes no code, one that
+    does."""
+    if nvrtc.find() is None:
+        pytest.skip("NVRTC is not installed")
+    program = """
+import sys, time
+from pathlib import Path
+sys.path[:0] = [sys.argv[1] + "/scripts", sys.argv[1]]
+from mutation import faults, probes, without_gpu
+root = Path(sys.argv[1])
+probes.MAKERS = {"rms_norm_pair.cu": probes.MAKERS["rms_norm_pair.cu"]}
+file = "kernels/cuda/rms_norm_pair.cu"
+text = (root / file).read_text()
+changes = (("args.m + ROWS_PER_CTA", "args.m + ROWS_IN_CTA"), ("args.m + ROWS_PER_CTA", "ROWS_PER_CTA + args.m"))
+changes += (("< first_ctas", "<= first_ctas"),)
+work = []
+for before, after in changes:
+    start = text.index(before)
+    work.append(faults.Fault(file, 1, start, start + len(before), before, after, "", after))
+work.append(faults.Fault("kernels/cuda/quantise.cuh", 1, 0, 0, "", "unknown;", "", "header"))
+noted = []
+without_gpu.run(root, work, 2, float("inf"), lambda fault, how: noted.append((fault.source_line, how)))
+print(*sorted(noted), sep=chr(10))
+"""
+    done = subprocess.run([sys.executable, "-c", program, repository], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-3:] == [
+        "('ROWS_PER_CTA + args.m', 'same code')",
+        "('args.m + ROWS_IN_CTA', 'does not compile')",
+        "('header', 'same code')",
+    ]
+    assert "other code: kernels/cuda/rms_norm_pair.cu: `<= first_ctas`" in done.stdout
 
 
 def test_tests_see_the_fault_and_nobody_else_does(repository: Path, tmp_path: Path):

@@ -132,8 +132,11 @@ class Guarded:
 
 def _poison(case: Case, device: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Neighbours that must keep their canaries, and blocks of NaN which the allocator gives to the results."""
-    shape = (case.m * (3 if case.variant.layout == "two levels" else 1), case.variant.n)
-    blocks = [torch.full(shape, CANARY, dtype=case.variant.dtype, device=device) for _ in range(5)]
+    v = case.variant
+    shape = (case.m * (3 if v.layout == "two levels" else 1), v.n)
+    result = v.spec.output_dtype(v.dtype, v.weight_dtype if v.spec.has_weight else None)
+    dtypes = [v.dtype] * 5 + ([result] * 3 if result != v.dtype else [])
+    blocks = [torch.full(shape, CANARY, dtype=dtype, device=device) for dtype in dtypes]
     for block in blocks[1::2]:
         block.fill_(float("nan"))
     return blocks[::2], blocks[1::2]

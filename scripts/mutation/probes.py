@@ -56,6 +56,10 @@ def _norms(streamed: bool) -> Iterator[Probe]:
         (alone, GEMMA, BF16, BF16, 1600, 129, "offset", "last columns"),
         (alone, LLAMA, FP32, BF16, 2052, 17, "dense", "nan"),
         (alone, NormSpec(width=101), BF16, BF16, 1024, 9, "dense", ""),
+        (fused, NormSpec(width=101), FP32, FP32, 1024, 9, "dense", ""),
+        # results twice as wide as rows that a few lanes of a warp have, and a last CTA that has rows to spare
+        (fused, LLAMA, BF16, FP32, 64, 37, "dense", ""),
+        (alone, LLAMA, FP16, FP32, 8, 1037, "dense", ""),
         # rows that come by two to a CTA, and parts of a row that are not equal, in one CTA and in clusters
         (fused, LLAMA, BF16, BF16, 1000, 515, "dense", ""),
         (alone, LLAMA, BF16, BF16, 1600, 515, "dense", "last columns"),
@@ -90,6 +94,21 @@ def _norms(streamed: bool) -> Iterator[Probe]:
         yield Probe(9, lambda: fault_in(tiny, "cuda", "cuda"), tiny.named)
 
 
+def _anew(call: Callable[[], Any]) -> Any:
+    """The results of a call in memory that holds none: the allocator has them lie where those of a call in front, which
+    are spoiled, lay. What a kernel leaves unwritten would be right without this: the right source has written it."""
+    import torch
+
+    results = call()
+    for result in (results,) if isinstance(results, torch.Tensor) else results:
+        if result.itemsize > 1:
+            result.fill_(float("nan"))
+        else:
+            result.view(torch.int8).fill_(-1)
+    del results, result
+    return call()
+
+
 def _adds() -> Iterator[Probe]:
     """A norm, the add behind it and the norm of that sum, against the definition with the proof's own tolerance."""
     import torch
@@ -106,8 +125,8 @@ def _adds() -> Iterator[Probe]:
         x[:, :-8] *= 1e-2  # energy in the last columns
         weight, following = (torch.rand(n, device="cuda").bfloat16() + 0.5 for _ in range(2))
         kept = x.clone(), residual.clone()
-        normed, total = bind_norm_add_norm(spec, "cuda")(x, residual, weight, 1e-6, following, 1e-3)
-        alone = bind_norm_add(spec, "cuda")(x, residual, weight, 1e-6)
+        normed, total = _anew(lambda: bind_norm_add_norm(spec, "cuda")(x, residual, weight, 1e-6, following, 1e-3))
+        alone = _anew(lambda: bind_norm_add(spec, "cuda")(x, residual, weight, 1e-6))
         want_total = reference.rms_norm(x, weight, spec, 1e-6) + residual
         want = reference.rms_norm(total, following, spec, 1e-3)
         for got, wanted in ((normed, want), (total, want_total)):
@@ -132,20 +151,26 @@ def _gated() -> Iterator[Probe]:
     from rmsnorm_patch.numerics.tolerances import GATED
     from rmsnorm_patch.proof.difference import compare
 
-    def call(m: int, n: int, gating: Any) -> str:
+    def call(m: int, n: int, gating: Any, gate_dtype: Any, before: int) -> str:
+        """before: columns of a wider tensor in front of these, and as many behind."""
         torch.manual_seed(1)
-        x, gate = (torch.randn(m, n, device="cuda").bfloat16() for _ in range(2))
+        wide = [torch.randn(m, n + 2 * before, device="cuda").to(dtype) for dtype in (torch.bfloat16, gate_dtype)]
+        x, gate = (each[:, before : before + n] for each in wide)
         weight, kept = torch.rand(n, device="cuda").bfloat16() + 0.5, (x.clone(), gate.clone())
-        got = op.bind(FP32_WEIGHT_MULTIPLY, gating, "cuda")(x, gate, weight, 1e-6)
+        got = _anew(lambda: op.bind(FP32_WEIGHT_MULTIPLY, gating, "cuda")(x, gate, weight, 1e-6))
         want = gated_rms_norm(x, gate, weight, FP32_WEIGHT_MULTIPLY, gating, 1e-6)
         wrong = compare(got, want).violations(GATED[x.dtype], x.dtype)
         return wrong[0] if wrong else _differ((x, kept[0]), (gate, kept[1]))
 
     sizes = ((33, 128), (5, 2048), (600, 4096), (2, 8192), *UNEVEN)
     for (m, n), order in ((size, order) for size in sizes for order in ORDERS):
-        for activation in tuple(ACTIVATIONS)[: None if n == 128 else 1]:
+        for activation in tuple(ACTIVATIONS)[: None if n in (128, 1000) else 1]:
             gating = GateSpec(activation, order)
-            yield Probe(m, lambda a=(m, n, gating): call(*a), f"gated {m} {n} {gating}")
+            yield Probe(m, lambda a=(m, n, gating, torch.bfloat16, 0): call(*a), f"gated {m} {n} {gating}")
+    for before, order in ((before, order) for before in (2, 4) for order in ORDERS):  # in pieces of 4 and of 8 bytes
+        for dtype in (torch.bfloat16, torch.float32):
+            given = 33, 2048, GateSpec("silu", order), dtype, before
+            yield Probe(33, lambda a=given: call(*a), f"gated 33 2048 {given[2]} {dtype} behind {before}")
 
 
 def _differ(*pairs: tuple[Any, Any]) -> str:
@@ -172,7 +197,7 @@ def _pairs() -> Iterator[Probe]:
         first = 32 if n < 500 else 31  # odd numbers of rows, where a CTA takes two
         given = heads[:, :first], heads[:, first:40]
         kept = heads.clone()
-        results = kernel.bind_rms_norm_pair(spec)(*given, *weights, 1e-6)
+        results = _anew(lambda: kernel.bind_rms_norm_pair(spec)(*given, *weights, 1e-6))
         for got, x, weight in zip(results, given, weights, strict=True):
             wrong = compare(got, reference.rms_norm(x, weight, spec, 1e-6)).violations(SITE[x.dtype], x.dtype)
             if wrong:
@@ -217,6 +242,29 @@ def _partials() -> Iterator[Probe]:
         yield Probe(m, lambda a=(m, n, parts, spec): call(*a), f"parts {m} {n} {parts}")
 
 
+def _made(special: str, x: Any, residual: Any, weight: Any) -> None:
+    """Turn operands into those of a special case."""
+    import torch
+
+    if special == "last columns":  # what is largest lies in a part of the row that the first threads do not read
+        weight[-8:] = 2.0**30
+    elif special == "beyond the bound":  # so far that the quotient is infinite
+        weight[::7] = 2.0**124
+    elif special == "largest of one":
+        x.copy_(torch.where(x < 0, -1.0, 1.0))
+        residual.zero_()
+        weight.fill_(1.0)
+    elif special == "quotients beside ties":  # of e4m3, in steps of the least scale, which is no power of two
+        middles = (torch.arange(8, device="cuda", dtype=torch.float64) + 8.5) / 8
+        beside = 1 + torch.arange(-6, 27, device="cuda", dtype=torch.float64) * 2.0**-23
+        sizes = 2.0 ** torch.arange(-6, 8, device="cuda", dtype=torch.float64) / (448 * 512)
+        found = (middles[:, None, None] * sizes[:, None] * beside).flatten()
+        x.fill_(1.0)
+        residual.zero_()
+        weight.zero_()
+        weight[: len(found)] = found.float()
+
+
 def _quantised() -> Iterator[Probe]:
     """Quantised rows, to the bit of quantising what the definition gives where its norm agrees to the bit."""
     import torch
@@ -226,7 +274,9 @@ def _quantised() -> Iterator[Probe]:
     from rmsnorm_patch.numerics.quantisation import QuantSpec, quantise
     from rmsnorm_patch.numerics.spec import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, NormSpec
 
-    def call(m: int, n: int, quant: Any, spec: Any, both: bool, dtype: torch.dtype = torch.bfloat16) -> str:
+    def call(
+        m: int, n: int, quant: Any, spec: Any, both: bool, dtype: torch.dtype = torch.bfloat16, special: str = ""
+    ) -> str:
         torch.manual_seed(1)
         x, residual = (torch.randn(m, n, device="cuda").to(dtype) for _ in range(2))
         if m >= 10:
@@ -236,6 +286,7 @@ def _quantised() -> Iterator[Probe]:
         # each group of columns, and with it each scale, is of another size, down to below every bound
         sizes = torch.randint(-40, 12, (1 + n // 128,), device="cuda")
         weight = (weight * 2.0 ** sizes.repeat_interleave(128)[:n]).to(dtype)
+        _made(special, x, residual, weight)
         given = torch.tensor([0.037 if quant.scheme == "fp8_static" else 1.5], device="cuda")
         scale = given if quant.scheme == "fp8_static" or (both and quant.scheme == "fp8_token") else None
         wanted, total = ops.bind_fused_add_rms_norm(spec, "cuda")(x, residual, weight, 1e-6)
@@ -244,9 +295,13 @@ def _quantised() -> Iterator[Probe]:
             wide = replace(spec, output="promote")
             values = ops.bind_fused_add_rms_norm(wide, "cuda")(x, residual, weight.float(), 1e-6)[0]
         want, want_scales = quantise(values, quant, scale)
-        kept = residual.clone()
         rest = (weight, scale, quant.scheme, 1e-6, *ops.spec_args(spec, "cuda"), *quant_args(quant, both))
-        found, scales, second = torch.ops.rmsnorm_patch.fused_add_rms_norm_quantised_(x, kept, *rest)
+
+        def quantised() -> tuple[torch.Tensor, ...]:
+            kept = residual.clone()
+            return kept, *torch.ops.rmsnorm_patch.fused_add_rms_norm_quantised_(x, kept, *rest)
+
+        kept, found, scales, second = _anew(quantised)
         pairs = [(kept, total), (found.view(torch.uint8), want.view(torch.uint8)), (scales, want_scales)]
         return _differ(*pairs, *([(second, wanted)] if both else ()))
 
@@ -281,6 +336,14 @@ def _quantised() -> Iterator[Probe]:
         (700, 999, token, LLAMA, True, fp16),
         (3, 1002, int8, LLAMA, False, fp16),
         (3, 8192, *kinds[5], False),
+        # rows whose values are computed again for the second pass over them
+        (600, 16384, *kinds[3], False),
+        (600, 32768, *kinds[3], False),
+        (40, 7000, int8, LLAMA, False, torch.bfloat16, "last columns"),
+        (3, 16384, int8, LLAMA, False, torch.bfloat16, "last columns"),
+        (5, 4096, token, LLAMA, True, torch.bfloat16, "beyond the bound"),
+        (5, 4096, QuantSpec("int8_token", "rounded", "separate"), LLAMA, False, torch.bfloat16, "largest of one"),
+        (5, 4096, *kinds[5], False, torch.float32, "quotients beside ties"),
     ):
         yield Probe(given[0], lambda a=given: call(*a), f"quantised, {' '.join(map(str, given[:3]))} {given[4:]}")
 
