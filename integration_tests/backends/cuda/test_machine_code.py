@@ -132,6 +132,15 @@ def test_a_16_byte_address_on_blackwell_takes_two_128_bit_accesses():
     assert set(machine.loads) == set(machine.stores) == {128}
 
 
+@pytest.mark.parametrize("arch", [90, 100])
+def test_results_wider_than_their_rows_leave_sixteen_bytes_at_a_time(arch):
+    """The sum leaves in whole chunks beside them."""
+    rows = planned(FUSED, 4096, arch, x=BF16, weight=FP32)
+    machines = read(build for _, build in rows)
+    for _, build in rows:
+        assert set(machines[build].stores) == {128, 256 if arch >= 100 else 128}
+
+
 def test_odd_rows_use_the_widest_access_their_length_allows():
     builds = {width: first(n)[1] for n, width in ((5125, 16), (5126, 32), (5124, 64))}
     machines = read(builds.values())
