@@ -54,11 +54,12 @@ class Suite:
         return [f"integration_tests/{test}" for test in dict.fromkeys(named)]
 
 
-NUMERICS = ("backends/triton/test_numerics.py", "backends/triton/test_machine_code.py")
-QUANTISED = ("backends/triton/test_quantised.py",)
-ADDED = ("backends/triton/test_norm_add.py", "fused/test_norm_add.py")
+ASSEMBLY = "backends/triton/test_inline_assembly.py"
+NUMERICS = (ASSEMBLY, "backends/triton/test_numerics.py", "backends/triton/test_machine_code.py")
+QUANTISED = (ASSEMBLY, "backends/triton/test_quantised.py")
+ADDED = (ASSEMBLY, "backends/triton/test_norm_add.py", "fused/test_norm_add.py")
 SILU = ("backends/triton/test_silu.py",)
-GATED = ("backends/triton/test_gated.py", "fused/test_gated_norm.py")
+GATED = (ASSEMBLY, "backends/triton/test_gated.py", "fused/test_gated_norm.py")
 SUITES = {
     "triton": Suite(
         ("kernels/triton/*.py",),

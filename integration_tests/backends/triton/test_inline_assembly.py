@@ -1,0 +1,204 @@
+"""What the Triton kernels say in PTX, in the CPU interpreter: it stands where it should and is handed what it should,
+and the rows come out as they do without it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+import triton.language as tl
+
+from rmsnorm_patch import ops
+from rmsnorm_patch.backends.triton import loader
+from rmsnorm_patch.backends.triton.backend import Layout, Target
+from rmsnorm_patch.fused.gated_norm import op as gated
+from rmsnorm_patch.fused.norm_add.op import bind_norm_add, bind_norm_add_norm
+from rmsnorm_patch.fused.norm_quantised.op import quant_args
+from rmsnorm_patch.numerics.gating import GateSpec
+from rmsnorm_patch.numerics.quantisation import QuantSpec
+from rmsnorm_patch.numerics.spec import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, NormSpec
+
+BF16, EPS = torch.bfloat16, 1e-6
+FP32_SUM = NormSpec(round_before_weight="none", output="input", sum="fp32")
+EFFECTS = ("wait", "launch", "prefetch", "now")
+"""Kinds that do something beside giving a value: no compiler may drop, double or move them."""
+
+
+class Said(NamedTuple):
+    """One instruction. values: what it is handed, as arrays."""
+
+    kind: str
+    values: tuple[np.ndarray, ...] = ()
+    pure: bool = False
+    pack: int = 1
+
+
+KINDS = {
+    "griddepcontrol.wait": "wait",
+    "griddepcontrol.launch_dependents": "launch",
+    "cp.async.bulk.prefetch.L2": "prefetch",
+    "xor.b32": "xor",
+    "mov.b32 $0, $1": "now",
+    "add.rn.f32": "add",
+}
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Said]]:
+    """Programs, what they say, loads and stores in the order in which the interpreter comes to them."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    loader.load("row_math", interpreted=True)
+    from triton.runtime import interpreter
+
+    found: list[Said] = []
+
+    class Answer:
+        def __init__(self, data: np.ndarray, of: Any) -> None:
+            self.handle = interpreter.TensorHandle(data, of)
+
+        def get_result(self, _: int) -> Any:
+            return self.handle
+
+    def assembly(text: str, _: str, values: list[Any], types: list[Any], pure: bool, pack: int) -> Answer:
+        kind = next(kind for start, kind in KINDS.items() if start in text)
+        data = [value.data for value in values]
+        if kind == "now" and data[0].dtype.itemsize == 2:
+            kind = "pairs"
+        found.append(Said(kind, tuple(each.copy() for each in data), pure, pack))
+        if kind == "xor":  # a register holds two columns, and the first register of two zeros is taken
+            pairs = data[0].reshape(-1, 2).view(np.uint32) ^ data[1].reshape(-1, 2)[:, :1].astype(np.uint32)
+            return Answer(pairs.view(data[0].dtype).reshape(data[0].shape), values[0].dtype.scalar)
+        if kind == "add":
+            return Answer(data[0] + data[1], values[0].dtype.scalar)
+        if kind in EFFECTS and kind != "now":
+            return Answer(np.zeros(1, np.int32), types[0])
+        return Answer(data[0], values[0].dtype.scalar)
+
+    def told(name: str, kind: str) -> None:
+        inherited = getattr(interpreter.interpreter_builder, name)
+
+        def heard(*args: Any) -> Any:
+            found.append(Said(kind))
+            return inherited(*args)
+
+        monkeypatch.setattr(interpreter.interpreter_builder, name, heard)
+
+    monkeypatch.setattr(interpreter.interpreter_builder, "create_inline_asm", assembly, raising=False)
+    # Of a block of pointers the interpreter tells the block as what they point to.
+    width = property(lambda block: block.scalar.primitive_bitwidth)
+    monkeypatch.setattr(tl.block_type, "primitive_bitwidth", width, raising=False)
+    for name in ("create_load", "create_masked_load", "create_store", "create_masked_store"):
+        told(name, name.split("_")[-1])
+    told("set_grid_idx", "program")
+    ops.forget()
+    yield found
+    ops.forget()
+
+
+def rand(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(BF16)
+
+
+def quantised(*operands: torch.Tensor) -> Any:
+    x, residual, weight = operands
+    rest = (weight, None, "fp8_token", EPS, *ops.spec_args(LLAMA, "triton"), *quant_args(QuantSpec("fp8_token"), True))
+    rows, scales, normed = torch.ops.rmsnorm_patch.fused_add_rms_norm_quantised_(x, kept := residual.clone(), *rest)
+    return rows.view(torch.int8), scales, normed, kept
+
+
+def in_place(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> Any:
+    ops.bind_fused_add_rms_norm_(LLAMA, "triton")(x := x.clone(), residual := residual.clone(), weight, EPS)
+    return x, residual
+
+
+CALLS: dict[str, Callable[..., Any]] = {
+    "norm": lambda x, _, weight: ops.bind_rms_norm(LLAMA, "triton")(x, weight, EPS),
+    "fused": lambda x, residual, weight: ops.bind_fused_add_rms_norm(GEMMA, "triton")(x, residual, weight, EPS),
+    "fused, fp32": lambda x, r, weight: ops.bind_fused_add_rms_norm(FP32_SUM, "triton")(x, r, weight, EPS),
+    "in place": in_place,
+    "add": lambda x, residual, weight: bind_norm_add(LLAMA, "triton")(x, residual, weight, EPS),
+    "add, norm": lambda x, r, weight: bind_norm_add_norm(LLAMA, "triton")(x, r, weight, EPS, weight, EPS),
+    "gated": lambda x, gate, weight: gated.bind(
+        FP32_WEIGHT_MULTIPLY, GateSpec("silu", "norm_first"), "triton"
+    )(x, gate, weight, EPS),
+    "gate first": lambda x, gate, weight: gated.bind(
+        FP32_WEIGHT_MULTIPLY, GateSpec("silu", "gate_first"), "triton"
+    )(x, gate, weight, EPS),
+    "quantised": quantised,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("n", [128, 1600, 5125, 40000])
+@pytest.mark.parametrize("name", CALLS)
+def test_rows_are_the_same_and_nothing_is_read_above_the_wait(
+    name: str, n: int, said: list[Said], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One row, so that a kernel has one program. It waits once, and once it lets the next kernel start."""
+    if name == "quantised" and n > 16384:
+        pytest.skip("such rows are not quantised by Triton")
+    operands = rand(1, n), rand(1, n + 1)[:, 1:].clone(), rand(n)
+    plain = CALLS[name](*operands)
+    assert {each.kind for each in said} == {"program", "load", "store"}, "plain launches say nothing"
+    said.clear()
+    ops.forget()
+    monkeypatch.setattr(Target, "of", classmethod(lambda cls, device, dependent=True: cls.nvidia(9, dependent)))
+    found = CALLS[name](*operands)
+    for got, want in zip(
+        *((each,) if isinstance(each, torch.Tensor) else each for each in (found, plain)), strict=True
+    ):
+        assert torch.equal(got, want)
+    assert said[0].kind == "program"
+    for kinds in " ".join(each.kind for each in said).split("program")[1:]:
+        above, below = kinds.split("wait")
+        assert set(above.split()) <= {"prefetch"}
+        assert "prefetch" not in below
+        reads, rest = below.split("launch")
+        assert "load" in reads, "the next kernel starts when rows are on their way"
+        assert "store" in rest
+    for each in said:
+        if each.kind not in ("program", "load", "store"):
+            assert each.pure == (each.kind not in EFFECTS)
+            assert each.pack == (2 if each.kind in ("xor", "pairs") else 1)
+    assert not any(each.values[1].any() for each in said if each.kind == "xor")
+
+
+@pytest.mark.parametrize("rows", [1023, 1024])
+@pytest.mark.parametrize(
+    ("op", "n", "asked"),
+    [
+        ("rms_norm", 1024, ("weight",)),
+        ("rms_norm", 5125, ("weight",)),
+        ("rms_norm", 16384, ("x", "weight")),
+        ("rms_norm", 20489, ("x", "weight")),
+        ("fused_add_rms_norm", 1024, ("weight",)),
+        ("fused_add_rms_norm", 20489, ("x", "residual")),
+        ("rms_norm", 131072, ("weight",)),
+    ],
+)
+def test_what_is_asked_into_the_cache(op: str, n: int, asked: tuple[str, ...], rows: int, said: list[Said]) -> None:
+    """The whole rows of many, and the whole weight, in units of 16 bytes: none in front of them and none behind."""
+    layout = Layout(op, LLAMA, BF16, n, BF16, Target.nvidia(9))
+    fused = op != "rms_norm"
+    start = 0 if layout.vec > 1 else 3
+    size = n * layout.schedule.rows  # of the one program that runs
+    tensors = {name: rand(size + 3)[start : start + size] for name in ("x", "residual", "weight", "y", "total")}
+    if not fused:
+        del tensors["residual"], tensors["total"]
+    constants = {**layout.constants, "NESTED": False}
+    if fused:
+        constants |= {"ROUND_SUM": True, "IN_PLACE": False}
+    kernel = getattr(loader.load(op, interpreted=True), op)
+    kernel[(1, 1, 1)](*tensors.values(), EPS, rows, *layout.dense[int(fused)], **constants, **layout.options)
+    found = [tuple(int(value.reshape(-1)[0]) for value in each.values) for each in said if each.kind == "prefetch"]
+    expected = []
+    for name in asked:
+        if name == "weight" or rows >= 1024:
+            first = tensors[name].data_ptr()
+            last = first + 2 * n
+            expected.append((first // 16 * 16, -(-last // 16) * 16 - first // 16 * 16))
+    assert found == expected
