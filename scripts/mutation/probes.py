@@ -113,32 +113,50 @@ def _adds() -> Iterator[Probe]:
     """A norm, the add behind it and the norm of that sum, against the definition with the proof's own tolerance."""
     import torch
 
+    from rmsnorm_patch import ops
     from rmsnorm_patch.fused.norm_add.op import bind_norm_add, bind_norm_add_norm
     from rmsnorm_patch.numerics import reference
-    from rmsnorm_patch.numerics.spec import GEMMA, LLAMA
+    from rmsnorm_patch.numerics.spec import GEMMA, LLAMA, NormSpec
     from rmsnorm_patch.numerics.tolerances import SITE
     from rmsnorm_patch.proof.difference import compare
 
-    def call(m: int, n: int, spec: Any) -> str:
+    def call(m: int, n: int, spec: Any, dtype: torch.dtype = torch.bfloat16, levels: int = 1) -> str:
+        """levels: strides of the rows, of which there are three times as many where there are two."""
         torch.manual_seed(1)
-        x, residual = (torch.randn(m, n, device="cuda").bfloat16() for _ in range(2))
-        x[:, :-8] *= 1e-2  # energy in the last columns
-        weight, following = (torch.rand(n, device="cuda").bfloat16() + 0.5 for _ in range(2))
+        shape = (m, n) if levels == 1 else (m, 5, n + 24)
+        x, residual = (torch.randn(*shape, device="cuda").to(dtype)[..., :n] for _ in range(2))
+        x, residual = (each if levels == 1 else each[:, :3] for each in (x, residual))
+        x[..., :-8] *= 1e-2  # energy in the last columns
+        drawn = (torch.rand(n, device="cuda").to(dtype) + 0.5 for _ in range(2))
+        weight, following = drawn if spec.has_weight else (None, None)
         kept = x.clone(), residual.clone()
         normed, total = _anew(lambda: bind_norm_add_norm(spec, "cuda")(x, residual, weight, 1e-6, following, 1e-3))
         alone = _anew(lambda: bind_norm_add(spec, "cuda")(x, residual, weight, 1e-6))
         want_total = reference.rms_norm(x, weight, spec, 1e-6) + residual
         want = reference.rms_norm(total, following, spec, 1e-3)
+        if spec.sum == "fp32":
+            first = ops.bind_rms_norm(spec, "cuda")(x, weight, 1e-6)
+            want = reference.fused_add_rms_norm(first, residual, following, spec, 1e-3)[0]
         for got, wanted in ((normed, want), (total, want_total)):
-            wrong = compare(got, wanted).violations(SITE[x.dtype], x.dtype)
+            wrong = compare(got, wanted).violations(SITE[dtype], dtype)
             if wrong:
                 return wrong[0]
         return _differ((alone, total), (x, kept[0]), (residual, kept[1]))
 
     even = ((33, 2304, GEMMA), (2, 4096, LLAMA), (600, 3584, GEMMA), (5, 16384, LLAMA), (130, 128, LLAMA))
     uneven = tuple((m, n, LLAMA) for m, n in UNEVEN)
-    for m, n, spec in even + uneven:
-        yield Probe(m, lambda a=(m, n, spec): call(*a), f"norm and add {m} {n}")
+    fp32_sum = NormSpec(round_before_weight="none", output="input", sum="fp32")
+    for given in (
+        *even,
+        *uneven,
+        (33, 2304, fp32_sum),
+        (33, 1000, LLAMA, torch.float32),
+        (9, 1600, GEMMA, torch.float16),
+        (9, 4096, NormSpec(has_weight=False), torch.bfloat16, 2),
+        (200, 128, LLAMA, torch.bfloat16, 2),
+    ):
+        m = given[0] * (3 if given[-1] == 2 else 1)
+        yield Probe(m, lambda a=given: call(*a), f"norm and add {' '.join(map(str, given))}")
 
 
 def _gated() -> Iterator[Probe]:
