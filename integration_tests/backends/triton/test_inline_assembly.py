@@ -175,7 +175,7 @@ def test_rows_are_the_same_and_nothing_is_read_above_the_wait(
     assert not any(each.values[1].any() for each in said if each.kind == "xor")
 
 
-@pytest.mark.parametrize("n", [7, 100, 128, 1600, 5125, 40001, STREAMED])
+@pytest.mark.parametrize("n", [7, 100, 128, 512, 1600, 5125, 40001, STREAMED])
 @pytest.mark.parametrize("name", CALLS)
 def test_nothing_is_read_or_written_outside(name: str, n: int, said: list[Said]) -> None:
     """Neither behind the last row, where a program has more rows than there are, nor behind the last column."""
