@@ -5,20 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
+
+from .chains import Probe, chains, in_a_chain
 
 UNEVEN = ((601, 1000), (601, 520), (5, 5128), (600, 5128), (40, 7000), (9, 9216), (9, 10000), (33, 40))
 """Rows and columns: two rows to a CTA, columns of which the threads, or the CTAs of a cluster, have unequal parts."""
-
-
-class Probe(NamedTuple):
-    """One judged call. rows: the schedule's. call: says what is wrong, "" if nothing. capability: whose schedules are
-    taken, 0 for the device's own."""
-
-    rows: int
-    call: Callable[[], str]
-    name: str
-    capability: int = 0
 
 
 def _norms(streamed: bool) -> Iterator[Probe]:
@@ -366,78 +358,6 @@ def _quantised() -> Iterator[Probe]:
         yield Probe(given[0], lambda a=given: call(*a), f"quantised, {' '.join(map(str, given[:3]))} {given[4:]}")
 
 
-def _chain(step: Callable[[Any], Any], start: Any) -> str:
-    """Calls of which each reads what the one in front has written, queued behind a device that lags: each must wait for
-    the kernel in front as it does where nothing is under way."""
-    import torch
-
-    def ran(apart: bool) -> Any:
-        state = start.clone()
-        for _ in range(12):
-            state = step(state)
-            if apart:
-                torch.cuda.synchronize()
-        return state
-
-    expected = ran(apart=True)
-    for _ in range(6):
-        torch.cuda._sleep(2_000_000)
-        found = ran(apart=False)
-        if not torch.equal(found, expected):
-            return f"{int((found != expected).sum())} elements differ behind a kernel that is under way"
-    return ""
-
-
-def _chains(op: str) -> Iterator[Probe]:
-    import torch
-
-    from rmsnorm_patch import ops
-    from rmsnorm_patch.fused.gated_norm import op as gated
-    from rmsnorm_patch.fused.linear_norm import kernel as partials
-    from rmsnorm_patch.fused.norm_add.op import bind_norm_add
-    from rmsnorm_patch.fused.norm_quantised.op import quant_args
-    from rmsnorm_patch.fused.query_key_norm import kernel as pair
-    from rmsnorm_patch.numerics.gating import GateSpec
-    from rmsnorm_patch.numerics.quantisation import QuantSpec
-    from rmsnorm_patch.numerics.spec import FP32_WEIGHT_MULTIPLY, LLAMA
-
-    def call(m: int, n: int) -> str:
-        torch.manual_seed(1)
-        x, other = (torch.randn(m, n, device="cuda").bfloat16() for _ in range(2))
-        weight = torch.rand(n, device="cuda").bfloat16() + 0.5
-
-        def quantised(state: torch.Tensor) -> torch.Tensor:
-            rest = (weight, None, "fp8_token", 1e-6, *ops.spec_args(LLAMA, "cuda"), *quant_args(QuantSpec("fp8_token")))
-            torch.ops.rmsnorm_patch.fused_add_rms_norm_quantised_(other, state, *rest)
-            return state
-
-        def parts(state: torch.Tensor) -> torch.Tensor:
-            partials.bound(LLAMA, 2)(pieces, state, weight, 1e-6, normed)
-            return state
-
-        pieces, normed = torch.randn(2, m, n, device="cuda"), torch.empty_like(x)
-        step: Callable[[Any], Any] = {
-            "norm": lambda state: ops.bind_fused_add_rms_norm(LLAMA, "cuda")(state, other, weight, 1e-6)[0],
-            "add": lambda state: bind_norm_add(LLAMA, "cuda")(state, other, weight, 1e-6),
-            "gated": lambda state: gated.bind(FP32_WEIGHT_MULTIPLY, GateSpec("silu", "norm_first"), "cuda")(
-                state, other, weight, 1e-6
-            ),
-            "pair": lambda state: pair.bind_rms_norm_pair(LLAMA)(state, other[:8], weight, weight, 1e-6)[0],
-            "quantised": quantised,
-            "parts": parts,
-        }[op]
-        return _chain(step, x)
-
-    capability = 0
-    if op == "streamed":
-        op, sizes, capability = "norm", ((64, 131072),), 80
-    else:
-        sizes = {"pair": ((4000, 512),), "parts": ((16, 8192),)}.get(op, ((600, 8192), (8, 4096)))
-    for m, n in sizes:
-        rows = m + 8 if op == "pair" else m
-        yield Probe(rows, lambda m=m, n=n: call(m, n), f"{op} behind {op} {m} {n}", capability)
-
-
 def _silu() -> Iterator[Probe]:
     """silu(gate) * up, quantised, to the bit of the definition; and a chain of launches, each of which reads what the
     one in front has written."""
@@ -468,7 +388,7 @@ def _silu() -> Iterator[Probe]:
             (rows, _), _ = run(x, "rounded", QuantSpec("fp8_token"))
             return torch.cat([rows, rows.flip(-1)], -1).view(torch.uint8).to(torch.bfloat16) / 64 - 1
 
-        return _chain(step, torch.randn(m, 2 * n, device="cuda").to(torch.bfloat16))
+        return in_a_chain(step, torch.randn(m, 2 * n, device="cuda").to(torch.bfloat16))
 
     kinds = (
         QuantSpec("fp8_static"),
@@ -489,13 +409,13 @@ def _silu() -> Iterator[Probe]:
 
 
 MAKERS: dict[str, Callable[[], Iterator[Probe]]] = {
-    "rms_norm_rows.cu": lambda: chain(_norms(streamed=False), _chains("norm")),
-    "rms_norm_stream.cu": lambda: chain(_norms(streamed=True), _chains("streamed")),
-    "rms_norm_pair.cu": lambda: chain(_pairs(), _chains("pair")),
-    "rms_norm_partials.cu": lambda: chain(_partials(), _chains("parts")),
-    "rms_norm_quantised.cu": lambda: chain(_quantised(), _chains("quantised")),
-    "rms_norm_add.cu": lambda: chain(_adds(), _chains("add")),
-    "rms_norm_gated.cu": lambda: chain(_gated(), _chains("gated")),
+    "rms_norm_rows.cu": lambda: chain(_norms(streamed=False), chains("norm")),
+    "rms_norm_stream.cu": lambda: chain(_norms(streamed=True), chains("streamed")),
+    "rms_norm_pair.cu": lambda: chain(_pairs(), chains("pair")),
+    "rms_norm_partials.cu": lambda: chain(_partials(), chains("parts")),
+    "rms_norm_quantised.cu": lambda: chain(_quantised(), chains("quantised")),
+    "rms_norm_add.cu": lambda: chain(_adds(), chains("add")),
+    "rms_norm_gated.cu": lambda: chain(_gated(), chains("gated")),
     "silu_and_mul_quantised.cu": _silu,
 }
 """Kernel file -> its probes."""

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -110,7 +110,8 @@ def builds_of_probes(compiled: Any) -> dict[str, list[Any]]:
         for file in sorted(MAKERS):
             for probe in probes(file):
                 compiled.inherited = lambda build: b""
-                compiled.wrong(probe, None)  # says that the results are wrong: nothing has written them
+                with suppress(NotImplementedError):  # judging, of a dtype that the CPU has no such function for
+                    compiled.wrong(probe, None)  # says that the results are wrong: nothing has written them
                 for build in compiled.last:
                     found[build.config.source][build] = None
                 assert any(build.config.source == file for build in compiled.last), f"{probe.name}: no kernel of {file}"
