@@ -62,6 +62,7 @@ class Engine:
     def __init__(self, shape: str, variant: str, setup: Setup, graphs: list[Any]) -> None:
         import torch
         from vllm import LLM, SamplingParams
+        from vllm.v1.worker import workspace
 
         self.torch, self.sampling, self.graphs, self.setup = torch, SamplingParams, graphs, setup
         config, extra = SHAPES[shape]
@@ -72,6 +73,7 @@ class Engine:
         with CHANGES.get(variant.removesuffix("-dependent"), nullcontext)():
             inductor = {**(UNTIMED if setup.untimed else {}), **VARIANTS[variant][1]}
             self.llm = self._start(LLM, folder, inductor, extra)
+        self.workspace = workspace._manager
 
     def _start(self, llm: Any, folder: str, inductor: dict[str, bool], extra: dict[str, Any]) -> Any:
         return llm(
@@ -92,6 +94,14 @@ class Engine:
             disable_log_stats=True,
             **extra,
         )
+
+    def answer(self, do: str, *args: Any) -> Any:
+        """What the method `do` gives, with the engine's own scratch memory. vLLM has one of a process and makes it anew
+        for each engine: graphs of an earlier one, whose experts compute in it, would read what was given back."""
+        from vllm.v1.worker import workspace
+
+        workspace._manager = self.workspace
+        return getattr(self, do)(*args)
 
     def recapture(self, schedules: str) -> bool:
         """Capture the decode graphs again, elsewhere in memory, with our norms under `schedules`: "" for those of the
@@ -403,5 +413,5 @@ def serve(shape: str, variants: list[str], setup: Setup) -> None:
     print(json.dumps({"ready_s": round(time.perf_counter() - start, 1)}), file=answers)
     for line in sys.stdin:
         command = json.loads(line)
-        result = getattr(engines[base_of(command["variant"])], command["do"])(*command["args"])
+        result = engines[base_of(command["variant"])].answer(command["do"], *command["args"])
         print(json.dumps(result), file=answers)
