@@ -228,6 +228,7 @@ def test_a_fork_waits_for_a_kernel_module_that_is_being_loaded(monkeypatch):
 
     monkeypatch.setattr(triton_loader, "_load_all", load_all)
     monkeypatch.setitem(triton_loader._PACKAGES, True, "not_loaded_yet")
+    monkeypatch.setattr(triton_loader, "_LOADED", {})
     threading.Timer(0.3, stop.go_on.set).start()
 
     def check() -> None:
