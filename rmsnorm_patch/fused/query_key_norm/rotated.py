@@ -8,7 +8,7 @@ import torch
 
 from ...backends.bindings import by_variant
 from ...backends.cuda import launcher
-from ...backends.cuda.backend import add_plan, default_eps, started
+from ...backends.cuda.backend import add_row_kind, default_eps, started
 from ...backends.cuda.kernel_set import Chain, KernelSet, configs_for
 from ...backends.cuda.rows import address_of, power_of_two
 from ...errors import UnsupportedInput
@@ -207,7 +207,7 @@ class BoundRotated:
     def _register(self, x: torch.Tensor, weight: torch.Tensor | None, chain: Chain, two_level: bool) -> None:
         """Let launcher.c serve such calls from now on."""
         if self.functions.kind == "c" and self.table is not None:
-            add_plan(self.kernels, self.table, x, weight, chain, two_level)
+            add_row_kind(self.kernels, self.table, x, weight, chain, two_level)
             self.in_c = self.table
 
 
