@@ -220,7 +220,7 @@ def find(source: Source, tree: ast.FunctionDef, norms: frozenset[str]) -> Iterat
         found = Together(query, key, _why_not(query, key, self_name))
         if not found.reason:
             used = key
-            found.rotation = rotation_behind(query, key, functools.partial(moves_nothing, self_name=self_name))
+            found.rotation = rotation_behind(tree, query, key, functools.partial(moves_nothing, self_name=self_name))
         if not found.reason or found.named:
             yield found
 

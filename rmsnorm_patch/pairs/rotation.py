@@ -47,12 +47,16 @@ class Rotation:
 # what the attention's source shows
 
 
-def rotation_behind(query: NormCall, key: NormCall, movable: Callable[[ast.stmt], bool]) -> Rotation | str:
+def rotation_behind(
+    tree: ast.FunctionDef, query: NormCall, key: NormCall, movable: Callable[[ast.stmt], bool]
+) -> Rotation | str:
     """The rotation of what the two norms give; else why it cannot be part of their launch, "" where there is none.
 
-    movable: whether a statement computes by children of the module and shapes alone, so that the norms may run behind
+    tree: of the whole forward. movable: whether a statement computes by children of the module and shapes alone, so that the norms may run behind
     it."""
-    block = key.block
+    block, behind = key.block, key.statement.end_lineno or 0
+    if not any(isinstance(node, ast.Call) and _rotates(node) and node.lineno > behind for node in ast.walk(tree)):
+        return ""
     shapes = [_bound_name(call) for call in (query, key)]
     names = [name for name, _ in filter(None, shapes)]
     begin, end = block.index(query.statement), block.index(key.statement)
@@ -66,7 +70,7 @@ def rotation_behind(query: NormCall, key: NormCall, movable: Callable[[ast.stmt]
             return "it stands in another block" if rotated else "the norms' results are read before it"
         if not (is_passive(statement) or _unpacks(statement) or movable(statement)):
             return "code runs between the norms and it"
-    return ""
+    return "it stands in another block"
 
 
 def _rotates(call: ast.Call) -> bool:
