@@ -52,8 +52,8 @@ def rotation_behind(
 ) -> Rotation | str:
     """The rotation of what the two norms give; else why it cannot be part of their launch, "" where there is none.
 
-    tree: of the whole forward. movable: whether a statement computes by children of the module and shapes alone, so that the norms may run behind
-    it."""
+    tree: of the whole forward. movable: whether a statement computes by children of the module and shapes alone, so
+    that the norms may run behind it."""
     block, behind = key.block, key.statement.end_lineno or 0
     if not any(isinstance(node, ast.Call) and _rotates(node) and node.lineno > behind for node in ast.walk(tree)):
         return ""
