@@ -12,8 +12,8 @@ from rmsnorm_patch.backends.cuda import schedules
 from rmsnorm_patch.fused.gated_norm import kernel as gated_norm_kernel
 from rmsnorm_patch.fused.norm_add import kernel as norm_add_kernel
 from rmsnorm_patch.fused.norm_quantised import kernel as norm_quantised_kernel
-from rmsnorm_patch.fused.silu_quantised import kernel as silu_kernel
 from rmsnorm_patch.fused.query_key_norm import rotated as rotated_kernel
+from rmsnorm_patch.fused.silu_quantised import kernel as silu_kernel
 from rmsnorm_patch.numerics.gating import GateSpec
 from rmsnorm_patch.numerics.quantisation import QuantSpec
 from rmsnorm_patch.numerics.spec import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, NormSpec
