@@ -175,3 +175,28 @@ def test_what_the_op_cannot_take_it_names() -> None:
         op(x, x, weight, weight, 1e-6, angle, angle, 1)
     with pytest.raises(UnsupportedInput, match=r"cos is torch[.]float32"):
         op(x.transpose(1, 2).contiguous(), x[:, :1].transpose(1, 2), weight, weight, 1e-6, angle.float(), angle, 2)
+
+
+def test_a_token_does_not_depend_on_the_others() -> None:
+    torch.manual_seed(0)
+    q, k = (torch.randn(2, 130, heads, 128, device="cuda").bfloat16() for heads in (32, 8))
+    weight, op = torch.rand(128, device="cuda").bfloat16() + 0.5, bind_rms_norm_rotated(LLAMA)
+    cos, sin = (torch.randn(1, 130, 128, device="cuda").bfloat16() for _ in range(2))
+    whole = op(q, k, weight, weight, 1e-6, cos, sin, 2)
+    at = slice(77, 78)
+    alone = op(q[1:, at], k[1:, at], weight, weight, 1e-6, cos[:, at], sin[:, at], 2)
+    for many, one in zip(whole, alone, strict=True):
+        assert torch.equal(many[1:, :, at], one)
+
+
+def test_angles_are_read_where_they_lie() -> None:
+    """Angles of less alignment, or that are no rows one behind the other, are copied first."""
+    torch.manual_seed(0)
+    q, k = (torch.randn(2, 3, heads, 128, device="cuda").bfloat16() for heads in (4, 2))
+    weight, op = torch.rand(128, device="cuda").bfloat16() + 0.5, bind_rms_norm_rotated(LLAMA)
+    held = torch.randn(2, 3, 260, device="cuda").bfloat16()
+    cos, sin = held[..., 1:129], held[..., 130:258]
+    wanted = op(q, k, weight, weight, 1e-6, cos.contiguous(), sin.contiguous(), 2)
+    for _ in range(2):
+        for one, other in zip(op(q, k, weight, weight, 1e-6, cos, sin, 2), wanted, strict=True):
+            assert torch.equal(one, other)
