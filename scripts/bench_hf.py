@@ -4,15 +4,16 @@
     python scripts/bench_hf.py --shape llama-8b --layers 8 --compile --variants stock F.rms_norm patched
     python scripts/bench_hf.py --shape llama-8b --compile reduce-overhead --variants stock joined --prefill
     python scripts/bench_hf.py --shape gemma2-9b --variants stock patched "patched-apart" --batch 1
+    python scripts/bench_hf.py --shape qwen3-8b --variants stock patched-unrotated patched --rounds 7
 
 Variants share one set of weights and run in alternating rounds (forwards, then backwards), so that clocks and host
 noise hit all of them. Each is checked against stock logits before it is timed; "removed" (no norm at all) is a ceiling
-and has no right answer; "patched-apart" leaves adds behind norms to themselves; "joined" is patched with
-compiled="joined". "F.rms_norm" has aten's kernel, "F.rms_norm-quack" what torch puts in its place. --compile is
-torch.compile, with its default settings or "reduce-overhead" (CUDA graphs), decoding into a static cache; --ops puts
-our ops into the graphs (RMSNORM_PATCH_COMPILE=op). --captured repeats one eager step of one token, captured in a CUDA
-graph, without a cache. --prefill without numbers leaves prefill out; compiled variants are then checked on the graph
-that decodes.
+and has no right answer; "patched-apart" leaves adds behind norms to themselves, "patched-unrotated" the rotation of
+queries and keys; "joined" is patched with compiled="joined". "F.rms_norm" has aten's kernel, "F.rms_norm-quack" what
+torch puts in its place. --compile is torch.compile, with its default settings or "reduce-overhead" (CUDA graphs),
+decoding into a static cache; --ops puts our ops into the graphs (RMSNORM_PATCH_COMPILE=op). --captured repeats one
+eager step of one token, captured in a CUDA graph, without a cache. --prefill without numbers leaves prefill out;
+compiled variants are then checked on the graph that decodes.
 
 A row of the JSON: {"model", "layers", "work": "decode BATCH" | "prefill BATCHxLENGTH", "mode": "eager" | "captured" |
 "compiled" ["reduce-overhead"] ["with ops"],

@@ -152,6 +152,7 @@ def totals(rows: Iterable[Row]) -> dict[str, int]:
         **{kind: sum(row.fused(kind) > 0 for row in rows) for kind in PAIR_KINDS},
         "norm_add left": sum(row.left("norm_add") > 0 for row in rows),
         "query_key": sum(row.fused("query_key") > 0 for row in rows),
+        "rotation": sum(row.fused("rotation") > 0 for row in rows),
     }
 
 
@@ -171,11 +172,12 @@ def page(rows: list[Row]) -> str:
         f"{counted['norms fused']} have norms that are fused, {counted['in_layer']} in-layer pairs, "
         f"{counted['cross_layer']} cross-layer pairs, {counted['final']} the last add with the final norm; "
         f"{counted['norm_add']} norms with the add behind them (sandwich layouts; {counted['norm_add left']} has such "
-        f"adds left too), {counted['query_key']} the norms of queries and keys in one launch.",
+        f"adds left too), {counted['query_key']} the norms of queries and keys in one launch, "
+        f"{counted['rotation']} of these with their rotation.",
         "",
         "| type | norms fused | left | in-layer | left | cross-layer | final | norm then add | left | q with k | left "
-        "| same bits | left because |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|---|",
+        "| rotated | same bits | left because |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|---|",
     ]
     for row in rows:
         if row.has_norms:
@@ -183,7 +185,7 @@ def page(rows: list[Row]) -> str:
                 f"| {row.model_type} | {row.fused('norm')} | {row.left('norm')} | {row.fused('in_layer')} "
                 f"| {row.left('in_layer')} | {row.fused('cross_layer')} | {row.fused('final')} "
                 f"| {row.fused('norm_add')} | {row.left('norm_add')} | {row.fused('query_key')} "
-                f"| {row.left('query_key')} | {'yes' if row.identical else 'NO'} "
+                f"| {row.left('query_key')} | {row.fused('rotation')} | {'yes' if row.identical else 'NO'} "
                 f"| {'; '.join(r.replace('|', '/') for r in row.reasons)} |"
             )
     none = [row.model_type for row in rows if not row.unbuilt and not row.has_norms]

@@ -14,6 +14,7 @@ from rmsnorm_patch.backends.cuda import registry
 from rmsnorm_patch.errors import UnsupportedInput
 from rmsnorm_patch.fused.norm_add import kernel as norm_add_kernel
 from rmsnorm_patch.fused.query_key_norm import kernel as query_key_norm_kernel
+from rmsnorm_patch.fused.query_key_norm import rotated as rotated_kernel
 from rmsnorm_patch.numerics.contract import FUNCTIONAL, PLAIN_OPS, PlainOp
 from rmsnorm_patch.numerics.spec import LLAMA
 
@@ -37,6 +38,7 @@ def test_launcher_c_numbers_the_ops_as_the_table_does(repository: Path) -> None:
     }
     codes = {**{name: row.code for name, row in PLAIN_OPS.items()}, **norm_add_kernel.CODES}
     codes["two_norms"] = query_key_norm_kernel.TWO_NORMS
+    codes["rotated"] = rotated_kernel.ROTATED
     assert found[1].split(", ") == [spelled.get(name, name.upper()) for name in codes]  # numbered from 0 on
     assert list(codes.values()) == list(range(len(codes)))
 

@@ -39,10 +39,11 @@ def launchers(driver_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
     monkeypatch.setattr(cuda_backend, "DLPACK_CUDA", DLPACK_CPU)
     guards = torch._C._dynamo.guards
     monkeypatch.setattr(guards, "_empty_strided_cuda", guards._empty_strided_cpu, raising=False)
-    pairs = ("in_layer", "hand_over", "take", "alone", "norm_add", "norm_add_norm", "norm_hand_over", "query_key")
+    pairs = ("in_layer", "hand_over", "take", "alone", "norm_add", "norm_add_norm", "norm_hand_over")
+    pairs += ("query_key", "rotated")
     for name in pairs:  # `enroll` fills them
         monkeypatch.setattr(native, name, native._declined)
-    for name in ("_classes", "_alone", "_norm_add", "_norm_add_norm", "_query_key"):
+    for name in ("_classes", "_alone", "_norm_add", "_norm_add_norm", "_query_key", "_rotated"):
         monkeypatch.setattr(native, name, {})
     for forget in (cache.forget, launcher.functions.cache_clear, ops.forget):
         forget()

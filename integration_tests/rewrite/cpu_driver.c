@@ -56,6 +56,43 @@ static int norm_two(const TwoArgs* a) {
     return 0;
 }
 
+/* Of kernels/cuda/rms_norm_rotated.cu. */
+typedef struct {
+    const float *x, *weight;
+    float* normed;
+    int64_t m, x_row_stride, inner_rows, x_outer_stride;
+} HeadSet;
+typedef struct {
+    HeadSet sets[2];
+    const float *cos, *sin;
+    int64_t angles;
+    float eps;
+} RotatedArgs;
+
+#define ROTATED ((void*)0x7004)
+enum { HEAD = 16 }; /* columns of the tests' rows */
+
+static int norm_and_rotate(const RotatedArgs* a) {
+    for (int i = 0; i < 2; i++) {
+        const HeadSet* set = &a->sets[i];
+        for (int64_t row = 0; row < set->m; row++) {
+            const int64_t token = row / set->inner_rows, angle = token % a->angles * HEAD;
+            const float* x = set->x + token * set->x_outer_stride + row % set->inner_rows * set->x_row_stride;
+            double squares = 0;
+            float normed[HEAD];
+            for (int j = 0; j < HEAD; j++) squares += (double)x[j] * x[j];
+            const float rstd = (float)(1 / sqrt(squares / HEAD + a->eps));
+            for (int j = 0; j < HEAD; j++) normed[j] = set->weight[j] * (x[j] * rstd);
+            for (int j = 0; j < HEAD; j++) {
+                const float turned = j < HEAD / 2 ? -normed[j + HEAD / 2] : normed[j - HEAD / 2];
+                set->normed[row * HEAD + j] = normed[j] * a->cos[angle + j] + turned * a->sin[angle + j];
+            }
+        }
+    }
+    eps[launches++ % 4096] = a->eps;
+    return 0;
+}
+
 static float reciprocal_rms(const float* x, int64_t n, float eps) {
     double squares = 0;
     for (int64_t i = 0; i < n; i++) squares += (double)x[i] * x[i];
@@ -80,6 +117,7 @@ int cuLaunchKernelEx(const void* config, void* function, void** parameters, void
     const Args* a = parameters[0];
     if (result) return result;
     if (function == TWO_SETS) return norm_two(parameters[0]);
+    if (function == ROTATED) return norm_and_rotate(parameters[0]);
     if ((intptr_t)function == NORM_ADD || (intptr_t)function == NORM_ADD_NORM)
         return norm_add(parameters[0], (intptr_t)function == NORM_ADD_NORM);
     const int64_t n = a->normed_row_stride;

@@ -15,11 +15,13 @@ from rmsnorm_patch.backends.cuda import backend as cuda_backend
 from rmsnorm_patch.backends.cuda import jit, launcher
 from rmsnorm_patch.fused.norm_add import kernel as norm_add
 from rmsnorm_patch.fused.query_key_norm.kernel import TWO_NORMS, BoundPair
+from rmsnorm_patch.fused.query_key_norm.rotated import ROTATED, BoundRotated
 from rmsnorm_patch.numerics.spec import NormSpec
 
-FUNCTION, TWO_SETS, CONTEXT = 0x7000, 0x7003, 1
+FUNCTION, TWO_SETS, ROTATED_SETS, CONTEXT = 0x7000, 0x7003, 0x7004, 1
 PLAIN = jit.source_of("rms_norm_rows.cu").arguments
 PAIR = jit.source_of("rms_norm_pair.cu").arguments
+TURNED = jit.source_of("rms_norm_rotated.cu").arguments
 
 
 class Driver:
@@ -73,7 +75,17 @@ def norm_add_table(op: str, spec: NormSpec, n: int) -> Any:
 def table_of_two(spec: NormSpec, n: int) -> Any:
     """The same for the norms of a query and a key, in rows of one level and of two."""
     bound, _ = cuda_backend.started(TWO_NORMS, spec, lambda functions: BoundPair(spec, True, functions))
-    handle = bound.functions.new_kernel(TWO_SETS, CONTEXT, n, 2**63 - 1, 1, 1, 32, 0, 4, 4, 0, PAIR)
+    return _two_levels(bound, TWO_SETS, PAIR, n)
+
+
+def table_of_rotated(spec: NormSpec, n: int) -> Any:
+    """The same with their rotation."""
+    bound, _ = cuda_backend.started(ROTATED, spec, lambda functions: BoundRotated(spec, True, functions))
+    return _two_levels(bound, ROTATED_SETS, TURNED, n)
+
+
+def _two_levels(bound: Any, function: int, arguments: Any, n: int) -> Any:
+    handle = bound.functions.new_kernel(function, CONTEXT, n, 2**63 - 1, 1, 1, 32, 0, 4, 4, 0, arguments)
     code, fp32 = launcher.dlpack_code(torch.float32), torch.float32
     bound.functions.add_row_kind(bound.table, handle, handle, fp32, fp32, fp32, n, 0, 4, 4, 1e-6, code, code)
     return bound.table

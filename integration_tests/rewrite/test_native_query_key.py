@@ -11,13 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from native_driver import Driver, held, table_of_two
+from native_driver import Driver, held, table_of_rotated, table_of_two
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
+from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
 import rmsnorm_patch
+from rmsnorm_patch.pairs.rotation import known
 from rmsnorm_patch.rewrite import layer_calls, native, observe, query_key
 
 TOKENS = torch.arange(1, 8)[None]
@@ -32,6 +34,7 @@ def serve(model: PreTrainedModel, path: Path) -> Driver:
             kernel, spec = layer_calls.kernel_of(norm), type(norm)._rmsnorm_patch_key.spec
             assert kernel is not None
             native.enroll_query_key(type(norm), kernel, table_of_two(spec, norm.weight.numel()))
+            native.enroll_rotated(type(norm), kernel, table_of_rotated(spec, norm.weight.numel()))
     return Driver(path)
 
 
@@ -95,9 +98,10 @@ def test_a_model_computes_what_it_did(small_model, launchers, kind: str, mode) -
     assert found.launches == LAYERS
     assert len(shared) == 2 * LAYERS
     assert {event.backend for event in shared} == {"cuda"}
+    assert all(event.rotation is not None for event in shared)
     assert close(before, after)
     counts = rmsnorm_patch.status(model).counts()
-    assert counts["together"] == 2 * LAYERS
+    assert (counts["rotated"], counts["together"]) == (2 * LAYERS, 0)
 
 
 @pytest.mark.parametrize(
@@ -206,6 +210,130 @@ def test_nothing_is_leaked(served, norms, collect_garbage) -> None:
         for _ in range(50):
             query_key.query_key(*norms, q, k)
             query_key.query_key(*norms, q, refused)
+        objects_after, counts_after = held(watched, collect_garbage)
+    assert counts_after == counts
+    assert abs(objects_after - objects) < 50
+
+
+# with the rotation
+
+
+def angles(batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return rows(batch, length).cos(), rows(batch, length).sin()
+
+
+def turn(norms: tuple[nn.Module, nn.Module], axis: int, q: torch.Tensor, k: torch.Tensor, *given: torch.Tensor) -> None:
+    """Both results are right, and lie as the model's own, whoever computed them."""
+    with torch.no_grad():
+        made = query_key.rotated(*norms, axis, q, k, *given, apply_rotary_pos_emb)
+        normed = [
+            own(norm, x) if axis == 1 else own(norm, x).transpose(1, 2) for norm, x in zip(norms, (q, k), strict=True)
+        ]
+        for one, other in zip(made, apply_rotary_pos_emb(*normed, *given), strict=True):
+            assert close(one, other)
+            assert one.dtype == other.dtype
+            sizes = [(size, stride) for size, stride in zip(one.shape, one.stride(), strict=True) if size > 1]
+            assert sizes == [each for each in zip(other.shape, other.stride(), strict=True) if each[0] > 1]
+
+
+@pytest.fixture
+def turned(served) -> tuple[PreTrainedModel, Driver]:
+    """The function is known, as it is where a model was planned."""
+    assert known(apply_rotary_pos_emb) is not None
+    return served
+
+
+@pytest.mark.parametrize(
+    ("axis", "q", "k", "cos"),
+    [
+        (2, rows(2, 3, 4), rows(2, 3, 2), angles(1, 3)),
+        (2, rows(2, 3, 4), rows(2, 3, 2), angles(2, 3)),
+        (2, rows(2, 1, 4), rows(2, 1, 2), angles(1, 1)),
+        (2, rows(3, 1, 4), rows(3, 1, 1), angles(3, 1)),
+        (1, rows(2, 3, 4).transpose(1, 2), rows(2, 3, 2).transpose(1, 2), angles(2, 3)),
+        (2, rows(2, 3, 8)[:, :, 2:6], rows(2, 3, 8)[:, :, 6:], angles(1, 3)),
+        (2, rows(2, 3, 8)[:, :, ::2], rows(2, 3, 2), angles(1, 3)),
+        (2, rows(1, 1, 1), rows(1, 1, 1), angles(1, 1)),
+    ],
+    ids=["prompt", "angles each", "a token", "tokens", "transposed", "of one product", "every other head", "one row"],
+)
+def test_rows_are_rotated_wherever_they_lie(turned, norms, axis: int, q, k, cos) -> None:
+    _, found = turned
+    turn(norms, axis, q, k, *cos)
+    assert found.launches == 1
+
+
+@pytest.mark.parametrize(
+    ("axis", "q", "k", "cos"),
+    [
+        (2, rows(2, 3, 4).double(), rows(2, 3, 2).double(), tuple(each.double() for each in angles(1, 3))),
+        (1, rows(2, 4, 3), rows(2, 2, 3), angles(1, 3)),
+        (1, rows(1, 4, 3), rows(1, 2, 3), angles(1, 3)),
+        (2, rows(2, 3, 4), rows(2, 3, 2), tuple(each.double() for each in angles(1, 3))),
+        (2, rows(2, 3, 4), rows(2, 3, 2), (angles(1, 3)[0].expand(2, 3, 16), angles(2, 3)[1])),
+        (2, rows(2, 3, 4), rows(2, 3, 2), (angles(1, 3)[0], angles(2, 3)[1])),
+        (2, rows(2, 3, 4), rows(2, 3, 2), angles(1, 1)),
+        (2, rows(2, 3, 4, n=32)[..., ::2], rows(2, 3, 2), angles(1, 3)),
+    ],
+    ids=[
+        *("doubles", "head by head", "one sequence head by head", "angles of another dtype", "a view of angles"),
+        *("angles of two shapes", "one angle for all", "strided elements"),
+    ],
+)
+def test_other_tensors_are_rotated_by_the_model(turned, norms, axis: int, q, k, cos) -> None:
+    """On a CPU that is by the model's own operations."""
+    _, found = turned
+    turn(norms, axis, q, k, *cos)
+    assert found.launches == 0
+
+
+@pytest.mark.parametrize("around", [Modes, Dispatch, lambda: torch.autocast("cpu"), nullcontext])
+def test_who_must_see_the_ops_sees_the_rotation(turned, norms, around) -> None:
+    _, found = turned
+    with torch.no_grad(), around():
+        query_key.rotated(*norms, 2, rows(2, 3, 4), rows(2, 3, 2), *angles(1, 3), apply_rotary_pos_emb)
+    assert found.launches == (around is nullcontext)
+
+
+def test_shapes_take_turns_with_their_rotation(turned, norms) -> None:
+    _, found = turned
+    for length in (1, 3, 1, 2):
+        turn(norms, 2, rows(2, length, 4), rows(2, length, 2), *angles(1, length))
+        turn(norms, 1, rows(2, length, 4).transpose(1, 2), rows(2, length, 2).transpose(1, 2), *angles(1, length))
+    assert found.launches == 8
+
+
+def test_another_rotation_is_the_models_own(turned, norms) -> None:
+    model, found = turned
+
+    def other(q, k, cos, sin):
+        return q + 1, k - 1
+
+    with torch.no_grad():
+        made = query_key.rotated(*norms, 2, rows(2, 3, 4), rows(2, 3, 2), *angles(1, 3), other)
+    assert close(made[0], own(norms[0], rows(2, 3, 4)).transpose(1, 2) + 1)
+    assert close(made[1], own(norms[1], rows(2, 3, 2)).transpose(1, 2) - 1)
+    assert found.launches == 1  # of the norms
+    counts = rmsnorm_patch.status(model).counts()
+    assert (counts["rotated"], counts["together"]) == (0, 2)
+
+
+def test_no_reference_is_leaked_by_a_rotation(turned, norms, collect_garbage) -> None:
+    q, k, (cos, sin) = rows(2, 3, 4), rows(2, 3, 2), angles(1, 3)
+    refused = cos.double()
+    watched = (q, k, cos, sin, refused, *norms, *(norm.weight for norm in norms), norms[0].variance_epsilon)
+
+    def calls(count: int) -> None:
+        for at in range(count):
+            length = 1 + at % 2  # shapes that take turns
+            query_key.rotated(*norms, 2, q, k, cos, sin, apply_rotary_pos_emb)
+            query_key.rotated(*norms, 2, q, k, refused, sin, apply_rotary_pos_emb)
+            query_key.rotated(*norms, 2, q[:, :length], k[:, :length], *angles(1, length), apply_rotary_pos_emb)
+
+    with torch.no_grad():
+        calls(10)
+        objects, counts = held(watched, collect_garbage)
+        calls(50)
         objects_after, counts_after = held(watched, collect_garbage)
     assert counts_after == counts
     assert abs(objects_after - objects) < 50

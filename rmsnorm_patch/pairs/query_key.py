@@ -14,6 +14,11 @@ becomes
     else:
         the model's own statements
 
+Where the rotation follows, it is part of the call (`rotation`):
+
+    q, k = apply_rotary_pos_emb(q, k, cos, sin)    _q, _k = ...
+                                                   q, k = rotated(q_norm, k_norm, 2, _q, _k, cos, sin, apply_rotary_...)
+
 What the key's norm reads is computed ahead of the query's norm, and of nothing else but what shapes its result. So it
 must not read anything that stands in between. As for pairs, the source must show this, and a trace must confirm it.
 """
@@ -24,8 +29,8 @@ import ast
 import copy
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -35,52 +40,33 @@ import torch.nn as nn
 from ..backends.cuda.schedules import no_kernel, schedules
 from ..backends.names import Backend
 from ..patch_state import foreign, original_class
-from ..scan.plan import NormSite, QueryKeySite
-from .dataflow import NormCall, analyse, assigned_names, is_passive, self_attribute
+from ..scan.plan import Action, NormSite, QueryKeySite
+from .dataflow import NormCall, analyse, assigned_names, is_passive
+from .expressions import is_projection, moves_nothing, only_shapes
 from .recompile import Rewritten, compiled, substitute
+from .rotation import Rotation, confirm, rotation_behind
 from .source import NoSource, Source, read_forward
 from .trace import holds, trace_reached, written_by
 
-HELPERS = ("together", "query_key")
+HELPERS = ("together", "query_key", "rotated")
 """Names of the functions that a rewritten forward calls; who compiles it hands them over."""
-OP = "rms_norm_pair"
+OP, ROTATED = "rms_norm_pair", "rms_norm_rotated"
 _OLDEST = 80
 """Compute capability whose kernel a plan asks about; the rules of later ones serve the same rows."""
 
-_SHAPING = frozenset(
-    [
-        "contiguous",
-        "expand",
-        "flatten",
-        "float",
-        "movedim",
-        "permute",
-        "reshape",
-        "squeeze",
-        "swapaxes",
-        "to",
-        "transpose",
-        "type",
-        "type_as",
-        "unflatten",
-        "unsqueeze",
-        "view",
-    ]
-)
-"""Methods of a tensor that compute or move nothing but the tensor itself, and write nothing."""
-_PLAIN = (ast.Constant, ast.Name, ast.expr_context, ast.operator, ast.unaryop)
-_NESTED = (ast.Attribute, ast.Subscript, ast.Slice, ast.Tuple, ast.List, ast.Starred, ast.UnaryOp, ast.BinOp)
 _QUERY, _KEY = ("q_", "qk_", "query_", "norm_q"), ("k_", "qk_", "key_", "norm_k")
 """How the attributes of a query's and a key's norm begin (`Together.named`)."""
 
 
 @dataclass(eq=False)
 class Together:
-    """Two norm calls of one forward. reason: why they cannot be one launch, or ""."""
+    """Two norm calls of one forward. reason: why they cannot be one launch, or "". rotation: what follows them and can
+    be part of it; else why it cannot, "" where nothing rotates them."""
 
     query: NormCall
     key: NormCall
     reason: str
+    rotation: Rotation | str = ""
 
     @property
     def named(self) -> bool:
@@ -92,18 +78,21 @@ class AttentionKey(NamedTuple):
     """What is rewritten in an attention class; plain data, so that a pickle can name it.
 
     norms: the class's norm attributes. ranks: which of what `find` gives are fused. digest: of the source; a process
-    with another version of the model's code keeps its own forward.
+    with another version of the model's code keeps its own forward. rotated: those of the ranks that are fused with
+    their rotation.
     """
 
     norms: tuple[str, ...]
     ranks: tuple[int, ...]
     digest: str
+    rotated: tuple[int, ...] = ()
 
 
 @dataclass
 class Attention:
     """One module whose forward was read. norms: attribute -> site. reasons: for each of `found` why it is left alone,
-    "" where it can be fused, None where this instance does not run it."""
+    "" where it can be fused, None where this instance does not run it. unrotated: the same of their rotations, None
+    where there is none."""
 
     path: str
     module: nn.Module
@@ -111,10 +100,11 @@ class Attention:
     norms: dict[str, NormSite]
     found: list[Together]
     reasons: list[str | None]
+    unrotated: list[str | None]
 
     def sites(self, rewritten: frozenset[str], backend: Backend) -> Iterator[QueryKeySite]:
         """The plan's lines. rewritten: paths of layers whose forwards are changed for their adds."""
-        for each, reason in zip(self.found, self.reasons, strict=True):
+        for each, reason, unrotated in zip(self.found, self.reasons, self.unrotated, strict=True):
             if reason is None:
                 continue
             query, key = self.norms[each.query.attr], self.norms[each.key.attr]
@@ -127,13 +117,20 @@ class Attention:
                 continue
             action, reason = ("leave", reason) if reason else ("fuse", "both norms in one launch")
             where = self.source.where(each.query.node)
-            yield QueryKeySite(self.path, query.path, key.path, action, reason, where)  # type: ignore[arg-type]
+            site = QueryKeySite(self.path, query.path, key.path, action, reason, where)  # type: ignore[arg-type]
+            if action == "fuse" and unrotated is not None:
+                unrotated = unrotated or _no_rotation(query)
+                rotation: Action = "leave" if unrotated else "fuse"
+                site = replace(site, rotation=rotation, rotation_reason=unrotated or "in the norms' launch")
+            yield site
 
-    def key(self, fused: set[tuple[str, str]]) -> AttentionKey | None:
-        """What is rewritten where `fused` names the norms' paths; None where nothing is."""
+    def key(self, fused: Iterable[QueryKeySite]) -> AttentionKey | None:
+        """What is rewritten where these sites of this attention are fused; None where nothing is."""
+        sites = {(site.query, site.key): site for site in fused}
         named = [(self.norms[each.query.attr].path, self.norms[each.key.attr].path) for each in self.found]
-        ranks = tuple(rank for rank, paths in enumerate(named) if paths in fused and self.reasons[rank] == "")
-        return AttentionKey(tuple(sorted(self.norms)), ranks, self.source.digest) if ranks else None
+        ranks = tuple(rank for rank, paths in enumerate(named) if paths in sites and self.reasons[rank] == "")
+        rotated = tuple(rank for rank in ranks if sites[named[rank]].rotation == "fuse" and self.unrotated[rank] == "")
+        return AttentionKey(tuple(sorted(self.norms)), ranks, self.source.digest, rotated) if ranks else None
 
     def _why_apart(self, query: NormSite, key: NormSite) -> str:
         """Why the kernel does not take the two norms in one launch, or ""."""
@@ -156,6 +153,14 @@ class Attention:
         return "" if schedules(OP, dtype, n, _OLDEST) else f"rows of {n}: {no_kernel(OP, dtype, n, _OLDEST)}"
 
 
+def _no_rotation(query: NormSite) -> str:
+    """Why no kernel rotates rows like those of `query`, in the launch that norms them, or ""."""
+    n, dtype = query.hidden_size, getattr(torch, query.weight_dtype or "bfloat16")
+    if n is None or schedules(ROTATED, dtype, n, _OLDEST):
+        return ""
+    return f"rows of {n}: {no_kernel(ROTATED, dtype, n, _OLDEST)}"
+
+
 def _eps(attention: nn.Module, site: NormSite) -> object:
     norm = getattr(attention, site.path.rpartition(".")[2], None)
     assert site.spec is not None
@@ -176,9 +181,10 @@ def read_attention(path: str, module: nn.Module, below: Mapping[str, NormSite]) 
     stranger = foreign(module)
     obstacle = f"its forward is not its class's: {stranger}" if stranger is not None else obstacle
     reasons: list[str | None] = [obstacle] * len(found)
+    unrotated: list[str | None] = [None] * len(found)
     if not obstacle:
-        reasons = _witness(module, cls, source, found, frozenset(norms))
-    return Attention(path, module, source, norms, found, reasons)
+        reasons, unrotated = _witness(module, cls, source, found, frozenset(norms))
+    return Attention(path, module, source, norms, found, reasons, unrotated)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -187,8 +193,10 @@ def _read_class(cls: type, forward: object, norms: frozenset[str]) -> tuple[Sour
     source = read_forward(cls)
     found = list(find(source, source.tree, norms))
     ranks = tuple(rank for rank, each in enumerate(found) if not each.reason)
+    rotated = tuple(rank for rank in ranks if isinstance(found[rank].rotation, Rotation))
+    key = AttentionKey(tuple(norms), ranks, "", rotated)
     try:
-        rewrite_attention(source, AttentionKey(tuple(norms), ranks, ""), cls, dict.fromkeys(HELPERS, _uncalled))
+        rewrite_attention(source, key, cls, dict.fromkeys(HELPERS, _uncalled))
     except (NoSource, SyntaxError) as error:
         return source, found, f"its forward cannot be rewritten: {error}"
     return source, found, ""
@@ -212,6 +220,7 @@ def find(source: Source, tree: ast.FunctionDef, norms: frozenset[str]) -> Iterat
         found = Together(query, key, _why_not(query, key, self_name))
         if not found.reason:
             used = key
+            found.rotation = rotation_behind(tree, query, key, functools.partial(moves_nothing, self_name=self_name))
         if not found.reason or found.named:
             yield found
 
@@ -223,12 +232,12 @@ def _why_not(query: NormCall, key: NormCall, self_name: str) -> str:
     if begin == end:
         return "both norms stand in one statement"
     for call in (query, key):
-        if not _only_shapes(call.statement, call.node):
+        if not only_shapes(call.statement, call.node):
             return f"the statement of {call.attr} does more than shape the norm's result"
     between = query.block[begin + 1 : end]
-    if not all(is_passive(statement) or _only_shapes(statement, None) for statement in between):
+    if not all(is_passive(statement) or only_shapes(statement, None) for statement in between):
         return "code runs between the two norms"
-    if not _is_projection(key.argument, self_name):
+    if not is_projection(key.argument, self_name):
         return f"what {key.attr} reads is computed in another way than by a module and in shape"
     read = {node.id for node in ast.walk(key.argument) if isinstance(node, ast.Name)}
     if read & assigned_names([query.statement, *between]):
@@ -236,73 +245,38 @@ def _why_not(query: NormCall, key: NormCall, self_name: str) -> str:
     return ""
 
 
-def _only_shapes(statement: ast.stmt, norm: ast.Call | None) -> bool:
-    """Whether `statement` binds one name to the result of `norm`, or to a value known before (None), in another shape
-    or dtype or scaled."""
-    if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
-        target, value = statement.targets[0], statement.value
-    elif isinstance(statement, ast.AnnAssign) and statement.value is not None:
-        target, value = statement.target, statement.value
-    else:
-        return False
-    return isinstance(target, ast.Name) and _shapes(value, norm)
-
-
-def _shapes(value: ast.expr, core: ast.Call | None) -> bool:
-    if value is core or (core is None and _is_plain(value)):
-        return True
-    if isinstance(value, ast.BinOp):
-        sides = (value.left, value.right)
-        return any(_shapes(one, core) and _is_plain(other) for one, other in (sides, sides[::-1]))
-    return _is_shaping(value) and _shapes(value.func.value, core)  # type: ignore[attr-defined]
-
-
-def _is_shaping(value: ast.expr) -> bool:
-    """`x.method(...)`, a method of `_SHAPING` with arguments that run nothing."""
-    return (
-        isinstance(value, ast.Call)
-        and isinstance(value.func, ast.Attribute)
-        and value.func.attr in _SHAPING
-        and all(_is_plain(argument) for argument in (*value.args, *(keyword.value for keyword in value.keywords)))
-    )
-
-
-def _is_plain(value: ast.AST) -> bool:
-    """Whether the expression calls nothing: names, their attributes, constants and arithmetic of these."""
-    if isinstance(value, _PLAIN):
-        return True
-    return isinstance(value, _NESTED) and all(_is_plain(child) for child in ast.iter_child_nodes(value))
-
-
-def _is_projection(value: ast.expr, self_name: str) -> bool:
-    """Whether nothing runs for `value` but children of the module and methods that shape their results."""
-    if _is_plain(value):
-        return True
-    if not isinstance(value, ast.Call):
-        return False
-    arguments = (*value.args, *(keyword.value for keyword in value.keywords))
-    if self_attribute(value.func, self_name) is not None:
-        return all(_is_projection(argument, self_name) for argument in arguments)
-    return _is_shaping(value) and _is_projection(value.func.value, self_name)  # type: ignore[attr-defined]
-
-
 # what a trace shows
 
 
 def _witness(
     module: nn.Module, cls: type, source: Source, found: list[Together], norms: frozenset[str]
-) -> list[str | None]:
-    """`Attention.reasons`, by a trace without the optional arguments; where it ends ahead of the norms, with them."""
+) -> tuple[list[str | None], list[str | None]]:
+    """`Attention.reasons` and `unrotated`, each by a trace without the optional arguments; where it ends ahead of what
+    is asked, with them."""
     reasons: list[str | None] = []
+    unrotated: list[str | None] = [None] * len(found)
+    rotations = frozenset(each.rotation.name for each in found if isinstance(each.rotation, Rotation))
+    unsettled = True
     for optional in (False, True):
         try:
-            nodes, ended = trace_reached(module, cls, source, norms, optional)
+            nodes, ended = trace_reached(module, cls, source, norms, optional, rotations)
         except NoSource as why:
-            return [str(why)] * len(found)
-        reasons = [_confirm(each, nodes, ended) for each in found]
-        if not ended or ended not in reasons:
+            return [str(why)] * len(found) if unsettled else reasons, unrotated
+        if unsettled:
+            reasons = [_confirm(each, nodes, ended) for each in found]
+            unsettled = bool(ended) and ended in reasons
+        unrotated = [_confirm_rotation(each, nodes, ended, source) for each in found]
+        if not unsettled and not (ended and ended in unrotated):
             break
-    return reasons
+    return reasons, unrotated
+
+
+def _confirm_rotation(each: Together, nodes: list[torch.fx.Node], ended: str, source: Source) -> str | None:
+    """ "" where the trace shows the rotation that the source shows, None where nothing rotates; else why not."""
+    if not isinstance(each.rotation, Rotation):
+        return each.rotation or None
+    at = [_place(call, nodes) for call in (each.query, each.key)]
+    return confirm(each.rotation, at, nodes, ended, source)
 
 
 def _confirm(each: Together, nodes: list[torch.fx.Node], ended: str) -> str | None:
@@ -350,8 +324,19 @@ def rewrite_attention(
     tree = copy.deepcopy(source.tree)
     found = list(find(source, tree, frozenset(key.norms)))
     for rank in key.ranks:
-        _fuse(tree, found[rank])
+        rotation = found[rank].rotation if rank in key.rotated else None
+        if isinstance(rotation, Rotation):
+            _fuse_rotated(tree, found[rank], rotation)
+        else:
+            _fuse(tree, found[rank])
     return compiled(tree, source, original, {name: helpers[name] for name in HELPERS})
+
+
+def rotations_of(source: Source, key: AttentionKey) -> tuple[str, ...]:
+    """Names of the functions whose calls a forward rewritten for `key` hands to `rotated`."""
+    found = list(find(source, source.tree, frozenset(key.norms)))
+    behind = (found[rank].rotation for rank in key.rotated)
+    return tuple(rotation.name for rotation in behind if isinstance(rotation, Rotation))
 
 
 _ROWS = ("_rmsnorm_query", "_rmsnorm_key")
@@ -363,22 +348,49 @@ def _fuse(tree: ast.FunctionDef, each: Together) -> None:
     begin, end = block.index(each.query.statement), block.index(each.key.statement) + 1
     own = block[begin:end]
     together = copy.deepcopy(own)
-    self_name = (*tree.args.posonlyargs, *tree.args.args)[0].arg
-    norms = ", ".join(f'{self_name}._modules["{call.attr}"]' for call in calls)
-    rows = ", ".join(_ROWS)
-    body: list[ast.stmt] = []
+    norms, rows = _norms(tree, each), ", ".join(_ROWS)
+    body = _rows_of(each)
     for name, call in zip(_ROWS, calls, strict=True):
-        row = ast.Assign([ast.Name(name, ast.Store())], copy.deepcopy(call.argument))
-        body.append(ast.fix_missing_locations(ast.copy_location(row, call.statement)))
         before = own.index(call.statement)
         at = list(ast.walk(own[before])).index(call.node)
         substitute(together[before], list(ast.walk(together[before]))[at], ast.Name(name, ast.Load()))
     body.append(_statement(f"{rows} = _rmsnorm_query_key({norms}, {rows})", each.query.statement))
     body += [*together, _statement(f"del {rows}", each.key.statement)]
+    block[begin:end] = [_question(norms, each, body, own)]
+
+
+def _fuse_rotated(tree: ast.FunctionDef, each: Together, rotation: Rotation) -> None:
+    block = each.query.block
+    begin, end = block.index(each.query.statement), block.index(rotation.statement) + 1
+    norms, rows = _norms(tree, each), ", ".join(_ROWS)
+    body = [*_rows_of(each), *copy.deepcopy(rotation.between)]
+    targets, call = ast.unparse(rotation.statement.targets[0]), rotation.call
+    cos, sin = (ast.unparse(angle) for angle in call.args[2:])
+    axis = 2 if rotation.transposed else 1
+    made = f"{targets} = _rmsnorm_rotated({norms}, {axis}, {rows}, {cos}, {sin}, {rotation.name})"
+    body += [_statement(made, rotation.statement), _statement(f"del {rows}", rotation.statement)]
+    block[begin:end] = [_question(norms, each, body, block[begin:end])]
+
+
+def _norms(tree: ast.FunctionDef, each: Together) -> str:
+    self_name = (*tree.args.posonlyargs, *tree.args.args)[0].arg
+    return ", ".join(f'{self_name}._modules["{call.attr}"]' for call in (each.query, each.key))
+
+
+def _rows_of(each: Together) -> list[ast.stmt]:
+    """What both norms read, under the names of _ROWS."""
+    made: list[ast.stmt] = []
+    for name, call in zip(_ROWS, (each.query, each.key), strict=True):
+        row = ast.Assign([ast.Name(name, ast.Store())], copy.deepcopy(call.argument))
+        made.append(ast.fix_missing_locations(ast.copy_location(row, call.statement)))
+    return made
+
+
+def _question(norms: str, each: Together, body: list[ast.stmt], own: list[ast.stmt]) -> ast.If:
     question = _statement(f"if _rmsnorm_together({norms}): pass", each.query.statement)
     assert isinstance(question, ast.If)
     question.body, question.orelse = body, own
-    block[begin:end] = [question]
+    return question
 
 
 def _statement(text: str, beside: ast.stmt) -> ast.stmt:

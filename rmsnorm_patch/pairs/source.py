@@ -76,7 +76,7 @@ def read_forward(cls: type) -> Source:
         chain.append(inner)
     function = chain[-1]
     wrappers = tuple(w for w in chain[:-1] if not _rewrapped_by_subclassing(cls, w))
-    return Source(function, wrappers, _parse(function))
+    return Source(function, wrappers, parse(function))
 
 
 def _rewrapped_by_subclassing(cls: type, wrapper: types.FunctionType) -> bool:
@@ -90,7 +90,8 @@ def _rewrapped_by_subclassing(cls: type, wrapper: types.FunctionType) -> bool:
     return False
 
 
-def _parse(function: types.FunctionType) -> ast.FunctionDef:
+def parse(function: types.FunctionType) -> ast.FunctionDef:
+    """The syntax tree of a plain function. Raises NoSource unless its source is the code that runs."""
     try:
         lines, first = inspect.getsourcelines(function)
         module = ast.parse(textwrap.dedent("".join(lines)))

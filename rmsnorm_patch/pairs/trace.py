@@ -118,9 +118,11 @@ def trace_calls(module: nn.Module, cls: type, source: Source) -> Calls:
 
 
 def trace_reached(
-    module: nn.Module, cls: type, source: Source, norms: frozenset[str], optional: bool
+    module: nn.Module, cls: type, source: Source, norms: frozenset[str], optional: bool, whole: frozenset[str]
 ) -> tuple[list[torch.fx.Node], str]:
     """The nodes of a forward as far as it runs on proxies, in their order, and why it ended there, or "".
+
+    whole: global functions whose calls are a node each, with two results; its target is the function's name.
 
     Of an attention nothing is wanted beyond its norms, and much of what follows them cannot run on proxies. A shape
     that is unpacked has two sizes: of the batch and of the sequence. norms: paths below `module`. optional: give
@@ -129,7 +131,7 @@ def trace_reached(
     arguments, named = _arguments(recorder, source, optional)
     ended = ""
     try:
-        source.function(_stand_in(recorder, module, cls), *arguments, **named)
+        _with_leaves(source.function, recorder, whole)(_stand_in(recorder, module, cls), *arguments, **named)
     except Exception as error:  # the model's own code on proxies: anything can happen
         ended = _untraceable(error)
     return list(recorder.graph.nodes), ended
@@ -182,8 +184,21 @@ def _without_masks(function: FunctionType, recorder: _Recorder) -> FunctionType:
     def leaf(maker: Any) -> Any:
         return lambda *given, **named: recorder.create_proxy("call_function", maker, (), {})
 
-    names_of = {**function.__globals__, **{name: leaf(maker) for name, maker in makers.items()}}
-    made = FunctionType(function.__code__, names_of, function.__name__, function.__defaults__, function.__closure__)
+    return _with_globals(function, {name: leaf(maker) for name, maker in makers.items()})
+
+
+def _with_leaves(function: FunctionType, recorder: _Recorder, names: frozenset[str]) -> FunctionType:
+    """`function`, whose calls of these global names are recorded as they stand."""
+
+    def leaf(name: str) -> Any:
+        return lambda *given, **named: recorder.create_proxy("call_method", name, given, named)
+
+    return _with_globals(function, {name: leaf(name) for name in names}) if names else function
+
+
+def _with_globals(function: FunctionType, others: dict[str, Any]) -> FunctionType:
+    names = {**function.__globals__, **others}
+    made = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     made.__kwdefaults__ = function.__kwdefaults__
     return made
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch.nn as nn
 from torch.nn.modules import module as _module
 
-from ..scan.plan import PairSite, Plan
+from ..scan.plan import PairSite, Plan, QueryKeySite
 from .report import FiredProof, SiteProof
 
 
@@ -47,7 +47,10 @@ def judge(
                 why = reasons if explained else _why_apart(model, prefix, adds[path])
                 idle = [pair.layer for pair in adds[path] if _did_not_run(prefix + pair.layer, planned, original_calls)]
                 _adds_outside(found, path, got, wanted, explained, why, idle)
-    together_expected, together = _shared_launches(found, prefix, plan, ran, original_calls)
+    both = tuple(plan.fused_query_key())
+    turned = tuple(site for site in both if site.rotation == "fuse")
+    shared = _shared_launches(found, prefix, both, ran, original_calls, _TOGETHER)
+    rotated = _shared_launches(found, prefix, turned, ran, original_calls, _ROTATED)
     for path in ran.keys() - set(planned):
         found.miss(path, "ran fused, and the plan leaves it alone")
     first = found.first
@@ -64,8 +67,10 @@ def judge(
         missing=tuple(found.missing),
         site=first,
         strict=strict,
-        together_expected=together_expected,
-        together=together,
+        together_expected=shared[0],
+        together=shared[1],
+        rotated_expected=rotated[0],
+        rotated=rotated[1],
     )
 
 
@@ -112,20 +117,33 @@ def _adds_outside(
         found.miss(path, f"{wanted - got} {outside}")
 
 
+_TOGETHER = ("together", {"single": "singles"}, "its query or key")
+_ROTATED = ("rotated", {"unrotated": "unrotated", "single": "singles"}, "its rotation")
+"""What `_shared_launches` looks for: events that did as planned, events that say why not and where their reasons are,
+words for what the norm was to share its launch with."""
+
+
 def _shared_launches(
-    found: _Findings, prefix: str, plan: Plan, ran: Mapping[str, SiteProof], original_calls: Mapping[str, int]
+    found: _Findings,
+    prefix: str,
+    sites: Iterable[QueryKeySite],
+    ran: Mapping[str, SiteProof],
+    original_calls: Mapping[str, int],
+    kind: tuple[str, Mapping[str, str], str],
 ) -> tuple[int, int]:
     """(calls expected, calls that shared a launch) of the norms of queries and keys that the plan puts into one."""
     wanted = together = 0
-    for path in dict.fromkeys(prefix + p for site in plan.fused_query_key() for p in (site.query, site.key)):
+    did, did_not, other = kind
+    for path in dict.fromkeys(prefix + p for site in sites for p in (site.query, site.key)):
         expected, site = original_calls.get(path, 0), ran.get(path)
         calls = site.calls if site is not None else {}
-        got, explained = calls.get("together", 0), calls.get("single", 0)
+        got, explained = calls.get(did, 0), sum(calls.get(event, 0) for event in did_not)
         wanted += expected
         together += min(got, expected)
-        apart = f"{expected - got} of {expected} calls did not share a launch with its query or key"
+        apart = f"{expected - got} of {expected} calls did not share a launch with {other}"
         if got < expected and site is not None and explained:
-            found.fell_back(path, f"{apart}, {'; '.join(site.singles)}")
+            whys = [reason for name in did_not.values() for reason in getattr(site, name)]
+            found.fell_back(path, f"{apart}, {'; '.join(dict.fromkeys(whys))}")
         if got + explained < expected:
             found.miss(path, apart)
     return wanted, together

@@ -27,7 +27,7 @@ def is_call(event: observe.Event) -> bool:
     pair that fell back reports only why ("kept", too), and the norm that it called has an event of its own."""
     if event.kind in ("in_layer", "norm_add"):
         return event.backend != "original"
-    return event.kind not in ("cross_layer", "kept", "single")
+    return event.kind not in ("cross_layer", "kept", "single", "unrotated")
 
 
 @dataclass

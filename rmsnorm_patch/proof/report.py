@@ -100,11 +100,12 @@ def _ratio(value: float, bound: float) -> float:
 class SiteProof:
     """One norm: how it ran in the model's own run, and how far from the original.
 
-    calls: events by kind ("norm", "norm_add", "in_layer", "cross_layer", "kept", "taken", "together", "single"),
-        "original" for norm calls that fell back to the original arithmetic, "apart" for adds that were not fused with
-        their norm in the layer, "kept" for last adds of a layer that handed nothing over, "refused" for hand-overs that
-        the norm rightly did not take, since something else reached it. reasons: why. singles: why norms of a query and
-        a key did not share a call.
+    calls: events by kind ("norm", "norm_add", "in_layer", "cross_layer", "kept", "taken", "together", "single",
+        "unrotated"), "original" for norm calls that fell back to the original arithmetic, "apart" for adds that were
+        not fused with their norm in the layer, "kept" for last adds of a layer that handed nothing over, "refused" for
+        hand-overs that the norm rightly did not take, since something else reached it, "rotated" for those of
+        "together" whose rotation was part of the call. reasons: why. singles: why norms of a query and a key did not
+        share a call; unrotated: why their rotation was not part of it.
     """
 
     path: str
@@ -114,6 +115,7 @@ class SiteProof:
     reasons: dict[str, int]
     measurements: tuple[Measurement, ...]
     singles: dict[str, int] = field(default_factory=dict)
+    unrotated: dict[str, int] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -153,7 +155,7 @@ class FiredProof:
     expected: calls of planned norms in the original run. fused: of those, calls that ran patched code. pairs_expected,
     pairs_fused: calls whose residual-add the plan puts into the norm's call, and those for which it happened.
     together_expected, together: calls of queries' and keys' norms that the plan puts into one launch, and those for
-    which it happened.
+    which it happened; rotated_expected, rotated: the same with their rotation.
     fallbacks: "path: n calls, reason". missing: discrepancies without a reason; they are red.
     """
 
@@ -167,6 +169,8 @@ class FiredProof:
     strict: bool = False
     together_expected: int = 0
     together: int = 0
+    rotated_expected: int = 0
+    rotated: int = 0
 
     @property
     def passed(self) -> bool:
@@ -412,6 +416,8 @@ def _fired(fired: FiredProof) -> str:
     text = f"{fired.fused} of {fired.expected} norm calls, {fired.pairs_fused} of {fired.pairs_expected} with their add"
     if fired.together_expected:
         text += f", {fired.together} of {fired.together_expected} queries' and keys' in one launch"
+    if fired.rotated_expected:
+        text += f", {fired.rotated} of {fired.rotated_expected} with their rotation"
     return text + "".join(f"; {line}" for line in fired.missing[:3])
 
 

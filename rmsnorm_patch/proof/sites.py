@@ -18,7 +18,7 @@ import torch.nn as nn
 from .. import ops
 from ..backends.names import Backend
 from ..fused.norm_add.op import bind_norm_add, bind_norm_add_norm
-from ..numerics import reference
+from ..numerics import reference, rotation
 from ..numerics.gating import gated_rms_norm_fp64
 from ..numerics.spec import NormSpec
 from ..numerics.tolerances import EXACT, EXACT_ERROR_RATIO, GATED, SITE, SiteTolerance
@@ -43,6 +43,7 @@ class _Site:
     backends: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     singles: Counter[str] = field(default_factory=Counter)
+    unrotated: Counter[str] = field(default_factory=Counter)
     found: dict[tuple[str, str, torch.dtype], Difference] = field(default_factory=dict)
     exact: dict[str, _Exact] = field(default_factory=dict)
     probed: set[str] = field(default_factory=set)
@@ -148,7 +149,7 @@ class SiteWatcher:
                 self.listener(path, event)
             # the norm's own event is judged where an add and its norm were two calls
             paired = event.kind in ("in_layer", "norm_add")
-            fell_apart = event.kind in ("kept", "single") or (paired and event.backend == "original")
+            fell_apart = event.kind in ("kept", "single", "unrotated") or (paired and event.backend == "original")
             self._measure_sum(site, event)
             if not fell_apart and (self._only is None or path in self._only):
                 self._judge(site, event)
@@ -164,9 +165,11 @@ class SiteWatcher:
             kind = "original" if kind == "norm" else "apart"
         if event.reason or kind not in ("apart", "kept"):
             site.calls[kind] += 1
-        if event.kind == "single":
-            site.singles[event.reason] += 1
+        if event.kind in ("single", "unrotated"):
+            (site.singles if event.kind == "single" else site.unrotated)[event.reason] += 1
             return
+        if event.rotation is not None:
+            site.calls["rotated"] += 1
         site.backends[event.backend] += 1
         if event.reason:
             site.reasons[event.reason] += 1
@@ -211,7 +214,7 @@ class SiteWatcher:
             named = {name: tensor.detach().reshape(-1, tensor.shape[-1])[kept] for name, tensor in named.items()}
         if site.differs_by_design and event.backend != "original" and event.kind != "norm":
             return self._judge_by_design(site, event, expected, found)
-        found = found + _compare_as(dtype, named["normed"], named["normed_expected"])
+        found = found + _compare_as(dtype, named["normed"], named["normed_expected"]) + _rotation_error(event)
         self._put(site, self.run, event.backend, dtype, found)
         if not site.failing and found.violations(_tolerance(site, event.backend, dtype), dtype):
             site.failing = _excerpt(named, event.norm, found.worst_row)
@@ -361,6 +364,7 @@ class SiteWatcher:
             reasons=dict(site.reasons),
             measurements=tuple(measured),
             singles=dict(site.singles),
+            unrotated=dict(site.unrotated),
         )
 
 
@@ -371,6 +375,23 @@ def _ignore(event: observe.Event) -> None:
 def _original(norm: nn.Module, x: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
     original: Any = original_class(type(norm))
     return original.forward(norm, x) if gate is None else original.forward(norm, x, gate)
+
+
+def _rotation_error(event: observe.Event) -> Difference:
+    """What is wrong with a rotation in the norm's launch: it has the bits of the norm's own result, rotated."""
+    made = event.rotation
+    if made is None:
+        return Difference()
+    x = event.normed if made.head_axis == 1 else event.normed.transpose(1, 2)
+    expected = rotation.rotate(x, made.cos, made.sin)
+    if made.rotated.shape != expected.shape or made.rotated.dtype != expected.dtype:
+        return Difference(
+            error=f"rotated {tuple(made.rotated.shape)} {made.rotated.dtype}, not {tuple(expected.shape)}"
+        )
+    wrong = bit_mismatches(made.rotated, expected)
+    return (
+        Difference(error=f"{wrong} of {expected.numel()} rotated elements have other bits") if wrong else Difference()
+    )
 
 
 def _tolerance(site: _Site, backend: str, dtype: torch.dtype) -> SiteTolerance:

@@ -53,11 +53,13 @@ class Calls:
     alone: computed by a kernel without an add. reference: by the model's own operations, since no kernel is for that
     device or backend. fallen_back: by the original arithmetic, since a guard said so. apart: adds that were to be
     computed with this norm and were not. together: by a kernel that computes the query's and the key's norm in one
-    launch. single: calls that were to be computed so and were not; each is counted among the others, too.
+    launch; rotated: and their rotation. single: calls that were to be computed so and were not; unrotated: calls that
+    were to be rotated so and were not; each of these is counted among the others, too.
     """
 
     __slots__ = (
-        *("added", "alone", "apart", "fallen_back", "fused", "handed_over", "reference", "single", "together"),
+        *("added", "alone", "apart", "fallen_back", "fused", "handed_over", "reference", "rotated", "single"),
+        *("together", "unrotated"),
     )
 
     def __init__(self) -> None:
@@ -69,6 +71,8 @@ class Calls:
         self.fallen_back = Reasons()
         self.apart = Reasons()
         self.together = 0
+        self.rotated = 0
+        self.unrotated = Reasons()
         self.single = Reasons()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Calls:

@@ -45,6 +45,9 @@ norm_hand_over: Callable[..., Any] = _declined
 query_key: Callable[..., Any] = _declined
 """(query norm, key norm, query, key) -> (norm of query, norm of key) or None."""
 
+rotated: Callable[..., Any] = _declined
+"""(query norm, key norm, head axis, query, key, cos, sin) -> both normed and rotated, or None."""
+
 _classes: dict[type, Any] = {}
 """What the C functions know: patched norm class -> how to read its weight and eps, and the op. They hold this dict."""
 _alone: dict[type, Any] = {}
@@ -53,7 +56,8 @@ _norm_add: dict[type, Any] = {}
 _norm_add_norm: dict[type, Any] = {}
 """The same for the functions of these names."""
 _query_key: dict[type, Any] = {}
-"""The same for `query_key`."""
+_rotated: dict[type, Any] = {}
+"""The same for `query_key` and `rotated`."""
 
 
 def enroll(cls: type, kernel: Any) -> None:
@@ -76,8 +80,13 @@ def enroll_query_key(cls: type, kernel: Any, table: object) -> None:
     _enroll(_query_key, cls, kernel, table)
 
 
+def enroll_rotated(cls: type, kernel: Any, table: object) -> None:
+    """Let `rotated` serve the norms of `cls`; `table`: that of its op (`BoundRotated.in_c`)."""
+    _enroll(_rotated, cls, kernel, table)
+
+
 def _enroll(classes: dict[type, Any], cls: type, kernel: Any, table: object) -> None:
-    global in_layer, hand_over, take, alone, norm_add, norm_add_norm, norm_hand_over, query_key
+    global in_layer, hand_over, take, alone, norm_add, norm_add_norm, norm_hand_over, query_key, rotated
     pairs = None if cls in classes else launcher.functions().pairs
     if pairs is None:
         return
@@ -86,7 +95,7 @@ def _enroll(classes: dict[type, Any], cls: type, kernel: Any, table: object) -> 
         in_layer, hand_over, take, alone = pairs.in_layer, pairs.hand_over, pairs.take, pairs.alone
         norm_add, norm_add_norm = pairs.norm_add, pairs.norm_add_norm
         norm_hand_over = pairs.norm_hand_over
-        query_key = pairs.query_key
+        query_key, rotated = pairs.query_key, pairs.rotated
     read = kernel.attributes
     classes[cls] = pairs.new_norm(table, kernel, read.weight, read.eps, float(read.implied_eps))
 
@@ -116,4 +125,5 @@ def _set_surroundings(pairs: launcher.Pairs) -> None:
             _module._global_backward_pre_hooks,
         ),
         _query_key,
+        _rotated,
     )

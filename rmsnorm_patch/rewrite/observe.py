@@ -16,7 +16,18 @@ from typing import Literal
 import torch
 import torch.nn as nn
 
-EventKind = Literal["norm", "norm_add", "in_layer", "cross_layer", "kept", "taken", "together", "single"]
+EventKind = Literal["norm", "norm_add", "in_layer", "cross_layer", "kept", "taken", "together", "single", "unrotated"]
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """A query's or a key's norm, rotated: rotated [batch, heads, length, N], cos and sin [batch or 1, length, N].
+    head_axis: of the norm's own result."""
+
+    rotated: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+    head_axis: int
 
 
 @dataclass(frozen=True)
@@ -27,7 +38,8 @@ class Event:
         add that handed nothing over to the norm that it is linked to, for `reason`; "taken" = a norm that returned what
         the previous layer's tail had computed for it; "norm_add" = a norm in one call with the add of its result;
         "together" = one of the query's and the key's norm, computed in one call; "single" = one of the two that its
-        attention has to call by itself, for `reason`; it has no operands.
+        attention has to call by itself, for `reason`; "unrotated" = one whose rotation is not part of the launch, for
+        `reason`; these two have no operands.
     norm: the norm module. operands: (x,) or the add's (left, right) in source order, for "norm_add" (what is normed,
         what that is added to); (sum,) where it was made before. normed, total: the results (`total` None but for an
         add, and for "norm_add" where the event of the norm that reads the sum follows; for "kept", which norms
@@ -35,6 +47,7 @@ class Event:
     backend: "cuda", "triton" or "reference"; a guard that sent the call to the original arithmetic reports
         "original" with `reason`.
     gate: what a gated norm was called with beside its operand.
+    rotation: of "together", what became of `normed` in the same call; `normed` is computed for the observer then.
     """
 
     kind: EventKind
@@ -45,6 +58,7 @@ class Event:
     backend: str
     reason: str = ""
     gate: torch.Tensor | None = None
+    rotation: Rotation | None = None
 
 
 active: set[int] = set()

@@ -2,23 +2,27 @@
 
 `together` is asked before anything else runs. Where it says no, the model's own statements run, in their own order: a
 norm that somebody watches is called when the model calls it. `query_key` gets the rows of both and norms them in one
-launch, or by the norms themselves where that cannot be.
+launch, or by the norms themselves where that cannot be. `rotated` also takes the rotation that follows them into the
+launch; where that cannot be, it is `query_key` and the model's own rotation.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
 
 from .. import ops
 from ..fused.query_key_norm.kernel import BoundPair, bind_rms_norm_pair
+from ..fused.query_key_norm.rotated import bind_rms_norm_rotated
 from ..pairs.layout import Layout
-from ..pairs.query_key import AttentionKey, rewrite_attention
+from ..pairs.query_key import AttentionKey, rewrite_attention, rotations_of
+from ..pairs.rotation import known, why_other
 from ..pairs.source import read_forward
 from ..patch_state import STATE, unhooked
-from ..scan.plan import Plan
+from ..scan.plan import Plan, QueryKeySite
 from . import guards, instance_forward, native, observe
 from .classes import Body, patched_class, register_factory
 from .counts import CALLS, calls_of
@@ -39,7 +43,10 @@ def attention_factory(original: type, key: AttentionKey) -> Body:
     source = read_forward(original)
     if source.digest != key.digest:
         return Body({}, lambda cls: None)
-    return Body(*rewrite_attention(source, key, original, {"together": together, "query_key": query_key}))
+    for name in rotations_of(source, key):  # another process may have judged them, which made the key
+        why_other(source.function.__globals__.get(name))
+    helpers: dict[str, Callable[..., Any]] = {"together": together, "query_key": query_key, "rotated": rotated}
+    return Body(*rewrite_attention(source, key, original, helpers))
 
 
 register_factory(ROLE, attention_factory)
@@ -47,11 +54,11 @@ register_factory(ROLE, attention_factory)
 
 def install(plan: Plan, found: Layout, journal: Journal) -> None:
     """Swap the classes of the attentions that the plan fuses. found: what was read when `plan` was made."""
-    fused: dict[str, set[tuple[str, str]]] = {}
+    fused: dict[str, list[QueryKeySite]] = {}
     for site in plan.fused_query_key():
-        fused.setdefault(site.layer, set()).add((site.query, site.key))
+        fused.setdefault(site.layer, []).append(site)
     for attention in found.attentions.values():
-        key = attention.key(fused.get(attention.path, set()))
+        key = attention.key(fused.get(attention.path, ()))
         if key is not None:
             original = type(attention.module)
             journal.swap_class(attention.module, patched_class(original, ROLE, key))
@@ -146,6 +153,107 @@ def _pair_for(
     return why, None if why else pair
 
 
+class Turned(NamedTuple):
+    """What a rotation gave, of the query and of the key, and what it was given."""
+
+    both: Two
+    cos: torch.Tensor
+    sin: torch.Tensor
+    head_axis: int
+
+
+def rotated(
+    query_norm: nn.Module,
+    key_norm: nn.Module,
+    head_axis: int,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    rotate: Any,
+) -> Two:
+    """rotate(query_norm(query), key_norm(key), cos, sin), in one launch where the guards hold.
+
+    query, key: [batch, length, heads, N] (head_axis 2: the norms' results are transposed in front of `rotate`) or
+    [batch, heads, length, N] (head_axis 1). rotate: the model's own function.
+    """
+    judged = known(rotate) is not None
+    done = native.rotated(query_norm, key_norm, head_axis, query, key, cos, sin) if judged else None
+    if done is None:
+        return _rotated(query_norm, key_norm, head_axis, query, key, cos, sin, rotate, judged)
+    try:
+        query_norm.__dict__[STATE][CALLS].rotated += 1
+        key_norm.__dict__[STATE][CALLS].rotated += 1
+    except KeyError:  # another thread reverts the model
+        pass
+    if observe.active:
+        _report_rotated(query_norm, key_norm, (query, key), Turned(done, cos, sin, head_axis))
+    return done
+
+
+def _rotated(
+    query_norm: nn.Module,
+    key_norm: nn.Module,
+    head_axis: int,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    rotate: Any,
+    judged: bool,
+) -> Two:
+    """`rotated` with every check in Python. judged: whether `rotate` is known to be what the kernel computes."""
+    kernels = first, second = kernel_of(query_norm), kernel_of(key_norm)
+    if judged and first is not None and second is not None and not (first.serves(query) or second.serves(key)):
+        normed = first.original(query_norm, query), second.original(key_norm, key)
+        turned = Turned(rotate(*_for_rotation(normed, head_axis), cos, sin), cos, sin, head_axis)
+        for norm in (query_norm, key_norm):
+            calls_of(norm).reference += 1
+        if observe.active:
+            _report(query_norm, key_norm, (query, key), normed, "reference", turned)
+        return turned.both
+    reason, pair = "its rotation is another function than the one that was judged", None
+    if judged:
+        reason, pair = _pair_for(query_norm, key_norm, kernels, query, key)
+    if pair is not None and first is not None and second is not None:
+        weights = first.weight_of(query_norm), second.weight_of(key_norm)
+        op = bind_rms_norm_rotated(pair.spec)
+        reason = guards.reason(cos, None) or guards.reason(sin, None)
+        reason = reason or op.why_apart(query, key, *weights, cos, sin, head_axis)
+        if not reason:
+            both = op(query, key, *weights, first.eps_of(query_norm), cos, sin, head_axis)
+            for norm, kernel in ((query_norm, first), (key_norm, second)):
+                calls_of(norm).rotated += 1
+                if op.in_c is not None:
+                    native.enroll_rotated(type(norm), kernel, op.in_c)
+            if observe.active:
+                _report_rotated(query_norm, key_norm, (query, key), Turned(both, cos, sin, head_axis))
+            return both
+    for norm in (query_norm, key_norm):
+        calls_of(norm).unrotated.add(reason)
+        if observe.active:
+            observe.report(observe.Event("unrotated", norm, (), _NO_TENSOR, None, "original", reason))
+    normed = query_key(query_norm, key_norm, query, key)
+    made: Two = rotate(*_for_rotation(normed, head_axis), cos, sin)
+    return made
+
+
+def _for_rotation(normed: Two, head_axis: int) -> Two:
+    """What the model gives its rotation."""
+    return normed if head_axis == 1 else (normed[0].transpose(1, 2), normed[1].transpose(1, 2))
+
+
+def _report_rotated(query_norm: nn.Module, key_norm: nn.Module, rows: Two, turned: Turned) -> None:
+    """The kernel writes no normed rows: they are computed here."""
+    normed = []
+    for norm, x in zip((query_norm, key_norm), rows, strict=True):
+        kernel = kernel_of(norm)
+        if kernel is None:  # another thread reverts the model
+            return
+        normed.append(kernel.plain(x, kernel.weight_of(norm), kernel.eps_of(norm)))
+    _report(query_norm, key_norm, rows, (normed[0], normed[1]), "cuda", turned)
+
+
 def _apart(query_norm: nn.Module, key_norm: nn.Module, reason: str) -> None:
     """Count, and tell an observer, that two norms are not one launch."""
     for norm in (query_norm, key_norm):
@@ -154,6 +262,9 @@ def _apart(query_norm: nn.Module, key_norm: nn.Module, reason: str) -> None:
             observe.report(observe.Event("single", norm, (), _NO_TENSOR, None, "original", reason))
 
 
-def _report(query_norm: nn.Module, key_norm: nn.Module, rows: Two, normed: Two, backend: str) -> None:
-    for norm, x, y in zip((query_norm, key_norm), rows, normed, strict=True):
-        observe.report(observe.Event("together", norm, (x,), y, None, backend))
+def _report(
+    query_norm: nn.Module, key_norm: nn.Module, rows: Two, normed: Two, backend: str, turned: Turned | None = None
+) -> None:
+    for at, (norm, x, y) in enumerate(zip((query_norm, key_norm), rows, normed, strict=True)):
+        rotation = None if turned is None else observe.Rotation(turned.both[at], *turned[1:])
+        observe.report(observe.Event("together", norm, (x,), y, None, backend, rotation=rotation))

@@ -22,6 +22,7 @@ OUTCOMES = {
     "handed_over": "taken from the layer before, whose last add computed it",
     "alone": "by a kernel, without an add",
     "together": "in one launch, a query's norm and its key's",
+    "rotated": "in one launch, a query's norm, its key's and their rotation",
     "reference": "by the model's own operations: no kernel is for this device or backend",
     "fallen_back": "by the original arithmetic, for the reasons below",
 }
@@ -38,8 +39,8 @@ class SiteStatus:
         calls by what they came to (`OUTCOMES`). why: reason -> calls that fell back.
     apart: adds that the plan computes with this norm and that were computed apart from it; why_apart: reason -> adds.
     not_taken: hand-overs to this norm that it did not take, one under way among them; they were computed in vain.
-    together: calls that shared a launch with the norm of the key, or of the query. why_single: reason -> calls that
-        were to and did not.
+    together: calls that shared a launch with the norm of the key, or of the query; rotated: and with their rotation.
+        why_single, why_unrotated: reason -> calls that were to and did not.
     """
 
     path: str
@@ -54,6 +55,8 @@ class SiteStatus:
     not_taken: int
     together: int = 0
     why_single: Mapping[str, int] = field(default_factory=dict)
+    rotated: int = 0
+    why_unrotated: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def fallen_back(self) -> int:
@@ -72,8 +75,8 @@ class SiteStatus:
 
     def to_dict(self) -> dict[str, Any]:
         plain = {"path": self.path, "class_name": self.class_name, **self.counts()}
-        why = {"why": dict(self.why), "why_apart": dict(self.why_apart), "why_single": dict(self.why_single)}
-        return {**plain, **why}
+        names = ("why", "why_apart", "why_single", "why_unrotated")
+        return {**plain, **{name: dict(getattr(self, name)) for name in names}}
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,10 @@ class Status:
         """Reason -> norms of queries and keys that did not share a launch, the most frequent first."""
         return _summed(site.why_single for site in self.sites)
 
+    def why_unrotated(self) -> dict[str, int]:
+        """Reason -> norms of queries and keys whose rotation was not part of their launch, the most frequent first."""
+        return _summed(site.why_unrotated for site in self.sites)
+
     def __str__(self) -> str:
         """A page: the sums and the reasons, lines of at most 120 characters."""
         return page([*self._headlines(), *self._reasons(SHOWN), *summarised(self._notes())])
@@ -121,6 +128,7 @@ class Status:
             "why": self.why(),
             "why_apart": self.why_apart(),
             "why_single": self.why_single(),
+            "why_unrotated": self.why_unrotated(),
             "sites": [site.to_dict() for site in self.sites],
             "notes": list(self.notes),
             "not_counted": NOT_COUNTED,
@@ -142,6 +150,7 @@ class Status:
             ("fallen back to the original arithmetic", "why"),
             ("adds computed apart from their norm", "why_apart"),
             ("norms of queries and keys that did not share a launch", "why_single"),
+            ("norms of queries and keys that did not share a launch with their rotation", "why_unrotated"),
         ):
             lines = list(_grouped((site.path, getattr(site, name)) for site in self.sites))
             if lines:
@@ -193,6 +202,8 @@ def _site(path: str, norm: nn.Module, given: int) -> SiteStatus:
         max(given - handed_over, 0),
         calls.together,
         calls.single.counts(),
+        calls.rotated,
+        calls.unrotated.counts(),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from ..fused.gated_norm import op as gated_norm
 from ..fused.norm_add import op as norm_add
 from ..fused.norm_add.op import NORM_ADD, NORM_ADD_NORM
 from ..fused.query_key_norm.kernel import bind_rms_norm_pair
+from ..fused.query_key_norm.rotated import bind_rms_norm_rotated
 from ..numerics.contract import FUNCTIONAL, FUSED_ADD, RMS_NORM
 from ..ops import dispatch
 from ..scan.dtypes import run_without_memory
@@ -57,9 +59,7 @@ def prepare(model: nn.Module, plan: Plan, dtype: torch.dtype | None) -> tuple[Pr
             for each in inputs or [dtype]:
                 add(site, op, each)
     for both in plan.fused_query_key():
-        made = _prepare_two(model, both, plan, dtype)
-        if made is not None:
-            done[made] = None
+        done.update(dict.fromkeys(_prepare_two(model, both, plan, dtype)))
     if looked_at and done:
         for path, operands in _operands(model).items():
             for left, right in sorted(operands, key=str):
@@ -68,21 +68,25 @@ def prepare(model: nn.Module, plan: Plan, dtype: torch.dtype | None) -> tuple[Pr
     return tuple(done)
 
 
-def _prepare_two(model: nn.Module, both: QueryKeySite, plan: Plan, dtype: torch.dtype) -> Prepared | None:
-    """The kernel that norms a query and its key; None where none will."""
+def _prepare_two(model: nn.Module, both: QueryKeySite, plan: Plan, dtype: torch.dtype) -> Iterator[Prepared]:
+    """The kernels that norm a query and its key, without and with their rotation, as far as they will."""
     site = next(site for site in plan.norms if site.path == both.query)
     assert site.spec is not None
     weight = None if site.weight_attribute is None else getattr(model.get_submodule(site.path), site.weight_attribute)
     if weight is None or weight.is_meta:
-        return None
+        return
     x = torch.empty(1, weight.numel(), dtype=dtype, device=weight.device)
     if ops.bind(RMS_NORM.name, site.spec, plan.backend).backend_for(x, weight) != "cuda":
-        return None
-    pair = bind_rms_norm_pair(site.spec)
+        return
+    pair, rotated = bind_rms_norm_pair(site.spec), bind_rms_norm_rotated(site.spec)
     if pair.why_apart(x, x, weight, weight):
-        return None
+        return
     pair.prepare(x, weight)
-    return Prepared(pair.op, weight.numel(), _name(dtype), _name(weight.dtype), "cuda", str(weight.device))
+    yield Prepared(pair.op, weight.numel(), _name(dtype), _name(weight.dtype), "cuda", str(weight.device))
+    row, angle = x[None, None], x[None]
+    if both.rotation == "fuse" and not rotated.why_apart(row, row, weight, weight, angle, angle, 2):
+        rotated.prepare(x, weight)
+        yield Prepared(rotated.op, weight.numel(), _name(dtype), _name(weight.dtype), "cuda", str(weight.device))
 
 
 def _operands(model: nn.Module) -> dict[str, set[tuple[torch.dtype, torch.dtype]]]:

@@ -90,6 +90,8 @@ class QueryKeySite:
 
     layer: module path of the attention. query, key: module paths of its norms; the same where one module norms both.
     source: "file.py:line" of the query's norm in the attention's own source.
+    rotation: whether the rotation by position behind the norms is part of the launch, for `rotation_reason`; None where
+        there is none, or the norms are left.
     """
 
     layer: str
@@ -98,6 +100,8 @@ class QueryKeySite:
     action: Action
     reason: str
     source: str = ""
+    rotation: Action | None = None
+    rotation_reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -157,6 +161,7 @@ class Plan:
         found = Counter(f"norm/{site.action}" for site in self.norms)
         found.update(f"{pair.kind}/{pair.action}" for pair in self.pairs)
         found.update(f"query_key/{site.action}" for site in self.query_key)
+        found.update(f"rotation/{site.rotation}" for site in self.query_key if site.rotation is not None)
         return dict(sorted(found.items()))
 
     def norm_groups(self, fold: bool = True) -> tuple[SiteGroup, ...]:
@@ -183,11 +188,17 @@ class Plan:
     def query_key_groups(self, fold: bool = True) -> tuple[SiteGroup, ...]:
         """The attentions, as `norm_groups`."""
 
-        def why(site: QueryKeySite) -> str:
-            return site.source if site.action == "fuse" else site.reason
+        def what(site: QueryKeySite) -> str:
+            rotated = ", with their rotation" if site.rotation == "fuse" else ""
+            return f"q and k norms in one launch{rotated}"
 
-        what = "q and k norms in one launch"
-        return _grouped(((s.action, what, s.query, why(s)) for s in self.query_key), fold)
+        def why(site: QueryKeySite) -> str:
+            if site.action == "leave":
+                return site.reason
+            left = f"; their rotation by itself: {site.rotation_reason}" if site.rotation == "leave" else ""
+            return f"{site.source}{left}"
+
+        return _grouped(((s.action, what(s), s.query, why(s)) for s in self.query_key), fold)
 
     def __str__(self) -> str:
         """A page: sites by kind with their counts, lines of at most 120 characters."""
@@ -204,6 +215,8 @@ class Plan:
         if self.query_key:
             together = sum(1 for _ in self.fused_query_key())
             line += f", {together} of {len(self.query_key)} attentions norm q and k in one launch"
+            rotated = sum(site.rotation == "fuse" for site in self.query_key)
+            line += f" ({rotated} with their rotation)" if rotated else ""
         yield line
         falling = sum(1 for site in self.fused_norms() if site.falls_back)
         if falling:

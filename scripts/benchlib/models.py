@@ -180,6 +180,17 @@ def patched_apart(model: nn.Module) -> None:
     apply_plan(model, dataclasses.replace(plan, pairs=tuple(p for p in plan.pairs if p.kind != "norm_add")))
 
 
+def patched_unrotated(model: nn.Module) -> None:
+    """Patched, but the rotation behind the norms of a query and its key is the model's own."""
+    import rmsnorm_patch
+    from rmsnorm_patch.rewrite import apply_plan
+
+    plan = rmsnorm_patch.plan(model)
+    apply_plan(
+        model, dataclasses.replace(plan, query_key=tuple(dataclasses.replace(s, rotation=None) for s in plan.query_key))
+    )
+
+
 VARIANTS: dict[str, Callable[[nn.Module], None]] = {
     "stock": lambda model: None,
     "F.rms_norm": functional_norm,
@@ -188,6 +199,7 @@ VARIANTS: dict[str, Callable[[nn.Module], None]] = {
     "patched": patched,
     "removed": removed_norm,
     "patched-apart": patched_apart,
+    "patched-unrotated": patched_unrotated,
     "joined": joined,
 }
 USUAL = ("stock", "F.rms_norm", "liger", "patched", "removed")

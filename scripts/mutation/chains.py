@@ -47,6 +47,7 @@ def chains(op: str) -> Iterator[Probe]:
     from rmsnorm_patch.fused.norm_add.op import bind_norm_add
     from rmsnorm_patch.fused.norm_quantised.op import quant_args
     from rmsnorm_patch.fused.query_key_norm import kernel as pair
+    from rmsnorm_patch.fused.query_key_norm.rotated import bind_rms_norm_rotated
     from rmsnorm_patch.numerics.gating import GateSpec
     from rmsnorm_patch.numerics.quantisation import QuantSpec
     from rmsnorm_patch.numerics.spec import FP32_WEIGHT_MULTIPLY, LLAMA
@@ -61,6 +62,12 @@ def chains(op: str) -> Iterator[Probe]:
             torch.ops.rmsnorm_patch.fused_add_rms_norm_quantised_(other, state, *rest)
             return state
 
+        def rotated(state: torch.Tensor) -> torch.Tensor:
+            heads, keys = state.view(1, m, -1, 128), other.view(1, m, -1, 128)[:, :, :1]
+            angles = other[:, :128].cos()[None], other[:, :128].sin()[None]
+            made = bind_rms_norm_rotated(LLAMA)(heads, keys, weight[:128], weight[:128], 1e-6, *angles, 2)
+            return made[0].transpose(1, 2).reshape(m, n)
+
         def parts(state: torch.Tensor) -> torch.Tensor:
             partials.bound(LLAMA, 2)(pieces, state, weight, 1e-6, normed)
             return state
@@ -73,6 +80,7 @@ def chains(op: str) -> Iterator[Probe]:
                 state, other, weight, 1e-6
             ),
             "pair": lambda state: pair.bind_rms_norm_pair(LLAMA)(state, other[:8], weight, weight, 1e-6)[0],
+            "rotated": rotated,
             "quantised": quantised,
             "parts": parts,
         }[op]
@@ -82,7 +90,9 @@ def chains(op: str) -> Iterator[Probe]:
     if op == "streamed":
         op, sizes, capability = "norm", ((64, 131072),), 80
     else:
-        sizes = {"pair": ((4000, 512),), "parts": ((16, 8192),)}.get(op, ((600, 8192), (8, 4096)))
+        sizes = {"pair": ((4000, 512),), "rotated": ((4000, 512),), "parts": ((16, 8192),)}.get(
+            op, ((600, 8192), (8, 4096))
+        )
     for m, n in sizes:
         rows = m + 8 if op == "pair" else m
         yield Probe(rows, lambda m=m, n=n: call(m, n), f"{op} behind {op} {m} {n}", capability)

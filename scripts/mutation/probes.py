@@ -8,6 +8,7 @@ from itertools import chain
 from typing import Any
 
 from .chains import Probe, chains, in_a_chain
+from .rotations import rotated
 
 UNEVEN = ((601, 1000), (601, 520), (5, 5128), (600, 5128), (40, 7000), (9, 9216), (9, 10000), (33, 40))
 """Rows and columns: two rows to a CTA, columns of which the threads, or the CTAs of a cluster, have unequal parts."""
@@ -412,6 +413,7 @@ MAKERS: dict[str, Callable[[], Iterator[Probe]]] = {
     "rms_norm_rows.cu": lambda: chain(_norms(streamed=False), chains("norm")),
     "rms_norm_stream.cu": lambda: chain(_norms(streamed=True), chains("streamed")),
     "rms_norm_pair.cu": lambda: chain(_pairs(), chains("pair")),
+    "rms_norm_rotated.cu": lambda: chain(rotated(), chains("rotated")),
     "rms_norm_partials.cu": lambda: chain(_partials(), chains("parts")),
     "rms_norm_quantised.cu": lambda: chain(_quantised(), chains("quantised")),
     "rms_norm_add.cu": lambda: chain(_adds(), chains("add")),

@@ -15,6 +15,7 @@ N = 64
 BF16 = torch.bfloat16
 PLAIN = jit.source_of("rms_norm_rows.cu").arguments
 PAIR = jit.source_of("rms_norm_pair.cu").arguments
+ROTATED = jit.source_of("rms_norm_rotated.cu").arguments
 PARTIALS = jit.source_of("rms_norm_partials.cu").arguments
 LAUNCH = "grid block shared_bytes count id0 value0 id1 value1 stream function launches pushes".split()  # noqa: SIM905
 STREAM, FUNCTION, CONTEXT = 0x5000, 0x7000, 1

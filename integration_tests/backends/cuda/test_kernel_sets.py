@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from dataclasses import replace
 
 import pytest
 import torch
-from recording_driver import BF16, CONTEXT, FUNCTION, PAIR, PARTIALS, PROGRAMMATIC, STREAM, N
+from recording_driver import BF16, CONTEXT, FUNCTION, PAIR, PARTIALS, PROGRAMMATIC, ROTATED, STREAM, N
 
 from rmsnorm_patch import ops
 from rmsnorm_patch.backends.cuda import backend as cuda_backend
@@ -16,6 +17,7 @@ from rmsnorm_patch.errors import KernelBuildError
 from rmsnorm_patch.fused.linear_norm import kernel as linear_norm_kernel
 from rmsnorm_patch.fused.norm_quantised import kernel as norm_quantised_kernel
 from rmsnorm_patch.fused.query_key_norm import kernel as query_key_norm_kernel
+from rmsnorm_patch.fused.query_key_norm import rotated as rotated_kernel
 from rmsnorm_patch.numerics.contract import PLAIN_OPS
 from rmsnorm_patch.numerics.quantisation import QuantSpec
 from rmsnorm_patch.numerics.spec import LLAMA
@@ -48,6 +50,7 @@ def test_every_op_with_kernels_is_bound_anew_once_all_is_forgotten(recorded, mon
         *(lambda op=op: cuda_backend.bind(op, LLAMA) for op in PLAIN_OPS),
         lambda: linear_norm_kernel.bound(LLAMA, 2),
         lambda: query_key_norm_kernel.bind_rms_norm_pair(LLAMA),
+        lambda: rotated_kernel.bind_rms_norm_rotated(LLAMA),
         lambda: norm_quantised_kernel.bound(LLAMA, QuantSpec("fp8_token"), True, False, False),
     ]
     before = [bind() for bind in held]
@@ -64,6 +67,7 @@ def device_of_sm_90(recorded, monkeypatch):
     monkeypatch.setattr(kernel_set, "_capability", lambda *_: 90)
     monkeypatch.setattr(kernel_set, "configs_for", lambda op, dtype, n, _: schedules.schedules(op, dtype, n, 90))
     monkeypatch.setattr(query_key_norm_kernel, "configs_for", kernel_set.configs_for)
+    monkeypatch.setattr(rotated_kernel, "configs_for", kernel_set.configs_for)
     monkeypatch.setattr(norm_quantised_kernel, "configs_for", kernel_set.configs_for)
     monkeypatch.setattr(driver, "primary_context", lambda *_: CONTEXT)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
@@ -138,6 +142,57 @@ def test_a_set_starts_the_kernel_for_queries_and_keys(device_of_sm_90, functions
     ]
     (served,) = schedules.schedules("rms_norm_pair", BF16, 128, 90)
     assert last["grid"] == -(-12 // served.rows_per_cta) + -(-3 // served.rows_per_cta)
+
+
+@pytest.mark.parametrize("head_axis", [1, 2])
+def test_a_set_starts_the_kernel_for_a_rotation(device_of_sm_90, functions, head_axis):
+    """Queries and keys of one product, so that their heads lie in two levels."""
+    bound = rotated_kernel.BoundRotated(LLAMA, True, functions)
+    packed, cos, sin = torch.randn(2, 3, 6, 128).bfloat16(), *torch.randn(2, 1, 3, 128).bfloat16()
+    q, k = (each if head_axis == 2 else each.transpose(1, 2) for each in (packed[:, :, :4], packed[:, :, 4:5]))
+    weights = torch.randn(128).bfloat16(), torch.randn(128).bfloat16()
+    device_of_sm_90.expect(ROTATED)
+    assert bound.why_apart(q, k, *weights, cos, sin, head_axis) == ""
+    turned = bound._launch(q, k, *weights, 1e-6, cos, sin, head_axis)
+    assert [(tuple(each.shape), each.stride()) for each in turned] == [
+        ((2, 4, 3, 128), (3 * 4 * 128, 128, 4 * 128, 1)),
+        ((2, 1, 3, 128), (3 * 128, 128, 128, 1)),
+    ]
+    last = device_of_sm_90.last
+    names = ("x", "weight", "normed", "m", "x_row_stride", "inner_rows", "x_outer_stride")
+    for suffix, x, weight, made, heads in zip(("", "2"), (q, k), weights, turned, (4, 1), strict=True):
+        own = [last[name.replace("x_", f"x{suffix}_") if "x_" in name else name + suffix] for name in names]
+        assert own == [*(each.data_ptr() for each in (x, weight, made)), 6 * heads, 128, heads, 6 * 128]
+    assert (last["cos"], last["sin"], last["angles"]) == (cos.data_ptr(), sin.data_ptr(), 3)
+    (served,) = schedules.schedules(rotated_kernel.OP, BF16, 128, 90)
+    assert last["grid"] == -(-24 // served.rows_per_cta) + -(-6 // served.rows_per_cta)
+
+
+ROWS = torch.empty(2, 3, 4, 128, dtype=BF16)
+ANGLES = torch.empty(1, 3, 128, dtype=BF16)
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "cos", "axis", "why"),
+    [
+        (ROWS, ROWS, ANGLES, 2, ""),
+        (ROWS, ROWS, torch.empty(2, 3, 128, dtype=BF16), 2, "differ in shape"),
+        (ROWS, ROWS, ANGLES.float(), 2, "cos is torch.float32"),
+        (ROWS, ROWS, ANGLES[:, :1], 2, "at 2 x 3 tokens"),
+        (ROWS, ROWS, ANGLES[0], 2, r"cos is torch.bfloat16 \(3, 128\)"),
+        (ROWS, ROWS, ANGLES, 1, "at 2 x 4 tokens|token by token"),
+        (ROWS[..., ::2], ROWS[..., ::2], ANGLES[..., ::2], 2, "token by token"),
+        (ROWS.permute(1, 0, 2, 3), ROWS.permute(1, 0, 2, 3), ANGLES, 2, "token by token"),
+        (ROWS, ROWS[:1], ANGLES, 2, "token by token"),
+        (ROWS, ROWS.float(), ANGLES, 2, "q and k differ"),
+        (ROWS[..., :96], ROWS[..., :96], ANGLES[..., :96], 2, "no kernel norms and rotates torch.bfloat16 rows of 96"),
+    ],
+)
+def test_what_cannot_be_rotated_in_the_launch_is_named(device_of_sm_90, functions, q, k, cos, axis, why):
+    bound = rotated_kernel.BoundRotated(LLAMA, True, functions)
+    weight, sin = torch.empty(q.shape[-1], dtype=BF16), ANGLES[..., : q.shape[-1]]
+    found = bound.why_apart(q, k, weight, weight, cos, sin, axis)
+    assert re.search(why, found) if why else not found, found
 
 
 @pytest.mark.parametrize("both", [False, True])

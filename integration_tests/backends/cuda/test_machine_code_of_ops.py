@@ -12,6 +12,7 @@ from rmsnorm_patch.backends.cuda import schedules
 from rmsnorm_patch.fused.gated_norm import kernel as gated_norm_kernel
 from rmsnorm_patch.fused.norm_add import kernel as norm_add_kernel
 from rmsnorm_patch.fused.norm_quantised import kernel as norm_quantised_kernel
+from rmsnorm_patch.fused.query_key_norm import rotated as rotated_kernel
 from rmsnorm_patch.fused.silu_quantised import kernel as silu_kernel
 from rmsnorm_patch.numerics.gating import GateSpec
 from rmsnorm_patch.numerics.quantisation import QuantSpec
@@ -215,3 +216,51 @@ def test_silu_rows_that_are_less_aligned(name):
     for config, build in rows[name]:
         check(config, machines[build], 90)
         assert 128 not in machines[build].loads
+
+
+def rotated(n, arch, spec=LLAMA, x=BF16, weight=BF16):
+    """The builds of each schedule, for packed rows and for others."""
+    return [
+        (config, replace(kernel_table.build(config, spec, False, n, arch, x, weight), two_level=two_level))
+        for config in schedules.schedules(rotated_kernel.OP, x, n, arch)
+        for two_level in (False, True)
+    ]
+
+
+def check_rotated(rows, arch):
+    """One wide load of a chunk's x, weight, cos and sin, one wide store of what becomes of it."""
+    assert rows
+    machines = read(build for _, build in rows)
+    for config, build in rows:
+        machine = machines[build]
+        check(config, machine, arch)
+        width, each = 8 * build.x_dtype.itemsize * config.vec, config.rows_per_thread
+        weights = int(build.weight_dtype is not None)
+        assert machine.loads == {width: weights + 3 * each}, (config, machine)
+        assert machine.stores == {width: each}, (config, machine)
+        assert machine.gpu_fences == 0
+
+
+def test_rotated_norms():
+    check_rotated([each for n in (64, 128, 256) for spec in (LLAMA, GEMMA) for each in rotated(n, 90, spec)], 90)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("arch", ARCHS)
+def test_rotated_norms_everywhere(arch):
+    rows = [
+        *[each for n in (32, 64, 128, 256) for spec in (LLAMA, GEMMA) for each in rotated(n, arch, spec)],
+        *rotated(128, arch, LLAMA, FP16, FP16),
+        *rotated(128, arch, LLAMA, FP32, FP32),
+        *rotated(64, arch, NormSpec(has_weight=False), BF16, None),
+    ]
+    check_rotated(rows, arch)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_rotated_norms_have_the_trees_of_the_pairs(arch):
+    for n in range(8, 1100):
+        own = schedules.schedules(rotated_kernel.OP, BF16, n, arch)
+        pair = schedules.schedules("rms_norm_pair", BF16, n, arch)
+        assert {each.tree for each in own} <= {each.tree for each in pair}
+        assert bool(own) == (2 * n in ((64, 128, 256, 512, 1024) if arch >= 100 else (64, 128, 256, 512)))

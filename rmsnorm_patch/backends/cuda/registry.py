@@ -34,6 +34,7 @@ from ..rule_table import UNBOUNDED, Range, Table, content_of
 OPS = (
     *PLAIN_OPS,
     "rms_norm_pair",
+    "rms_norm_rotated",
     "rms_norm_partials",
     "rms_norm_quantised",
     "rms_norm_add",
@@ -42,6 +43,7 @@ OPS = (
     "silu_and_mul_quantised_parts",
 )
 """rms_norm_pair: two plain norms of one spec and N, each with its own rows and weight, in one launch (q and k).
+rms_norm_rotated: the same, and each row rotated by its token's angles.
 rms_norm_partials: fused_add_rms_norm_ of a product that comes in parts.
 rms_norm_quantised: the norm, with or without an add, that writes quantised rows.
 rms_norm_add: the norm and the add behind it, with or without the norm of the sum.

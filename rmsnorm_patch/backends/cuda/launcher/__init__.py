@@ -56,6 +56,7 @@ class Pairs:
     take: Callable[..., Any]
     alone: Callable[..., Any]
     query_key: Callable[..., Any]
+    rotated: Callable[..., Any]
     norm_add: Callable[..., Any]
     norm_add_norm: Callable[..., Any]
     norm_hand_over: Callable[..., Any]

@@ -10,12 +10,12 @@
  * itself: it takes tensors, checks what must be checked in every call, allocates the results and launches the kernel
  * that add_row_kind registered for rows of this kind: their dtype, the weight's, N and the device. Whatever it is not
  * sure of goes to `slow`. launcher_pair.h has what a patched model's layers call, launcher_query_key.h what its
- * attentions do: TWO_NORMS has a table for it.
+ * attentions do: TWO_NORMS and ROTATED have tables for it.
  */
 #include "launcher_start.h"
 #include "launcher_tensor.h"
 
-enum { RMS_NORM, FUSED_ADD, FUSED_ADD_IN_PLACE, NORM_ADD, NORM_ADD_NORM, TWO_NORMS };
+enum { RMS_NORM, FUSED_ADD, FUSED_ADD_IN_PLACE, NORM_ADD, NORM_ADD_NORM, TWO_NORMS, ROTATED };
 enum { MAX_ROW_KINDS = 64 };
 
 /* Of the last allocation, which had `dims` dimensions of `sizes`. */
@@ -111,7 +111,7 @@ static int is_weight(const Table *table, PyObject *object, i64 n, const Tensor *
 /* How many operands the op has: x, residual, weight, eps, next weight, next eps, as far as it has them. -1: it is none
  * of these. */
 static int operands_of(const Table *table) {
-    return table->op == RMS_NORM ? 3 : table->op == NORM_ADD_NORM ? 6 : table->op == TWO_NORMS ? -1 : 4;
+    return table->op == RMS_NORM ? 3 : table->op == NORM_ADD_NORM ? 6 : table->op >= TWO_NORMS ? -1 : 4;
 }
 
 /* The op. Sets *sure to 0 and returns 0 where the slow path has to decide; nothing has happened then. */
@@ -395,6 +395,7 @@ PyObject *rp_functions(const char *driver) {
         {"take", (PyCFunction)(void *)take, METH_FASTCALL, 0},
         {"alone", (PyCFunction)(void *)alone, METH_FASTCALL, 0},
         {"query_key", (PyCFunction)(void *)query_key, METH_FASTCALL, 0},
+        {"rotated", (PyCFunction)(void *)rotated, METH_FASTCALL, 0},
         {"norm_add", (PyCFunction)(void *)norm_add, METH_FASTCALL, 0},
         {"norm_add_norm", (PyCFunction)(void *)norm_add_norm, METH_FASTCALL, 0},
         {"norm_hand_over", (PyCFunction)(void *)norm_hand_over, METH_FASTCALL, 0},

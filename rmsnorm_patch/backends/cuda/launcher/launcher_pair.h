@@ -24,7 +24,7 @@ static struct {
     PyObject *classes;                  /* dict: patched norm class -> capsule of its Norm with the fused op */
     PyObject *alone;                    /* the same with the plain norm */
     PyObject *norm_add, *norm_add_norm; /* the same with the ops of the add behind a norm */
-    PyObject *query_key;                /* the same with two plain norms */
+    PyObject *query_key, *rotated;      /* the same with two plain norms, without and with their rotation */
     PyObject *unwatched; /* tuple of functions that give False or 0 while nothing around must see the ops */
     PyObject *function_modes,
         *function_mode_watches; /* how many there are; whether one is more than a default device */
@@ -253,10 +253,10 @@ static PyObject *new_norm(PyObject *self, PyObject *const *a, Py_ssize_t count) 
 
 /* set_surroundings(classes, alone, norm_add, norm_add_norm, unwatched, function_modes, function_mode_watches,
  * transform, forward_ad, is_grad_enabled, is_inference_mode_enabled, getframe, code of Module._call_impl, Carry,
- * tuple.__new__, max_untaken, global hooks (4-tuple), query_key): once a process. */
+ * tuple.__new__, max_untaken, global hooks (4-tuple), query_key, rotated): once a process. */
 static PyObject *set_surroundings(PyObject *self, PyObject *const *a, Py_ssize_t count) {
-    if (count != 18 || PyTuple_Size(a[16]) != GLOBAL_HOOKS) {
-        PyErr_SetString(PyExc_TypeError, "set_surroundings takes 18 arguments");
+    if (count != 19 || PyTuple_Size(a[16]) != GLOBAL_HOOKS) {
+        PyErr_SetString(PyExc_TypeError, "set_surroundings takes 19 arguments");
         return 0;
     }
     static const char *const names[] = {"_forward_hooks", "_forward_pre_hooks", "_backward_hooks",
@@ -312,5 +312,6 @@ static PyObject *set_surroundings(PyObject *self, PyObject *const *a, Py_ssize_t
     around.norm_add = own(a[2]);
     around.norm_add_norm = own(a[3]);
     around.query_key = own(a[17]);
+    around.rotated = own(a[18]);
     return own(NONE);
 }

@@ -3,7 +3,8 @@
 #pragma once
 #include "launcher_abi.h"
 
-/* What a plain call knows, by the names that kernels/cuda/plain_ops.cuh and rms_norm_add.cu give the fields. */
+/* What a plain call knows, by the names that kernels/cuda/plain_ops.cuh, rms_norm_add.cu and
+ * rms_norm_rotated.cu give the fields. */
 typedef struct {
     uint64_t x, residual, weight, normed, total;
     i64 m, x_row_stride, residual_row_stride, normed_row_stride, total_row_stride;
@@ -13,6 +14,8 @@ typedef struct {
     i64 m2, x2_row_stride, normed2_row_stride, inner_rows2, x2_outer_stride;
     float eps, next_eps;
     uint64_t next_weight;
+    uint64_t cos, sin;
+    i64 angles;
 } Values;
 
 #define VALUE(name) {#name, offsetof(Values, name), sizeof(((Values *)0)->name)}
@@ -42,7 +45,10 @@ static const struct {
                     VALUE(x2_outer_stride),
                     VALUE(eps),
                     VALUE(next_eps),
-                    VALUE(next_weight)};
+                    VALUE(next_weight),
+                    VALUE(cos),
+                    VALUE(sin),
+                    VALUE(angles)};
 enum { KNOWN_VALUES = sizeof known_values / sizeof *known_values, MAX_PLAIN_BYTES = KNOWN_VALUES * 8 };
 
 /* `size` bytes of Values that go to the arguments as they lie. */
