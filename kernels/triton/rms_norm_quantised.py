@@ -52,6 +52,30 @@ def at_least(values, BOUND: tl.constexpr):
 
 
 @triton.jit
+def factor_of(largest, LIMIT: tl.constexpr, APPROXIMATE: tl.constexpr):
+    """What FlashInfer multiplies with: LIMIT / largest, 1 where that is infinite. APPROXIMATE: by its instruction."""
+    limit = tl.full(largest.shape, LIMIT, tl.float32)
+    if APPROXIMATE:
+        factor = tl.inline_asm_elementwise(
+            "div.approx.ftz.f32 $0, $1, $2;", "=f,f,f", [limit, largest], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        factor = tl.div_rn(limit, largest)
+    return tl.where(factor == float("inf"), 1.0, factor)
+
+
+@triton.jit
+def inverse_of(factor, APPROXIMATE: tl.constexpr):
+    if APPROXIMATE:
+        inverse = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [factor], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        inverse = tl.div_rn(tl.full(factor.shape, 1.0, tl.float32), factor)
+    return inverse
+
+
+@triton.jit
 def scale_of(
     largest,
     given,
@@ -74,9 +98,44 @@ def scale_of(
 
 
 @triton.jit
+def scale_and_step(
+    largest,
+    given,
+    LIMIT: tl.constexpr,
+    LARGEST_AT_LEAST: tl.constexpr,
+    SCALE_AT_LEAST: tl.constexpr,
+    ROUNDED_SCALE_AT_LEAST: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
+    HAS_BOUND: tl.constexpr,
+    STEP: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
+):
+    """The scale, and what `in_steps` takes: the scale again, or the factor whose inverse it is."""
+    if STEP == "inverse_first":
+        step = factor_of(largest, LIMIT, APPROXIMATE)
+        result = inverse_of(step, APPROXIMATE)
+    else:
+        result = scale_of(
+            largest,
+            given,
+            LIMIT,
+            LARGEST_AT_LEAST,
+            SCALE_AT_LEAST,
+            ROUNDED_SCALE_AT_LEAST,
+            POWER_OF_TWO,
+            HAS_BOUND,
+        )
+        step = result
+    return result, step
+
+
+@triton.jit
 def in_steps(values, step, largest, STEP: tl.constexpr, LIMIT: tl.constexpr):
-    """The values in units of the scale, which `step` is; each division rounds to nearest."""
-    if STEP == "divide":
+    """The values in units of the scale; step: the scale, or the factor of "inverse_first". Each division rounds to
+    nearest."""
+    if STEP == "inverse_first":
+        result = values * step
+    elif STEP == "divide":
         result = tl.div_rn(values, step + tl.full(values.shape, 0.0, tl.float32))
     elif STEP == "inverse":
         result = values * tl.div_rn(tl.full(step.shape, 1.0, tl.float32), step)
@@ -96,7 +155,7 @@ def to_e4m3(values, NOT_A_NUMBER: tl.constexpr):
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 0x3C0
     small = (size + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
     byte = tl.where(size < 0.015625, small, normal) | sign
-    missing: tl.constexpr = 0x7F if NOT_A_NUMBER == "nan" else 0x7E if NOT_A_NUMBER == "limit" else 0xFE
+    missing: tl.constexpr = 0x7E if NOT_A_NUMBER == "limit" else 0xFE if NOT_A_NUMBER == "negative_limit" else 0x7F
     return tl.where(values != values, missing, byte).to(tl.uint8)
 
 
@@ -187,6 +246,7 @@ def store_in_groups(
     ROUNDED_SCALE_AT_LEAST: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
     GIVEN: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
 ):
     """Chunk `c`, whose scales are not the row's: a given one (GROUP 0), or one for each group of columns."""
     if GROUP == 0:
@@ -197,7 +257,7 @@ def store_in_groups(
         GROUPS: tl.constexpr = BLOCK // SIZE
         bits = tl.reshape(magnitude_bits(values, NOT_A_NUMBER), [ROWS, GROUPS, SIZE])
         group_largest = tl.reduce(bits, 2, _elementwise_max).to(tl.float32, bitcast=True)  # [ROWS, GROUPS]
-        step = scale_of(
+        result, step = scale_and_step(
             group_largest,
             given,
             LIMIT,
@@ -206,9 +266,11 @@ def store_in_groups(
             ROUNDED_SCALE_AT_LEAST,
             POWER_OF_TWO,
             GIVEN,
+            STEP,
+            APPROXIMATE,
         )
         group = c * GROUPS + tl.arange(0, GROUPS)[None, :]
-        tl.store(scales_row + group * scale_group_stride, step, mask=live & (group * SIZE < N))
+        tl.store(scales_row + group * scale_group_stride, result, mask=live & (group * SIZE < N))
         wide = tl.broadcast_to(step[:, :, None], [ROWS, GROUPS, SIZE])
         steps = in_steps(values, tl.reshape(wide, [ROWS, BLOCK]), given, STEP, LIMIT)
     store_row(quantised_row, cols, c, quantised(steps, INT8, NOT_A_NUMBER), live, N, BLOCK, ROWS)
@@ -273,9 +335,11 @@ def rms_norm_quantised(
     GIVEN: tl.constexpr,
     FROM_F32: tl.constexpr,
     BOTH: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
 ):
     """GROUP: columns that share a scale; 0: the scale is given; N: all of a row. GIVEN: there is something at
-    given_ptr."""
+    given_ptr. APPROXIMATE: the quotients of
+    "inverse_first" are NVIDIA's approximate instructions."""
     rows, cols, live = rows_of_program(num_rows, ROWS, BLOCK)
     x_row = x_ptr + row_offset(rows, inner, x_stride, x_inner_stride, NESTED, VEC)
     residual_row = residual_ptr + row_offset(rows, inner, residual_stride, residual_inner_stride, NESTED, VEC)
@@ -368,11 +432,12 @@ def rms_norm_quantised(
                 ROUNDED_SCALE_AT_LEAST,
                 POWER_OF_TWO,
                 GIVEN,
+                APPROXIMATE,
             )
 
     if GROUP == N:
         row_largest = largest.to(tl.float32, bitcast=True)
-        step = scale_of(
+        result, step = scale_and_step(
             row_largest,
             given,
             LIMIT,
@@ -381,8 +446,10 @@ def rms_norm_quantised(
             ROUNDED_SCALE_AT_LEAST,
             POWER_OF_TWO,
             GIVEN,
+            STEP,
+            APPROXIMATE,
         )
-        tl.store(scales_row, step, mask=live)
+        tl.store(scales_row, result, mask=live)
         zero = opaque_zero(row_largest, num_rows)
         for c in tl.static_range(BEGIN, END, BY):
             if LEAN:
@@ -426,4 +493,5 @@ def rms_norm_quantised(
                 ROUNDED_SCALE_AT_LEAST,
                 POWER_OF_TWO,
                 GIVEN,
+                APPROXIMATE,
             )
