@@ -54,7 +54,9 @@ def of_node(node: fx.Node, rows: fx.Node) -> Quantisation | str:
         return "it reads what was computed of the rows"
     if rows.meta["val"].dtype != torch.bfloat16:
         return f"its rows are {rows.meta['val'].dtype}"
-    held: list[list[fx.Node]] = [[], []]
+    held: tuple[list[fx.Node], list[fx.Node]] = ([], [])
     for user in node.users:
         held[user.args[1]].append(user)  # type: ignore[index]
-    return Quantisation(spec_of(bool(power_of_two)), None, *held, node, [*held[0], *held[1], node, *views], is_op=True)
+    quantised_rows, scales = held
+    made_by = [*quantised_rows, *scales, node, *views]
+    return Quantisation(spec_of(bool(power_of_two)), None, quantised_rows, scales, node, made_by, is_op=True)
