@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from triton.language.standard import _elementwise_max
 
+from .quantise import in_steps, magnitude_bits, quantised, scale_and_step
 from .rms_norm_gated import exponential
-from .rms_norm_quantised import in_steps, magnitude_bits, quantised, scale_and_step, store_in_groups
+from .rms_norm_quantised import store_in_groups
 from .row_math import (
     dense_row,
     launch_dependents,
