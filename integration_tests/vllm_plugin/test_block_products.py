@@ -18,6 +18,8 @@ import pytest
 import torch
 from block_libraries import CALLS, weights
 from quantised_graphs import BF16, FORMS, INDUCTOR, Made, N, norm
+from torch._inductor import config as inductor
+from torch._inductor import metrics
 
 from rmsnorm_patch.vllm_plugin import block_products, block_rows, log, quantised_pass, trial
 
@@ -82,6 +84,33 @@ def test_no_bit_changes(form: str, m: int, power_of_two: bool) -> None:
     assert quantised_pass.fuse(made.graph) == 0
 
 
+@pytest.mark.parametrize("m", [5, 45])
+def test_the_compilers_code_copies_no_argument(m: int) -> None:
+    """It lays arguments out as a node says that they were in the model: those of the parted product are others."""
+
+    def forward(x: Any, residual: Any, weight: Any, matrix: Any, scales: Any) -> Any:
+        rows, total = norm(x * 2, residual + 1, weight, INDUCTOR, "functional")
+        out = theirs(rows, matrix, scales)
+        rows, total = norm(out[:, :N] * 3, total, weight, INDUCTOR, "functional")
+        return theirs(rows, matrix, scales * 2), total
+
+    inputs = layer(lambda rows, matrix, scales: (rows,), m=m)
+
+    def compiled(change: Callable[[Any], Any]) -> tuple[Any, int]:
+        torch._dynamo.reset()
+        metrics.reset()
+        with inductor.patch(post_grad_custom_post_pass=change, force_disable_caches=True), torch.no_grad():
+            found = torch.compile(forward, fullgraph=True, dynamic=True)(*inputs.copies())
+        return found, metrics.generated_kernel_count
+
+    before = compiled(lambda graph: None)
+    CALLS.clear()
+    after = compiled(block_products.fuse)
+    assert [given for _, given in CALLS] == [True, True]
+    assert same(after[0], before[0])
+    assert after[1] == before[1], "the compiler writes more"
+
+
 def test_a_second_reader_gets_plain_rows_beside_them() -> None:
     made = layer(lambda rows, matrix, scales: (theirs(rows, matrix, scales), torch.relu(rows)))
     before = made.run()
@@ -143,8 +172,13 @@ def test_a_norm_whose_kernel_fails_its_trial_leaves_the_product(
 ) -> None:
     monkeypatch.setattr(trial, "declined_quantised", lambda *arguments: "its kernel does not run here")
     made = layer(lambda rows, matrix, scales: (theirs(rows, matrix, scales), theirs(rows, matrix, scales)))
-    before = made.run()
+
+    def laid_out() -> list[Any]:
+        return [node.meta["eager_input_vals"] for node in made.graph.nodes if block_rows.NAME in str(node.target)]
+
+    before, known = made.run(), laid_out()
     assert block_products.fuse(made.graph) == 0
+    assert all(found is one for found, one in zip(laid_out(), known, strict=True))
     CALLS.clear()
     assert same(made.run(), before)
     assert CALLS == [("flashinfer", False)] * 2

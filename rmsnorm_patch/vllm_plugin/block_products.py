@@ -67,16 +67,16 @@ def fuse(graph: fx.Graph) -> int:
     product whose norm does not is what it was."""
     norms = [norm for node in graph.nodes if (norm := norm_of(node)) is not None]
     calls = list(_calls(graph, {norm.rows for norm in norms}))
-    products: dict[fx.Node, Any] = {}
+    products: dict[fx.Node, tuple[Any, dict[str, Any]]] = {}
     try:
         for node in calls:
-            products[_part(graph, node)] = node.target
+            products[_part(graph, node)] = node.target, node.meta
             graph.erase_node(node)
         return quantised_pass.fuse(graph) if products else 0
     finally:
-        for product, target in products.items():
+        for product, (target, meta) in products.items():
             if block_rows.is_inserted(product.args[0].args[0]):  # type: ignore[union-attr]
-                _join(graph, product, target)
+                _join(graph, product, target, meta)
 
 
 def _calls(graph: fx.Graph, rows: set[fx.Node]) -> Iterator[fx.Node]:
@@ -101,18 +101,21 @@ def _part(graph: fx.Graph, node: fx.Node) -> fx.Node:
         rows, scales = block_rows.insert(graph, given["input"], power_of_two)
         op = getattr(torch.ops.rmsnorm_patch, OP).default
         product = graph.call_function(op, (rows, scales, given["weight"], given["weight_scale"], power_of_two))
-    product.meta = dict(node.meta)
+    product.meta = {name: node.meta[name] for name in ("val", "nn_module_stack") if name in node.meta}
+    # By place: the compiler copies what does not lie so. What `node` has of these is of other arguments.
+    vals = (getattr(argument, "meta", {}).get("val") for argument in product.args)
+    product.meta["eager_input_vals"] = tuple(vals), {}
     node.replace_all_uses_with(product)
     return product
 
 
-def _join(graph: fx.Graph, product: fx.Node, target: Any) -> None:
-    """The product of bf16 rows again."""
+def _join(graph: fx.Graph, product: fx.Node, target: Any, meta: dict[str, Any]) -> None:
+    """The product of bf16 rows again, with what was known of it."""
     rows, scales, weight, weight_scales, power_of_two = product.args
     quantised: Any = rows.args[0]  # type: ignore[union-attr]
     with graph.inserting_before(product):
         node = graph.call_function(target, (quantised.args[0], weight, weight_scales, GROUP, power_of_two))
-    node.meta = dict(product.meta)
+    node.meta = meta
     product.replace_all_uses_with(node)
     erase_unread(graph, (product, rows, scales, quantised))  # type: ignore[arg-type]
 
