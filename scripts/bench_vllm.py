@@ -36,9 +36,10 @@ Ideas that lost, to be measured again: "-dependent" launches the compiler's own 
 "ir-functional" returns new tensors where the plugin writes into its inputs. "ir-apart" is the plugin without its taking
 over what is left of split products (RMSNORM_PATCH_VLLM_LINEAR=off), "ir-adds-apart" without its taking adds into the
 norms in front of them (RMSNORM_PATCH_VLLM_NORM_ADD=off). "ir-silu" has silu_and_mul write quantised rows too
-(RMSNORM_PATCH_VLLM_SILU_QUANTISED=auto), beside "ir" in one process: llama-8b-token:stock+ir+ir-silu. "ir-reorder" has
-splits of its own, which change bits (RMSNORM_PATCH_VLLM_LINEAR=reorder); as this is the setting of a process, no engine
-"ir" can share it. "oot-noir" is route oot with vLLM's IR hidden: what a vLLM without it gets.
+(RMSNORM_PATCH_VLLM_SILU_QUANTISED=auto), beside "ir" in one process: llama-8b-token:stock+ir+ir-silu. "ir-blocks" has
+norms quantise for FlashInfer and DeepGEMM (RMSNORM_PATCH_VLLM_BLOCKS=on): llama-8b-block:stock+ir+ir-blocks.
+"ir-reorder" has splits of its own, which change bits (RMSNORM_PATCH_VLLM_LINEAR=reorder); as this is the setting of a
+process, no engine "ir" can share it. "oot-noir" is route oot with vLLM's IR hidden: what a vLLM without it gets.
 """
 
 from __future__ import annotations

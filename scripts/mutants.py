@@ -67,6 +67,7 @@ SUITES = {
             "rms_norm.py": NUMERICS,
             "fused_add_rms_norm.py": NUMERICS,
             "row_math.py": (*NUMERICS, *QUANTISED, *ADDED, *GATED),
+            "quantise.py": (*QUANTISED, *SILU),
             "rms_norm_quantised.py": (*QUANTISED, *SILU),
             "rms_norm_add.py": ADDED,
             "rms_norm_gated.py": (*GATED, *SILU),

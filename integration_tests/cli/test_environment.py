@@ -70,6 +70,7 @@ def test_variables_that_mean_nothing_are_marked(command, monkeypatch: pytest.Mon
         "RMSNORM_PATCH_LOCK_TIMEOUT": "soon", "RMSNORM_PATCH_VLLM": "yes", "RMSNORM_PATCH_VLLM_LINEAR": "1",
         "RMSNORM_PATCH_CACHE_DIR": "", "RMSNORM_PATCH_PDL": "maybe", "RMSNORM_PATCH_VLLM_QUANTISED": "fp8",
         "RMSNORM_PATCH_VLLM_NORM_ADD": "on", "RMSNORM_PATCH_VLLM_SILU_QUANTISED": "on",
+        "RMSNORM_PATCH_VLLM_BLOCKS": "yes",
     }  # fmt: skip
     unknown = {"RMSNORM_PATCH_BACKENDS": "cuda", "RMSNORM_PATCH_QUITE_ANOTHER_THING": "1"}
     for name, value in {**wrong, **unknown, "RMSNORM_PATCH_VLLM_TRACE": "somewhere"}.items():

@@ -24,6 +24,7 @@ QUANTS = {
     "static": QuantSpec("fp8_static"),
     "token": QuantSpec("fp8_token", "fp32", "native"),
     "block": QuantSpec("fp8_block", layout="tma_aligned", power_of_two=True, arithmetic="separate"),
+    "few or many": QuantSpec("fp8_block", layout="tma_aligned", power_of_two=True, arithmetic="by_rows"),
     "int8": QuantSpec("int8_token", arithmetic="separate"),
 }
 SPECS = {"llama": LLAMA, "gemma": GEMMA, "weightless": NormSpec(has_weight=False), "width": NormSpec(width=100),

@@ -31,7 +31,9 @@ QUANTS = {
     for scheme, arithmetic, power in product(
         ("fp8_static", "fp8_token", "fp8_block", "int8_token"), ARITHMETICS, (False, True)
     )
-    if not (power and scheme != "fp8_block") and (scheme, arithmetic) != ("int8_token", "native")
+    if not (power and (scheme != "fp8_block" or arithmetic == "flashinfer"))
+    and (scheme, arithmetic) != ("int8_token", "native")
+    and (scheme == "fp8_block" or arithmetic not in ("flashinfer", "by_rows"))
 }
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NaN, 1 / 0 and overflows on purpose
 
@@ -70,6 +72,8 @@ def naive_power_of_two(scale: F) -> F:
 
 def naive(values: list[F], quant: QuantSpec, given: F | None) -> tuple[list[int], list[F]]:
     """Bytes and scales of one row, as the libraries' sources read."""
+    if quant.arithmetic in ("flashinfer", "by_rows"):  # the rows of these tests are few
+        return naive_flashinfer(values)
     limit, fused, separate = F(quant.limit), quant.arithmetic == "fused", quant.arithmetic == "separate"
     missing = 127 if quant.arithmetic == "native" else 254 if separate and quant.scheme == "fp8_block" else 126
     if quant.scheme == "fp8_static":
@@ -110,6 +114,19 @@ def naive(values: list[F], quant: QuantSpec, given: F | None) -> tuple[list[int]
     return found, scales
 
 
+def naive_flashinfer(values: list[F]) -> tuple[list[int], list[F]]:
+    """Its `scale_1x128_kernel`, with 1 for an infinite factor too, where its results are NaN or follow from lanes."""
+    found, scales = [], []
+    for start in range(0, len(values), 128):
+        group = values[start : start + 128]
+        largest = max((abs(value) for value in group if not math.isnan(value)), default=F(0))
+        factor = F(448) / largest if largest != 0 else F(1)
+        factor = F(1) if math.isinf(factor) else factor
+        found += [naive_fp8(value * factor, 127) for value in group]
+        scales.append(F(1) / factor)
+    return found, scales
+
+
 def rows(n: int = 200) -> torch.Tensor:
     values = torch.randn(14, n, generator=torch.Generator().manual_seed(n))
     values[0] = 0
@@ -130,6 +147,22 @@ def rows(n: int = 200) -> torch.Tensor:
 GIVEN = {"fp8_static": (0.037, 1.0, 0.0, 1e-30, math.inf), "fp8_token": (None, 1.5, 0.0, 1e-30, math.inf)}
 CASES = [pytest.param(quant, given, id=f"{name}-{given}") for name, quant in QUANTS.items()
          for given in GIVEN.get(quant.scheme, (None,))]  # fmt: skip
+
+
+@pytest.mark.parametrize(("m", "arithmetic"), [(1, "flashinfer"), (31, "flashinfer"), (32, "separate")])
+@pytest.mark.parametrize("power", [False, True])
+def test_the_number_of_rows_chooses_an_arithmetic(power: bool, m: int, arithmetic: str) -> None:
+    """That of all rows, whatever dimensions they lie in; powers of two are those of `separate`."""
+    by_rows = QuantSpec("fp8_block", "rounded", "by_rows", "tma_aligned", power)
+    chosen = QuantSpec("fp8_block", "rounded", arithmetic, "tma_aligned", power and arithmetic == "separate")  # type: ignore[arg-type]
+    assert by_rows.of_rows(m) == chosen
+    assert chosen.of_rows(m) == chosen
+    values = torch.randn(m, 256, generator=torch.Generator().manual_seed(m))
+    for shaped in (values, values[:, None], values[None]):
+        found, want = quantise(shaped, by_rows), quantise(shaped, chosen)
+        assert torch.equal(found[0].view(torch.uint8), want[0].view(torch.uint8))
+        assert torch.equal(found[1], want[1])
+        assert found[1].stride() == want[1].stride()
 
 
 @pytest.mark.parametrize(("quant", "given"), CASES)
@@ -200,6 +233,9 @@ def test_a_spec_names_what_it_does_not_know() -> None:
         ({"scheme": "int8_token", "arithmetic": "native"}, "allowed: 'fused', 'separate'"),
         ({"scheme": "fp8_token", "power_of_two": True}, "they are of fp8_block"),
         ({"scheme": "fp8_block", "layout": "columns"}, "QuantSpec.layout"),
+        ({"scheme": "fp8_token", "arithmetic": "flashinfer"}, "got 'flashinfer' for fp8_token"),
+        ({"scheme": "int8_token", "arithmetic": "by_rows"}, "got 'by_rows' for int8_token"),
+        ({"scheme": "fp8_block", "arithmetic": "flashinfer", "power_of_two": True}, "its scales are inverses"),
     ):
         with pytest.raises(ValueError, match=message.replace("(", r"\(")):
             QuantSpec(**bad)  # type: ignore[arg-type]

@@ -77,6 +77,10 @@ def test_a_variable_is_set_while_an_engine_starts(vllm_engine, monkeypatch):
     with vllm_engine.CHANGES["ir-silu"]():
         assert settings.read_silu_quantised() == "auto"
     assert settings.read_silu_quantised() == "off"
+    monkeypatch.delenv(vllm_engine.BLOCKS_VARIABLE, raising=False)
+    with vllm_engine.CHANGES["ir-blocks"]():
+        assert settings.read_blocks() == "on"
+    assert settings.read_blocks() == "auto"
 
 
 def test_a_shape_with_experts_is_a_configuration_of_transformers(shapes):

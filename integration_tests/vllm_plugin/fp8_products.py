@@ -4,6 +4,7 @@ own quantisation of their rows, as CUTLASS's products stand in a graph on a GPU.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -59,6 +60,19 @@ def install() -> None:
         def apply_block_scaled_mm(self, A: Any, B: Any, As: Any, Bs: Any) -> Any:
             return product(A, B.t(), As, Bs, self.weight_group_shape.col)
 
+    class OpaqueBlockProduct(Able, Fp8BlockScaledMMLinearKernel):  # type: ignore[misc]
+        """vLLM's op for FlashInfer and DeepGEMM, which quantises for itself."""
+
+        apply_input_quant = False
+
+        def apply_block_scaled_mm(self, A: Any, B: Any, As: Any, Bs: Any) -> Any:
+            return torch.ops.vllm.dynamic_flashinfer_deepgemm_blockscale_gemm(A, B, Bs, 128, True)
+
+    if os.environ.get("TESTS_OPAQUE_BLOCKS"):
+        import block_libraries
+
+        block_libraries.of_vllm()
+        BlockProduct = OpaqueBlockProduct  # type: ignore[misc]
     _custom_ops.scaled_fp8_quant = _quantised
     linear._POSSIBLE_FP8_KERNELS[PlatformEnum.CPU].insert(0, Product)
     linear._POSSIBLE_FP8_BLOCK_KERNELS[PlatformEnum.CPU].insert(0, BlockProduct)

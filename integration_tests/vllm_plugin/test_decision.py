@@ -236,6 +236,22 @@ def test_silu_writes_quantised_rows_where_that_is_asked_for_and_norms_may(monkey
     assert settings.read_silu_quantised() == "off"
 
 
+def test_products_that_quantise_blocks_are_parted_where_it_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in an engine whose products have one arithmetic for any number of rows."""
+    blocks = replace(CUDA, quantization="fp8")
+    assert [decide(replace(blocks, blocks=setting)).blocks for setting in settings.BLOCKS] == [False, True, False]
+    asked = replace(blocks, blocks="on")
+    assert "RMSNORM_PATCH_VLLM_BLOCKS=on" in decide(asked).reason
+    for more in ({"batch_invariant": True}, {"compiled": False}, {"quantization": None}, {"quantised": "off"}):
+        decision = decide(replace(asked, **more))
+        assert not decision.blocks
+        assert "BLOCKS" not in decision.reason
+    monkeypatch.setenv("RMSNORM_PATCH_VLLM_BLOCKS", "yes")
+    for check in (settings.read_blocks, settings.check):
+        with pytest.raises(UnsupportedInput, match="RMSNORM_PATCH_VLLM_BLOCKS: got 'yes'; supported: auto, on, off; "):
+            check()
+
+
 def test_adds_behind_norms_are_taken_where_the_graph_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     assert decide(CUDA).norm_add
     off = decide(replace(CUDA, norm_add="off"))

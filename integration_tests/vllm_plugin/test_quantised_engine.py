@@ -105,6 +105,34 @@ def test_silu_and_mul_writes_quantised_rows_where_that_is_asked_for(
     assert f"writes {ROWS[scheme][0]} rows of its {value} value, in place of" in ours["log"]
 
 
+def test_norms_quantise_for_a_product_that_would_do_it_itself(
+    quantised: Callable[[str], Path], run_engine: Any
+) -> None:
+    """vLLM's own op in the graph, and the libraries of the tests behind it. No bit changes by who quantises."""
+    apart, ours = (
+        run_engine(
+            quantised("block"),
+            False,
+            "ir",
+            op_form=True,
+            whole_compiler=True,
+            variables={"TESTS_OPAQUE_BLOCKS": "1", "RMSNORM_PATCH_VLLM_BLOCKS": blocks},
+        )
+        for blocks in ("off", "on")
+    )
+    forwards = ours["forwards"]
+    calls = {op: count for op, count in ours["kernels"].items() if op.startswith("rmsnorm_patch::")}
+    assert calls == {
+        "rmsnorm_patch::rms_norm_quantised": forwards,
+        "rmsnorm_patch::fused_add_rms_norm_quantised_": (2 * LAYERS["block"] - 1) * forwards,
+        "rmsnorm_patch::fused_add_rms_norm_": forwards,
+        "rmsnorm_patch::block_product": 2 * LAYERS["block"] * forwards,
+    }
+    assert not any("quantised" in op or "block_product" in op for op in apart["kernels"])
+    assert (ours["tokens"], ours["logprobs"]) == (apart["tokens"], apart["logprobs"])
+    assert "in place of vllm.dynamic_flashinfer_deepgemm_blockscale_gemm; so do others like it" in ours["log"]
+
+
 def test_both_routes_run_the_same_ops(quantised: Callable[[str], Path], run_engine: Any) -> None:
     """Those of torch that copy included: what is a functional call on route oot is written in place again."""
     ir, oot = (

@@ -27,6 +27,8 @@ hopper = {{name: schemes.without_gain(config) for name, config in made.items()}}
 without = {{"static": schemes.GIVEN_SCALE, "fp8 static": schemes.GIVEN_SCALE}}
 assert here == {{**dict.fromkeys(made, ""), **without}}, here
 assert hopper == {{**here, "block": schemes.BLOCKS_INSIDE}}, hopper
+served = {{name: schemes.without_gain(config, blocks=True) for name, config in made.items()}}
+assert served == here, served
 assert schemes.without_gain(None) == ""
 """
 

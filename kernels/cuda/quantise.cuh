@@ -6,7 +6,9 @@
 //   QUANTISED_T  0: fp8 e4m3.  1: int8
 //   FROM_F32     0: the values are rounded to OUT_T first.  1: they are what the norm has before its last rounding
 //   STEP         0: value / scale.  1: value * (1 / scale).  2: value * (limit / largest), 0 where the largest is 0
-//   NOT_A_NUMBER 0: becomes the limit.  1: its negative.  2: stays one, and with it the scale.  int8: 0 gives 0
+//                3: value * (limit / largest), whose inverse the scale is, by the device's approximate quotients
+//   NOT_A_NUMBER 0: becomes the limit.  1: its negative.  2: stays one, and with it the scale.  3: stays one alone.
+//                int8: 0 gives 0
 //   LARGEST_AT_LEAST, SCALE_AT_LEAST, ROUNDED_SCALE_AT_LEAST
 //                bits of fp32 lower bounds: of the largest value, of the scale, of the scale after it was rounded up
 //   POWER_OF_TWO 1: scales are rounded up to powers of two
@@ -169,7 +171,22 @@ __device__ __forceinline__ float over_limit(float largest) {
     return isinf(largest) ? largest : better;
 }
 
+// The factor of STEP 3, 1 where it is infinite. FlashInfer is compiled with -use_fast_math: its quotients are these two
+// instructions, and a value next to the middle of two e4m3 numbers follows their last bits.
+__device__ __forceinline__ float factor_of(float largest) {
+    float factor;
+    asm("div.approx.ftz.f32 %0, %1, %2;" : "=f"(factor) : "f"(LIMIT), "f"(largest));
+    return isinf(factor) ? 1.0f : factor;
+}
+
+__device__ __forceinline__ float inverse_of(float factor) {
+    float inverse;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(factor));
+    return inverse;
+}
+
 __device__ __forceinline__ float scale_of(float largest, float given) {
+    if constexpr (STEP == 3) return inverse_of(factor_of(largest));
     if constexpr (HAS_BOUND) largest = largest > given ? given : largest;
     if constexpr (LARGEST_AT_LEAST != 0) largest = at_least(largest, __uint_as_float(LARGEST_AT_LEAST));
     float scale = over_limit(largest);
@@ -192,6 +209,7 @@ struct Step {
 };
 
 __device__ __forceinline__ Step step_of(float scale, float largest) {
+    if constexpr (STEP == 3) return {factor_of(largest), 0.0f};
     if constexpr (STEP == 2) return {largest == 0.0f ? 0.0f : __fdiv_rn(LIMIT, largest), 0.0f};
     // An infinite divisor has the inverse 0, which is exact: nothing may correct it.
     return {__frcp_rn(scale), isinf(scale) ? 0.0f : scale};

@@ -1,8 +1,7 @@
 """Rows of fp8 or int8, and their scales, of y = rms_norm(x) or rms_norm(x + residual), residual <- x + residual.
 
 `rmsnorm_patch/numerics/quantisation.py` defines each bit. Every program handles ROWS whole rows, in CHUNKS chunks of
-BLOCK columns, on the schedule of the norm for that length. e4m3 is put together from the bits of fp32, so that devices
-and the interpreter need no such type.
+BLOCK columns, on the schedule of the norm for that length.
 
 Of short rows the results stay in registers between the row's largest value and its bytes. Of LEAN ones the row does, as
 it came, and the results are computed again, to the same bits. The first STREAMED chunks of rows too long even for that
@@ -14,6 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.standard import _elementwise_max
 
+from .quantise import in_steps, magnitude_bits, quantised, scale_and_step
 from .row_math import (
     added_by_now,
     dense_row,
@@ -32,86 +32,6 @@ from .row_math import (
     weight_row,
     widened_again,
 )
-
-
-@triton.jit
-def magnitude_bits(values, NOT_A_NUMBER: tl.constexpr):
-    """|values| as the bits of their fp32, ordered as integers as they are; NaN is above infinity, or 0."""
-    bits = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    if NOT_A_NUMBER != "nan":
-        bits = tl.where(values != values, 0, bits)
-    return bits
-
-
-@triton.jit
-def at_least(values, BOUND: tl.constexpr):
-    """The larger of the two, NaN where a value is one; a bound of 0 is none."""
-    if BOUND > 0:
-        values = tl.where(values < BOUND, BOUND, values)
-    return values
-
-
-@triton.jit
-def scale_of(
-    largest,
-    given,
-    LIMIT: tl.constexpr,
-    LARGEST_AT_LEAST: tl.constexpr,
-    SCALE_AT_LEAST: tl.constexpr,
-    ROUNDED_SCALE_AT_LEAST: tl.constexpr,
-    POWER_OF_TWO: tl.constexpr,
-    HAS_BOUND: tl.constexpr,
-):
-    if HAS_BOUND:
-        largest = tl.where(largest > given, given, largest)
-    largest = at_least(largest, LARGEST_AT_LEAST)
-    result = at_least(tl.div_rn(largest, tl.full(largest.shape, LIMIT, tl.float32)), SCALE_AT_LEAST)
-    if POWER_OF_TWO:
-        bits = result.to(tl.int32, bitcast=True)
-        up = ((bits + 0x7FFFFF) & -0x800000).to(tl.float32, bitcast=True)
-        result = tl.where(bits < 0x7F800000, up, result)
-    return at_least(result, ROUNDED_SCALE_AT_LEAST)
-
-
-@triton.jit
-def in_steps(values, step, largest, STEP: tl.constexpr, LIMIT: tl.constexpr):
-    """The values in units of the scale, which `step` is; each division rounds to nearest."""
-    if STEP == "divide":
-        result = tl.div_rn(values, step + tl.full(values.shape, 0.0, tl.float32))
-    elif STEP == "inverse":
-        result = values * tl.div_rn(tl.full(step.shape, 1.0, tl.float32), step)
-    else:
-        inverse = tl.div_rn(tl.full(largest.shape, LIMIT, tl.float32), largest)
-        result = values * tl.where(largest == 0.0, 0.0, inverse)
-    return result
-
-
-@triton.jit
-def to_e4m3(values, NOT_A_NUMBER: tl.constexpr):
-    """Bytes, rounded to nearest even and saturating. From 2^-6 on the upper bits of fp32 with another bias; below, in
-    steps of 2^-9, the last bits of a sum with 2^14."""
-    sign = (values.to(tl.int32, bitcast=True) >> 24) & 0x80
-    size = tl.minimum(tl.abs(values), 448.0)
-    bits = size.to(tl.int32, bitcast=True)
-    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 0x3C0
-    small = (size + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
-    byte = tl.where(size < 0.015625, small, normal) | sign
-    missing: tl.constexpr = 0x7F if NOT_A_NUMBER == "nan" else 0x7E if NOT_A_NUMBER == "limit" else 0xFE
-    return tl.where(values != values, missing, byte).to(tl.uint8)
-
-
-@triton.jit
-def to_int8(values):
-    """Bytes, rounded to nearest even and saturating: by a sum whose last bit is worth one. NaN is 0."""
-    near = tl.minimum(tl.maximum(tl.where(values != values, 0.0, values), -128.0), 127.0)
-    return ((near + 12582912.0) - 12582912.0).to(tl.int8).to(tl.uint8, bitcast=True)
-
-
-@triton.jit
-def quantised(steps, INT8: tl.constexpr, NOT_A_NUMBER: tl.constexpr):
-    if INT8:
-        return to_int8(steps)
-    return to_e4m3(steps, NOT_A_NUMBER)
 
 
 @triton.jit
@@ -187,6 +107,7 @@ def store_in_groups(
     ROUNDED_SCALE_AT_LEAST: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
     GIVEN: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
 ):
     """Chunk `c`, whose scales are not the row's: a given one (GROUP 0), or one for each group of columns."""
     if GROUP == 0:
@@ -197,7 +118,7 @@ def store_in_groups(
         GROUPS: tl.constexpr = BLOCK // SIZE
         bits = tl.reshape(magnitude_bits(values, NOT_A_NUMBER), [ROWS, GROUPS, SIZE])
         group_largest = tl.reduce(bits, 2, _elementwise_max).to(tl.float32, bitcast=True)  # [ROWS, GROUPS]
-        step = scale_of(
+        result, step = scale_and_step(
             group_largest,
             given,
             LIMIT,
@@ -206,9 +127,11 @@ def store_in_groups(
             ROUNDED_SCALE_AT_LEAST,
             POWER_OF_TWO,
             GIVEN,
+            STEP,
+            APPROXIMATE,
         )
         group = c * GROUPS + tl.arange(0, GROUPS)[None, :]
-        tl.store(scales_row + group * scale_group_stride, step, mask=live & (group * SIZE < N))
+        tl.store(scales_row + group * scale_group_stride, result, mask=live & (group * SIZE < N))
         wide = tl.broadcast_to(step[:, :, None], [ROWS, GROUPS, SIZE])
         steps = in_steps(values, tl.reshape(wide, [ROWS, BLOCK]), given, STEP, LIMIT)
     store_row(quantised_row, cols, c, quantised(steps, INT8, NOT_A_NUMBER), live, N, BLOCK, ROWS)
@@ -273,9 +196,11 @@ def rms_norm_quantised(
     GIVEN: tl.constexpr,
     FROM_F32: tl.constexpr,
     BOTH: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
 ):
     """GROUP: columns that share a scale; 0: the scale is given; N: all of a row. GIVEN: there is something at
-    given_ptr."""
+    given_ptr. APPROXIMATE: the quotients of
+    "inverse_first" are NVIDIA's approximate instructions."""
     rows, cols, live = rows_of_program(num_rows, ROWS, BLOCK)
     x_row = x_ptr + row_offset(rows, inner, x_stride, x_inner_stride, NESTED, VEC)
     residual_row = residual_ptr + row_offset(rows, inner, residual_stride, residual_inner_stride, NESTED, VEC)
@@ -368,11 +293,12 @@ def rms_norm_quantised(
                 ROUNDED_SCALE_AT_LEAST,
                 POWER_OF_TWO,
                 GIVEN,
+                APPROXIMATE,
             )
 
     if GROUP == N:
         row_largest = largest.to(tl.float32, bitcast=True)
-        step = scale_of(
+        result, step = scale_and_step(
             row_largest,
             given,
             LIMIT,
@@ -381,8 +307,10 @@ def rms_norm_quantised(
             ROUNDED_SCALE_AT_LEAST,
             POWER_OF_TWO,
             GIVEN,
+            STEP,
+            APPROXIMATE,
         )
-        tl.store(scales_row, step, mask=live)
+        tl.store(scales_row, result, mask=live)
         zero = opaque_zero(row_largest, num_rows)
         for c in tl.static_range(BEGIN, END, BY):
             if LEAN:
@@ -426,4 +354,5 @@ def rms_norm_quantised(
                 ROUNDED_SCALE_AT_LEAST,
                 POWER_OF_TWO,
                 GIVEN,
+                APPROXIMATE,
             )

@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from triton.language.standard import _elementwise_max
 
+from .quantise import in_steps, magnitude_bits, quantised, scale_and_step
 from .rms_norm_gated import exponential
-from .rms_norm_quantised import in_steps, magnitude_bits, quantised, scale_of, store_in_groups
+from .rms_norm_quantised import store_in_groups
 from .row_math import (
     dense_row,
     launch_dependents,
@@ -81,9 +82,10 @@ def silu_and_mul_quantised(
     POWER_OF_TWO: tl.constexpr,
     GIVEN: tl.constexpr,
     FROM_F32: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
 ):
     """GROUP: columns that share a scale; 0: the scale is given; N: all of a row. GIVEN: there is something at
-    given_ptr."""
+    given_ptr. APPROXIMATE: the quotients of "inverse_first" are NVIDIA's approximate instructions."""
     rows, cols, live = rows_of_program(num_rows, ROWS, BLOCK)
     gate_row = gate_ptr + row_offset(rows, inner, gate_stride, gate_inner_stride, NESTED, VEC)
     up_row = up_ptr + row_offset(rows, inner, up_stride, up_inner_stride, NESTED, VEC)
@@ -111,7 +113,7 @@ def silu_and_mul_quantised(
 
     if GROUP == N:
         row_largest = largest.to(tl.float32, bitcast=True)
-        step = scale_of(
+        result, step = scale_and_step(
             row_largest,
             given,
             LIMIT,
@@ -120,8 +122,10 @@ def silu_and_mul_quantised(
             ROUNDED_SCALE_AT_LEAST,
             POWER_OF_TWO,
             GIVEN,
+            STEP,
+            APPROXIMATE,
         )
-        tl.store(scales_row, step, mask=live)
+        tl.store(scales_row, result, mask=live)
         for c in tl.static_range(0, CHUNKS):
             steps = in_steps(values[c], step, row_largest, STEP, LIMIT)
             store_row(quantised_row, cols, c, quantised(steps, INT8, NOT_A_NUMBER), live, N, BLOCK, ROWS)
@@ -149,4 +153,5 @@ def silu_and_mul_quantised(
                 ROUNDED_SCALE_AT_LEAST,
                 POWER_OF_TWO,
                 GIVEN,
+                APPROXIMATE,
             )

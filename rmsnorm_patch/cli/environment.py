@@ -52,6 +52,7 @@ VARIABLES: dict[str, Callable[[], object]] = {
     settings.LINEAR_VARIABLE: settings.read_linear,
     settings.QUANTISED_VARIABLE: settings.read_quantised,
     settings.SILU_QUANTISED_VARIABLE: settings.read_silu_quantised,
+    settings.BLOCKS_VARIABLE: settings.read_blocks,
     settings.NORM_ADD_VARIABLE: settings.read_norm_add,
     settings.NUMERICS_VARIABLE: settings.read_numerics,
     settings.RELEASE_VARIABLE: settings.read_tried,

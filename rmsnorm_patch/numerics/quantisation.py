@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -16,31 +16,34 @@ from .spec import NormSpec
 
 Scheme = Literal["fp8_static", "fp8_token", "fp8_block", "int8_token"]
 Value = Literal["fp32", "rounded"]
-Arithmetic = Literal["fused", "separate", "native"]
+Arithmetic = Literal["fused", "separate", "native", "flashinfer", "by_rows"]
 Layout = Literal["row_major", "column_major", "tma_aligned"]
 
 SCHEMES: tuple[Scheme, ...] = ("fp8_static", "fp8_token", "fp8_block", "int8_token")
 VALUES: tuple[Value, ...] = ("fp32", "rounded")
-ARITHMETICS: tuple[Arithmetic, ...] = ("fused", "separate", "native")
+ARITHMETICS: tuple[Arithmetic, ...] = ("fused", "separate", "native", "flashinfer", "by_rows")
 LAYOUTS: tuple[Layout, ...] = ("row_major", "column_major", "tma_aligned")
 
 GROUP = 128
 """Columns that share a scale in fp8_block."""
 TMA_ROWS = 4
 """Column-major scales that a TMA descriptor can address have columns of a multiple of this many floats (16 bytes)."""
+FEW_ROWS = 32
+"""Below this many rows "by_rows" is "flashinfer"."""
 FP8_LIMIT, INT8_LIMIT = 448.0, 127.0
 _FP8_NAN = 0x7F
 
-Step = Literal["divide", "inverse", "limit_over_largest"]
-NotANumber = Literal["limit", "negative_limit", "nan"]
+Step = Literal["divide", "inverse", "limit_over_largest", "inverse_first"]
+NotANumber = Literal["limit", "negative_limit", "nan", "nan_apart"]
 
 
 @dataclass(frozen=True)
 class Arithmetics:
     """What one scheme's scale and step are in one of the arithmetics; bounds are fp32 numbers, 0 where there is none.
 
-    step: value / scale, value * (1 / scale), or value * (limit / largest). not_a_number: what a NaN becomes in fp8, and
-    whether it makes its scale one. largest_at_least, scale_at_least: lower bounds in front of the rounding of the scale
+    step: value / scale, value * (1 / scale), or value * (limit / largest); "inverse_first" = the last, with 1 for an
+    infinite factor, whose inverse the scale is. not_a_number: what a NaN becomes in fp8; "nan" makes its scale one,
+    "nan_apart" does not. largest_at_least, scale_at_least: lower bounds in front of the rounding of the scale
     to a power of two; rounded_scale_at_least: one behind it.
     """
 
@@ -69,6 +72,7 @@ _TABLE: dict[tuple[Scheme, Arithmetic], Arithmetics] = {
     ("fp8_block", "fused"): Arithmetics("divide", "limit", scale_at_least=_LEAST_SCALE),
     ("fp8_block", "separate"): Arithmetics("divide", "negative_limit", largest_at_least=_LEAST_LARGEST),
     ("fp8_block", "native"): Arithmetics("divide", "nan", rounded_scale_at_least=_LEAST_SCALE),
+    ("fp8_block", "flashinfer"): Arithmetics("inverse_first", "nan_apart"),
     ("int8_token", "fused"): Arithmetics("inverse", "limit", scale_at_least=_LEAST_INT8_SCALE),
     ("int8_token", "separate"): Arithmetics("limit_over_largest", "limit"),
 }
@@ -86,10 +90,12 @@ class QuantSpec:
     arithmetic: "fused" = vLLM's `rms_norm_static_fp8_quant`, `rms_norm_dynamic_per_token_quant`,
         `rms_norm_per_block_quant`; "separate" = its quantisations that stand alone (`static_scaled_fp8_quant`,
         `dynamic_per_token_scaled_fp8_quant`, `per_token_group_fp8_quant`, `dynamic_scaled_int8_quant`); "native" =
-        its `QuantFP8.forward_native`, which Inductor compiles. They differ in zero rows, NaN and in last bits.
+        its `QuantFP8.forward_native`, which Inductor compiles; "flashinfer" = what FlashInfer's block product does to
+        bf16 rows: its two quotients are the device's approximate ones, here rounded ones, which differ in last bits;
+        "by_rows" = "flashinfer" below 32 rows, else "separate". They differ in zero rows, NaN and in last bits.
     layout: of the scales [M, groups] of fp8_block: "row_major", "column_major" (stride 1 from row to row), or
         "tma_aligned" (column-major, columns padded to a multiple of 4 floats).
-    power_of_two: fp8_block: a scale is rounded up to a power of two.
+    power_of_two: fp8_block: a scale is rounded up to a power of two; with "by_rows" only from 32 rows on.
     """
 
     scheme: Scheme
@@ -107,9 +113,16 @@ class QuantSpec:
         ):
             if value not in allowed:
                 raise ValueError(f"QuantSpec.{name}: got {value!r}; allowed: {', '.join(map(repr, allowed))}")
-        if (self.scheme, self.arithmetic) not in _TABLE:
-            able = ", ".join(repr(arithmetic) for scheme, arithmetic in _TABLE if scheme == self.scheme)
-            raise ValueError(f"QuantSpec.arithmetic: got {self.arithmetic!r} for {self.scheme}; allowed: {able}")
+        able: list[str] = [arithmetic for scheme, arithmetic in _TABLE if scheme == self.scheme]
+        if self.scheme == "fp8_block":
+            able.append("by_rows")
+        if self.arithmetic not in able:
+            names = ", ".join(map(repr, able))
+            raise ValueError(f"QuantSpec.arithmetic: got {self.arithmetic!r} for {self.scheme}; allowed: {names}")
+        if self.power_of_two and self.arithmetic == "flashinfer":
+            raise ValueError(
+                "QuantSpec.power_of_two: got True for 'flashinfer'; allowed: False (its scales are inverses)"
+            )
         if self.scheme != "fp8_block" and (self.layout != "row_major" or self.power_of_two):
             raise ValueError(
                 f"QuantSpec.layout, power_of_two: got {self.layout!r}, {self.power_of_two} for {self.scheme}; "
@@ -125,9 +138,18 @@ class QuantSpec:
         """The largest magnitude of a quantised value."""
         return INT8_LIMIT if self.scheme == "int8_token" else FP8_LIMIT
 
+    def of_rows(self, count: int) -> QuantSpec:
+        """The same with the arithmetic that so many rows have."""
+        if self.arithmetic != "by_rows":
+            return self
+        if count < FEW_ROWS:
+            return replace(self, arithmetic="flashinfer", power_of_two=False)
+        return replace(self, arithmetic="separate")
+
     @property
     def arithmetics(self) -> Arithmetics:
-        """Its arithmetic, in full. A power of two has one more bound in `per_token_group_fp8_quant`."""
+        """Its arithmetic, in full; of "by_rows" `of_rows` has one. A power of two has one more bound in
+        `per_token_group_fp8_quant`."""
         found = _TABLE[self.scheme, self.arithmetic]
         if self.power_of_two and self.arithmetic == "separate":
             return Arithmetics(found.step, found.not_a_number, found.largest_at_least, _LEAST_LARGEST)
@@ -136,6 +158,11 @@ class QuantSpec:
     def groups(self, n: int) -> int:
         """Scales of a row of `n` columns; 0 where the scale is given."""
         return {"fp8_static": 0, "fp8_block": -(-n // GROUP)}.get(self.scheme, 1)
+
+
+def rows_of(x: torch.Tensor) -> int:
+    """How many rows [..., N] holds."""
+    return x.numel() // max(x.shape[-1], 1)
 
 
 def new_scales(x: torch.Tensor, quant: QuantSpec) -> torch.Tensor:
@@ -181,6 +208,7 @@ def quantise(
     given: fp32 [1]: the scale of fp8_static; an upper bound of the largest magnitude of fp8_token, or None.
     """
     values = values.to(torch.float32)
+    quant = quant.of_rows(rows_of(values))
     arithmetic = quant.arithmetics
     scales = new_scales(values, quant)
     if quant.scheme == "fp8_static":
@@ -194,6 +222,8 @@ def quantise(
     scale = _scale(largest, quant)
     if arithmetic.step == "limit_over_largest":
         steps = grouped * torch.where(largest == 0, 0.0, torch.div(_limit(largest, quant), largest))
+    elif arithmetic.step == "inverse_first":
+        steps = grouped * _factor(largest, quant)
     else:
         steps = grouped / scale if arithmetic.step == "divide" else grouped * (1.0 / scale)
     steps = steps.flatten(-2)[..., :n]
@@ -209,8 +239,16 @@ def _largest(grouped: torch.Tensor, not_a_number: NotANumber) -> torch.Tensor:
     return magnitudes.amax(-1, keepdim=True)
 
 
+def _factor(largest: torch.Tensor, quant: QuantSpec) -> torch.Tensor:
+    """What FlashInfer multiplies with."""
+    factor = torch.div(_limit(largest, quant), largest)
+    return torch.where(factor.isinf(), 1.0, factor)
+
+
 def _scale(largest: torch.Tensor, quant: QuantSpec) -> torch.Tensor:
     arithmetic = quant.arithmetics
+    if arithmetic.step == "inverse_first":
+        return 1.0 / _factor(largest, quant)
     scale = _at_least(largest, arithmetic.largest_at_least) / _limit(largest, quant)
     scale = _at_least(scale, arithmetic.scale_at_least)
     if quant.power_of_two:
@@ -234,10 +272,10 @@ def _to_fp8(steps: torch.Tensor, not_a_number: NotANumber) -> torch.Tensor:
     missing = steps.isnan()
     rounded = torch.where(missing, 0.0, steps).clamp(-FP8_LIMIT, FP8_LIMIT).to(torch.float8_e4m3fn).view(torch.uint8)
     stands_for = {"limit": FP8_LIMIT, "negative_limit": -FP8_LIMIT}
-    if not_a_number == "nan":
-        byte = _FP8_NAN
-    else:
+    if not_a_number in stands_for:
         byte = int(torch.tensor(stands_for[not_a_number]).to(torch.float8_e4m3fn).view(torch.uint8))
+    else:
+        byte = _FP8_NAN
     return torch.where(missing, byte, rounded).view(torch.float8_e4m3fn)
 
 

@@ -46,7 +46,7 @@ class Facts:
     `settings.read_tried()`; transformers: what its modules compute, where that was asked for; fusions: passes of vLLM
     that may take norms into kernels of their own; quantised: `settings.read_quantised()`; norm_quant: whether vLLM's
     pass of that name is on; without_gain: `schemes.without_gain()`, asked for route "auto" alone; norm_add:
-    `settings.read_norm_add()`; silu_quantised: `settings.read_silu_quantised()`."""
+    `settings.read_norm_add()`; silu_quantised: `settings.read_silu_quantised()`; blocks: `settings.read_blocks()`."""
 
     requested: settings.Route
     version: str
@@ -69,6 +69,7 @@ class Facts:
     without_gain: str = ""
     norm_add: settings.NormAdd = "auto"
     silu_quantised: settings.SiluQuantised = "off"
+    blocks: settings.Blocks = "auto"
 
     @property
     def may_quantise_rows(self) -> bool:
@@ -83,8 +84,9 @@ class Decision:
     norms with fp32 `1 + w` weights are served too, by their class (`oot_route`). numerics: the classes of transformers
     that its norms compute as, "" for the engine's own numerics; refused: why these although transformers' were asked
     for; invariant: it is a batch-invariant engine; quantised: norms write quantised rows where the graph has readers of
-    such (`quantised_pass`); silu_quantised: so does silu_and_mul (`silu_pass`); norm_add: norms take the residual-adds
-    behind them (`norm_add_pass`)."""
+    such (`quantised_pass`); blocks: also for products that quantise blocks themselves (`block_products`);
+    silu_quantised: so does silu_and_mul (`silu_pass`); norm_add: norms take the residual-adds behind them
+    (`norm_add_pass`)."""
 
     route: Chosen
     provider: str
@@ -99,6 +101,7 @@ class Decision:
     quantised: bool = False
     norm_add: bool = False
     silu_quantised: bool = False
+    blocks: bool = False
 
     def __str__(self) -> str:
         how = f"route {self.route}, provider {self.provider}" if self.route != "none" else "off, vLLM's own norms"
@@ -160,6 +163,10 @@ def _decide(facts: Facts) -> Decision:
     quantised = facts.may_quantise_rows
     if quantised:
         reason += f"; quantization {facts.quantization!r}: norms write quantised rows where the graph reads such"
+    # A batch-invariant engine has one library for any number of rows, and with it one arithmetic.
+    blocks = quantised and facts.blocks == "on" and not facts.batch_invariant
+    if blocks:
+        reason += f", and for products that quantise blocks themselves ({settings.BLOCKS_VARIABLE}=on)"
     silu_quantised = quantised and facts.silu_quantised != "off"
     if silu_quantised:
         reason += f"; so does silu_and_mul ({settings.SILU_QUANTISED_VARIABLE}={facts.silu_quantised})"
@@ -179,6 +186,7 @@ def _decide(facts: Facts) -> Decision:
         quantised=quantised,
         norm_add=norm_add,
         silu_quantised=silu_quantised,
+        blocks=blocks,
     )
 
 
@@ -230,7 +238,7 @@ def facts_of(vllm_config: Any, incumbents: tuple[str, ...]) -> Facts:
     from vllm.config import CompilationMode, CUDAGraphMode
     from vllm.platforms import current_platform
 
-    compilation, requested = vllm_config.compilation_config, settings.read()
+    compilation, requested, blocks = vllm_config.compilation_config, settings.read(), settings.read_blocks()
     model = vllm_config.model_config
     quantisation = getattr(vllm_config, "quant_config", None)
     return Facts(
@@ -252,9 +260,10 @@ def facts_of(vllm_config: Any, incumbents: tuple[str, ...]) -> Facts:
         fusions=tuple(name for name in FUSIONS if getattr(compilation.pass_config, name, None)),
         quantised=settings.read_quantised(),
         norm_quant=bool(getattr(compilation.pass_config, NORM_QUANT, None)),
-        without_gain=schemes.without_gain(quantisation) if requested == "auto" else "",
+        without_gain=schemes.without_gain(quantisation, blocks == "on") if requested == "auto" else "",
         norm_add=settings.read_norm_add(),
         silu_quantised=settings.read_silu_quantised(),
+        blocks=blocks,
     )
 
 

@@ -15,7 +15,17 @@ from ..backends.cuda import nvrtc
 from ..fused.linear_norm import splits as linear_norm_splits
 from ..numerics.contract import FUNCTIONAL
 from ..ops.dispatch import triton_installed
-from . import batch_invariant, calls, counterparts, linear_pass, norm_add_pass, quantised_pass, settings, silu_pass
+from . import (
+    batch_invariant,
+    block_products,
+    calls,
+    counterparts,
+    linear_pass,
+    norm_add_pass,
+    quantised_pass,
+    settings,
+    silu_pass,
+)
 from .decision import NORM_QUANT, SPECS, Decision, decide, decision_for, facts_of
 from .log import logger, warn_once
 from .wrapping import wrap_once
@@ -56,7 +66,13 @@ def install_passes() -> None:
     except ImportError as error:
         warn_once(f"norms stay apart from their neighbours: this vLLM keeps its graph passes elsewhere ({error})")
         return
-    passes: tuple[Any, ...] = quantised_pass.PASS, silu_pass.PASS, norm_add_pass.PASS, linear_pass
+    passes: tuple[Any, ...] = (
+        block_products.PASS,
+        quantised_pass.PASS,
+        silu_pass.PASS,
+        norm_add_pass.PASS,
+        linear_pass,
+    )
     for name, wrapper in (("configure", "wrap_configure"), ("__call__", "wrap_call"), ("uuid", "wrap_uuid")):
         wrap_once(PostGradPassManager, name, _in_turn(*(getattr(one, wrapper) for one in passes)))
     if linear_pass.tell not in linear_norm_splits.on_found:
@@ -152,7 +168,8 @@ def _compute_hash(original: Callable[..., Any]) -> Callable[..., Any]:
 def fingerprint(decision: Decision, splits: str) -> str:
     """What a compiled graph depends on and vLLM cannot see. The toolchain decides which norms are served at all."""
     toolchain = nvrtc.find() is not None, triton_installed()
-    passes = decision.linear, splits, decision.quantised, decision.norm_add, decision.silu_quantised
+    silu, blocks = decision.silu_quantised, decision.blocks
+    passes = decision.linear, splits, decision.quantised, decision.norm_add, silu, blocks
     what = f"{decision.route} {decision.provider} {decision.numerics} {passes}"
     return f"rmsnorm_patch {calls.VERSION} {what} {calls.forms()} {toolchain}"
 

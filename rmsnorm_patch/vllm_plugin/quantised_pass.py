@@ -24,7 +24,7 @@ from ..fused.norm_quantised import op as norm_quantised_op
 from ..numerics.contract import FUSED_ADD, FUSED_ADD_IN_PLACE
 from ..numerics.quantisation import QuantSpec, Value
 from ..numerics.spec import NormSpec
-from . import arithmetic, quantisations, trial
+from . import arithmetic, block_rows, quantisations, trial
 from .managed_pass import ManagedPass
 from .norms_in_graphs import Norm, Places, erase_unread, is_the_only_name, norm_of, tell_once
 from .quantisations import Quantisation
@@ -74,6 +74,8 @@ def quantisations_of(
         one: Quantisation | str
         if call := quantisations.call_of(reader):
             one, name = quantisations.of_op(call, rows), f"{quantisations.NAMESPACE}.{call.name}"
+        elif block_rows.is_inserted(reader):
+            one, name = block_rows.of_node(reader, rows), f"vllm.{block_rows.NAME}"
         elif quantisations.is_quantised(reader):
             one, name = arithmetic.of_arithmetic(reader, rows, come_after), "a quantisation in arithmetic"
         else:

@@ -11,15 +11,15 @@ GIVEN_SCALE = "products read rows with a given scale"
 BLOCKS_INSIDE = "products quantise blocks themselves"
 
 
-def without_gain(quantisation: Any) -> str:
+def without_gain(quantisation: Any, blocks: bool = False) -> str:
     """What products of `quantisation`, a QuantizationConfig of vLLM or None, do where norms of ours gained nothing;
-    "" elsewhere."""
+    "" elsewhere. blocks: norms quantise blocks for such products (`block_products`)."""
     if quantisation is None:
         return ""
     if _has_given_scales(quantisation):
         return GIVEN_SCALE
-    blocks = getattr(quantisation, "weight_block_size", None)
-    return BLOCKS_INSIDE if blocks and _quantises_inside() else ""
+    inside = not blocks and getattr(quantisation, "weight_block_size", None) and _quantises_inside()
+    return BLOCKS_INSIDE if inside else ""
 
 
 def _has_given_scales(quantisation: Any) -> bool:

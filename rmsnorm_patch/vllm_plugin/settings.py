@@ -21,6 +21,9 @@ QUANTISED_VARIABLE = "RMSNORM_PATCH_VLLM_QUANTISED"
 SiluQuantised = Literal["off", "auto"]
 SILU_QUANTISED: tuple[SiluQuantised, ...] = get_args(SiluQuantised)
 SILU_QUANTISED_VARIABLE = "RMSNORM_PATCH_VLLM_SILU_QUANTISED"
+Blocks = Literal["auto", "on", "off"]
+BLOCKS: tuple[Blocks, ...] = get_args(Blocks)
+BLOCKS_VARIABLE = "RMSNORM_PATCH_VLLM_BLOCKS"
 NormAdd = Literal["auto", "off"]
 NORM_ADDS: tuple[NormAdd, ...] = get_args(NormAdd)
 NORM_ADD_VARIABLE = "RMSNORM_PATCH_VLLM_NORM_ADD"
@@ -54,6 +57,12 @@ def read_silu_quantised() -> SiluQuantised:
     return _one_of(SILU_QUANTISED_VARIABLE, SILU_QUANTISED)
 
 
+def read_blocks() -> Blocks:
+    """Whether `RMSNORM_PATCH_VLLM_BLOCKS` lets norms quantise the rows of products that do it for themselves, with
+    FlashInfer and DeepGEMM; "auto" is "off" until engines were measured."""
+    return _one_of(BLOCKS_VARIABLE, BLOCKS)
+
+
 def read_norm_add() -> NormAdd:
     """Whether `RMSNORM_PATCH_VLLM_NORM_ADD` lets norms take the residual-adds behind them into their launches."""
     return _one_of(NORM_ADD_VARIABLE, NORM_ADDS)
@@ -75,6 +84,7 @@ def check() -> None:
     read_linear()
     read_quantised()
     read_silu_quantised()
+    read_blocks()
     read_norm_add()
     read_numerics()
     launch_mode.read()

@@ -18,7 +18,7 @@ from ..fused.norm_add import op as norm_add_op
 from ..fused.norm_quantised import op as norm_quantised_op
 from ..fused.silu_quantised import op as silu_op
 from ..numerics.contract import PLAIN_OPS
-from ..numerics.quantisation import QuantSpec, rms_norm_quantised
+from ..numerics.quantisation import FEW_ROWS, QuantSpec, rms_norm_quantised
 from ..numerics.silu import Silu, silu_and_mul_quantised
 from ..numerics.spec import SUPPORTED_DTYPES, NormSpec
 from .log import warn_once
@@ -219,7 +219,7 @@ def _trial_quantised(
 
     weight = None if weight_dtype is None else normal(n)
     given = torch.full((1,), 0.02, device=device) if bounded else None
-    for m in ROWS:
+    for m in (*ROWS, FEW_ROWS) if quant.arithmetic == "by_rows" else ROWS:
         x, residual = normal(m, n), normal(m, n) if op == norm_quantised_op.FUSED else None
         want = rms_norm_quantised(x, residual, weight, spec, quant, 1e-6, given)
         tensors = (x,) if residual is None else (x, residual)

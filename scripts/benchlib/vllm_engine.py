@@ -15,7 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rmsnorm_patch.vllm_plugin.settings import LINEAR_VARIABLE, NORM_ADD_VARIABLE, SILU_QUANTISED_VARIABLE
+from rmsnorm_patch.vllm_plugin.settings import (
+    BLOCKS_VARIABLE,
+    LINEAR_VARIABLE,
+    NORM_ADD_VARIABLE,
+    SILU_QUANTISED_VARIABLE,
+)
 
 from .vllm_shapes import SHAPES
 
@@ -28,6 +33,7 @@ VARIANTS: dict[str, tuple[str, dict[str, bool]]] = {
     "ir-apart": ("ir", {}),
     "ir-adds-apart": ("ir", {}),
     "ir-silu": ("ir", {}),
+    "ir-blocks": ("ir", {}),
     "ir-reorder": ("ir", {}),
     "ir-functional": ("ir", {}),
     "ir-heads": ("ir", {}),
@@ -284,6 +290,7 @@ CHANGES: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "ir-apart": lambda: set_to(LINEAR_VARIABLE, "off"),
     "ir-adds-apart": lambda: set_to(NORM_ADD_VARIABLE, "off"),
     "ir-silu": lambda: set_to(SILU_QUANTISED_VARIABLE, "auto"),
+    "ir-blocks": lambda: set_to(BLOCKS_VARIABLE, "on"),
     "ir-reorder": lambda: set_to(LINEAR_VARIABLE, "reorder"),
     "ir-heads": lambda: changed("COMPILER_HEAD", 0),
     "ir-functional": lambda: changed("IN_PLACE", False),

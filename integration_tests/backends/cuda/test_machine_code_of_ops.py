@@ -15,7 +15,7 @@ from rmsnorm_patch.fused.norm_quantised import kernel as norm_quantised_kernel
 from rmsnorm_patch.fused.query_key_norm import rotated as rotated_kernel
 from rmsnorm_patch.fused.silu_quantised import kernel as silu_kernel
 from rmsnorm_patch.numerics.gating import GateSpec
-from rmsnorm_patch.numerics.quantisation import QuantSpec
+from rmsnorm_patch.numerics.quantisation import FEW_ROWS, QuantSpec
 from rmsnorm_patch.numerics.spec import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, NormSpec
 
 QUANTISED = {
@@ -23,18 +23,21 @@ QUANTISED = {
     "token": (QuantSpec("fp8_token"), FP32_SUM),
     "token from fp32": (QuantSpec("fp8_token", "fp32", "native"), FP32_WEIGHT_MULTIPLY),
     "block": (QuantSpec("fp8_block", "rounded", "separate", "tma_aligned", True), GEMMA),
+    "block for FlashInfer": (QuantSpec("fp8_block", "rounded", "flashinfer", "tma_aligned"), FP32_SUM),
     "int8": (QuantSpec("int8_token"), LLAMA),
 }
 
 
 def quantised(name, n, arch, op="fused_add_rms_norm_", both=False):
-    """(configuration, build, whether the norm's rows are read or written too) of each schedule."""
+    """(configuration, build, whether the norm's rows are read or written too) of each schedule; for FlashInfer of those
+    for its few rows."""
     quant, spec = QUANTISED[name]
     own = schedules.schedules(norm_quantised_kernel.OP, BF16, n, arch)
     whole = schedules.schedules(op, BF16, n, arch)
     return [
         (config, kernel_table.build(config, spec, op != PLAIN, n, arch), op != PLAIN or both)
         for config in norm_quantised_kernel.schedules(own, whole, quant, False, both)
+        if quant.arithmetic != "flashinfer" or config.m[0] < FEW_ROWS
     ]
 
 

@@ -32,6 +32,8 @@ QUANTS = {
     "block": QuantSpec("fp8_block"),
     "block native": QuantSpec("fp8_block", "fp32", "native", "column_major", True),
     "block separate": QuantSpec("fp8_block", "rounded", "separate", "tma_aligned", True),
+    "block for FlashInfer": QuantSpec("fp8_block", "rounded", "flashinfer", "tma_aligned"),
+    "block by rows": QuantSpec("fp8_block", "rounded", "by_rows", "tma_aligned", True),
     "int8": QuantSpec("int8_token"),
     "int8 separate": QuantSpec("int8_token", "fp32", "separate"),
 }
@@ -106,8 +108,10 @@ def build(target: GPUTarget, name: str, n: int, fused_add: bool = True, spec: No
     [
         (GPUTarget("cuda", 80, 32), "token", 4096),
         (GPUTarget("cuda", 90, 32), "block separate", 7168),
+        (GPUTarget("cuda", 90, 32), "block for FlashInfer", 4096),
         (GPUTarget("cuda", 100, 32), "int8", 1003),
         (GPUTarget("hip", "gfx942", 64), "block", 4096),
+        (GPUTarget("hip", "gfx942", 64), "block for FlashInfer", 4096),
     ],
     ids=str,
 )
@@ -119,6 +123,9 @@ def test_it_compiles_for_devices_that_are_not_here(
     if target.backend == "cuda":
         waits = compiled.asm["ptx"].count("griddepcontrol.wait")
         assert waits == (1 if int(target.arch) >= 90 else 0)
+        # FlashInfer's own instructions, which -use_fast_math gives it; any other scheme has rounded quotients.
+        approximate = [f"{name}.approx.ftz.f32" in compiled.asm["ptx"] for name in ("div", "rcp")]
+        assert approximate == [name == "block for FlashInfer"] * 2
 
 
 @pytest.mark.parametrize(

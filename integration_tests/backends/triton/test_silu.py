@@ -27,6 +27,8 @@ QUANTS = {
     "token native": QuantSpec("fp8_token", "fp32", "native"),
     "block": QuantSpec("fp8_block", "fp32"),
     "block separate": QuantSpec("fp8_block", "rounded", "separate", "tma_aligned", True),
+    "block for FlashInfer": QuantSpec("fp8_block", "rounded", "flashinfer", "tma_aligned"),
+    "block by rows": QuantSpec("fp8_block", "rounded", "by_rows", "tma_aligned", True),
     "int8": QuantSpec("int8_token", arithmetic="separate"),
 }
 
@@ -96,6 +98,7 @@ def test_interpreted_rows_with_strides(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (GPUTarget("cuda", 80, 32), "int8", 14336),
         (GPUTarget("cuda", 90, 32), "block separate", 3584),
+        (GPUTarget("cuda", 90, 32), "block for FlashInfer", 4096),
         (GPUTarget("cuda", 100, 32), "token", 1003),
         (GPUTarget("hip", "gfx942", 64), "block", 4096),
     ],
@@ -112,3 +115,5 @@ def test_it_compiles_for_devices_that_are_not_here(
     if target.backend == "cuda":
         waits = compiled.asm["ptx"].count("griddepcontrol.wait")
         assert waits == (1 if int(target.arch) >= 90 else 0)
+        approximate = [f"{word}.approx.ftz.f32" in compiled.asm["ptx"] for word in ("div", "rcp")]
+        assert approximate == [name == "block for FlashInfer"] * 2

@@ -27,6 +27,7 @@ _LOADED: dict[bool, dict[str, ModuleType]] = {}
 _PACKAGES = {False: "_rmsnorm_patch_triton", True: "_rmsnorm_patch_triton_interpreted"}
 MODULES = (
     "row_math",
+    "quantise",
     "rms_norm",
     "fused_add_rms_norm",
     "rms_norm_quantised",

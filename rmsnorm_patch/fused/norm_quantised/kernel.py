@@ -27,8 +27,8 @@ SOURCE = "rms_norm_quantised.cu"
 FP8_CAPABILITY = 89
 """The first with an instruction that converts to e4m3."""
 _SCHEMES = {"fp8_static": 0, "fp8_token": 1, "int8_token": 1, "fp8_block": 2}
-_STEPS = ("divide", "inverse", "limit_over_largest")
-_NOT_A_NUMBER = ("limit", "negative_limit", "nan")
+_STEPS = ("divide", "inverse", "limit_over_largest", "inverse_first")
+_NOT_A_NUMBER = ("limit", "negative_limit", "nan", "nan_apart")
 
 
 class Operands(NamedTuple):

@@ -15,7 +15,7 @@ and in plain PyTorch (`numerics.quantisation` has the definition).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from ...backends.names import Backend
 from ...errors import UnsupportedInput
 from ...numerics import operands
 from ...numerics.contract import IMPLIED_EPS, SPEC_ARGUMENTS
-from ...numerics.quantisation import QuantSpec, check_given, rms_norm_quantised
+from ...numerics.quantisation import QuantSpec, check_given, rms_norm_quantised, rows_of
 from ...numerics.spec import NormSpec
 from ...ops import dispatch, listeners
 from ...ops.library import DEFAULTS, OPTIONS, positional, register, spec_of
@@ -83,7 +83,9 @@ class Variant:
     def run(self, arguments: Operands) -> Results:
         """(rows, scales, normed), as `kernel.Results` has them. Raises UnsupportedInput, KernelBuildError."""
         self.check(arguments)
-        results = _RUN[self.backend_for(arguments.x)](self, arguments)
+        quant = self.quant.of_rows(rows_of(arguments.x))
+        variant = self if quant is self.quant else replace(self, quant=quant)
+        results = _RUN[self.backend_for(arguments.x)](variant, arguments)
         if listeners.active:
             dependent = launch_mode.dependent(self.enable_pdl)
             more = {"scheme": self.quant.scheme, "value": self.quant.value, "both": self.both}

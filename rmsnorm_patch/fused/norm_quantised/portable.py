@@ -42,14 +42,14 @@ def constants(layout: backend.Layout, spec: NormSpec, quant: QuantSpec, fused_ad
         "LEAN": lean,
         "ROUND_SUM": spec.sum == "rounded",
         "FUSED_ADD": fused_add,
-        **quant_constants(quant, layout.columns),
+        **quant_constants(quant, layout),
         "BOTH": both,
     }
 
 
-def quant_constants(quant: QuantSpec, n: int) -> dict[str, Any]:
-    """Those of a quantisation of rows of n columns."""
-    arithmetic = quant.arithmetics
+def quant_constants(quant: QuantSpec, layout: backend.Layout) -> dict[str, Any]:
+    """Those of a quantisation of such rows."""
+    arithmetic, n = quant.arithmetics, layout.columns
     return {
         "GROUP": {"fp8_static": 0, "fp8_block": GROUP if n > GROUP else n}.get(quant.scheme, n),
         "INT8": quant.dtype == torch.int8,
@@ -61,6 +61,7 @@ def quant_constants(quant: QuantSpec, n: int) -> dict[str, Any]:
         "ROUNDED_SCALE_AT_LEAST": arithmetic.rounded_scale_at_least,
         "POWER_OF_TWO": quant.power_of_two,
         "FROM_F32": quant.value == "fp32",
+        "APPROXIMATE": layout.nvidia and arithmetic.step == "inverse_first",
     }
 
 

@@ -11,7 +11,7 @@ in last bits) and in plain PyTorch. There is no backward.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ import torch
 from ...backends import launch_mode
 from ...backends.bindings import kept
 from ...backends.names import Backend
-from ...numerics.quantisation import QuantSpec, check_given
+from ...numerics.quantisation import QuantSpec, check_given, rows_of
 from ...numerics.silu import Silu, check_silu, silu_and_mul_quantised
 from ...ops import dispatch, listeners
 from ...ops.library import positional, register
@@ -57,7 +57,9 @@ class Variant:
     def run(self, x: torch.Tensor, given: torch.Tensor | None) -> Results:
         """(rows, scales). Raises UnsupportedInput, KernelBuildError."""
         self.check(x, given)
-        results = _RUN[self.backend_for(x)](self, x, given)
+        quant = self.quant.of_rows(rows_of(x))
+        variant = self if quant is self.quant else replace(self, quant=quant)
+        results = _RUN[self.backend_for(x)](variant, x, given)
         if listeners.active:
             more = {"scheme": self.quant.scheme, "value": self.quant.value, "silu": self.silu}
             listeners.tell(listeners.Call(NAME, kernel.SPEC, self.dependent, x, None, results[0], more))

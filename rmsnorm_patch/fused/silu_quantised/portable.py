@@ -28,7 +28,7 @@ def bound(silu: Silu, quant: QuantSpec, dependent: bool) -> BoundPortable:
 def constants(layout: backend.Layout, silu: Silu, quant: QuantSpec) -> dict[str, Any]:
     """The kernel's compile-time constants but NESTED and GIVEN."""
     names = ("N", "VEC", "ROWS", "BLOCK", "CHUNKS", "DEPENDENT")
-    return {**{name: layout.constants[name] for name in names}, "SILU": silu, **quant_constants(quant, layout.columns)}
+    return {**{name: layout.constants[name] for name in names}, "SILU": silu, **quant_constants(quant, layout)}
 
 
 class BoundPortable:
