@@ -69,15 +69,18 @@ typedef struct {
     float eps;
 } RotatedArgs;
 
+/* The functions for rows of one stride and of two. */
 #define ROTATED ((void*)0x7004)
+#define ROTATED_IN_TWO_LEVELS ((void*)0x7005)
 enum { HEAD = 16 }; /* columns of the tests' rows */
 
-static int norm_and_rotate(const RotatedArgs* a) {
+static int norm_and_rotate(const RotatedArgs* a, int two_level) {
     for (int i = 0; i < 2; i++) {
         const HeadSet* set = &a->sets[i];
         for (int64_t row = 0; row < set->m; row++) {
             const int64_t token = row / set->inner_rows, angle = token % a->angles * HEAD;
-            const float* x = set->x + token * set->x_outer_stride + row % set->inner_rows * set->x_row_stride;
+            const int64_t at = token * set->x_outer_stride + row % set->inner_rows * set->x_row_stride;
+            const float* x = set->x + (two_level ? at : row * set->x_row_stride);
             double squares = 0;
             float normed[HEAD];
             for (int j = 0; j < HEAD; j++) squares += (double)x[j] * x[j];
@@ -117,7 +120,8 @@ int cuLaunchKernelEx(const void* config, void* function, void** parameters, void
     const Args* a = parameters[0];
     if (result) return result;
     if (function == TWO_SETS) return norm_two(parameters[0]);
-    if (function == ROTATED) return norm_and_rotate(parameters[0]);
+    if (function == ROTATED || function == ROTATED_IN_TWO_LEVELS)
+        return norm_and_rotate(parameters[0], function == ROTATED_IN_TWO_LEVELS);
     if ((intptr_t)function == NORM_ADD || (intptr_t)function == NORM_ADD_NORM)
         return norm_add(parameters[0], (intptr_t)function == NORM_ADD_NORM);
     const int64_t n = a->normed_row_stride;

@@ -75,19 +75,22 @@ def norm_add_table(op: str, spec: NormSpec, n: int) -> Any:
 def table_of_two(spec: NormSpec, n: int) -> Any:
     """The same for the norms of a query and a key, in rows of one level and of two."""
     bound, _ = cuda_backend.started(TWO_NORMS, spec, lambda functions: BoundPair(spec, True, functions))
-    return _two_levels(bound, TWO_SETS, PAIR, n)
+    return _two_levels(bound, (TWO_SETS, TWO_SETS), PAIR, n)
 
 
 def table_of_rotated(spec: NormSpec, n: int) -> Any:
     """The same with their rotation."""
     bound, _ = cuda_backend.started(ROTATED, spec, lambda functions: BoundRotated(spec, True, functions))
-    return _two_levels(bound, ROTATED_SETS, TURNED, n)
+    return _two_levels(bound, (ROTATED_SETS, ROTATED_SETS + 1), TURNED, n)
 
 
-def _two_levels(bound: Any, function: int, arguments: Any, n: int) -> Any:
-    handle = bound.functions.new_kernel(function, CONTEXT, n, 2**63 - 1, 1, 1, 32, 0, 4, 4, 0, arguments)
+def _two_levels(bound: Any, of: tuple[int, int], arguments: Any, n: int) -> Any:
+    """of: the functions for rows of one level and of two."""
+    one, two = (
+        bound.functions.new_kernel(function, CONTEXT, n, 2**63 - 1, 1, 1, 32, 0, 4, 4, 0, arguments) for function in of
+    )
     code, fp32 = launcher.dlpack_code(torch.float32), torch.float32
-    bound.functions.add_row_kind(bound.table, handle, handle, fp32, fp32, fp32, n, 0, 4, 4, 1e-6, code, code)
+    bound.functions.add_row_kind(bound.table, one, two, fp32, fp32, fp32, n, 0, 4, 4, 1e-6, code, code)
     return bound.table
 
 

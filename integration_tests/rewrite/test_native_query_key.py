@@ -287,6 +287,14 @@ def test_other_tensors_are_rotated_by_the_model(turned, norms, axis: int, q, k, 
     assert found.launches == 0
 
 
+def test_angles_of_another_batch_are_refused_as_the_model_refuses_them(turned, norms) -> None:
+    _, found = turned
+    for batch in (2, 3):
+        with torch.no_grad(), pytest.raises(RuntimeError, match="must match the size"):
+            query_key.rotated(*norms, 2, rows(4, 3, 4), rows(4, 3, 2), *angles(batch, 3), apply_rotary_pos_emb)
+    assert found.launches == 0
+
+
 @pytest.mark.parametrize("around", [Modes, Dispatch, lambda: torch.autocast("cpu"), nullcontext])
 def test_who_must_see_the_ops_sees_the_rotation(turned, norms, around) -> None:
     _, found = turned
