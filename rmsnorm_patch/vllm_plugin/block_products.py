@@ -125,6 +125,8 @@ def _declined(k: int, group: int, power_of_two: bool, device: torch.device) -> s
     """Why products of rows of `k` columns stay as they are, or ""."""
     if group != GROUP:
         why = f"its groups have {group} columns, and ours {GROUP}"
+    elif device.type == "cuda" and not power_of_two:
+        why = "its scales are no powers of two: from 32 rows on a Hopper gave other bits than the library's"
     elif device.type == "cuda":
         why = trial.on_a_fresh_stack(OP, _trial, k, power_of_two, device)
     else:
