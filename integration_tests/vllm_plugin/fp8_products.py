@@ -1,5 +1,5 @@
-"""Products of fp8 rows for vLLM on the CPU, which has some for the newest processors alone: opaque ops, behind vLLM's
-own quantisation of their rows, as CUTLASS's products stand in a graph on a GPU.
+"""Products of quantised rows for vLLM on the CPU, which has its own for the newest processors alone. Of fp8 rows they
+are opaque ops, behind vLLM's own quantisation, as CUTLASS's products stand in a graph on a GPU.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ def _quantised(matrix: torch.Tensor, scale: torch.Tensor, **_: Any) -> tuple[tor
 def install() -> None:
     from vllm import _custom_ops
     from vllm.model_executor.kernels import linear
+    from vllm.model_executor.kernels.linear.scaled_mm import cpu
     from vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel import Fp8BlockScaledMMLinearKernel
     from vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel import FP8ScaledMMLinearKernel
     from vllm.platforms import PlatformEnum
@@ -74,5 +75,7 @@ def install() -> None:
         block_libraries.of_vllm()
         BlockProduct = OpaqueBlockProduct  # type: ignore[misc]
     _custom_ops.scaled_fp8_quant = _quantised
+    # Where a processor has AMX, vLLM's int8 product quantises its rows itself, as on no GPU.
+    cpu.check_cpu_sgl_kernel = lambda *shape: False
     linear._POSSIBLE_FP8_KERNELS[PlatformEnum.CPU].insert(0, Product)
     linear._POSSIBLE_FP8_BLOCK_KERNELS[PlatformEnum.CPU].insert(0, BlockProduct)
