@@ -8,20 +8,18 @@ import linecache
 import pickle
 import traceback
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn as nn
-from query_and_key import reasons, same
+from query_and_key import TOKENS, outputs, reasons, same
 from transformers import PreTrainedModel
 
 import rmsnorm_patch
 from rmsnorm_patch.pairs.layout import layout
 from rmsnorm_patch.rewrite import observe, query_key
 
-TOKENS = torch.arange(3, 12).repeat(2, 1)
 FORMS = {
     "qwen3": {},  # the norm around the viewed product
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
@@ -35,19 +33,6 @@ FORMS = {
     "lfm2": {"layer_types": ["full_attention", "conv", "full_attention"]},  # viewed with unpacked sizes
 }
 """Types by the form in which their attention norms queries and keys."""
-
-
-@pytest.fixture
-def qwen3(small_model: Callable[..., PreTrainedModel]) -> PreTrainedModel:
-    return small_model("qwen3", num_hidden_layers=2)
-
-
-@torch.no_grad()
-def outputs(model: PreTrainedModel) -> list[torch.Tensor]:
-    """Logits of a forward, and what greedy decoding with a cache gives."""
-    torch.manual_seed(0)
-    made = model.generate(TOKENS, max_new_tokens=4, do_sample=False, pad_token_id=0)
-    return [model(TOKENS).logits, made]
 
 
 def ran(model: PreTrainedModel) -> Counter[str]:

@@ -6,12 +6,11 @@ from __future__ import annotations
 import copy
 import pickle
 from collections import Counter
-from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn as nn
-from query_and_key import same
+from query_and_key import TOKENS, outputs, same
 from transformers import PreTrainedModel
 from transformers.models.cohere import modeling_cohere
 from transformers.models.gemma3 import modeling_gemma3
@@ -26,7 +25,6 @@ from rmsnorm_patch.numerics.spec import LLAMA
 from rmsnorm_patch.pairs.rotation import known, why_other
 from rmsnorm_patch.rewrite import observe, query_key
 
-TOKENS = torch.arange(3, 12).repeat(2, 1)
 TAKEN = {
     "qwen3": {"head_dim": 32},
     "qwen3_moe": {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
@@ -47,13 +45,6 @@ OTHERS = [
 ]
 
 
-@torch.no_grad()
-def outputs(model: PreTrainedModel) -> list[torch.Tensor]:
-    torch.manual_seed(0)
-    made = model.generate(TOKENS, max_new_tokens=4, do_sample=False, pad_token_id=0)
-    return [model(TOKENS).logits, made]
-
-
 def ran(model: PreTrainedModel) -> Counter[str]:
     """Events, those of norms with their rotation as "rotated"."""
     found: Counter[str] = Counter()
@@ -64,11 +55,6 @@ def ran(model: PreTrainedModel) -> Counter[str]:
     with torch.no_grad(), observe.observing(note):
         model(TOKENS)
     return found
-
-
-@pytest.fixture
-def qwen3(small_model: Callable[..., PreTrainedModel]) -> PreTrainedModel:
-    return small_model("qwen3", num_hidden_layers=2)
 
 
 # functions

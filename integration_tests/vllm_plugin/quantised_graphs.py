@@ -103,6 +103,17 @@ for _name, _schema in SCHEMAS.items():
 C: Any = torch.ops._C
 
 
+def same(left: Any, right: Any) -> bool:
+    """Whether tensors have the same bits, and lie alike."""
+    return all(
+        one.dtype == other.dtype
+        and one.shape == other.shape
+        and one.stride() == other.stride()
+        and torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+        for one, other in zip(left, right, strict=True)
+    )
+
+
 def native(x: torch.Tensor, scale: torch.Tensor | None = None, bound: torch.Tensor | None = None) -> Any:
     """`QuantFP8.forward_native` of vLLM 0.33: static, or one scale a row."""
     if scale is None:

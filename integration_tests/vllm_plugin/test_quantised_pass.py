@@ -22,6 +22,7 @@ from quantised_graphs import (
     native,
     native_block,
     norm,
+    same,
     static_op,
     token_op,
 )
@@ -29,17 +30,6 @@ from quantised_graphs import (
 from rmsnorm_patch.numerics.quantisation import QuantSpec, rms_norm_quantised
 from rmsnorm_patch.vllm_plugin import log, quantised_pass
 from rmsnorm_patch.vllm_plugin.decision import SPECS
-
-
-def same(left: Any, right: Any) -> bool:
-    return all(
-        one.dtype == other.dtype
-        and one.shape == other.shape
-        and one.stride() == other.stride()
-        and torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
-        for one, other in zip(left, right, strict=True)
-    )
-
 
 QUANTISATIONS: dict[str, tuple[Callable[..., Any], str]] = {
     "static op": (lambda rows, scale: static_op(rows, scale), "fp8_static"),

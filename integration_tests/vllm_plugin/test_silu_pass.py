@@ -17,6 +17,7 @@ from quantised_graphs import (
     native,
     native_block,
     native_silu,
+    same,
     silu_block_op,
     silu_op,
     silu_static_op,
@@ -56,16 +57,6 @@ PRODUCTS: dict[str, tuple[Callable[[Any], Any], Silu]] = {
 def halves(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     """As a product writes them: an op that nothing of is arithmetic."""
     return torch.cat([x * 3, residual], -1)
-
-
-def same(left: Any, right: Any) -> bool:
-    return all(
-        one.dtype == other.dtype
-        and one.shape == other.shape
-        and one.stride() == other.stride()
-        and torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
-        for one, other in zip(left, right, strict=True)
-    )
 
 
 def made(read: Reader, product: Callable[[Any], Any] = silu_op) -> Made:

@@ -199,8 +199,7 @@ def rms_norm_quantised(
     APPROXIMATE: tl.constexpr,
 ):
     """GROUP: columns that share a scale; 0: the scale is given; N: all of a row. GIVEN: there is something at
-    given_ptr. APPROXIMATE: the quotients of
-    "inverse_first" are NVIDIA's approximate instructions."""
+    given_ptr. APPROXIMATE: the quotients of "inverse_first" are NVIDIA's approximate instructions."""
     rows, cols, live = rows_of_program(num_rows, ROWS, BLOCK)
     x_row = x_ptr + row_offset(rows, inner, x_stride, x_inner_stride, NESTED, VEC)
     residual_row = residual_ptr + row_offset(rows, inner, residual_stride, residual_inner_stride, NESTED, VEC)

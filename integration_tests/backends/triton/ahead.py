@@ -47,6 +47,16 @@ def compiled(
     return triton.compile(source, target=target, options=layout.options)
 
 
+def check_waits_and_quotients(compiled: Any, target: GPUTarget, flashinfer: bool) -> None:
+    """NVIDIA's code waits for its inputs once, from sm_90 on. Quotients are the approximate instructions that
+    -use_fast_math gives FlashInfer, and rounded for any other scheme."""
+    if target.backend != "cuda":
+        return
+    ptx = compiled.asm["ptx"]
+    assert ptx.count("griddepcontrol.wait") == (1 if int(target.arch) >= 90 else 0)
+    assert [f"{word}.approx.ftz.f32" in ptx for word in ("div", "rcp")] == [flashinfer] * 2
+
+
 def cuobjdump(compiled: Any, folder: Path, option: str) -> str:
     """What NVIDIA's tool says of the machine code, which is put into `folder`."""
     path = folder / "kernel.cubin"

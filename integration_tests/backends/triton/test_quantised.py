@@ -119,13 +119,7 @@ def test_it_compiles_for_devices_that_are_not_here(
     target: GPUTarget, name: str, n: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    compiled = build(target, name, n)
-    if target.backend == "cuda":
-        waits = compiled.asm["ptx"].count("griddepcontrol.wait")
-        assert waits == (1 if int(target.arch) >= 90 else 0)
-        # FlashInfer's own instructions, which -use_fast_math gives it; any other scheme has rounded quotients.
-        approximate = [f"{name}.approx.ftz.f32" in compiled.asm["ptx"] for name in ("div", "rcp")]
-        assert approximate == [name == "block for FlashInfer"] * 2
+    ahead.check_waits_and_quotients(build(target, name, n), target, name == "block for FlashInfer")
 
 
 @pytest.mark.parametrize(

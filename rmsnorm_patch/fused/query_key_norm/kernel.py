@@ -36,22 +36,41 @@ def bind_rms_norm_pair(spec: NormSpec, enable_pdl: bool | None = None) -> BoundP
     return _bound(spec, enable_pdl=enable_pdl)
 
 
-class BoundPair:
-    """The pair of one numerics variant. table: what the launcher knows of it (`started`). in_c: the same for
-    `rewrite.native`, once launcher.c can serve a call; None before, and where it is not in use."""
+class BoundQueryKey:
+    """An op over the rows of q and k, of one numerics variant. table: what the launcher knows of it (`started`). in_c:
+    the same for `rewrite.native`, once launcher.c can serve a call; None before, and where it is not in use."""
 
-    def __init__(self, spec: NormSpec, dependent: bool, functions: launcher.Functions) -> None:
-        self.op = "rms_norm_pair"
+    def __init__(self, op: str, spec: NormSpec, dependent: bool, functions: launcher.Functions) -> None:
+        self.op = op
         self.spec = spec
         self.dependent = dependent
-        self.kernels = KernelSet(self.op, spec, dependent, False, functions)
-        self.single = bind(RMS_NORM.name, spec, dependent)
+        self.kernels = KernelSet(op, spec, dependent, False, functions)
         self.functions = functions
         self.table: object | None = None
         self.in_c: object | None = None
 
     def __repr__(self) -> str:
-        return f"BoundPair({self.spec!r}, dependent={self.dependent})"
+        return f"{type(self).__name__}({self.spec!r}, dependent={self.dependent})"
+
+    def prepare(self, x: torch.Tensor, weight: torch.Tensor | None) -> None:
+        """Compile and load the kernels for contiguous rows like those of `x`; launches nothing."""
+        chain, plain = self.kernels.contiguous(x, weight)
+        if plain:
+            self._register(x, weight, chain, False)
+
+    def _register(self, x: torch.Tensor, weight: torch.Tensor | None, chain: Chain, two_level: bool) -> None:
+        """Let launcher.c serve such calls from now on."""
+        if self.functions.kind == "c" and self.table is not None:
+            add_row_kind(self.kernels, self.table, x, weight, chain, two_level)
+            self.in_c = self.table
+
+
+class BoundPair(BoundQueryKey):
+    """The two norms, which take a launch each where one cannot serve both."""
+
+    def __init__(self, spec: NormSpec, dependent: bool, functions: launcher.Functions) -> None:
+        super().__init__("rms_norm_pair", spec, dependent, functions)
+        self.single = bind(RMS_NORM.name, spec, dependent)
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, *rest: Any) -> Pair:
         q_weight, k_weight, eps = rest
@@ -124,18 +143,6 @@ class BoundPair:
             eps=eps,
         )
         return normed[0], normed[1]
-
-    def prepare(self, x: torch.Tensor, weight: torch.Tensor | None) -> None:
-        """Compile and load the kernels for contiguous rows like those of `x`; launches nothing."""
-        chain, plain = self.kernels.contiguous(x, weight)
-        if plain:
-            self._register(x, weight, chain, False)
-
-    def _register(self, x: torch.Tensor, weight: torch.Tensor | None, chain: Chain, two_level: bool) -> None:
-        """Let launcher.c serve such calls from now on."""
-        if self.functions.kind == "c" and self.table is not None:
-            add_row_kind(self.kernels, self.table, x, weight, chain, two_level)
-            self.in_c = self.table
 
 
 def _levels(rows: Rows, count: int) -> tuple[int, int, int]:

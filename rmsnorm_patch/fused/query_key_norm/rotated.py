@@ -8,13 +8,13 @@ import torch
 
 from ...backends.bindings import by_variant
 from ...backends.cuda import launcher
-from ...backends.cuda.backend import add_row_kind, default_eps, started
-from ...backends.cuda.kernel_set import Chain, KernelSet, configs_for
+from ...backends.cuda.backend import default_eps, started
+from ...backends.cuda.kernel_set import configs_for
 from ...backends.cuda.rows import address_of, power_of_two
 from ...errors import UnsupportedInput
 from ...numerics import operands
 from ...numerics.spec import NormSpec
-from .kernel import Pair
+from .kernel import BoundQueryKey, Pair
 
 OP = "rms_norm_rotated"
 ROTATED = 6
@@ -77,20 +77,11 @@ def bind_rms_norm_rotated(spec: NormSpec, enable_pdl: bool | None = None) -> Bou
     return _bound(spec, enable_pdl=enable_pdl)
 
 
-class BoundRotated:
-    """The op of one numerics variant. table, in_c: as of `BoundPair`."""
+class BoundRotated(BoundQueryKey):
+    """The norms with their rotation."""
 
     def __init__(self, spec: NormSpec, dependent: bool, functions: launcher.Functions) -> None:
-        self.op = OP
-        self.spec = spec
-        self.dependent = dependent
-        self.kernels = KernelSet(OP, spec, dependent, False, functions)
-        self.functions = functions
-        self.table: object | None = None
-        self.in_c: object | None = None
-
-    def __repr__(self) -> str:
-        return f"BoundRotated({self.spec!r}, dependent={self.dependent})"
+        super().__init__(OP, spec, dependent, functions)
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, *rest: Any) -> Pair:
         q_weight, k_weight, eps, cos, sin, head_axis = rest
@@ -197,18 +188,6 @@ class BoundRotated:
             eps=eps,
         )
         return rotated[0].transpose(1, 2), rotated[1].transpose(1, 2)
-
-    def prepare(self, x: torch.Tensor, weight: torch.Tensor | None) -> None:
-        """Compile and load the kernels for packed rows like those of `x`; launches nothing."""
-        chain, plain = self.kernels.contiguous(x, weight)
-        if plain:
-            self._register(x, weight, chain, False)
-
-    def _register(self, x: torch.Tensor, weight: torch.Tensor | None, chain: Chain, two_level: bool) -> None:
-        """Let launcher.c serve such calls from now on."""
-        if self.functions.kind == "c" and self.table is not None:
-            add_row_kind(self.kernels, self.table, x, weight, chain, two_level)
-            self.in_c = self.table
 
 
 def _aligned(angle: torch.Tensor) -> torch.Tensor:
