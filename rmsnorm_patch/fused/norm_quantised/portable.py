@@ -20,10 +20,10 @@ as they came, and what is quantised is computed twice."""
 
 
 def bound(
-    spec: NormSpec, quant: QuantSpec, fused_add: bool, both: bool, enable_pdl: bool | None = None
+    spec: NormSpec, quant: QuantSpec, fused_add: bool, both: bool, dependent: bool | None = None
 ) -> BoundPortable:
     """As `kernel.bound`."""
-    return _bound(quant, fused_add, both, spec, enable_pdl=enable_pdl)
+    return _bound(quant, fused_add, both, spec, dependent=dependent)
 
 
 @by_variant
