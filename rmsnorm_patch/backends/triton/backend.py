@@ -132,9 +132,10 @@ class Layout:
         self.columns = spec.group or n
         """Elements that share one rstd: what the kernels call a row."""
         plain, halves = not PLAIN_OPS[op].fused_add, dtype.itemsize == 2
-        wide_sum = halves and not plain and spec.sum == "fp32"
+        self.wide_sum = halves and not plain and spec.sum == "fp32"
+        """Whether what is kept of a 16-bit row is its fp32 sum."""
         kernel = (RMS_NORM if plain else FUSED_ADD).name
-        self.schedule = schedules.schedule(kernel, self.columns, dtype.itemsize, target.warp_size, wide_sum)
+        self.schedule = schedules.schedule(kernel, self.columns, dtype.itemsize, target.warp_size, self.wide_sum)
         self.vec = schedules.vector_elements(self.columns, dtype.itemsize)
         self.nvidia = target.packed
         self.groups = n // self.columns
