@@ -190,7 +190,8 @@ def results_of(backend: str, **asked) -> list[torch.Tensor]:
         found += query_key_norm_kernel.bind_rms_norm_pair(LLAMA, **asked)(x, residual, weight, weight, EPS)
         total, normed = residual.clone(), torch.empty_like(x)
         pieces = rand(PARTS, 3, 1024, seed=4, dtype=torch.float32)
-        linear_norm_kernel.bound(LLAMA, PARTS, **asked)(pieces, total, weight, EPS, normed)
+        bound = linear_norm_kernel.bound(LLAMA, PARTS, launch_mode.dependent(**asked))
+        bound(pieces, total, weight, EPS, normed)
         found += [normed, total]
     return found
 
@@ -221,7 +222,9 @@ def test_plain_launches_by_cuda(noted_launches: list[bool], monkeypatch: pytest.
 )
 def test_plain_launches_by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     def launched(**asked) -> set[bool]:
-        bound = [triton_backend.bind(op, LLAMA, **asked) for op in ("rms_norm", "fused_add_rms_norm")]
+        bound = [
+            triton_backend.bind(op, LLAMA, launch_mode.dependent(**asked)) for op in ("rms_norm", "fused_add_rms_norm")
+        ]
         layouts = [layout for op in bound for layout in op._layouts.values() if layout.columns == 1024]
         kernels = [kernel for layout in layouts for kernel, _ in layout.compiled.values()]
         assert len(layouts) == len(bound)

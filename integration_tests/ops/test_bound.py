@@ -69,7 +69,7 @@ def test_what_was_bound_is_forgotten_and_bound_anew(op: str) -> None:
     spec = replace(LLAMA, width=23)
     held = (
         lambda: ops.bind(op, spec),
-        lambda: library._bound_for(op, torch.ones(1), ops.spec_args(spec)),
+        lambda: library.bound_for(op, torch.ones(1), ops.spec_args(spec)),
         lambda: triton_backend.bind(op, spec),
         lambda: linear_norm_op._bound(True, *ops.spec_args(spec))[2],
     )

@@ -43,7 +43,7 @@ class Driver:
 
 def table_of(op: Any, spec: NormSpec, n: int) -> Any:
     """launcher.c's table of `op`, with a kernel for fp32 rows of `n` columns."""
-    bound, _ = cuda_backend._bound(op, spec, enable_pdl=True)
+    bound, _ = cuda_backend._bound(op, spec, dependent=True)
     _add_row_kind(bound, bound.functions.new_kernel(FUNCTION, CONTEXT, n, 2**63 - 1, 1, 1, 32, 0, 4, 4, 0, PLAIN), n)
     return bound.table
 

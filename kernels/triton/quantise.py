@@ -4,8 +4,26 @@
 and the interpreter need no such type.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+
+
+class Quantisation(NamedTuple):
+    """The compile-time constants of a quantisation, which a kernel hands on as one."""
+
+    GROUP: tl.constexpr
+    INT8: tl.constexpr
+    LIMIT: tl.constexpr
+    STEP: tl.constexpr
+    NOT_A_NUMBER: tl.constexpr
+    LARGEST_AT_LEAST: tl.constexpr
+    SCALE_AT_LEAST: tl.constexpr
+    ROUNDED_SCALE_AT_LEAST: tl.constexpr
+    POWER_OF_TWO: tl.constexpr
+    GIVEN: tl.constexpr
+    APPROXIMATE: tl.constexpr
 
 
 @triton.jit
@@ -50,55 +68,26 @@ def inverse_of(factor, APPROXIMATE: tl.constexpr):
 
 
 @triton.jit
-def scale_of(
-    largest,
-    given,
-    LIMIT: tl.constexpr,
-    LARGEST_AT_LEAST: tl.constexpr,
-    SCALE_AT_LEAST: tl.constexpr,
-    ROUNDED_SCALE_AT_LEAST: tl.constexpr,
-    POWER_OF_TWO: tl.constexpr,
-    HAS_BOUND: tl.constexpr,
-):
-    if HAS_BOUND:
+def scale_of(largest, given, QUANT: tl.constexpr):
+    if QUANT.GIVEN:
         largest = tl.where(largest > given, given, largest)
-    largest = at_least(largest, LARGEST_AT_LEAST)
-    result = at_least(tl.div_rn(largest, tl.full(largest.shape, LIMIT, tl.float32)), SCALE_AT_LEAST)
-    if POWER_OF_TWO:
+    largest = at_least(largest, QUANT.LARGEST_AT_LEAST)
+    result = at_least(tl.div_rn(largest, tl.full(largest.shape, QUANT.LIMIT, tl.float32)), QUANT.SCALE_AT_LEAST)
+    if QUANT.POWER_OF_TWO:
         bits = result.to(tl.int32, bitcast=True)
         up = ((bits + 0x7FFFFF) & -0x800000).to(tl.float32, bitcast=True)
         result = tl.where(bits < 0x7F800000, up, result)
-    return at_least(result, ROUNDED_SCALE_AT_LEAST)
+    return at_least(result, QUANT.ROUNDED_SCALE_AT_LEAST)
 
 
 @triton.jit
-def scale_and_step(
-    largest,
-    given,
-    LIMIT: tl.constexpr,
-    LARGEST_AT_LEAST: tl.constexpr,
-    SCALE_AT_LEAST: tl.constexpr,
-    ROUNDED_SCALE_AT_LEAST: tl.constexpr,
-    POWER_OF_TWO: tl.constexpr,
-    HAS_BOUND: tl.constexpr,
-    STEP: tl.constexpr,
-    APPROXIMATE: tl.constexpr,
-):
+def scale_and_step(largest, given, QUANT: tl.constexpr):
     """The scale, and what `in_steps` takes: the scale again, or the factor whose inverse it is."""
-    if STEP == "inverse_first":
-        step = factor_of(largest, LIMIT, APPROXIMATE)
-        result = inverse_of(step, APPROXIMATE)
+    if QUANT.STEP == "inverse_first":
+        step = factor_of(largest, QUANT.LIMIT, QUANT.APPROXIMATE)
+        result = inverse_of(step, QUANT.APPROXIMATE)
     else:
-        result = scale_of(
-            largest,
-            given,
-            LIMIT,
-            LARGEST_AT_LEAST,
-            SCALE_AT_LEAST,
-            ROUNDED_SCALE_AT_LEAST,
-            POWER_OF_TWO,
-            HAS_BOUND,
-        )
+        result = scale_of(largest, given, QUANT)
         step = result
     return result, step
 

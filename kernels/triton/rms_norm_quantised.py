@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.standard import _elementwise_max
 
-from .quantise import in_steps, magnitude_bits, quantised, scale_and_step
+from .quantise import Quantisation, in_steps, magnitude_bits, quantised, scale_and_step
 from .row_math import (
     added_by_now,
     dense_row,
@@ -97,44 +97,23 @@ def store_in_groups(
     N: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
-    GROUP: tl.constexpr,
-    INT8: tl.constexpr,
-    LIMIT: tl.constexpr,
-    STEP: tl.constexpr,
-    NOT_A_NUMBER: tl.constexpr,
-    LARGEST_AT_LEAST: tl.constexpr,
-    SCALE_AT_LEAST: tl.constexpr,
-    ROUNDED_SCALE_AT_LEAST: tl.constexpr,
-    POWER_OF_TWO: tl.constexpr,
-    GIVEN: tl.constexpr,
-    APPROXIMATE: tl.constexpr,
+    QUANT: tl.constexpr,
 ):
     """Chunk `c`, whose scales are not the row's: a given one (GROUP 0), or one for each group of columns."""
-    if GROUP == 0:
+    if QUANT.GROUP == 0:
         step = given + tl.full([ROWS, 1], 0.0, tl.float32)
-        steps = in_steps(values, step, step, STEP, LIMIT)
+        steps = in_steps(values, step, step, QUANT.STEP, QUANT.LIMIT)
     else:
-        SIZE: tl.constexpr = min(GROUP, BLOCK)
+        SIZE: tl.constexpr = QUANT.GROUP if QUANT.GROUP < BLOCK else BLOCK
         GROUPS: tl.constexpr = BLOCK // SIZE
-        bits = tl.reshape(magnitude_bits(values, NOT_A_NUMBER), [ROWS, GROUPS, SIZE])
+        bits = tl.reshape(magnitude_bits(values, QUANT.NOT_A_NUMBER), [ROWS, GROUPS, SIZE])
         group_largest = tl.reduce(bits, 2, _elementwise_max).to(tl.float32, bitcast=True)  # [ROWS, GROUPS]
-        result, step = scale_and_step(
-            group_largest,
-            given,
-            LIMIT,
-            LARGEST_AT_LEAST,
-            SCALE_AT_LEAST,
-            ROUNDED_SCALE_AT_LEAST,
-            POWER_OF_TWO,
-            GIVEN,
-            STEP,
-            APPROXIMATE,
-        )
+        result, step = scale_and_step(group_largest, given, QUANT)
         group = c * GROUPS + tl.arange(0, GROUPS)[None, :]
         tl.store(scales_row + group * scale_group_stride, result, mask=live & (group * SIZE < N))
         wide = tl.broadcast_to(step[:, :, None], [ROWS, GROUPS, SIZE])
-        steps = in_steps(values, tl.reshape(wide, [ROWS, BLOCK]), given, STEP, LIMIT)
-    store_row(quantised_row, cols, c, quantised(steps, INT8, NOT_A_NUMBER), live, N, BLOCK, ROWS)
+        steps = in_steps(values, tl.reshape(wide, [ROWS, BLOCK]), given, QUANT.STEP, QUANT.LIMIT)
+    store_row(quantised_row, cols, c, quantised(steps, QUANT.INT8, QUANT.NOT_A_NUMBER), live, N, BLOCK, ROWS)
 
 
 @triton.jit(
@@ -209,6 +188,19 @@ def rms_norm_quantised(
     weight = weight_row(weight_ptr, rows, N, VEC, 1)
     if DEPENDENT:
         wait_for_inputs()
+    QUANT: tl.constexpr = Quantisation(
+        GROUP,
+        INT8,
+        LIMIT,
+        STEP,
+        NOT_A_NUMBER,
+        LARGEST_AT_LEAST,
+        SCALE_AT_LEAST,
+        ROUNDED_SCALE_AT_LEAST,
+        POWER_OF_TWO,
+        GIVEN,
+        APPROXIMATE,
+    )
     given = 0.0
     if GIVEN:
         given = tl.load(given_ptr)
@@ -282,33 +274,12 @@ def rms_norm_quantised(
                 N,
                 BLOCK,
                 ROWS,
-                GROUP,
-                INT8,
-                LIMIT,
-                STEP,
-                NOT_A_NUMBER,
-                LARGEST_AT_LEAST,
-                SCALE_AT_LEAST,
-                ROUNDED_SCALE_AT_LEAST,
-                POWER_OF_TWO,
-                GIVEN,
-                APPROXIMATE,
+                QUANT,
             )
 
     if GROUP == N:
         row_largest = largest.to(tl.float32, bitcast=True)
-        result, step = scale_and_step(
-            row_largest,
-            given,
-            LIMIT,
-            LARGEST_AT_LEAST,
-            SCALE_AT_LEAST,
-            ROUNDED_SCALE_AT_LEAST,
-            POWER_OF_TWO,
-            GIVEN,
-            STEP,
-            APPROXIMATE,
-        )
+        result, step = scale_and_step(row_largest, given, QUANT)
         tl.store(scales_row, result, mask=live)
         zero = opaque_zero(row_largest, num_rows)
         for c in tl.static_range(BEGIN, END, BY):
@@ -343,15 +314,5 @@ def rms_norm_quantised(
                 N,
                 BLOCK,
                 ROWS,
-                GROUP,
-                INT8,
-                LIMIT,
-                STEP,
-                NOT_A_NUMBER,
-                LARGEST_AT_LEAST,
-                SCALE_AT_LEAST,
-                ROUNDED_SCALE_AT_LEAST,
-                POWER_OF_TWO,
-                GIVEN,
-                APPROXIMATE,
+                QUANT,
             )

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from triton.language.standard import _elementwise_max
 
-from .quantise import in_steps, magnitude_bits, quantised, scale_and_step
+from .quantise import Quantisation, in_steps, magnitude_bits, quantised, scale_and_step
 from .rms_norm_gated import exponential
 from .rms_norm_quantised import store_in_groups
 from .row_math import (
@@ -93,6 +93,19 @@ def silu_and_mul_quantised(
     scales_row = scales_ptr + rows.to(tl.int64) * scale_row_stride
     if DEPENDENT:
         wait_for_inputs()
+    QUANT: tl.constexpr = Quantisation(
+        GROUP,
+        INT8,
+        LIMIT,
+        STEP,
+        NOT_A_NUMBER,
+        LARGEST_AT_LEAST,
+        SCALE_AT_LEAST,
+        ROUNDED_SCALE_AT_LEAST,
+        POWER_OF_TWO,
+        GIVEN,
+        APPROXIMATE,
+    )
     given = 0.0
     if GIVEN:
         given = tl.load(given_ptr)
@@ -113,18 +126,7 @@ def silu_and_mul_quantised(
 
     if GROUP == N:
         row_largest = largest.to(tl.float32, bitcast=True)
-        result, step = scale_and_step(
-            row_largest,
-            given,
-            LIMIT,
-            LARGEST_AT_LEAST,
-            SCALE_AT_LEAST,
-            ROUNDED_SCALE_AT_LEAST,
-            POWER_OF_TWO,
-            GIVEN,
-            STEP,
-            APPROXIMATE,
-        )
+        result, step = scale_and_step(row_largest, given, QUANT)
         tl.store(scales_row, result, mask=live)
         for c in tl.static_range(0, CHUNKS):
             steps = in_steps(values[c], step, row_largest, STEP, LIMIT)
@@ -143,15 +145,5 @@ def silu_and_mul_quantised(
                 N,
                 BLOCK,
                 ROWS,
-                GROUP,
-                INT8,
-                LIMIT,
-                STEP,
-                NOT_A_NUMBER,
-                LARGEST_AT_LEAST,
-                SCALE_AT_LEAST,
-                ROUNDED_SCALE_AT_LEAST,
-                POWER_OF_TWO,
-                GIVEN,
-                APPROXIMATE,
+                QUANT,
             )

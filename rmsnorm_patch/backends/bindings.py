@@ -32,13 +32,13 @@ def kept(function: F) -> F:
 
 
 def by_variant(make: Callable[..., T]) -> Callable[..., T]:
-    """`make(..., spec, dependent)`, kept, as f(..., spec, enable_pdl=None): specs of one variant share what is bound.
-    enable_pdl: as `launch_mode.dependent` takes it."""
+    """`make(..., spec, dependent)`, kept, as f(..., spec, dependent=None): specs of one variant share what is bound.
+    dependent: as `launch_mode.decided` takes it."""
     made = kept(make)
 
-    def bound(*which: Any, enable_pdl: bool | None = None) -> T:
+    def bound(*which: Any, dependent: bool | None = None) -> T:
         *others, spec = which
-        return made(*others, spec.variant, launch_mode.dependent(enable_pdl))
+        return made(*others, spec.variant, launch_mode.decided(dependent))
 
     return bound
 

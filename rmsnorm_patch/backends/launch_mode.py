@@ -35,3 +35,9 @@ def describe() -> str:
 def dependent(enable_pdl: bool | None = None) -> bool:
     """Whether an op bound now launches dependently. False launches plainly; None and True leave it to the variable."""
     return read() != "off" and enable_pdl is not False
+
+
+def decided(dependent: bool | None) -> bool:
+    """How kernels are launched for an op for which `dependent` was decided when it was bound: the variable is not read
+    again. None: there is none, and kernels bound now do as the variable says."""
+    return read() != "off" if dependent is None else dependent

@@ -66,9 +66,10 @@ def _bound_of(op: str, has_weight: bool, *options: Any) -> Bound:
     return bind(op, spec_of(has_weight, *spec), backend, enable_pdl)
 
 
-def _bound_for(
+def bound_for(
     op: str, weight: torch.Tensor | None, given: tuple[Any, ...], named: dict[str, Any] | None = None
 ) -> Bound:
+    """What a plain op runs for such arguments behind eps: bound at their first call, until `ops.forget`."""
     return _bound_of(op, weight is not None, *positional(given, named))
 
 
@@ -78,17 +79,17 @@ def _implementation(op: PlainOp) -> Callable[..., Any]:
     name = op.name
 
     def plain(x, weight, eps, *spec, **named):  # type: ignore[no-untyped-def]
-        return _bound_for(name, weight, spec, named).run(x, weight, eps)
+        return bound_for(name, weight, spec, named).run(x, weight, eps)
 
     def with_residual(x, residual, weight, eps, *spec, **named):  # type: ignore[no-untyped-def]
-        return _bound_for(name, weight, spec, named).run(x, residual, weight, eps)
+        return bound_for(name, weight, spec, named).run(x, residual, weight, eps)
 
     return with_residual if op.fused_add else plain
 
 
 def _fake(op: PlainOp) -> Callable[..., Any]:
     def fake(tensors, spec, named):  # type: ignore[no-untyped-def]
-        numerics = _bound_for(op.name, tensors[-1], spec, named).spec
+        numerics = bound_for(op.name, tensors[-1], spec, named).spec
         op.check(*tensors, numerics, op.name)
         return op.fake(*tensors, numerics)
 
@@ -108,7 +109,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         tensors = op.operands + 1
 
         def run(*args: Any, **named: Any) -> Any:
-            bound = _bound_for(op.name, args[tensors - 1], args[tensors + 1 :], named)
+            bound = bound_for(op.name, args[tensors - 1], args[tensors + 1 :], named)
             return bound._reference(*args[: tensors + 1])
 
         return run

@@ -11,14 +11,17 @@ import torch
 from recording_driver import BF16, CONTEXT, FUNCTION, PAIR, PARTIALS, PROGRAMMATIC, ROTATED, STREAM, N
 
 from rmsnorm_patch import ops
+from rmsnorm_patch.backends import launch_mode
 from rmsnorm_patch.backends.cuda import backend as cuda_backend
 from rmsnorm_patch.backends.cuda import driver, jit, kernel_set, schedules
-from rmsnorm_patch.errors import KernelBuildError
+from rmsnorm_patch.errors import KernelBuildError, UnsupportedInput
+from rmsnorm_patch.fused.gated_norm import kernel as gated_norm_kernel
 from rmsnorm_patch.fused.linear_norm import kernel as linear_norm_kernel
 from rmsnorm_patch.fused.norm_quantised import kernel as norm_quantised_kernel
 from rmsnorm_patch.fused.query_key_norm import kernel as query_key_norm_kernel
 from rmsnorm_patch.fused.query_key_norm import rotated as rotated_kernel
 from rmsnorm_patch.numerics.contract import PLAIN_OPS
+from rmsnorm_patch.numerics.gating import GateSpec
 from rmsnorm_patch.numerics.quantisation import QuantSpec
 from rmsnorm_patch.numerics.spec import LLAMA
 from rmsnorm_patch.ops import listeners
@@ -40,6 +43,25 @@ def test_the_switch_reaches_the_kernels_of_every_op(functions, recorded, monkeyp
             functions.launch(loaded.handle, STREAM, 2, bytes(loaded.arguments.size))
             last = recorded.last
             assert (PROGRAMMATIC in [last[f"id{i}"] for i in range(last["count"])]) == (dependent and arch >= 90)
+
+
+def test_kernels_whose_launch_was_decided_with_their_op_read_no_variable(recorded, monkeypatch):
+    """A value that is none tells who reads it: of an op that is called, nobody."""
+    guards = torch._C._dynamo.guards
+    monkeypatch.setattr(guards, "_empty_strided_cuda", guards._empty_strided_cpu, raising=False)
+    ops.forget()
+    monkeypatch.setenv(launch_mode.VARIABLE, "on")
+    quant, gating = QuantSpec("fp8_token"), GateSpec("silu", "norm_first")
+    for bind in (
+        *(lambda decided, op=op: cuda_backend._bound(op, LLAMA, dependent=decided)[0] for op in PLAIN_OPS),
+        lambda decided: linear_norm_kernel.bound(LLAMA, 2, decided),
+        lambda decided: norm_quantised_kernel.bound(LLAMA, quant, True, False, False, decided),
+        lambda decided: gated_norm_kernel.bound(LLAMA, gating, BF16, decided),
+    ):
+        assert [bind(decided).kernels.dependent for decided in (True, False)] == [True, False]
+        with pytest.raises(UnsupportedInput, match="RMSNORM_PATCH_PDL: got 'on'"):
+            bind(None)
+    ops.forget()
 
 
 def test_every_op_with_kernels_is_bound_anew_once_all_is_forgotten(recorded, monkeypatch):

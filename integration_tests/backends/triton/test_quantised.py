@@ -54,6 +54,7 @@ LENGTHS = [
     *((name, n) for name in QUANTS for n in (64, 200, 384, 1003)),
     *((name, 32768) for name in ("token native", "block separate")),  # computed twice
     *((name, 65544) for name in ("token", "block")),  # a part is read again too
+    ("block", 65536),  # of an fp32 sum alone, and more than the norm does
 ]
 
 
@@ -134,6 +135,10 @@ def test_it_compiles_for_devices_that_are_not_here(
         (90, "static", True, FP32_SUM),
         (100, "block", True, LLAMA),
         (100, "token", True, LLAMA),
+        (100, "block", True, FP32_SUM),
+        (100, "token native", True, FP32_SUM),
+        (103, "token", True, FP32_SUM),
+        (120, "block", True, FP32_SUM),
     ],
 )
 def test_the_longest_rows_that_stay_in_registers_do_not_spill(

@@ -44,19 +44,19 @@ def available(device: torch.device | None = None) -> tuple[bool, str]:
     return True, ""
 
 
-def bind(op: Op, spec: NormSpec, enable_pdl: bool | None = None) -> Callable[..., Any]:
+def bind(op: Op, spec: NormSpec, dependent: bool | None = None) -> Callable[..., Any]:
     """f(x, weight, eps), or f(x, residual, weight, eps) for the fused ops; results as `ops.bind_*` documents them.
-    enable_pdl: as `launch_mode.dependent` takes it.
+    dependent: as `launch_mode.decided` takes it.
 
     x, residual: [..., N], fp16/bf16/fp32 on one CUDA device, any strides; weight: [N] or None. Raises
     UnsupportedInput for what cannot be served and KernelBuildError where a kernel cannot be built or launched.
     """
-    return _bound(op, spec, enable_pdl=enable_pdl)[1]
+    return _bound(op, spec, dependent=dependent)[1]
 
 
-def table(op: Op, spec: NormSpec, enable_pdl: bool | None = None) -> object | None:
+def table(op: Op, spec: NormSpec, dependent: bool | None = None) -> object | None:
     """What launcher.c knows of the op, for `rewrite.native`; None where it is not launcher.c that serves."""
-    bound, _ = _bound(op, spec, enable_pdl=enable_pdl)
+    bound, _ = _bound(op, spec, dependent=dependent)
     return bound.table if bound.functions.kind == "c" else None
 
 
@@ -73,12 +73,12 @@ def warmup(
     dtype: torch.dtype,
     weight_dtype: torch.dtype | None,
     device: torch.device | str = "cuda",
-    enable_pdl: bool | None = None,
+    dependent: bool | None = None,
 ) -> None:
     """Compile and load every kernel that `op` uses for contiguous rows of `n` columns; launches nothing."""
     x = torch.empty(1, n, dtype=dtype, device=device)
     weight = None if weight_dtype is None or not spec.has_weight else torch.empty(n, dtype=weight_dtype, device=device)
-    bound, _ = _bound(op, spec, enable_pdl=enable_pdl)
+    bound, _ = _bound(op, spec, dependent=dependent)
     operands.check_rms_norm(x, weight, spec, op)
     bound.prepare(x, weight)
 

@@ -48,10 +48,10 @@ def available(device: torch.device | str) -> tuple[bool, str]:
     return True, ""
 
 
-def bind(op: str, spec: NormSpec, enable_pdl: bool | None = None) -> Callable[..., Any]:
-    """The callable for `op`, the name of a row of `numerics.contract`, with the numerics of `spec`. enable_pdl: as
-    `launch_mode.dependent` takes it."""
-    return _bound(op, spec, enable_pdl=enable_pdl)
+def bind(op: str, spec: NormSpec, dependent: bool | None = None) -> Callable[..., Any]:
+    """The callable for `op`, the name of a row of `numerics.contract`, with the numerics of `spec`. dependent: as
+    `launch_mode.decided` takes it."""
+    return _bound(op, spec, dependent=dependent)
 
 
 @by_variant
@@ -68,7 +68,7 @@ def warmup(
     dtype: torch.dtype,
     weight_dtype: torch.dtype | None,
     device: torch.device | str = "cuda",
-    enable_pdl: bool | None = None,
+    dependent: bool | None = None,
     residual_dtype: torch.dtype | None = None,
 ) -> None:
     """Compile what `op` needs for rows of `n` columns: one call on zeros; afterwards a CUDA graph can capture it.
@@ -78,7 +78,7 @@ def warmup(
     x = torch.zeros(2, n, dtype=dtype, device=device)
     weight = None if weight_dtype is None else torch.zeros(n, dtype=weight_dtype, device=device)
     added = [torch.zeros_like(x, dtype=residual_dtype) for _ in range(PLAIN_OPS[op].operands - 1)]
-    bind(op, spec, enable_pdl)(x, *added, weight, 1e-6)
+    bind(op, spec, dependent)(x, *added, weight, 1e-6)
 
 
 class Rows(NamedTuple):
@@ -132,9 +132,10 @@ class Layout:
         self.columns = spec.group or n
         """Elements that share one rstd: what the kernels call a row."""
         plain, halves = not PLAIN_OPS[op].fused_add, dtype.itemsize == 2
-        wide_sum = halves and not plain and spec.sum == "fp32"
+        self.wide_sum = halves and not plain and spec.sum == "fp32"
+        """Whether what is kept of a 16-bit row is its fp32 sum."""
         kernel = (RMS_NORM if plain else FUSED_ADD).name
-        self.schedule = schedules.schedule(kernel, self.columns, dtype.itemsize, target.warp_size, wide_sum)
+        self.schedule = schedules.schedule(kernel, self.columns, dtype.itemsize, target.warp_size, self.wide_sum)
         self.vec = schedules.vector_elements(self.columns, dtype.itemsize)
         self.nvidia = target.packed
         self.groups = n // self.columns

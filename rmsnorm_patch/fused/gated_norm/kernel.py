@@ -37,9 +37,9 @@ def held(spec: NormSpec, gating: GateSpec) -> NormSpec:
     return replace(spec, sum="fp32" if gating.order == "gate_first" else "rounded")
 
 
-def bound(spec: NormSpec, gating: GateSpec, gate_dtype: torch.dtype, enable_pdl: bool | None = None) -> BoundGated:
-    """The kernels of one numerics variant. enable_pdl: as `launch_mode.dependent` takes it."""
-    return _bound(gating, gate_dtype, spec, enable_pdl=enable_pdl)
+def bound(spec: NormSpec, gating: GateSpec, gate_dtype: torch.dtype, dependent: bool | None = None) -> BoundGated:
+    """The kernels of one numerics variant. dependent: as `launch_mode.decided` takes it."""
+    return _bound(gating, gate_dtype, spec, dependent=dependent)
 
 
 @by_variant

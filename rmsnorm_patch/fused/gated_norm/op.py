@@ -122,12 +122,14 @@ class Bound:
         return gated_rms_norm(x, gate, weight, self.spec, self.gating, eps).contiguous()
 
 
+@kept
+def _of_arguments(has_weight: bool, activation: str, order: str, *options: Any) -> Bound:
+    *spec, backend, enable_pdl = options
+    return bind(spec_of(has_weight, *spec), GateSpec(activation, order), backend, enable_pdl)  # type: ignore[arg-type]
+
+
 def _variant(weight: object, activation: str, order: str, rest: tuple[Any, ...], named: dict[str, Any]) -> Bound:
-    *spec, backend, enable_pdl = positional(rest, named)
-    return bind(_spec(weight is not None, *spec), GateSpec(activation, order), backend, enable_pdl)  # type: ignore[arg-type]
-
-
-_spec = kept(spec_of)
+    return _of_arguments(weight is not None, activation, order, *positional(rest, named))
 
 
 def _run(x, gate, weight, activation, order, eps, *rest, **named):  # type: ignore[no-untyped-def]

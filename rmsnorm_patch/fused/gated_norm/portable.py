@@ -17,9 +17,9 @@ from .kernel import new_result
 MODULE = "rms_norm_gated"
 
 
-def bound(spec: NormSpec, gating: GateSpec, enable_pdl: bool | None = None) -> BoundPortable:
+def bound(spec: NormSpec, gating: GateSpec, dependent: bool | None = None) -> BoundPortable:
     """As `kernel.bound`, for gates of any dtype."""
-    return _bound(gating, spec, enable_pdl=enable_pdl)
+    return _bound(gating, spec, dependent=dependent)
 
 
 @by_variant

@@ -26,8 +26,7 @@ from torch._higher_order_ops.auto_functionalize import auto_functionalized
 from ...numerics import reference
 from ...numerics.contract import IMPLIED_EPS, RMS_NORM
 from ...numerics.operands import check_rms_norm
-from ...ops.bound import bind_rms_norm
-from ...ops.library import positional, register, spec_of
+from ...ops.library import bound_for, positional, register, spec_of
 from . import kernel, splits
 from .graph import arguments_by_name, joined_op, transposes, tunes_products
 
@@ -41,8 +40,7 @@ logger = logging.getLogger("rmsnorm_patch")
 
 
 def _joinable(x, weight, eps, *spec, **named):  # type: ignore[no-untyped-def]
-    *numerics, backend, enable_pdl = positional(spec, named)
-    normed = bind_rms_norm(spec_of(weight is not None, *numerics), backend, enable_pdl)(x, weight, eps)
+    normed = bound_for(RMS_NORM.name, weight, spec, named)(x, weight, eps)
     laid_out = torch.empty_like(x, dtype=normed.dtype)
     return normed if laid_out.stride() == normed.stride() else laid_out.copy_(normed)
 

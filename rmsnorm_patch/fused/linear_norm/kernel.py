@@ -27,9 +27,9 @@ MOST_PARTS = 8
 """A thread asks for one chunk of every part at once."""
 
 
-def bound(spec: NormSpec, parts: int, enable_pdl: bool | None = None) -> BoundPartials:
-    """The kernels of one numerics variant and number of parts. enable_pdl: as `launch_mode.dependent` takes it."""
-    return _bound(parts, spec, enable_pdl=enable_pdl)
+def bound(spec: NormSpec, parts: int, dependent: bool | None = None) -> BoundPartials:
+    """The kernels of one numerics variant and number of parts. dependent: as `launch_mode.decided` takes it."""
+    return _bound(parts, spec, dependent=dependent)
 
 
 @by_variant

@@ -52,7 +52,7 @@ def _linear_fused_add_rms_norm_(  # type: ignore[no-untyped-def]
 
     normed = _for_result(rows, matrix)
     operands.check_in_place(normed, residual, weight, variant, NAME)
-    add_up, eps = kernel.bound(variant, split.parts, enable_pdl=False), IMPLIED_EPS if eps is None else eps
+    add_up, eps = kernel.bound(variant, split.parts, dependent=False), IMPLIED_EPS if eps is None else eps
     add_up(product_in_parts(rows, matrix, split.parts), residual, weight, eps, normed)
     operands.count_write(residual)
     return normed

@@ -113,11 +113,11 @@ def schedules(
 
 
 def bound(
-    spec: NormSpec, quant: QuantSpec, fused_add: bool, bounded: bool, both: bool, enable_pdl: bool | None = None
+    spec: NormSpec, quant: QuantSpec, fused_add: bool, bounded: bool, both: bool, dependent: bool | None = None
 ) -> BoundQuantised:
     """The kernels of one numerics variant. bounded: `given` comes with each call. both: the unquantised rows too.
-    enable_pdl: as `launch_mode.dependent` takes it."""
-    return _bound(quant, fused_add, bounded, both, spec, enable_pdl=enable_pdl)
+    dependent: as `launch_mode.decided` takes it."""
+    return _bound(quant, fused_add, bounded, both, spec, dependent=dependent)
 
 
 @by_variant

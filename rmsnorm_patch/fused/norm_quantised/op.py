@@ -50,14 +50,14 @@ def quant_args(quant: QuantSpec, both: bool = False) -> tuple[str, str, str, boo
 
 @dataclass(frozen=True)
 class Variant:
-    """What a call computes, and on what."""
+    """What a call computes, and by what."""
 
     op: str
     spec: NormSpec
     quant: QuantSpec
     both: bool
     backend: Backend
-    enable_pdl: bool
+    dependent: bool
 
     def check(self, arguments: Operands) -> None:
         """Raise UnsupportedInput for operands that the op does not take."""
@@ -87,10 +87,9 @@ class Variant:
         variant = self if quant is self.quant else replace(self, quant=quant)
         results = _RUN[self.backend_for(arguments.x)](variant, arguments)
         if listeners.active:
-            dependent = launch_mode.dependent(self.enable_pdl)
             more = {"scheme": self.quant.scheme, "value": self.quant.value, "both": self.both}
             x, weight = arguments.x, arguments.weight
-            listeners.tell(listeners.Call(self.op, self.spec, dependent, x, weight, results[0], more))
+            listeners.tell(listeners.Call(self.op, self.spec, self.dependent, x, weight, results[0], more))
         return results
 
     def backend_for(self, x: torch.Tensor) -> str:
@@ -103,7 +102,7 @@ class Variant:
 
 def _on_cuda(variant: Variant, arguments: Operands) -> Results:
     fused_add, bounded = arguments.residual is not None, arguments.given is not None
-    bound = kernel.bound(variant.spec, variant.quant, fused_add, bounded, variant.both, variant.enable_pdl)
+    bound = kernel.bound(variant.spec, variant.quant, fused_add, bounded, variant.both, variant.dependent)
     return _counted(bound(arguments), arguments)
 
 
@@ -111,7 +110,7 @@ def _on_triton(variant: Variant, arguments: Operands) -> Results:
     from . import portable
 
     fused_add = arguments.residual is not None
-    bound = portable.bound(variant.spec, variant.quant, fused_add, variant.both, variant.enable_pdl)
+    bound = portable.bound(variant.spec, variant.quant, fused_add, variant.both, variant.dependent)
     return _counted(bound(arguments), arguments)
 
 
@@ -137,8 +136,8 @@ def _variant(op: str, scheme: str, has_weight: bool, *rest: Any) -> Variant:
     """Of all the arguments after eps."""
     before, offset, output, sum_of, width, group, backend, enable_pdl, *quant, both = rest
     spec = spec_of(has_weight, before, offset, output, sum_of, width, group)
-    backend = dispatch.requested_backend(backend)
-    return Variant(op, spec, QuantSpec(scheme, *quant), both, backend, enable_pdl)  # type: ignore[arg-type]
+    backend, dependent = dispatch.requested_backend(backend), launch_mode.dependent(enable_pdl)
+    return Variant(op, spec, QuantSpec(scheme, *quant), both, backend, dependent)  # type: ignore[arg-type]
 
 
 def _variant_of(op: str, weight: object, scheme: str, rest: tuple[Any, ...], named: dict[str, Any]) -> Variant:

@@ -17,13 +17,15 @@ MODULE = "rms_norm_quantised"
 LEAN_FROM = 32768
 """Columns of a program from which its fp32 results would take half of a multiprocessor's registers. Its rows are kept
 as they came, and what is quantised is computed twice."""
+KEPT_SUMS = 3
+"""Chunks of fp32 sums that stay in registers where some are read again: the norm's own four leave too few here."""
 
 
 def bound(
-    spec: NormSpec, quant: QuantSpec, fused_add: bool, both: bool, enable_pdl: bool | None = None
+    spec: NormSpec, quant: QuantSpec, fused_add: bool, both: bool, dependent: bool | None = None
 ) -> BoundPortable:
     """As `kernel.bound`."""
-    return _bound(quant, fused_add, both, spec, enable_pdl=enable_pdl)
+    return _bound(quant, fused_add, both, spec, dependent=dependent)
 
 
 @by_variant
@@ -36,9 +38,12 @@ def constants(layout: backend.Layout, spec: NormSpec, quant: QuantSpec, fused_ad
     names = ("N", "WIDTH", "VEC", "ROWS", "BLOCK", "CHUNKS", "HAS_WEIGHT", "OFFSET", "ROUNDED", "PRODUCT", "OUT")
     schedule = layout.schedule
     lean = schedule.rows * schedule.block * schedule.chunks >= LEAN_FROM
+    streamed = schedule.streamed
+    if streamed and layout.wide_sum:
+        streamed = max(streamed, schedule.chunks - KEPT_SUMS)
     return {
         **{name: layout.constants[name] for name in (*names, "PACKED", "DEPENDENT")},
-        "STREAMED": schedule.streamed,
+        "STREAMED": streamed,
         "LEAN": lean,
         "ROUND_SUM": spec.sum == "rounded",
         "FUSED_ADD": fused_add,

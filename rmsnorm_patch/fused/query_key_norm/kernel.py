@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ...backends import launch_mode
 from ...backends.bindings import by_variant
 from ...backends.cuda import launcher
 from ...backends.cuda.backend import add_row_kind, bind, default_eps, started
@@ -33,7 +34,7 @@ def bind_rms_norm_pair(spec: NormSpec, enable_pdl: bool | None = None) -> BoundP
     Operands that do not share N, dtypes or device, and rows longer than 2 KiB, are normed by a launch each.
     enable_pdl: as `launch_mode.dependent` takes it.
     """
-    return _bound(spec, enable_pdl=enable_pdl)
+    return _bound(spec, dependent=launch_mode.dependent(enable_pdl))
 
 
 class BoundQueryKey:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ...backends import launch_mode
 from ...backends.bindings import by_variant
 from ...backends.cuda import launcher
 from ...backends.cuda.backend import default_eps, started
@@ -74,7 +75,7 @@ def bind_rms_norm_rotated(spec: NormSpec, enable_pdl: bool | None = None) -> Bou
     leaves rows that lie so. Raises UnsupportedInput for what `why_apart` names.
     enable_pdl: as `launch_mode.dependent` takes it.
     """
-    return _bound(spec, enable_pdl=enable_pdl)
+    return _bound(spec, dependent=launch_mode.dependent(enable_pdl))
 
 
 class BoundRotated(BoundQueryKey):
