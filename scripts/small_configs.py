@@ -77,6 +77,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 8, "n_inner": 96},
     "deepseek_v2": {"topk_group": DROP, "n_group": DROP, "num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1},
+    "flint": {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
     "gemma3n_text": {**_SHARED, "intermediate_size": 96, "activation_sparsity_pattern": None},
     "gpt_neo": {"attention_types": [[["global", "local", "global"], 1]], "num_layers": 3},
     "gptj": {"rotary_dim": 8},

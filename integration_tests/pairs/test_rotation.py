@@ -34,7 +34,6 @@ TAKEN = {
 }
 LEFT = {
     "glm4_moe": ({"use_qk_norm": True, "n_routed_experts": 8}, "it stands in another block"),
-    "exaone4": ({}, "it stands in another block"),
     "olmo2": ({"num_key_value_heads": 4}, "the norms' results are read before it"),
     "hunyuan_v1_dense": ({}, None),  # the norms stand behind it
 }

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import pkgutil
+import re
 import types
 from collections import Counter
 from itertools import product
@@ -161,6 +162,16 @@ def test_counts_per_variant(matches):
 def test_gated_classes_and_what_they_compute(matches):
     gated = {name: match for name, match in matches.items() if match.gating is not None}
     assert {name: f"{variant_name(match.spec)} {match.gating}" for name, match in gated.items()} == GATED
+
+
+def test_the_decision_counts_the_same_classes(repository):
+    """By what is pinned here, so that no release of transformers is asked."""
+    page = (repository / "docs" / "decisions" / "scanning.md").read_text()
+    _, table = page.split("## Which classes match")
+    counted = [int(n) for n in re.findall(r"\| \**(\d+)\** \|$", table.split("Of version")[0], flags=re.MULTILINE)]
+    first = sum("group" in computes for computes in GATED.values())
+    assert sorted(counted[:-4]) == sorted(COUNTS.values())
+    assert counted[-4:] == [sum(COUNTS.values()), len(GATED) - first, first, len(REJECTED)]
 
 
 def test_a_gated_match_is_the_class_s_own_result_bit_for_bit(classes, matches):

@@ -131,6 +131,8 @@ def test_an_explicit_priority_comes_first(run_engine: Any) -> None:
     assert "which comes first" in answer["log"]
 
 
-def test_the_transformers_backend_is_reached(run_engine: Any) -> None:
-    answer = run_engine(DATA / "tiny-llama", True, "ir", engine={"model_impl": "transformers"})
+@pytest.mark.parametrize("route", ["ir", "oot"])
+def test_the_transformers_backend_is_reached(route: str, run_engine: Any) -> None:
+    """Its norms are of a class that is derived from vLLM's."""
+    answer = run_engine(DATA / "tiny-llama", True, route, engine={"model_impl": "transformers"})
     assert sum(_calls(answer["trace"], answer["trace"][0]["shape"][-1]).values()) == 9 * answer["forwards"]

@@ -86,3 +86,12 @@ def is_projection(value: ast.expr, self_name: str) -> bool:
     if self_attribute(value.func, self_name) is not None:
         return all(is_projection(argument, self_name) for argument in arguments)
     return _is_shaping(value) and is_projection(value.func.value, self_name)  # type: ignore[attr-defined]
+
+
+def reads_attributes(test: ast.expr, self_name: str) -> bool:
+    """Whether a condition asks for attributes of the module and constants alone: `self.a is None or not self.b`."""
+    if self_attribute(test, self_name) is not None or isinstance(test, ast.Constant):
+        return True
+    if not isinstance(test, (ast.BoolOp, ast.UnaryOp, ast.Compare)):
+        return False
+    return all(reads_attributes(each, self_name) for each in ast.iter_child_nodes(test) if isinstance(each, ast.expr))

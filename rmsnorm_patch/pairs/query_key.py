@@ -19,6 +19,8 @@ Where the rotation follows, it is part of the call (`rotation`):
     q, k = apply_rotary_pos_emb(q, k, cos, sin)    _q, _k = ...
                                                    q, k = rotated(q_norm, k_norm, 2, _q, _k, cos, sin, apply_rotary_...)
 
+Where a branch of the layer's rotates, that branch calls `rotated`, and the other one `query_key`.
+
 What the key's norm reads is computed ahead of the query's norm, and of nothing else but what shapes its result. So it
 must not read anything that stands in between. As for pairs, the source must show this, and a trace must confirm it.
 """
@@ -42,7 +44,7 @@ from ..backends.names import Backend
 from ..patch_state import foreign, original_class
 from ..scan.plan import Action, NormSite, QueryKeySite
 from .dataflow import NormCall, analyse, assigned_names, is_passive
-from .expressions import is_projection, moves_nothing, only_shapes
+from .expressions import is_projection, only_shapes
 from .recompile import Rewritten, compiled, substitute
 from .rotation import Rotation, confirm, rotation_behind
 from .source import NoSource, Source, read_forward
@@ -220,7 +222,7 @@ def find(source: Source, tree: ast.FunctionDef, norms: frozenset[str]) -> Iterat
         found = Together(query, key, _why_not(query, key, self_name))
         if not found.reason:
             used = key
-            found.rotation = rotation_behind(tree, query, key, functools.partial(moves_nothing, self_name=self_name))
+            found.rotation = rotation_behind(tree, query, key, self_name)
         if not found.reason or found.named:
             yield found
 
@@ -344,31 +346,39 @@ _ROWS = ("_rmsnorm_query", "_rmsnorm_key")
 
 
 def _fuse(tree: ast.FunctionDef, each: Together) -> None:
-    block, calls = each.query.block, (each.query, each.key)
+    block, norms = each.query.block, _norms(tree, each)
     begin, end = block.index(each.query.statement), block.index(each.key.statement) + 1
     own = block[begin:end]
-    together = copy.deepcopy(own)
-    norms, rows = _norms(tree, each), ", ".join(_ROWS)
-    body = _rows_of(each)
-    for name, call in zip(_ROWS, calls, strict=True):
+    body = [*_rows_of(each), *_normed(norms, each, own), _statement(f"del {', '.join(_ROWS)}", each.key.statement)]
+    block[begin:end] = [_question(norms, each, body, own)]
+
+
+def _normed(norms: str, each: Together, own: list[ast.stmt]) -> list[ast.stmt]:
+    """The statements `own`, those of both norms among them, where the rows are normed in one call."""
+    together, rows = copy.deepcopy(own), ", ".join(_ROWS)
+    for name, call in zip(_ROWS, (each.query, each.key), strict=True):
         before = own.index(call.statement)
         at = list(ast.walk(own[before])).index(call.node)
         substitute(together[before], list(ast.walk(together[before]))[at], ast.Name(name, ast.Load()))
-    body.append(_statement(f"{rows} = _rmsnorm_query_key({norms}, {rows})", each.query.statement))
-    body += [*together, _statement(f"del {rows}", each.key.statement)]
-    block[begin:end] = [_question(norms, each, body, own)]
+    return [_statement(f"{rows} = _rmsnorm_query_key({norms}, {rows})", each.query.statement), *together]
 
 
 def _fuse_rotated(tree: ast.FunctionDef, each: Together, rotation: Rotation) -> None:
     block = each.query.block
-    begin, end = block.index(each.query.statement), block.index(rotation.statement) + 1
+    begin, end = block.index(each.query.statement), block.index(rotation.last) + 1
     norms, rows = _norms(tree, each), ", ".join(_ROWS)
     body = [*_rows_of(each), *copy.deepcopy(rotation.between)]
     targets, call = ast.unparse(rotation.statement.targets[0]), rotation.call
     cos, sin = (ast.unparse(angle) for angle in call.args[2:])
     axis = 2 if rotation.transposed else 1
     made = f"{targets} = _rmsnorm_rotated({norms}, {axis}, {rows}, {cos}, {sin}, {rotation.name})"
-    body += [_statement(made, rotation.statement), _statement(f"del {rows}", rotation.statement)]
+    turned = [_statement(made, rotation.statement)]
+    if rotation.branch is not None:
+        chosen = copy.deepcopy(rotation.branch)
+        chosen.body = [*chosen.body[:-1], *turned]
+        chosen.orelse = _normed(norms, each, [each.query.statement, each.key.statement])
+        turned = [chosen]
+    body += [*turned, _statement(f"del {rows}", rotation.statement)]
     block[begin:end] = [_question(norms, each, body, block[begin:end])]
 
 

@@ -2,15 +2,16 @@
 
     q, k = apply_rotary_pos_emb(q, k, cos, sin)
 
-The attention's source must show that the statement reads what the two norms gave, transposed at most. What the function
-computes is judged by two witnesses: its own source, straight-line statements that are run on symbols, and its results
+The attention's source must show that the statement reads what the two norms gave, transposed at most. It may end a
+branch that attributes of the layer choose: some layers do not rotate. What the function computes is judged by two
+witnesses: its own source, straight-line statements that are run on symbols, and its results
 on probes, bit for bit. A function of another module is another one: nothing is decided by its name.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -20,6 +21,7 @@ import torch.fx
 
 from ..numerics import rotation
 from .dataflow import NormCall, assigned_names, is_passive
+from .expressions import moves_nothing, reads_attributes
 from .source import Source, parse
 from .trace import holds, written_by
 
@@ -35,25 +37,29 @@ _EXPRESSIONS = (
 @dataclass(eq=False)
 class Rotation:
     """The statement that rotates what two norms gave. name: of its function. transposed: whether both results are
-    transposed (1, 2) in front of it. between: what else stands behind the first norm and before it."""
+    transposed (1, 2) in front of it. between: what else stands behind the first norm and before it, or before `branch`:
+    the condition that it depends on, which it ends."""
 
     statement: ast.Assign
     call: ast.Call
     name: str
     transposed: bool
     between: list[ast.stmt]
+    branch: ast.If | None = None
+
+    @property
+    def last(self) -> ast.stmt:
+        """The statement of the norms' own block that it is, or stands in."""
+        return self.statement if self.branch is None else self.branch
 
 
 # what the attention's source shows
 
 
-def rotation_behind(
-    tree: ast.FunctionDef, query: NormCall, key: NormCall, movable: Callable[[ast.stmt], bool]
-) -> Rotation | str:
+def rotation_behind(tree: ast.FunctionDef, query: NormCall, key: NormCall, self_name: str) -> Rotation | str:
     """The rotation of what the two norms give; else why it cannot be part of their launch, "" where there is none.
 
-    tree: of the whole forward. movable: whether a statement computes by children of the module and shapes alone, so
-    that the norms may run behind it."""
+    tree: of the whole forward. What computes by children of the module and shapes alone may run ahead of the norms."""
     block, behind = key.block, key.statement.end_lineno or 0
     if not any(isinstance(node, ast.Call) and _rotates(node) and node.lineno > behind for node in ast.walk(tree)):
         return ""
@@ -62,13 +68,16 @@ def rotation_behind(
     begin, end = block.index(query.statement), block.index(key.statement)
     for position in range(end + 1, len(block)):
         statement = block[position]
-        call = statement.value if isinstance(statement, ast.Assign) else None
-        if isinstance(statement, ast.Assign) and isinstance(call, ast.Call) and _rotates(call):
-            return _read(statement, call, shapes, [*block[begin + 1 : end], *block[end + 1 : position]])
+        between = [*block[begin + 1 : end], *block[end + 1 : position]]
+        branch = statement if isinstance(statement, ast.If) and not statement.orelse else None
+        last = statement if branch is None else branch.body[-1]
+        call = last.value if isinstance(last, ast.Assign) else None
+        if isinstance(last, ast.Assign) and isinstance(call, ast.Call) and _rotates(call):
+            return _why_branch(branch, self_name) or _read(last, call, shapes, between, branch)
         if _mentions(statement, names):
             rotated = any(isinstance(node, ast.Call) and _rotates(node) for node in ast.walk(statement))
             return "it stands in another block" if rotated else "the norms' results are read before it"
-        if not (is_passive(statement) or _unpacks(statement) or movable(statement)):
+        if not (is_passive(statement) or _unpacks(statement) or moves_nothing(statement, self_name)):
             return "code runs between the norms and it"
     return "it stands in another block"
 
@@ -77,8 +86,21 @@ def _rotates(call: ast.Call) -> bool:
     return isinstance(call.func, ast.Name) and "rotary" in call.func.id
 
 
+def _why_branch(branch: ast.If | None, self_name: str) -> str:
+    """Why a rotation that ends `branch` cannot be part of a launch, or ""."""
+    if branch is None:
+        return ""
+    if not all(is_passive(statement) or _unpacks(statement) for statement in branch.body[:-1]):
+        return "code runs between the norms and it"
+    return "" if reads_attributes(branch.test, self_name) else "whether it runs shows in the call alone"
+
+
 def _read(
-    statement: ast.Assign, call: ast.Call, shapes: list[tuple[str, bool] | None], between: list[ast.stmt]
+    statement: ast.Assign,
+    call: ast.Call,
+    shapes: list[tuple[str, bool] | None],
+    between: list[ast.stmt],
+    branch: ast.If | None,
 ) -> Rotation | str:
     if None in shapes:
         return "a norm's result is more than transposed in front of it"
@@ -91,9 +113,10 @@ def _read(
     bound = [each.id for each in targets.elts]  # type: ignore[union-attr]
     if given[:2] != [first, second] or bound != given[:2] or transposed is not also or first == second:
         return "it rotates something else than the norms' results, each of one form"
-    if _mentions_any(between, {first, second}) or {first, second} & set(given[2:]):
+    ahead = between if branch is None else [*between, *branch.body[:-1]]
+    if _mentions_any(ahead, {first, second}) or {first, second} & set(given[2:]):
         return "the norms' results are read or bound anew before it"
-    return Rotation(statement, call, call.func.id, transposed, between)  # type: ignore[attr-defined]
+    return Rotation(statement, call, call.func.id, transposed, between, branch)  # type: ignore[attr-defined]
 
 
 def _bound_name(call: NormCall) -> tuple[str, bool] | None:
@@ -134,13 +157,16 @@ def confirm(
     rotation: Rotation, at: list[int | None], nodes: list[torch.fx.Node], ended: str, source: Source
 ) -> str | None:
     """ "" where a trace shows that the rotation alone reads the norms' results, and its function is the one that a
-    kernel computes; else why not. at: the norms' places among the nodes."""
+    kernel computes; None where this instance does not rotate; else why not. at: the norms' places among the nodes."""
     name, code = rotation.name, source.function.__code__
     why = why_other(source.function.__globals__.get(name))
     if why or name in (*code.co_varnames, *code.co_cellvars, *code.co_freevars):
         return f"{name}: {why or 'a local name'}"
     called = [node for node in nodes if node.op == "call_method" and node.target == name]
     called = [node for node in called if holds(rotation.call, node.meta["line"])]
+    behind = rotation.last.end_lineno or 0
+    if rotation.branch is not None and not called and any(node.meta["line"] > behind for node in nodes):
+        return None
     places = [place for place in at if place is not None]
     if len(called) != 1 or len(places) != 2:
         return ended or "a trace of its forward does not show it"

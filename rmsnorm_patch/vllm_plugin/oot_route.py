@@ -4,12 +4,16 @@ of GemmaRMSNorm, whose weight is `1 + w` in fp32.
 vLLM computes that weight before its norm, so a provider of the IR op would get a tensor of another dtype than its
 input, and a launch or two in front of it. The class has the weight itself: the kernels add the 1 (`weight_offset`).
 
+Classes derived from these two are served with them, those of vLLM's Transformers backend above all: an instance of one
+gets a class of its own, where ours stands behind the derived class and in front of vLLM's.
+
 The forward is replaced as a whole: which of forward_native, forward_cuda or forward_cpu vLLM would call depends on
 the compile mode and on `custom_ops`, and overriding only one of them is a silent no-op in the other modes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +23,7 @@ from ..numerics.spec import WeightOffset
 from . import calls, hooks, huggingface, trial
 from .decision import Decision, decision_for
 from .log import warn_once
+from .wrapping import wrap_once
 
 
 def register() -> None:
@@ -50,7 +55,36 @@ def _register(norm: Any, ours: type) -> str:
     custom_op.CustomOp.register_oot(made, name=name)
     # register_oot writes the class name over the op's name, which `custom_ops=["+rms_norm"]` refers to.
     custom_op.op_registry_oot[name].name = norm.name
+    wrap_once(custom_op.CustomOp, "__new__", _serve_derived)
     return ""
+
+
+def _serve_derived(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Of vLLM's `CustomOp.__new__`, which asks the registry for a class's own name alone."""
+
+    def __new__(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        _register_derived(cls)
+        return original(cls, *args, **kwargs)
+
+    return __new__
+
+
+def _register_derived(cls: Any) -> None:
+    """Of a class below one that ours stands for, when its first instance is made: plugins are loaded before its module.
+    One with arithmetic of its own (`forward_native` and others) keeps it."""
+    from vllm.model_executor.custom_op import op_registry_oot
+
+    if cls.__name__ in op_registry_oot or getattr(cls, "is_rmsnorm_patch", False):
+        return
+    bases = cls.__mro__[1:]
+    for at, base in enumerate(bases):
+        ours: Any = op_registry_oot.get(base.__name__)
+        if getattr(ours, "is_rmsnorm_patch", False) and ours.__bases__[-1] is base:
+            derived = (cls, *bases[:at])
+            if not any(name.startswith("forward_") for each in derived for name in vars(each)):
+                doc = {"__doc__": f"vLLM's {cls.__name__} with our kernels.", "name": cls.name}
+                op_registry_oot[cls.__name__] = type(f"Patched{cls.__name__}", (cls, ours), doc)
+            return
 
 
 class _Norm:
