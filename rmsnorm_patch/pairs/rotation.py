@@ -20,7 +20,7 @@ import torch.fx
 
 from ..numerics import rotation
 from .dataflow import NormCall, assigned_names, is_passive
-from .source import Source, parse
+from .source import ForwardSource, parse
 from .trace import holds, written_by
 
 _PROBE = (2, 3, 16)
@@ -131,7 +131,7 @@ def _mentions_any(statements: list[ast.stmt], names: set[str]) -> bool:
 
 
 def confirm(
-    rotation: Rotation, at: list[int | None], nodes: list[torch.fx.Node], ended: str, source: Source
+    rotation: Rotation, at: list[int | None], nodes: list[torch.fx.Node], ended: str, source: ForwardSource
 ) -> str | None:
     """ "" where a trace shows that the rotation alone reads the norms' results, and its function is the one that a
     kernel computes; else why not. at: the norms' places among the nodes."""

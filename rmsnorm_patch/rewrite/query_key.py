@@ -17,7 +17,7 @@ import torch.nn as nn
 from .. import ops
 from ..fused.query_key_norm.kernel import BoundPair, bind_rms_norm_pair
 from ..fused.query_key_norm.rotated import bind_rms_norm_rotated
-from ..pairs.layout import Layout
+from ..pairs.layout import ModelLayout
 from ..pairs.query_key import AttentionKey, rewrite_attention, rotations_of
 from ..pairs.rotation import known, why_other
 from ..pairs.source import read_forward
@@ -52,7 +52,7 @@ def attention_factory(original: type, key: AttentionKey) -> Body:
 register_factory(ROLE, attention_factory)
 
 
-def install(plan: Plan, found: Layout, journal: Journal) -> None:
+def install(plan: Plan, found: ModelLayout, journal: Journal) -> None:
     """Swap the classes of the attentions that the plan fuses. found: what was read when `plan` was made."""
     fused: dict[str, list[QueryKeySite]] = {}
     for site in plan.fused_query_key():
@@ -266,5 +266,5 @@ def _report(
     query_norm: nn.Module, key_norm: nn.Module, rows: Two, normed: Two, backend: str, turned: Turned | None = None
 ) -> None:
     for at, (norm, x, y) in enumerate(zip((query_norm, key_norm), rows, normed, strict=True)):
-        rotation = None if turned is None else observe.Rotation(turned.both[at], *turned[1:])
+        rotation = None if turned is None else observe.RotatedNorm(turned.both[at], *turned[1:])
         observe.report(observe.Event("together", norm, (x,), y, None, backend, rotation=rotation))
