@@ -17,16 +17,17 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..fused.silu_quantised import kernel as silu_kernel
-from ..fused.silu_quantised import op as silu_op
-from ..numerics.quantisation import GROUP, QuantSpec
-from ..numerics.silu import DTYPES, Silu, silu_and_mul
-from . import quantisations, trial
-from .log import logger
-from .managed_pass import ManagedPass
+from ...fused.silu_quantised import kernel as silu_kernel
+from ...fused.silu_quantised import op as silu_op
+from ...numerics.quantisation import GROUP, QuantSpec
+from ...numerics.silu import DTYPES, Silu, silu_and_mul
+from .. import trial
+from ..log import logger
+from . import quantisations
+from .managed import ManagedPass
+from .norm_quantised import quantisations_of, read_instead
 from .norms_in_graphs import Places, erase_unread, place_in_model
 from .quantisations import Quantisation, WritingCall
-from .quantised_pass import quantisations_of, read_instead
 
 aten, prims = torch.ops.aten, torch.ops.prims
 _PACKETS = (

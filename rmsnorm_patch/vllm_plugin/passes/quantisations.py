@@ -1,7 +1,7 @@
 """Which quantisation a node of a compiled graph is: one of vLLM's ops, or arithmetic that vLLM left to the compiler.
 
 An op is known by its name and schema: called as it is, or as the functional call that torch makes of an op that writes.
-Arithmetic is known by what it computes (`arithmetic.py`), since releases write it differently.
+Arithmetic is known by what it computes (`quantised_arithmetic.py`), since releases write it differently.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 
-from ..numerics.quantisation import FP8_LIMIT, GROUP, Layout, QuantSpec
+from ...numerics.quantisation import FP8_LIMIT, GROUP, Layout, QuantSpec
 
 aten = torch.ops.aten
 NAMESPACE = "_C"
