@@ -107,6 +107,28 @@ def test_cells_are_short(page: Path) -> None:
     assert long_cells(page.read_text()) == []
 
 
+def idle_columns(text: str) -> list[str]:
+    """Columns of a page's tables in which all rows say one thing; tables of one head are read as one."""
+    said: dict[tuple[str, ...], list[list[str]]] = {}
+    head: list[str] = []
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")] if line.startswith("|") else []
+        if not head or not cells:
+            head = cells
+        elif not set(line) <= set("|-: "):
+            said.setdefault(tuple(head), []).append(cells)
+    return [
+        name
+        for names, rows in said.items()
+        for name, column in zip(names, zip(*rows, strict=True), strict=True)
+        if len(rows) > 20 and len(set(column)) == 1
+    ]
+
+
+def test_each_column_of_the_kernels_tells_them_apart() -> None:
+    assert idle_columns((ROOT / "docs" / "kernels.md").read_text()) == []
+
+
 def test_no_file_is_long() -> None:
     """Pages and sources; tables of data and records may be."""
     folders = [ROOT / name for name in ("docs", "integration_tests", "kernels", "records", "rmsnorm_patch", "scripts")]
@@ -153,6 +175,8 @@ def test_the_measures_see_what_they_should() -> None:
     paragraph = f"One. {word * 13}\n{word * 13}end."
     text = f"# Title of five more words\n\n{paragraph}\n\n- {word * 25}\n- {word * 26}\n| {word * 30} |"
     assert [len(sentence.split()) for sentence in long_sentences(text)] == [27, 26]
+    table = "| a | b |\n|---|---|\n" + "".join(f"| {row} | no |\n" for row in range(12))
+    assert idle_columns(f"{table}\n{table}") == ["b"]
     assert timings('def f():\n    """It took 6.5 us."""\n    x = "6.5 us"  # and 44us\n') == ["6.5 us", "44us"]
     assert sentences("See `a. B`, [a link. There](x.md) or so. Next: More.") == [
         "See `code`, a link.",
