@@ -15,18 +15,18 @@ def wrapped(text: str, width: int = WIDTH, hanging: str = "") -> list[str]:
     """`text` in lines of at most `width` characters, those after the first indented by `hanging`. Words stay whole; one
     that is longer than a line is parted after a dot or a slash."""
     room = max(width - len(hanging), 8)
-    fitting = re.sub(rf"\S{{{room + 1},}}", lambda word: " ".join(_parts(word.group(), room)), text)
+    fitting = re.sub(rf"\S{{{room + 1},}}", lambda word: " ".join(_pieces(word.group(), room)), text)
     return textwrap.wrap(fitting, width, subsequent_indent=hanging, break_on_hyphens=False) or [""]
 
 
-def _parts(word: str, room: int) -> list[str]:
-    """`word` in parts of at most `room` characters."""
-    parts = []
+def _pieces(word: str, room: int) -> list[str]:
+    """`word` in pieces of at most `room` characters."""
+    pieces = []
     while len(word) > room:
         at = max(word.rfind(mark, 0, room) for mark in "./") + 1 or room
-        parts.append(word[:at])
+        pieces.append(word[:at])
         word = word[at:]
-    return [*parts, word]
+    return [*pieces, word]
 
 
 def page(lines: Iterable[str], width: int = WIDTH) -> str:

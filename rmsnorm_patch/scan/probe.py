@@ -62,12 +62,12 @@ class Probe:
 
 @dataclass(frozen=True)
 class Found:
-    """spec: with the module's own eps. eps_attribute: None where eps is a constant in the code. gating: of a norm whose
-    forward takes a gate."""
+    """spec: with the module's own eps. eps_attribute: None where eps is a constant in the code. combinations: of
+    dtypes, in how many it agrees. gating: of a norm whose forward takes a gate."""
 
     spec: NormSpec
     eps_attribute: str | None
-    pairs: int
+    combinations: int
     gating: GateSpec | None = None
 
 
@@ -172,7 +172,7 @@ def working_columns(subject: Subject) -> int:
 
 def _agreeing(subject: Subject, columns: int, eps_attribute: str | None, constant: float | None) -> Found | None:
     candidates: list[NormSpec] | None = None
-    pairs: set[tuple[torch.dtype, torch.dtype | None]] = set()
+    combinations: set[tuple[torch.dtype, torch.dtype | None]] = set()
     for case in probe_cases(columns):
         eps = case.eps if constant is None else constant
         try:
@@ -186,8 +186,8 @@ def _agreeing(subject: Subject, columns: int, eps_attribute: str | None, constan
         candidates = [spec for spec in candidates if same_bits(got, expected(case, spec, eps))]
         if not candidates:
             return None
-        pairs.add((case.x.dtype, case.weight.dtype if subject.weight_attribute else None))
-    return Found(candidates[0], eps_attribute, len(pairs)) if candidates else None
+        combinations.add((case.x.dtype, case.weight.dtype if subject.weight_attribute else None))
+    return Found(candidates[0], eps_attribute, len(combinations)) if candidates else None
 
 
 def candidate_specs(subject: Subject) -> list[NormSpec]:
