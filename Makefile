@@ -68,7 +68,8 @@ test-vllm: $(VLLM_VENV)/.installed
 		$(addprefix --ignore=,$(filter-out $(OF_VLLM),$(wildcard integration_tests/*)) $(ASKED_ONCE) \
 		integration_tests/pairs/test_support_matrix.py)
 
-C_SOURCES := $(wildcard kernels/cuda/*.cu kernels/cuda/*.cuh rmsnorm_patch/backends/cuda/launcher/*.[ch] scripts/benchlib/*.cu)
+C_SOURCES := $(wildcard kernels/cuda/*.cu kernels/cuda/*.cuh rmsnorm_patch/backends/cuda/launcher/*.[ch] \
+	scripts/benchlib/*.cu integration_tests/*/*.c integration_tests/*/*/*.c)
 
 format: $(INSTALLED)
 	$(BIN)/python -m ruff format .

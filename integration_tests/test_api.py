@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import rmsnorm_patch
-from rmsnorm_patch import UnsupportedInput, UnsupportedModel, apply, patched, plan, revert, verify, warmup
+from rmsnorm_patch import UnsupportedInput, UnsupportedModel, api, apply, patched, plan, revert, rewrite, verify, warmup
 from rmsnorm_patch.backends.triton import loader as triton_loader
 
 IDS = torch.arange(3, 9)[None]
@@ -20,6 +22,27 @@ IDS = torch.arange(3, 9)[None]
 @pytest.fixture
 def model(small_model) -> Any:
     return small_model("llama")
+
+
+def test_a_model_is_scanned_once(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`apply` carries out what its plan was made of: norms and layers are read once, and applied again not at all."""
+    counts: Counter[str] = Counter()
+
+    def counted(owner: ModuleType, name: str) -> None:
+        real = getattr(owner, name)
+
+        def call(*args: Any, **named: Any) -> Any:
+            counts[name] += 1
+            return real(*args, **named)
+
+        monkeypatch.setattr(owner, name, call)
+
+    for owner, name in ((api, "scan_norms"), (api, "layout"), (rewrite, "layout")):
+        counted(owner, name)
+    apply(model)
+    assert counts == {"scan_norms": 1, "layout": 1}
+    apply(model)
+    assert counts == {"scan_norms": 1, "layout": 1}
 
 
 def test_no_pattern_is_no_pattern(model) -> None:

@@ -14,7 +14,7 @@ from .backends.names import BACKENDS, Backend
 from .errors import PatchConflict, UnsupportedInput, UnsupportedModel
 from .numerics.spec import SUPPORTED_DTYPES
 from .ops import dispatch
-from .pairs.layout import Layout, layout
+from .pairs.layout import ModelLayout, layout
 from .patch_state import check_module, derives_from_patched
 from .rewrite import LOCK, applied_report, apply_plan, inductor, patched_paths, registries, revert_model
 from .rewrite.classes import install_factories
@@ -168,7 +168,7 @@ def patched(
             revert(model)
 
 
-def _scan(model: nn.Module, settings: Settings) -> tuple[Plan, Layout]:
+def _scan(model: nn.Module, settings: Settings) -> tuple[Plan, ModelLayout]:
     norms, notes = expect(model, scan_norms(model, settings.include, settings.exclude))
     found = layout(model, norms)
     pairs = found.pairs()

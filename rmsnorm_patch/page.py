@@ -5,10 +5,6 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .numerics.spec import NormSpec
 
 WIDTH = 120
 SHOWN_RANGES = 4
@@ -19,18 +15,18 @@ def wrapped(text: str, width: int = WIDTH, hanging: str = "") -> list[str]:
     """`text` in lines of at most `width` characters, those after the first indented by `hanging`. Words stay whole; one
     that is longer than a line is parted after a dot or a slash."""
     room = max(width - len(hanging), 8)
-    fitting = re.sub(rf"\S{{{room + 1},}}", lambda word: " ".join(_parts(word.group(), room)), text)
+    fitting = re.sub(rf"\S{{{room + 1},}}", lambda word: " ".join(_pieces(word.group(), room)), text)
     return textwrap.wrap(fitting, width, subsequent_indent=hanging, break_on_hyphens=False) or [""]
 
 
-def _parts(word: str, room: int) -> list[str]:
-    """`word` in parts of at most `room` characters."""
-    parts = []
+def _pieces(word: str, room: int) -> list[str]:
+    """`word` in pieces of at most `room` characters."""
+    pieces = []
     while len(word) > room:
         at = max(word.rfind(mark, 0, room) for mark in "./") + 1 or room
-        parts.append(word[:at])
+        pieces.append(word[:at])
         word = word[at:]
-    return [*parts, word]
+    return [*pieces, word]
 
 
 def page(lines: Iterable[str], width: int = WIDTH) -> str:
@@ -48,18 +44,6 @@ def summarised(lines: Iterable[str]) -> list[str]:
     for line in lines:
         groups.setdefault(re.sub(r"\d+", "#", line), []).append(line)
     return [first if not more else f"{first} (and {len(more)} more like this)" for first, *more in groups.values()]
-
-
-def numerics(spec: NormSpec | None) -> str:
-    """A spec in a few words, e.g. "x*rstd rounded, w, eps 1e-05"."""
-    if spec is None:
-        return "unknown"
-    rounding = {"input": "x*rstd rounded", "weight": "rounded to the weight's type", "none": "one rounding"}
-    weight = {"none": "w", "fp32": "1+w", "weight_dtype": "1+w in its type"}[spec.weight_offset]
-    words = [rounding[spec.round_before_weight], weight if spec.has_weight else "no weight"]
-    words.append("eps of the dtype" if spec.eps is None else f"eps {spec.eps:g}")
-    words += [f"width {spec.width}"] * (spec.width is not None) + [f"groups of {spec.group}"] * (spec.group is not None)
-    return ", ".join(words)
 
 
 def numbered(path: str) -> tuple[str, tuple[int, ...]]:

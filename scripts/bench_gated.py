@@ -4,7 +4,7 @@
 
 Rows are tokens, for Qwen3-Next a row for each of 32 value heads. Each provider is held against the module first. A row
 of the JSON: {"model", "mode", "tokens", "m", "n", "group", "us": {provider: median}, "spread", "failed"}. Modes are
-those of scripts/bench_kernels.py; without a GPU the providers are checked and nothing is timed.
+those of `rmsnorm-patch bench-kernels`; without a GPU the providers are checked and nothing is timed.
 """
 
 from __future__ import annotations

@@ -361,7 +361,7 @@ def test_factories_installed_twice_and_from_threads_build_one_class(small_model)
     from rmsnorm_patch.rewrite.classes import install_factories
 
     original = type(small_model("llama").model.norm)
-    key = norms.Key(rmsnorm_patch.NormSpec(eps=0.0, width=3), "weight", "variance_epsilon", "reference")
+    key = norms.NormKey(rmsnorm_patch.NormSpec(eps=0.0, width=3), "weight", "variance_epsilon", "reference")
     made = []
 
     def build():

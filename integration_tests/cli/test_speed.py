@@ -11,12 +11,12 @@ import torch
 from rich.console import Console
 
 from rmsnorm_patch.cli import speed
-from rmsnorm_patch.cli.speed import Comparison, Rate
+from rmsnorm_patch.cli.speed import Rate, SpeedComparison
 from rmsnorm_patch.cli.tables import speed_table
 
 
-def comparison(stock: list[float], patched: list[float]) -> Comparison:
-    return Comparison("decode", Rate.of(stock), Rate.of(patched), len(stock))
+def comparison(stock: list[float], patched: list[float]) -> SpeedComparison:
+    return SpeedComparison("decode", Rate.of(stock), Rate.of(patched), len(stock))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from rmsnorm_patch import ops
 from rmsnorm_patch.fused.norm_quantised.op import quant_args
 from rmsnorm_patch.numerics.quantisation import QuantSpec, new_scales, quantise
 from rmsnorm_patch.numerics.spec import NormSpec
-from rmsnorm_patch.vllm_plugin import block_products, block_rows
+from rmsnorm_patch.vllm_plugin.passes import block_products, block_rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

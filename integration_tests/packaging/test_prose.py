@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "records").rglob("*.md")])
-COLUMNS, CELL, README_LINES, WORDS, FILE_LINES = 120, 120, 100, 25, 450
+COLUMNS, CELL, README_LINES, WORDS, FILE_LINES = 120, 120, 90, 25, 450
 GENERATED = {
     ROOT / "docs" / name
     for name in (
@@ -23,6 +23,7 @@ GENERATED = {
 }
 """Their sentences are a script's, and are not counted."""
 WRITTEN = [page for page in PAGES if page not in GENERATED]
+SOURCES = ("docs", "integration_tests", "kernels", "records", "rmsnorm_patch", "scripts")
 
 
 def named(page: Path) -> str:
@@ -107,9 +108,31 @@ def test_cells_are_short(page: Path) -> None:
     assert long_cells(page.read_text()) == []
 
 
+def idle_columns(text: str) -> list[str]:
+    """Columns of a page's tables in which all rows say one thing; tables of one head are read as one."""
+    said: dict[tuple[str, ...], list[list[str]]] = {}
+    head: list[str] = []
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")] if line.startswith("|") else []
+        if not head or not cells:
+            head = cells
+        elif not set(line) <= set("|-: "):
+            said.setdefault(tuple(head), []).append(cells)
+    return [
+        name
+        for names, rows in said.items()
+        for name, column in zip(names, zip(*rows, strict=True), strict=True)
+        if len(rows) > 20 and len(set(column)) == 1
+    ]
+
+
+def test_each_column_of_the_kernels_tells_them_apart() -> None:
+    assert idle_columns((ROOT / "docs" / "kernels.md").read_text()) == []
+
+
 def test_no_file_is_long() -> None:
     """Pages and sources; tables of data and records may be."""
-    folders = [ROOT / name for name in ("docs", "integration_tests", "kernels", "records", "rmsnorm_patch", "scripts")]
+    folders = [ROOT / name for name in SOURCES]
     suffixes = {".py", ".md", ".c", ".h", ".cu", ".cuh"}
     files = [*ROOT.glob("*.md"), *(path for folder in folders for path in folder.rglob("*") if path.suffix in suffixes)]
     assert len(files) > 500
@@ -137,6 +160,25 @@ def is_prose(token: tokenize.TokenInfo) -> bool:
     return docstring or token.type == tokenize.COMMENT
 
 
+ELSEWHERE = {"file.py"}
+"""File names in docstrings that stand for any."""
+
+
+def files_named(source: str) -> set[str]:
+    """Sources of this project's kinds that strings and comments of Python code name, without their folders."""
+    prose = (token.string for token in tokenize.generate_tokens(io.StringIO(source).readline) if is_prose(token))
+    return {
+        found for text in prose for found in re.findall(r"(?<![\w*])(\w+(?:\.html)?\.(?:py|cuh?|[ch]|toml|j2))\b", text)
+    }
+
+
+@pytest.mark.parametrize("folder", ["rmsnorm_patch", "kernels", "scripts"])
+def test_docstrings_name_files_that_are_there(folder: str) -> None:
+    there = ELSEWHERE.union(*({path.name for path in (ROOT / name).rglob("*")} for name in SOURCES))
+    gone = {named(path): files_named(path.read_text()) - there for path in sorted((ROOT / folder).rglob("*.py"))}
+    assert {path: names for path, names in gone.items() if names} == {}
+
+
 @pytest.mark.parametrize("folder", ["rmsnorm_patch", "kernels", "scripts", "integration_tests"])
 def test_no_docstring_holds_a_time(folder: str) -> None:
     found = {named(path): timings(path.read_text()) for path in sorted((ROOT / folder).rglob("*.py"))}
@@ -153,7 +195,10 @@ def test_the_measures_see_what_they_should() -> None:
     paragraph = f"One. {word * 13}\n{word * 13}end."
     text = f"# Title of five more words\n\n{paragraph}\n\n- {word * 25}\n- {word * 26}\n| {word * 30} |"
     assert [len(sentence.split()) for sentence in long_sentences(text)] == [27, 26]
+    table = "| a | b |\n|---|---|\n" + "".join(f"| {row} | no |\n" for row in range(12))
+    assert idle_columns(f"{table}\n{table}") == ["b"]
     assert timings('def f():\n    """It took 6.5 us."""\n    x = "6.5 us"  # and 44us\n') == ["6.5 us", "44us"]
+    assert files_named('"""See gone.py."""\nx = "other.c"  # of `launcher/a_b.h`, or *.cu\n') == {"gone.py", "a_b.h"}
     assert sentences("See `a. B`, [a link. There](x.md) or so. Next: More.") == [
         "See `code`, a link.",
         "There or so.",

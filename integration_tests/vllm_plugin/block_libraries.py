@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from rmsnorm_patch.numerics.quantisation import QuantSpec, quantise
-from rmsnorm_patch.vllm_plugin import block_rows
+from rmsnorm_patch.vllm_plugin.passes import block_rows
 
 CALLS: list[tuple[str, bool]] = []
 GROUP = 128

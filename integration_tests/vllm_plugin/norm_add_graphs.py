@@ -12,8 +12,8 @@ from torch._inductor import config as inductor
 
 from rmsnorm_patch import ops
 from rmsnorm_patch.numerics.spec import NormSpec
-from rmsnorm_patch.vllm_plugin import norm_add_pass
 from rmsnorm_patch.vllm_plugin.decision import SPECS
+from rmsnorm_patch.vllm_plugin.passes import norm_add
 
 ADD, ADD_NORM = "rmsnorm_patch.rms_norm_add.default", "rmsnorm_patch.rms_norm_add_rms_norm.default"
 PLAIN = "rmsnorm_patch.rms_norm.default"
@@ -53,7 +53,7 @@ def same(left: Any, right: Any) -> bool:
 def check(made: Made, *want: str) -> None:
     """The ops of ours behind the pass, and equal bits."""
     before = made.run()
-    count = norm_add_pass.fuse(made.graph)
+    count = norm_add.fuse(made.graph)
     assert ours(made) == list(want)
     assert count == sum("rms_norm_add" in target for target in want)
     assert same(made.run(), before)
@@ -65,7 +65,7 @@ def compiled(forward: Forward, fuse: bool, inputs: tuple[torch.Tensor, ...]) -> 
 
     def change(graph: Any) -> None:
         if fuse:
-            norm_add_pass.fuse(graph)
+            norm_add.fuse(graph)
         found.extend(str(node.target) for node in graph.nodes if str(node.target).startswith("rmsnorm_patch."))
 
     torch._dynamo.reset()

@@ -21,7 +21,8 @@ from quantised_graphs import BF16, FORMS, INDUCTOR, Made, N, norm
 from torch._inductor import config as inductor
 from torch._inductor import metrics
 
-from rmsnorm_patch.vllm_plugin import block_products, block_rows, log, quantised_pass, trial
+from rmsnorm_patch.vllm_plugin import log, trial
+from rmsnorm_patch.vllm_plugin.passes import block_products, block_rows, norm_quantised
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +82,7 @@ def test_no_bit_changes(form: str, m: int, power_of_two: bool) -> None:
     written = [(op["arithmetic"], op["value"], op["layout"], op["power_of_two"], op["both"]) for op in made.quantised()]
     assert written == [("by_rows", "rounded", "tma_aligned", power_of_two, False)] * 2
     assert not any("vllm." in target or "block_rows" in target for target in made.targets())
-    assert quantised_pass.fuse(made.graph) == 0
+    assert norm_quantised.fuse(made.graph) == 0
 
 
 @pytest.mark.parametrize("m", [5, 45])
@@ -135,7 +136,7 @@ def test_a_product_that_rounds_its_scales_otherwise_stays_what_it_was() -> None:
 
 @pytest.fixture
 def told(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-    quantised_pass._TOLD.clear()
+    norm_quantised._TOLD.clear()
     log.warn_once.cache_clear()
     logging.getLogger("vllm").propagate = True
     caplog.set_level(logging.INFO, logger=log.logger.name)
@@ -257,7 +258,7 @@ import torch
 from block_libraries import CALLS, weights
 from rmsnorm_patch import ops
 from rmsnorm_patch.fused.norm_quantised.op import quant_args
-from rmsnorm_patch.vllm_plugin import block_products, block_rows
+from rmsnorm_patch.vllm_plugin.passes import block_products, block_rows
 from rmsnorm_patch.vllm_plugin.decision import SPECS
 
 assert block_products._libraries() is block_libraries.of_vllm()

@@ -226,7 +226,7 @@ model = torch.nn.ModuleDict(norms)
 counterparts.align(model, known, decision, config)
 print("EPS", norms["served"].variance_epsilon == known.norms[0][1].eps, norms["full"].variance_epsilon)
 once = huggingface.ROUNDED_ONCE
-gemma = replace(known, provider=once, norms=(("gemma", huggingface.Norm("G", n, 1e-6, True)),))
+gemma = replace(known, provider=once, norms=(("gemma", huggingface.Counterpart("G", n, 1e-6, True)),))
 def again(known, decision, *paths):
     counterparts.align(torch.nn.ModuleDict({path: norms[path] for path in paths}), known, decision, config)
 again(gemma, replace(decision, provider=once), "gemma")

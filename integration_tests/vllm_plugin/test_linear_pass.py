@@ -10,14 +10,14 @@ import pytest
 import torch
 from lowered_layers import JOINED, NORM, SPEC_ARGS, K, Layer, M, N, aten, layer, same_bits
 
-from rmsnorm_patch.vllm_plugin import linear_pass
+from rmsnorm_patch.vllm_plugin.passes import linear_norm
 
 
 @pytest.mark.parametrize("with_clone", [False, True])
 def test_a_product_and_its_norm_become_one_op(with_clone: bool) -> None:
     made = layer(with_clone)
     before = made.run()
-    assert linear_pass.join(made.graph) == 1
+    assert linear_norm.join(made.graph) == 1
     made.graph.lint()
     assert made.targets() == [JOINED, aten.permute.default, aten.mm.default]
     (joined,) = made.joined()
@@ -38,7 +38,7 @@ def test_every_norm_of_a_graph_is_joined_where_it_stands() -> None:
     made.norm(second, residual)
     made.made(second, residual)
     before = made.run()
-    assert linear_pass.join(made.graph) == 2
+    assert linear_norm.join(made.graph) == 2
     made.graph.lint()
     assert made.targets() == [aten.clone.default, JOINED, JOINED]
     assert same_bits(made.run(), before)
@@ -51,7 +51,7 @@ def test_a_transposition_that_others_read_stays() -> None:
     made.norm(x, made.residual)
     made.made(x, made.call(aten.mm.default, made.rows, transposed))
     before = made.run()
-    assert linear_pass.join(made.graph) == 1
+    assert linear_norm.join(made.graph) == 1
     made.graph.lint()
     assert made.targets() == [aten.permute.default, JOINED, aten.mm.default]
     assert same_bits(made.run(), before)
@@ -72,7 +72,7 @@ def test_any_form_of_a_transposition(target: Any, dims: tuple[Any, ...]) -> None
     made.norm(x, made.residual)
     made.made(x)
     before = made.run()
-    assert linear_pass.join(made.graph) == 1
+    assert linear_norm.join(made.graph) == 1
     assert made.targets() == [JOINED]
     assert same_bits(made.run(), before)
 
@@ -87,7 +87,7 @@ def test_a_square_matrix_exchanged_with_itself_is_not_transposed(target: Any, di
     x = made.call(aten.mm.default, rows, made.call(target, square, *dims))
     made.norm(x, made.residual)
     made.made(x)
-    assert linear_pass.join(made.graph) == 0
+    assert linear_norm.join(made.graph) == 0
 
 
 @pytest.mark.parametrize("with_clone", [False, True])
@@ -103,7 +103,7 @@ def test_what_only_reads_may_stand_between(with_clone: bool) -> None:
     made.norm(x, residual)
     made.made(x, residual, half, other)
     before = made.run()
-    assert linear_pass.join(made.graph) == 1
+    assert linear_norm.join(made.graph) == 1
     made.graph.lint()
     assert same_bits(made.run(), before)
 
@@ -118,7 +118,7 @@ def weightless() -> Layer:
 def test_no_weight_no_eps_and_no_spec_arguments_are_passed_on() -> None:
     made = weightless()
     before = made.run()
-    assert linear_pass.join(made.graph) == 1
+    assert linear_norm.join(made.graph) == 1
     assert made.joined()[0].args == (made.rows, made.matrix, made.residual, None, None)
     assert same_bits(made.run(), before)
 
@@ -290,6 +290,6 @@ SEPARATE = [
 def test_not_joined(build: Callable[[Layer], Layer]) -> None:
     made = build(Layer())
     before = str(made.graph)
-    assert linear_pass.join(made.graph) == 0
+    assert linear_norm.join(made.graph) == 0
     assert str(made.graph) == before
     made.graph.lint()

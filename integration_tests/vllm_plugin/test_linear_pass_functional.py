@@ -12,8 +12,8 @@ from torch._higher_order_ops.auto_functionalize import auto_functionalized
 
 from rmsnorm_patch import ops
 from rmsnorm_patch.numerics.spec import GEMMA
-from rmsnorm_patch.vllm_plugin import linear_pass
 from rmsnorm_patch.vllm_plugin.decision import SPECS
+from rmsnorm_patch.vllm_plugin.passes import linear_norm
 
 PLAIN = torch.ops.rmsnorm_patch.fused_add_rms_norm.default
 OFFSET_ARGS = ops.spec_args(GEMMA)[:4]
@@ -52,7 +52,7 @@ def joined_calls(made: Layer) -> list[fx.Node]:
 def test_a_functional_norm_and_its_product_become_one_functional_op(form: str) -> None:
     made = functional_layer(form)
     before = made.run()
-    assert linear_pass.join(made.graph, "ahead 1 8") == 2
+    assert linear_norm.join(made.graph, "ahead 1 8") == 2
     made.graph.lint()
     first, second = joined_calls(made)
     assert (first.kwargs["rows"], first.kwargs["matrix"]) == (made.rows, made.matrix)
@@ -72,7 +72,7 @@ def test_operands_that_are_read_after_a_functional_norm(form: str, read_later: s
     is copied where it must be, with its product or without."""
     made = functional_layer(form, read_later)
     before = made.run()
-    assert linear_pass.join(made.graph) == joined
+    assert linear_norm.join(made.graph) == joined
     made.graph.lint()
     assert same_bits(made.run(), before)
 
@@ -81,7 +81,7 @@ def test_operands_that_are_read_after_a_functional_norm(form: str, read_later: s
 def test_a_residual_that_is_the_graphs_input(form: str, joined: int) -> None:
     made = Layer()
     made.made(*functional(made, made.product(made.rows, made.matrix), made.residual, form))
-    assert linear_pass.join(made.graph) == joined
+    assert linear_norm.join(made.graph) == joined
 
 
 def test_a_functional_norm_whose_results_go_on_as_a_pair_is_left() -> None:
@@ -89,4 +89,4 @@ def test_a_functional_norm_whose_results_go_on_as_a_pair_is_left() -> None:
     residual = made.call(aten.relu.default, made.residual)
     norm = made.call(PLAIN, made.product(made.rows, made.matrix), residual, made.weight, 1e-5)
     made.made(norm)
-    assert linear_pass.join(made.graph) == 0
+    assert linear_norm.join(made.graph) == 0

@@ -13,8 +13,9 @@ from torch._inductor import config as inductor
 
 from rmsnorm_patch.fused.linear_norm import op as linear_norm_op
 from rmsnorm_patch.fused.linear_norm import splits as linear_norm_splits
-from rmsnorm_patch.vllm_plugin import linear_pass, log
+from rmsnorm_patch.vllm_plugin import log
 from rmsnorm_patch.vllm_plugin.decision import Decision
+from rmsnorm_patch.vllm_plugin.passes import linear_norm
 
 
 class Manager:
@@ -32,7 +33,7 @@ class Manager:
         return "manager"
 
 
-call = linear_pass.wrap_call(Manager.__call__)
+call = linear_norm.wrap_call(Manager.__call__)
 
 
 def test_the_pass_joins_after_the_manager() -> None:
@@ -55,7 +56,7 @@ def test_a_pass_that_was_made_before_the_hooks_joins_nothing() -> None:
     del manager.rmsnorm_patch_linear, manager.rmsnorm_patch_splits
     call(manager, made.graph)
     assert not made.joined()
-    assert linear_pass.wrap_uuid(Manager.uuid)(manager).startswith("manager")
+    assert linear_norm.wrap_uuid(Manager.uuid)(manager).startswith("manager")
 
 
 @pytest.mark.parametrize("option", ["max_autotune", "max_autotune_gemm"])
@@ -94,7 +95,7 @@ def test_a_failure_leaves_a_right_graph_and_one_warning(caplog: pytest.LogCaptur
 
 
 def test_the_pass_has_another_cache_key_where_it_joins() -> None:
-    uuid = linear_pass.wrap_uuid(Manager.uuid)
+    uuid = linear_norm.wrap_uuid(Manager.uuid)
     on, off = uuid(Manager(linear=True)), uuid(Manager(linear=False))
     others = [uuid(Manager(splits=splits)) for splits in ("ahead 1 8", "ahead 1 8 reorder")]
     assert len({on, off, *others}) == 4
@@ -121,4 +122,4 @@ def test_what_an_engine_looks_at_ahead() -> None:
         ([8, 1], replace(linear, linear=False), ""),
     ):
         config = SimpleNamespace(compilation_config=SimpleNamespace(cudagraph_capture_sizes=sizes))
-        assert linear_pass.splits_of(config, decision) == settings
+        assert linear_norm.splits_of(config, decision) == settings

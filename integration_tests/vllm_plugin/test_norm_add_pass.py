@@ -33,8 +33,9 @@ from norm_add_graphs import (
 from quantised_graphs import BF16, INDUCTOR, STORED, Made, N, norm
 
 from rmsnorm_patch.numerics.spec import NormSpec
-from rmsnorm_patch.vllm_plugin import log, norm_add_pass
+from rmsnorm_patch.vllm_plugin import log
 from rmsnorm_patch.vllm_plugin.decision import SPECS
+from rmsnorm_patch.vllm_plugin.passes import norm_add
 
 
 @pytest.mark.parametrize("provider", [INDUCTOR, STORED, "rmsnorm_patch_native"])
@@ -238,7 +239,7 @@ def _doubled(normed: Any) -> Any:
 @pytest.fixture
 def told(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     """What the log says, each line once."""
-    norm_add_pass._TOLD.clear()
+    norm_add._TOLD.clear()
     log.warn_once.cache_clear()
     logging.getLogger("vllm").propagate = True
     caplog.set_level(logging.INFO, logger=log.logger.name)
@@ -408,7 +409,7 @@ def _exaone(x: Any, residual: Any, weight: Any, following: Any, matrix: Any, *_:
 
 
 def test_the_pass_runs_where_it_is_asked_for_and_is_part_of_the_key() -> None:
-    call, uuid = norm_add_pass.PASS.wrap_call(Manager.__call__), norm_add_pass.PASS.wrap_uuid(Manager.uuid)
+    call, uuid = norm_add.PASS.wrap_call(Manager.__call__), norm_add.PASS.wrap_uuid(Manager.uuid)
     off, unknown = Manager(False), Manager()
     del unknown.rmsnorm_patch_norm_add
     for manager, found in ((off, PLAIN), (unknown, PLAIN), (Manager(), ADD)):
@@ -423,7 +424,7 @@ def test_a_failure_leaves_a_right_graph_and_one_warning(told: Callable[[], list[
     before = made.run()
     (add,) = (node for node in made.graph.nodes if node.target is torch.ops.aten.add.Tensor)
     kept = add.meta.pop("val")
-    norm_add_pass.PASS.wrap_call(Manager.__call__)(Manager(), made.graph)
+    norm_add.PASS.wrap_call(Manager.__call__)(Manager(), made.graph)
     add.meta["val"] = kept
     assert told() == ["rmsnorm_patch: not every norm takes the add behind it: KeyError: 'val'"]
     assert same(made.run(), before)
@@ -438,7 +439,7 @@ def test_no_bit_of_the_compilers_code_changes(monkeypatch: pytest.MonkeyPatch) -
     assert [op for op in before if "add" in op] == ["rmsnorm_patch.fused_add_rms_norm.default"]
     assert [op for op in after if "_add" in op] == [ADD, ADD_NORM]
     assert same(got, want)
-    monkeypatch.setattr(norm_add_pass, "_left_to_the_compiler", lambda *_: "")
+    monkeypatch.setattr(norm_add, "_left_to_the_compiler", lambda *_: "")
     taken, every = compiled(layers, True, inputs)
     assert [op for op in every if "_add" in op] == [ADD, ADD, ADD_NORM, ADD_NORM]
     assert not same(taken, want)

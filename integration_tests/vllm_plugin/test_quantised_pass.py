@@ -28,8 +28,9 @@ from quantised_graphs import (
 )
 
 from rmsnorm_patch.numerics.quantisation import QuantSpec, rms_norm_quantised
-from rmsnorm_patch.vllm_plugin import log, quantised_pass
+from rmsnorm_patch.vllm_plugin import log
 from rmsnorm_patch.vllm_plugin.decision import SPECS
+from rmsnorm_patch.vllm_plugin.passes import norm_quantised
 
 QUANTISATIONS: dict[str, tuple[Callable[..., Any], str]] = {
     "static op": (lambda rows, scale: static_op(rows, scale), "fp8_static"),
@@ -65,7 +66,7 @@ def test_no_bit_changes(name: str, form: str) -> None:
 
     made = Made(forward, form)
     before = made.run()
-    assert quantised_pass.fuse(made.graph) == 2
+    assert norm_quantised.fuse(made.graph) == 2
     assert same(made.run(), before)
     assert [(op["scheme"], op["value"], op["both"]) for op in made.quantised()] == [(scheme, "rounded", False)] * 2
     left = [target for target in made.targets() if target.startswith(("_C.", "rmsnorm_patch."))]
@@ -83,7 +84,7 @@ def test_scales_lie_as_the_product_expects_for_any_number_of_rows(layout: str) -
 
     made = layer(lambda rows: block_op(rows, layout))
     before = strides(made)
-    assert quantised_pass.fuse(made.graph) == 1
+    assert norm_quantised.fuse(made.graph) == 1
     assert strides(made) == before
 
 
@@ -110,7 +111,7 @@ def test_arithmetic_reads_the_fp32_value_where_the_compiler_would_have_fused(nam
 
     made = Made(forward)
     stored = made.run()
-    assert quantised_pass.fuse(made.graph) == 1
+    assert norm_quantised.fuse(made.graph) == 1
     assert [op["value"] for op in made.quantised()] == ["fp32"]
     x, residual, weight, scale = made.copies()
     quant = QuantSpec(scheme, "fp32", "native")  # type: ignore[arg-type]
@@ -124,7 +125,7 @@ def test_arithmetic_reads_the_fp32_value_where_the_compiler_would_have_fused(nam
 @pytest.mark.parametrize("provider", [name for name in SPECS if name != INDUCTOR])
 def test_any_other_numerics_are_quantised_as_they_are_stored(provider: str) -> None:
     made = layer(native, provider)
-    assert quantised_pass.fuse(made.graph) == 1
+    assert norm_quantised.fuse(made.graph) == 1
     assert [op["value"] for op in made.quantised()] == ["rounded"]
 
 
@@ -133,7 +134,7 @@ def test_readers_of_both_kinds_get_two_outputs(form: str) -> None:
     """A router and what quantises for the experts; so does the graph's own output."""
     made = layer(lambda rows: (*token_op(rows), torch.relu(rows)), STORED, form)
     before = made.run()
-    assert quantised_pass.fuse(made.graph) == 1
+    assert norm_quantised.fuse(made.graph) == 1
     assert [op["both"] for op in made.quantised()] == [True]
     assert same(made.run(), before)
 
@@ -141,7 +142,7 @@ def test_readers_of_both_kinds_get_two_outputs(form: str) -> None:
 def test_arithmetic_that_shares_a_part_with_another_reader() -> None:
     made = layer(lambda rows: (*native(rows), rows.to(torch.float32) @ torch.ones(N, 2)), STORED)
     before = made.run()
-    assert quantised_pass.fuse(made.graph) == 1
+    assert norm_quantised.fuse(made.graph) == 1
     assert [op["both"] for op in made.quantised()] == [True]
     assert same(made.run(), before)
 
@@ -149,7 +150,7 @@ def test_arithmetic_that_shares_a_part_with_another_reader() -> None:
 def test_two_products_that_quantise_alike_read_the_same_rows() -> None:
     made = layer(lambda rows: (*int8_op(rows), *int8_op(rows)), STORED)
     before = made.run()
-    assert quantised_pass.fuse(made.graph) == 1
+    assert norm_quantised.fuse(made.graph) == 1
     assert [op["both"] for op in made.quantised()] == [False]
     assert same(made.run(), before)
     assert not any("_C." in target for target in made.targets())
@@ -158,7 +159,7 @@ def test_two_products_that_quantise_alike_read_the_same_rows() -> None:
 @pytest.fixture
 def told(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     """What the log says, each line once."""
-    quantised_pass._TOLD.clear()
+    norm_quantised._TOLD.clear()
     log.warn_once.cache_clear()
     logging.getLogger("vllm").propagate = True
     caplog.set_level(logging.INFO, logger=log.logger.name)
@@ -215,7 +216,7 @@ def test_what_is_left_alone_says_why(name: str, told: Callable[[], list[str]]) -
     read, why = LEFT[name]
     made = layer(read)
     before = str(made.graph)
-    assert quantised_pass.fuse(made.graph) == 0
+    assert norm_quantised.fuse(made.graph) == 0
     assert str(made.graph) == before
     (line,) = told()
     assert f"({N} columns) keeps plain rows for " in line
@@ -226,7 +227,7 @@ def test_an_opaque_reader_gets_plain_rows(told: Callable[[], list[str]]) -> None
     """W4A16, Marlin, an op that quantises inside: whatever the model's quantisation is called."""
     made = layer(lambda rows: (rows @ torch.ones(N, 8, dtype=BF16),))
     before = str(made.graph)
-    assert quantised_pass.fuse(made.graph) == 0
+    assert norm_quantised.fuse(made.graph) == 0
     assert str(made.graph) == before
     assert told() == [
         f"rmsnorm_patch: a norm ({N} columns) writes plain rows, as aten.mm.default reads them; so do others like it"
@@ -242,7 +243,7 @@ def test_another_scale_for_the_same_rows_is_left(told: Callable[[], list[str]]) 
 
     made = Made(forward)
     before = made.run()
-    assert quantised_pass.fuse(made.graph) == 1
+    assert norm_quantised.fuse(made.graph) == 1
     assert same(made.run(), before)
     assert [op["both"] for op in made.quantised()] == [True]
     left, served = told()
@@ -252,7 +253,7 @@ def test_another_scale_for_the_same_rows_is_left(told: Callable[[], list[str]]) 
 
 def test_a_scale_that_is_computed_behind_the_norm(told: Callable[[], list[str]]) -> None:
     made = layer(lambda rows: static_op(rows, torch.sin(rows[0, :1].to(torch.float32))))
-    assert quantised_pass.fuse(made.graph) == 0
+    assert norm_quantised.fuse(made.graph) == 0
     assert "_C.static_scaled_fp8_quant: its scale is computed behind the norm" in told()[0]
 
 
@@ -261,7 +262,7 @@ def test_a_residual_that_nobody_gave_up(told: Callable[[], list[str]]) -> None:
         rows, total = norm(x, residual, weight, INDUCTOR, "functional")
         return *token_op(rows), total
 
-    assert quantised_pass.fuse(Made(forward).graph) == 0
+    assert norm_quantised.fuse(Made(forward).graph) == 0
     assert "nobody gave up the residual" in told()[0]
 
 
@@ -275,7 +276,7 @@ def test_a_view_that_was_taken_before_the_norm_wrote(told: Callable[[], list[str
         view = made.graph.call_function(torch.ops.aten.view.default, (x, [-1]))
     output = next(node for node in made.graph.nodes if node.op == "output")
     output.args = ((*output.args[0], view),)
-    assert quantised_pass.fuse(made.graph) == 0
+    assert norm_quantised.fuse(made.graph) == 0
     assert "a view of the rows was taken before the norm wrote them" in told()[0]
 
 
@@ -291,7 +292,7 @@ def test_rows_that_are_written_apart(form: str, told: Callable[[], list[str]]) -
 
     made = Made(forward, form)
     before = made.run()
-    count = quantised_pass.fuse(made.graph)
+    count = norm_quantised.fuse(made.graph)
     assert same(made.run(), before)
     assert count == 0
     assert "the rows are not contiguous" in told()[0]
@@ -310,7 +311,7 @@ def test_a_quantisation_that_is_called_as_it_is(name: str) -> None:
     before = made.run()
     call_as_they_are(made)
     assert same(made.run(), before)
-    assert quantised_pass.fuse(made.graph) == 1
+    assert norm_quantised.fuse(made.graph) == 1
     assert [op["scheme"] for op in made.quantised()] == [scheme]
     assert not any("_C." in target for target in made.targets())
     assert same(made.run(), before)
@@ -330,7 +331,7 @@ class Manager:
 
 
 def test_the_pass_runs_where_the_engine_may_quantise_rows_and_is_part_of_the_key() -> None:
-    call, uuid = quantised_pass.PASS.wrap_call(Manager.__call__), quantised_pass.PASS.wrap_uuid(Manager.uuid)
+    call, uuid = norm_quantised.PASS.wrap_call(Manager.__call__), norm_quantised.PASS.wrap_uuid(Manager.uuid)
     off, unknown = Manager(False), Manager()
     del unknown.rmsnorm_patch_quantised
     for manager, count in ((off, 0), (unknown, 0), (Manager(), 1)):
@@ -346,7 +347,7 @@ def test_a_failure_leaves_a_right_graph_and_one_warning(told: Callable[[], list[
     tensors = (node for node in made.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor))
     weight = next(node for node in tensors if node.op == "placeholder" and list(node.meta["val"].shape) == [N])
     kept = weight.meta.pop("val")
-    quantised_pass.PASS.wrap_call(Manager.__call__)(Manager(), made.graph)
+    norm_quantised.PASS.wrap_call(Manager.__call__)(Manager(), made.graph)
     weight.meta["val"] = kept
     assert told() == ["rmsnorm_patch: not every norm writes quantised rows: KeyError: 'val'"]
     assert same(made.run(), before)

@@ -27,7 +27,8 @@ from quantised_graphs import (
 
 from rmsnorm_patch.numerics.quantisation import QuantSpec
 from rmsnorm_patch.numerics.silu import Silu, silu_and_mul_quantised
-from rmsnorm_patch.vllm_plugin import log, silu_pass, trial
+from rmsnorm_patch.vllm_plugin import log, trial
+from rmsnorm_patch.vllm_plugin.passes import silu_quantised
 
 Reader = Callable[[Any, Any], Any]
 QUANTISATIONS: dict[str, tuple[Reader, QuantSpec]] = {
@@ -88,7 +89,7 @@ def test_a_product_and_its_quantisation_become_one_op(name: str, product: str, a
     if as_they_are:
         call_as_they_are(graph)
     before = graph.run()
-    assert silu_pass.fuse(graph.graph) == 1
+    assert silu_quantised.fuse(graph.graph) == 1
     found = graph.run()
     assert same(found, wanted(graph, silu, quant, name == "bounded op"))
     assert product == "arithmetic" or quant.value == "fp32" or same(found, before)
@@ -114,7 +115,7 @@ def test_an_op_of_both_becomes_ours_to_the_bit(read: Reader, silu: Silu, quant: 
     if as_they_are:
         call_as_they_are(graph)
     before = graph.run()
-    assert silu_pass.fuse(graph.graph) == 1
+    assert silu_quantised.fuse(graph.graph) == 1
     assert same(graph.run(), before)
     (op,) = graph.quantised()
     assert (op["scheme"], op["silu"], op["value"], op["layout"]) == (quant.scheme, silu, quant.value, quant.layout)
@@ -163,12 +164,12 @@ def packed(rows: Any, scale: Any) -> Any:
 def test_what_is_left_alone_stays_as_it_is(
     read: Reader, product: Callable[[Any], Any], why: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    silu_pass._TOLD.clear()
+    silu_quantised._TOLD.clear()
     graph = made(read, product)
     before, targets = graph.run(), graph.targets()
     logging.getLogger("vllm").propagate = True
     with caplog.at_level(logging.INFO, logger=log.logger.name):
-        assert silu_pass.fuse(graph.graph) == 0
+        assert silu_quantised.fuse(graph.graph) == 0
     assert graph.targets() == targets
     assert why == "" or same(graph.run(), before) or read is packed
     assert [why in line for line in told(caplog)] == [True] * (why != "")
@@ -177,17 +178,17 @@ def test_what_is_left_alone_stays_as_it_is(
 def test_a_kernel_that_failed_its_trial_leaves_the_product_to_vllm(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    silu_pass._TOLD.clear()
+    silu_quantised._TOLD.clear()
     monkeypatch.setattr(trial, "declined_silu", lambda *arguments: "it does not run here")
     graph = made(lambda rows, scale: token_op(rows))
     logging.getLogger("vllm").propagate = True
     with caplog.at_level(logging.INFO, logger=log.logger.name):
-        assert silu_pass.fuse(graph.graph) == 0
+        assert silu_quantised.fuse(graph.graph) == 0
     assert "(256 columns) is left to _C.dynamic_per_token_scaled_fp8_quant: it does not run here" in caplog.text
 
 
 def test_each_length_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
-    silu_pass._TOLD.clear()
+    silu_quantised._TOLD.clear()
 
     def twice(x: Any, residual: Any, weight: Any, scale: Any) -> Any:
         first = native(native_silu(halves(x, residual)))
@@ -197,7 +198,7 @@ def test_each_length_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
     graph = Made(twice)
     logging.getLogger("vllm").propagate = True
     with caplog.at_level(logging.INFO, logger=log.logger.name):
-        assert silu_pass.fuse(graph.graph) == 2
+        assert silu_quantised.fuse(graph.graph) == 2
     said = told(caplog)
     assert len(said) == 1
     assert "(256 columns) writes fp8_token rows of its fp32 value, in place of a quantisation in arithmetic" in said[0]

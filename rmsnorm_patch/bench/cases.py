@@ -29,7 +29,7 @@ Tensors = tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True)
-class Variant:
+class CaseVariant:
     """What a case computes, and its weight's dtype (None: that of x)."""
 
     spec: NormSpec
@@ -37,14 +37,14 @@ class Variant:
 
 
 VARIANTS = {
-    "": Variant(FP32_WEIGHT_MULTIPLY),  # what FlashInfer, quack and vLLM compute, so that the work is the same
-    "one rounding": Variant(FP32_WEIGHT_MULTIPLY),
-    "llama": Variant(LLAMA),
-    "fp32 weight": Variant(FP32_WEIGHT_MULTIPLY, torch.float32),
-    "fp32 weight and result": Variant(LLAMA, torch.float32),
-    "1+w": Variant(GEMMA),
-    "weightless": Variant(NormSpec(has_weight=False, round_before_weight="none", output="input")),
-    "fp32 sum": Variant(NormSpec(round_before_weight="none", output="input", sum="fp32")),
+    "": CaseVariant(FP32_WEIGHT_MULTIPLY),  # what FlashInfer, quack and vLLM compute, so that the work is the same
+    "one rounding": CaseVariant(FP32_WEIGHT_MULTIPLY),
+    "llama": CaseVariant(LLAMA),
+    "fp32 weight": CaseVariant(FP32_WEIGHT_MULTIPLY, torch.float32),
+    "fp32 weight and result": CaseVariant(LLAMA, torch.float32),
+    "1+w": CaseVariant(GEMMA),
+    "weightless": CaseVariant(NormSpec(has_weight=False, round_before_weight="none", output="input")),
+    "fp32 sum": CaseVariant(NormSpec(round_before_weight="none", output="input", sum="fp32")),
 }
 """Variants other than "" are timed for our kernels alone: peers do not have them."""
 

@@ -44,7 +44,7 @@ from .output import FAILED, NOTHING_PROVED, Output, described_error, finish, out
 from .recordings import check_files, page_written
 
 if TYPE_CHECKING:
-    from .checkpoint import Loaded
+    from .checkpoint import Checkpoint
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__, rich_markup_mode=None
@@ -70,7 +70,7 @@ def _options(
 
 def _load(
     out: Output, model: Path, dtype: str, device: str, trust: bool, backend: BackendName, prompt: str | None = None
-) -> Loaded:
+) -> Checkpoint:
     check_prompt(prompt)
     config = read_config(model)
     with out.progress(None, f"loading {model}"):

@@ -39,7 +39,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.mo
 
 
 @dataclass(frozen=True)
-class Loaded:
+class Checkpoint:
     """A model in eval mode on its device, and its tokenizer where the folder has one. notes: what the user should know
     about the folder."""
 
@@ -99,7 +99,7 @@ def load(
     trust_remote_code: bool = False,
     prompt: str | None = None,
     backend: Backend = "auto",
-) -> Loaded:
+) -> Checkpoint:
     """The model in `folder`. config: of `read_config`. dtype: a name of DTYPES, or "auto" for the checkpoint's own.
 
     What can be known without the weights is asked before they are read. Raises BrokenCheckpoint, MissingCheckpoint (a
@@ -118,7 +118,7 @@ def load(
     model, notes = _model(folder, config, read, options)
     model = model.eval().to(where)
     first = next((p for p in model.parameters() if p.is_floating_point()), None)
-    return Loaded(folder, model, tokenizer, torch.float32 if first is None else first.dtype, where, tuple(notes))
+    return Checkpoint(folder, model, tokenizer, torch.float32 if first is None else first.dtype, where, tuple(notes))
 
 
 def _check_code(folder: Path, config: dict[str, Any], trusted: bool) -> None:

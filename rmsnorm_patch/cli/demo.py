@@ -13,8 +13,8 @@ from .. import api
 from ..backends.names import Backend
 from ..errors import VerificationFailed
 from . import tables
-from .checkpoint import Loaded
-from .speed import CPU_NOTE, NOISE_NOTE, Comparison, Patch, chosen_threads, compare, generate
+from .checkpoint import Checkpoint
+from .speed import CPU_NOTE, NOISE_NOTE, Patch, SpeedComparison, chosen_threads, compare, generate
 
 PROMPT = "Return the "
 
@@ -31,7 +31,7 @@ class Story:
     patched_text: str
     same_text: bool
     restored: bool
-    speed: tuple[Comparison, ...]
+    speed: tuple[SpeedComparison, ...]
 
     @property
     def passed(self) -> bool:
@@ -57,7 +57,7 @@ class Story:
 
 
 def tell(
-    loaded: Loaded,
+    loaded: Checkpoint,
     inputs: dict[str, torch.Tensor],
     prompt: str,
     new_tokens: int,
@@ -108,7 +108,7 @@ def tell(
     return story
 
 
-def _text(loaded: Loaded, tokens: torch.Tensor) -> str:
+def _text(loaded: Checkpoint, tokens: torch.Tensor) -> str:
     text = loaded.decode(tokens[0])
     return " ".join(map(str, tokens[0].tolist())) if text is None else text
 

@@ -152,8 +152,8 @@ def _features(model: Any, name: str, tensors: dict[str, torch.Tensor]) -> int:
     except Exception:
         return 0
     found = getattr(found, "pooler_output", found)
-    parts = found if isinstance(found, (list, tuple)) else [found]
-    return sum(part.numel() // part.shape[-1] for part in parts if isinstance(part, torch.Tensor))
+    features = found if isinstance(found, (list, tuple)) else [found]
+    return sum(feature.numel() // feature.shape[-1] for feature in features if isinstance(feature, torch.Tensor))
 
 
 def _all_parameters(model: Any, name: str) -> set[str]:

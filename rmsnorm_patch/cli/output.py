@@ -153,8 +153,8 @@ def _told(error: BaseException, as_json: bool, stdout: Any) -> int:
     else:
         if described["site"] == UNFORESEEN:
             _say("".join(traceback.format_exception(error)))
-        parts = (f"got {described['got']}", f"supported: {described['supported']}", f"next: {described['next_step']}")
-        _say(f"error: {described['site']}: {'; '.join(parts)}")
+        clauses = (f"got {described['got']}", f"supported: {described['supported']}", f"next: {described['next_step']}")
+        _say(f"error: {described['site']}: {'; '.join(clauses)}")
     return status
 
 

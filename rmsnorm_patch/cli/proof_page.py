@@ -14,9 +14,8 @@ from typing import Literal
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from ..page import numerics
 from ..proof.report import Proof, SiteProof
-from ..scan.plan import PAIR_MEANING, NormSite, PairSite, Plan
+from ..scan.plan import PAIR_MEANING, NormSite, PairSite, Plan, numerics
 
 State = Literal["ok", "red", "unjudged", "left"]
 STATE_WORDS: dict[State, str] = {

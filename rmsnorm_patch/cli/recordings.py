@@ -34,16 +34,16 @@ def check_files(record: Path | None, compare: Path | None, html: Path | None = N
 
 
 @dataclass
-class Written:
+class ShownProof:
     """proof: what the page will show; a proof that fails comes with its error."""
 
     proof: Any = None
 
 
 @contextmanager
-def page_written(html: Path | None, plan: Plan) -> Iterator[Written]:
+def page_written(html: Path | None, plan: Plan) -> Iterator[ShownProof]:
     """Write the page `html` (None: none) of the proof that is made inside, also where it fails."""
-    written = Written()
+    written = ShownProof()
     try:
         yield written
     except VerificationFailed as error:

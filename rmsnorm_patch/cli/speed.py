@@ -61,7 +61,7 @@ class Patch:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class SpeedComparison:
     """Stock and patched model, measured in alternating rounds. ratio: medians, patched / stock."""
 
     work: str
@@ -185,7 +185,7 @@ def compare(
     rounds: int,
     patch: Patch,
     advance: Callable[[], None] = lambda: None,
-) -> tuple[Comparison, ...]:
+) -> tuple[SpeedComparison, ...]:
     """(decode, prefill) of `model` as it came and patched, in alternating rounds after one warm-up round of each;
     (forward,) of a model that does not generate.
 
@@ -208,5 +208,5 @@ def compare(
         with patched(model, **asdict(patch)):
             measure(True)
     return tuple(
-        Comparison(work, Rate.of(rates[work, False][1:]), Rate.of(rates[work, True][1:]), rounds) for work in works
+        SpeedComparison(work, Rate.of(rates[work, False][1:]), Rate.of(rates[work, True][1:]), rounds) for work in works
     )

@@ -11,7 +11,7 @@ from rich.text import Text
 from ..page import wrapped
 from ..scan.plan import Plan
 from .environment import EngineState, Environment
-from .speed import Comparison
+from .speed import SpeedComparison
 
 
 def plan_table(plan: Plan, width: int) -> Table:
@@ -35,7 +35,7 @@ def _coloured(action: str) -> str:
     return f"[green]{action}[/]" if action == "fuse" else f"[yellow]{action}[/]"
 
 
-def speed_table(rows: Iterable[Comparison]) -> Table:
+def speed_table(rows: Iterable[SpeedComparison]) -> Table:
     table = Table(title="tokens per second, median (slowest - fastest round)", title_justify="left")
     for name in ("work", "stock", "patched", "ratio"):
         table.add_column(name, justify="left" if name == "work" else "right")
@@ -45,7 +45,7 @@ def speed_table(rows: Iterable[Comparison]) -> Table:
     return table
 
 
-def _ratio(row: Comparison) -> str:
+def _ratio(row: SpeedComparison) -> str:
     if row.verdict == "too noisy":
         return "[yellow]too noisy[/]"
     return f"{row.ratio:.3f}" + (f" ({row.verdict})" if row.verdict in ("equal", "one round") else "")

@@ -83,7 +83,7 @@ class Flow:
 
 def analyse(tree: ast.FunctionDef, norm_attributes: frozenset[str], sums: frozenset[str] = frozenset()) -> Flow:
     """The flow of a layer whose children named in `norm_attributes` are norms. sums: how `torch.add` is written in it
-    (`Source.sums`)."""
+    (`ForwardSource.sums`)."""
     return _Reader(tree, norm_attributes, sums).read()
 
 

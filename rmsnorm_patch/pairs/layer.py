@@ -14,7 +14,7 @@ from ..scan.plan import Action, NormSite, PairSite
 from .dataflow import Add, Flow, NormCall, analyse, possible_pairs
 from .norm_add import NormAdd, norm_adds
 from .recompile import HELPERS, LayerKey, rewrite
-from .source import NoSource, Source, read_forward
+from .source import ForwardSource, NoSource, read_forward
 from .trace import Pair, Trace, holds, trace_layer
 
 
@@ -33,7 +33,7 @@ class Layer:
     path: str
     module: nn.Module
     cls: type
-    source: Source
+    source: ForwardSource
     flow: Flow
     norm_adds: tuple[NormAdd, ...]
     norms: dict[str, NormSite]
@@ -176,7 +176,9 @@ def decide(site: NormSite, reason: str) -> tuple[Action, str]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _read_class(cls: type, forward: object, norms: frozenset[str]) -> tuple[Source, Flow, tuple[NormAdd, ...], str]:
+def _read_class(
+    cls: type, forward: object, norms: frozenset[str]
+) -> tuple[ForwardSource, Flow, tuple[NormAdd, ...], str]:
     """Source, flow and adds of norms, and why the forward cannot be rewritten, or "". forward: the class's at this
     moment."""
     source = read_forward(cls)

@@ -20,7 +20,7 @@ from .source import NoSource
 
 
 @dataclass
-class Layout:
+class ModelLayout:
     """What was read from a model. `unread`: (layer path, norm path, why) for forwards without readable source.
     `apart`: what runs one after the other without a hand-over. `attentions`: those that norm a query and a key."""
 
@@ -51,14 +51,14 @@ class Layout:
         return tuple(site for attention in attentions for site in attention.sites(rewritten, backend))
 
 
-def layout(model: nn.Module, norm_sites: Iterable[NormSite]) -> Layout:
+def layout(model: nn.Module, norm_sites: Iterable[NormSite]) -> ModelLayout:
     """Read every layer and loop of `model`."""
     sites = {}
     for site in norm_sites:
         if site.gating is not None:
             continue  # a gated norm reads a mixer's output and no sum
         sites[id(model.get_submodule(site.path))] = site
-    found = Layout()
+    found = ModelLayout()
     for path, module in model.named_modules():
         below = dict(_norms_below(module, sites))
         if below and type(module) not in CONTAINERS:

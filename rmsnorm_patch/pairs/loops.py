@@ -15,7 +15,7 @@ from typing import Any
 import torch.nn as nn
 
 from .dataflow import assigned_names, is_passive, self_attribute
-from .source import NoSource, Source, read_forward
+from .source import ForwardSource, NoSource, read_forward
 
 _SEQUENCE = (
     ast.Expression, ast.Attribute, ast.Name, ast.Load, ast.Subscript, ast.Slice, ast.Constant, ast.UnaryOp, ast.USub,
@@ -69,7 +69,7 @@ def layer_loops(parent: nn.Module, cls: type) -> list[LayerLoop]:
     return found
 
 
-def loops_of(source: Source) -> list[LoopCode]:
+def loops_of(source: ForwardSource) -> list[LoopCode]:
     """Each `for` of a forward that runs layers one after another over one state."""
     self_name = source.tree.args.args[0].arg if source.tree.args.args else "self"
     found = []
@@ -127,7 +127,7 @@ def _elements(target: ast.expr, iterable: ast.expr) -> list[tuple[str, ast.expr]
     return []
 
 
-def _modules(code: LoopCode, parent: nn.Module, source: Source) -> tuple[nn.Module, ...]:
+def _modules(code: LoopCode, parent: nn.Module, source: ForwardSource) -> tuple[nn.Module, ...]:
     """The modules that the loop runs over; () where its expressions are more than attributes, slices and calls of
     _FUNCTIONS."""
     try:
@@ -144,7 +144,7 @@ def _modules(code: LoopCode, parent: nn.Module, source: Source) -> tuple[nn.Modu
     return modules if all(isinstance(module, nn.Module) for module in modules) else ()
 
 
-def _evaluate(expression: ast.expr, source: Source, names: dict[str, Any]) -> Any:
+def _evaluate(expression: ast.expr, source: ForwardSource, names: dict[str, Any]) -> Any:
     for node in ast.walk(expression):
         if not isinstance(node, _SEQUENCE) or (isinstance(node, ast.Name) and node.id not in (*names, *_FUNCTIONS)):
             return ()

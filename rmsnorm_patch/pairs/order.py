@@ -15,7 +15,7 @@ from .dataflow import runs_first
 from .layer import Layer
 from .loops import LayerLoop, layer_loops
 from .source import NoSource, read_forward
-from .trace import Calls, trace_calls
+from .trace import CallOrder, trace_calls
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
@@ -167,7 +167,7 @@ class Order:
         if id(parent) not in self.layers:
             self._set_ends(parent, calls)
 
-    def _set_ends(self, parent: nn.Module, calls: Calls) -> None:
+    def _set_ends(self, parent: nn.Module, calls: CallOrder) -> None:
         lasts = {module: self._ends_of(module) for module in calls.last}
         out = {module: ends for module, ends in lasts.items() if ends.tail is not None}
         into = [ends for module in calls.first if (ends := self._ends_of(module)).entry is not None]
@@ -188,7 +188,7 @@ class Order:
         site = self.sites.get(id(module))
         return self.ends.get(id(module), _NOTHING) if site is None else Ends(entry=site)
 
-    def _read_passes(self, parent: nn.Module, calls: Calls) -> None:
+    def _read_passes(self, parent: nn.Module, calls: CallOrder) -> None:
         """Hand-overs between modules that `parent` calls one after the other, in code of any form."""
         readers: dict[nn.Module, set[nn.Module]] = {}
         for module, reader in calls.passes:

@@ -47,7 +47,7 @@ from .dataflow import NormCall, analyse, assigned_names, is_passive
 from .expressions import is_projection, only_shapes
 from .recompile import Rewritten, compiled, substitute
 from .rotation import Rotation, confirm, rotation_behind
-from .source import NoSource, Source, read_forward
+from .source import ForwardSource, NoSource, read_forward
 from .trace import holds, trace_reached, written_by
 
 HELPERS = ("together", "query_key", "rotated")
@@ -98,7 +98,7 @@ class Attention:
 
     path: str
     module: nn.Module
-    source: Source
+    source: ForwardSource
     norms: dict[str, NormSite]
     found: list[Together]
     reasons: list[str | None]
@@ -190,7 +190,7 @@ def read_attention(path: str, module: nn.Module, below: Mapping[str, NormSite]) 
 
 
 @functools.lru_cache(maxsize=1024)
-def _read_class(cls: type, forward: object, norms: frozenset[str]) -> tuple[Source, list[Together], str]:
+def _read_class(cls: type, forward: object, norms: frozenset[str]) -> tuple[ForwardSource, list[Together], str]:
     """Source and finds, and why the forward cannot be rewritten, or "". forward: the class's at this moment."""
     source = read_forward(cls)
     found = list(find(source, source.tree, norms))
@@ -211,7 +211,7 @@ def _uncalled(*operands: object) -> None:
 # what the source shows
 
 
-def find(source: Source, tree: ast.FunctionDef, norms: frozenset[str]) -> Iterator[Together]:
+def find(source: ForwardSource, tree: ast.FunctionDef, norms: frozenset[str]) -> Iterator[Together]:
     """The norm calls of `tree` that belong together, and those that look as if they did, with why they do not."""
     calls = analyse(tree, norms, source.sums).norms
     used: NormCall | None = None
@@ -251,7 +251,7 @@ def _why_not(query: NormCall, key: NormCall, self_name: str) -> str:
 
 
 def _witness(
-    module: nn.Module, cls: type, source: Source, found: list[Together], norms: frozenset[str]
+    module: nn.Module, cls: type, source: ForwardSource, found: list[Together], norms: frozenset[str]
 ) -> tuple[list[str | None], list[str | None]]:
     """`Attention.reasons` and `unrotated`, each by a trace without the optional arguments; where it ends ahead of what
     is asked, with them."""
@@ -273,7 +273,7 @@ def _witness(
     return reasons, unrotated
 
 
-def _confirm_rotation(each: Together, nodes: list[torch.fx.Node], ended: str, source: Source) -> str | None:
+def _confirm_rotation(each: Together, nodes: list[torch.fx.Node], ended: str, source: ForwardSource) -> str | None:
     """ "" where the trace shows the rotation that the source shows, None where nothing rotates; else why not."""
     if not isinstance(each.rotation, Rotation):
         return each.rotation or None
@@ -318,7 +318,7 @@ def _place(call: NormCall, nodes: list[torch.fx.Node]) -> int | None:
 
 
 def rewrite_attention(
-    source: Source, key: AttentionKey, original: type, helpers: Mapping[str, Callable[..., Any]]
+    source: ForwardSource, key: AttentionKey, original: type, helpers: Mapping[str, Callable[..., Any]]
 ) -> Rewritten:
     """The forward of `source`, which is that of `original`, with the norms of `key` fused, under its own decorators.
 
@@ -334,7 +334,7 @@ def rewrite_attention(
     return compiled(tree, source, original, {name: helpers[name] for name in HELPERS})
 
 
-def rotations_of(source: Source, key: AttentionKey) -> tuple[str, ...]:
+def rotations_of(source: ForwardSource, key: AttentionKey) -> tuple[str, ...]:
     """Names of the functions whose calls a forward rewritten for `key` hands to `rotated`."""
     found = list(find(source, source.tree, frozenset(key.norms)))
     behind = (found[rank].rotation for rank in key.rotated)

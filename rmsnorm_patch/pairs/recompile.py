@@ -44,7 +44,7 @@ from ..patch_state import running_now, unhooked
 from . import questions
 from .dataflow import Add, NormCall, analyse
 from .norm_add import NormAdd, norm_adds
-from .source import NoSource, Source, read_forward
+from .source import ForwardSource, NoSource, read_forward
 
 _FUTURE_FLAGS = sum({getattr(__future__, name).compiler_flag for name in __future__.all_feature_names})
 HELPERS = ("in_layer", "tail", "entry", "norm_add", "norm_add_norm", "norm_add_tail")
@@ -88,7 +88,9 @@ class Rewritten(NamedTuple):
     belongs_to: Callable[[type], None]
 
 
-def rewrite(source: Source, key: LayerKey, original: type, helpers: Mapping[str, Callable[..., Any]]) -> Rewritten:
+def rewrite(
+    source: ForwardSource, key: LayerKey, original: type, helpers: Mapping[str, Callable[..., Any]]
+) -> Rewritten:
     """The forward of `source`, which is that of `original`, with the pairs of `key` fused, under its own decorators.
 
     helpers: what it calls, by the names in HELPERS. Raises NoSource."""
@@ -115,7 +117,7 @@ def rewrite(source: Source, key: LayerKey, original: type, helpers: Mapping[str,
 
 
 def compiled(
-    tree: ast.FunctionDef, source: Source, original: type, helpers: Mapping[str, Callable[..., Any]]
+    tree: ast.FunctionDef, source: ForwardSource, original: type, helpers: Mapping[str, Callable[..., Any]]
 ) -> Rewritten:
     """`tree`, the changed forward of `source`, under the decorators of `source`. helpers: what it calls as
     `_rmsnorm_<name>`. Raises NoSource."""
@@ -351,7 +353,7 @@ def _code_below(code: types.CodeType, name: str | None = None) -> types.CodeType
     return next(c for c in code.co_consts if isinstance(c, types.CodeType) and name in (None, c.co_name))
 
 
-def _decorate(function: types.FunctionType, source: Source) -> types.FunctionType:
+def _decorate(function: types.FunctionType, source: ForwardSource) -> types.FunctionType:
     """Copies of the original's decorators around `function`, found as the closure cell that holds what they wrap."""
     inner: types.FunctionType = source.function
     made = function

@@ -22,7 +22,7 @@ import torch.fx
 from ..numerics import rotation
 from .dataflow import NormCall, assigned_names, is_passive
 from .expressions import moves_nothing, reads_attributes
-from .source import Source, parse
+from .source import ForwardSource, parse
 from .trace import holds, written_by
 
 _PROBE = (2, 3, 16)
@@ -154,7 +154,7 @@ def _mentions_any(statements: list[ast.stmt], names: set[str]) -> bool:
 
 
 def confirm(
-    rotation: Rotation, at: list[int | None], nodes: list[torch.fx.Node], ended: str, source: Source
+    rotation: Rotation, at: list[int | None], nodes: list[torch.fx.Node], ended: str, source: ForwardSource
 ) -> str | None:
     """ "" where a trace shows that the rotation alone reads the norms' results, and its function is the one that a
     kernel computes; None where this instance does not rotate; else why not. at: the norms' places among the nodes."""

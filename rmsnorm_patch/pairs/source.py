@@ -23,7 +23,7 @@ RENAMING = ("transformers.utils.deprecation",)
 
 
 @dataclass(frozen=True)
-class Source:
+class ForwardSource:
     """`function`: the plain function at the bottom. `wrappers`: decorators around it, outermost first.
     `tree`: its FunctionDef with the line numbers of its own file."""
 
@@ -64,7 +64,7 @@ class NoSource(Exception):
     """The forward cannot be read or rebuilt; the message says why."""
 
 
-def read_forward(cls: type) -> Source:
+def read_forward(cls: type) -> ForwardSource:
     """The forward that instances of `cls` run, inherited or not. Raises NoSource."""
     outermost = getattr(cls, "forward", None)
     if not isinstance(outermost, types.FunctionType):
@@ -76,7 +76,7 @@ def read_forward(cls: type) -> Source:
         chain.append(inner)
     function = chain[-1]
     wrappers = tuple(w for w in chain[:-1] if not _rewrapped_by_subclassing(cls, w))
-    return Source(function, wrappers, parse(function))
+    return ForwardSource(function, wrappers, parse(function))
 
 
 def _rewrapped_by_subclassing(cls: type, wrapper: types.FunctionType) -> bool:

@@ -24,7 +24,7 @@ import torch.fx
 import torch.nn as nn
 from torch.fx.proxy import GraphAppendingTracer, Proxy
 
-from .source import NoSource, Source
+from .source import ForwardSource, NoSource
 
 _CONTAINERS = (dict, list, set)
 _ADDS = (operator.add, operator.iadd, torch.add)
@@ -59,7 +59,7 @@ class Trace:
     norm_adds: frozenset[Pair] = frozenset()
 
 
-class Calls(NamedTuple):
+class CallOrder(NamedTuple):
     """Which of its modules one forward hands a hidden state. first: those that read its argument. last: those whose
     result it returns. passes: (a module, the one that reads its result), with the optional arguments given where that
     can be run; seldom: those that are only seen without. indirect: modules that a function below the forward calls."""
@@ -71,7 +71,7 @@ class Calls(NamedTuple):
     indirect: frozenset[nn.Module]
 
 
-def trace_layer(module: nn.Module, cls: type, source: Source, norms: frozenset[str]) -> Trace:
+def trace_layer(module: nn.Module, cls: type, source: ForwardSource, norms: frozenset[str]) -> Trace:
     """Run the forward of `module`, whose unpatched class is `cls`, on proxies: without its optional arguments, or with
     them where it needs them. norms: paths below it. Raises NoSource where it cannot be run in either way."""
     paths = {id(module.get_submodule(path)): path for path in norms}
@@ -85,7 +85,7 @@ def trace_layer(module: nn.Module, cls: type, source: Source, norms: frozenset[s
     return _read(*run, norms)
 
 
-def trace_calls(module: nn.Module, cls: type, source: Source) -> Calls:
+def trace_calls(module: nn.Module, cls: type, source: ForwardSource) -> CallOrder:
     """Run the forward of `module` on proxies, without its optional arguments and with them. Raises NoSource where it
     can be run in neither way."""
     first, last, indirect = set(), set(), set()
@@ -114,11 +114,11 @@ def trace_calls(module: nn.Module, cls: type, source: Source) -> Calls:
     if not runs:
         raise failed[0]
     usual, seldom = frozenset(runs[-1]), frozenset(runs[0] - runs[-1])
-    return Calls(frozenset(first), frozenset(last), usual, seldom, frozenset(indirect))
+    return CallOrder(frozenset(first), frozenset(last), usual, seldom, frozenset(indirect))
 
 
 def trace_reached(
-    module: nn.Module, cls: type, source: Source, norms: frozenset[str], optional: bool, whole: frozenset[str]
+    module: nn.Module, cls: type, source: ForwardSource, norms: frozenset[str], optional: bool, whole: frozenset[str]
 ) -> tuple[list[torch.fx.Node], str]:
     """The nodes of a forward as far as it runs on proxies, in their order, and why it ended there, or "".
 
@@ -146,7 +146,7 @@ def _producer(node: Any) -> nn.Module | None:
 
 
 def _run(
-    module: nn.Module, cls: type, source: Source, norms: dict[int, str], optional: bool
+    module: nn.Module, cls: type, source: ForwardSource, norms: dict[int, str], optional: bool
 ) -> tuple[_Recorder, Proxy, Any]:
     """What was recorded, the hidden states given and those returned. optional: give arguments that are None else."""
     recorder = _Recorder(source.function.__code__, norms)
@@ -216,7 +216,7 @@ def _first_of(returned: Any) -> Any:
     return returned[0] if isinstance(returned, (tuple, list)) and returned else returned
 
 
-def _arguments(recorder: _Recorder, source: Source, optional: bool) -> tuple[list[Proxy], dict[str, Proxy]]:
+def _arguments(recorder: _Recorder, source: ForwardSource, optional: bool) -> tuple[list[Proxy], dict[str, Proxy]]:
     parameters = list(inspect.signature(source.function).parameters.values())[1:]
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     wanted = [p for i, p in enumerate(parameters) if p.kind in positional and (i == 0 or p.default is p.empty)]

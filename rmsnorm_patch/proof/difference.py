@@ -56,9 +56,9 @@ def _ordinal(x: torch.Tensor) -> torch.Tensor:
 
 def row_keys(rows: torch.Tensor) -> torch.Tensor:
     """A 64-bit checksum of every row of `rows` [M, N], int64 [M], by bit patterns and their columns."""
-    parts = rows.split(max(1, _CHUNK // max(rows.shape[-1], 1)))
+    chunks = rows.split(max(1, _CHUNK // max(rows.shape[-1], 1)))
     place = torch.arange(1, rows.shape[-1] + 1, dtype=torch.int64, device=rows.device)
-    return torch.cat([_mix(bits(part).to(torch.int64), place).sum(-1) for part in parts])
+    return torch.cat([_mix(bits(chunk).to(torch.int64), place).sum(-1) for chunk in chunks])
 
 
 def digest(x: torch.Tensor) -> int:

@@ -31,7 +31,7 @@ def is_call(event: observe.Event) -> bool:
 
 
 @dataclass
-class Call:
+class TapedCall:
     """One norm call: the norm's path, a digest of its input, its result."""
 
     path: str
@@ -44,7 +44,7 @@ class Tape:
     """The norm calls of one run, in order. space: bytes of normed tensors it may hold. wanted: bytes that came."""
 
     space: int
-    calls: list[Call] = field(default_factory=list)
+    calls: list[TapedCall] = field(default_factory=list)
     outputs: tuple[torch.Tensor, ...] = ()
     wanted: int = 0
 
@@ -55,7 +55,7 @@ class Tape:
             self.calls.clear()
             return False
         entered = event.total if event.kind == "in_layer" and event.total is not None else event.operands[0]
-        self.calls.append(Call(path, digest(entered), event.normed.detach().to("cpu", copy=True)))
+        self.calls.append(TapedCall(path, digest(entered), event.normed.detach().to("cpu", copy=True)))
         return True
 
     def observe(self, path_of: Callable[[nn.Module], str], event: observe.Event) -> None:

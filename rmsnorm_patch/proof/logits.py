@@ -36,8 +36,8 @@ class Errors:
 def routes_to_experts(model: nn.Module) -> bool:
     """Whether the configuration, or that of its text part, names several experts."""
     config = getattr(model, "config", None)
-    parts = [config, getattr(config, "text_config", None)]
-    counts = (getattr(part, name, None) for part in parts for name in _EXPERT_COUNTS)
+    configs = [config, getattr(config, "text_config", None)]
+    counts = (getattr(part, name, None) for part in configs for name in _EXPERT_COUNTS)
     return any(isinstance(count, int) and count > 1 for count in counts)
 
 
@@ -88,13 +88,13 @@ def judge(
 ) -> LogitProof:
     """All arguments are lists of [positions, vocabulary]; `wide` None means that `permitted` is the yardstick."""
     whole = list(zip(original, patched, strict=True))
-    defined = [~undefined(part) for part in original]
+    defined = [~undefined(output) for output in original]
 
-    def judged(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return [part[rows] for part, rows in zip(parts, defined, strict=True)]
+    def judged(outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [output[rows] for output, rows in zip(outputs, defined, strict=True)]
 
     original, patched = judged(original), judged(patched)
-    wide, permitted = (None if parts is None else judged(parts) for parts in (wide, permitted))
+    wide, permitted = (None if outputs is None else judged(outputs) for outputs in (wide, permitted))
     target = original if wide is None else wide
     patched_errors = errors(patched, target)
     own = [errors(original, target)] if wide is not None else []

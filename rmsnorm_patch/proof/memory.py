@@ -50,11 +50,11 @@ def of_proof(model: nn.Module, runs: Sequence[Run], norms: Sequence[nn.Module], 
 
 def said(needed: dict[torch.device, int]) -> str:
     """In words, what is needed and what there is on each device."""
-    parts = []
+    needs = []
     for device, size in needed.items():
         available = free(device)
-        parts.append(f"{gib(size)} GiB on {device}" + ("" if available is None else f" (free {gib(available)})"))
-    return f"memory: about {', '.join(parts)}"
+        needs.append(f"{gib(size)} GiB on {device}" + ("" if available is None else f" (free {gib(available)})"))
+    return f"memory: about {', '.join(needs)}"
 
 
 def check(needed: dict[torch.device, int]) -> None:

@@ -278,8 +278,8 @@ class Proof:
     @property
     def verdict(self) -> Verdict:
         """ "failed": something is red. "nothing proved": nothing is, and nothing could have been (`proves_nothing`)."""
-        parts = (self.flow, self.logits, self.greedy)
-        red = not all(site.passed for site in self.sites) or any(part is not None and not part.passed for part in parts)
+        layers = [layer for layer in (self.flow, self.logits, self.greedy) if layer is not None]
+        red = not all(judged.passed for judged in (*self.sites, *layers))
         if red or (not self.fired.passed and (self.fired.expected or self.fired.missing)):
             return "failed"
         return "nothing proved" if self.proves_nothing else "proved"

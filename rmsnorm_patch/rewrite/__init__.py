@@ -15,7 +15,7 @@ import torch.nn as nn
 
 from ..errors import RMSNormPatchError, UnsupportedModel
 from ..locks import Lock
-from ..pairs.layout import Layout, layout
+from ..pairs.layout import ModelLayout, layout
 from ..patch_state import STATE, derives_from_patched, role_of, unpatched_class
 from ..scan.plan import Plan
 from . import instance_forward
@@ -39,7 +39,7 @@ APPLIED = "applied"
 """Key in the state of the module that was given to `apply`; holds its Report."""
 
 
-def apply_plan(model: nn.Module, plan: Plan, found: Layout | None = None) -> Report:
+def apply_plan(model: nn.Module, plan: Plan, found: ModelLayout | None = None) -> Report:
     """Patch `model` as `plan` says, wholly or not at all. found: what was read from it for the plan; None reads it."""
     from . import inductor, layers, norms, query_key
 

@@ -1,11 +1,16 @@
-"""What a kernel reads from a patched norm module at each call: its weight and its eps."""
+"""What a patched norm class is specialised on, and what its kernel reads from a module at each call: weight and eps."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
+
+from ..backends.names import Backend
+from ..numerics.gating import GateSpec
+from ..numerics.spec import NormSpec
+from ..scan.plan import Compiled
 
 _EPS_OF_NONE = torch.finfo(torch.float32).eps
 """What `torch.nn.RMSNorm(eps=None)` adds, whatever the input's dtype (`NormSpec.eps`)."""
@@ -44,3 +49,18 @@ class Attributes:
     def missing(self) -> str:
         """Why a weight that does not fit is not read."""
         return f"the norm's {self.weight} is not a parameter or buffer of its own"
+
+
+class NormKey(NamedTuple):
+    """What a patched norm class is specialised on; plain data, it travels in pickles."""
+
+    spec: NormSpec
+    weight_attribute: str | None
+    eps_attribute: str | None
+    backend: Backend
+    gating: GateSpec | None = None
+    compiled: Compiled = "model"
+
+    @property
+    def attributes(self) -> Attributes:
+        return Attributes(self.weight_attribute, self.eps_attribute, self.spec.eps)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -12,12 +12,10 @@ import torch.nn as nn
 from ..fused.gated_norm import op
 from ..patch_state import running_now
 from . import guards, observe
+from .attributes import NormKey
 from .counts import calls_of
 from .guise import in_the_guise_of
 from .traced import keeps_op
-
-if TYPE_CHECKING:
-    from .norms import Key
 
 NO_GATE = "the norm is called without a gate"
 
@@ -25,7 +23,7 @@ _Tensor = torch.Tensor
 _is_dynamo_tracing = torch.compiler.is_dynamo_compiling
 
 
-def forward_of(original: type[nn.Module], key: Key) -> tuple[FunctionType, Callable[[type], None], op.Bound]:
+def forward_of(original: type[nn.Module], key: NormKey) -> tuple[FunctionType, Callable[[type], None], op.Bound]:
     """The forward with the original's argument names and defaults, a function that tells it the class that it is made
     for, and what it calls."""
     assert key.gating is not None

@@ -31,7 +31,7 @@ CARRIED = "_rmsnorm_patch_normed"
 LINK = "next"
 """Key in a layer's state that holds its Link."""
 CHAIN = "chain"
-"""Key in the state of the module that runs the layers; holds its Chain."""
+"""Key in the state of the module that runs the layers; holds its HandOvers."""
 MAX_UNTAKEN = 64
 """After so many hand-overs in a row that no norm took (its layer was removed, say), a link rests (`Link.rests`)."""
 
@@ -175,7 +175,7 @@ class Link:
         return False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Link:
-        return Link()  # a layer copied alone has no next one; with its model, the copied Chain links it again
+        return Link()  # a layer copied alone has no next one; with its model, the copied HandOvers links it again
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Link, ()
@@ -226,7 +226,7 @@ class Step(NamedTuple):
     passages: tuple[Passage, ...] = ()
 
 
-class Chain:
+class HandOvers:
     """All hand-overs below one module, kept in its state so that a copy or a pickle of it links its own layers.
 
     Weak references here too: a layer that was removed from the model must not stay in memory.
@@ -261,16 +261,16 @@ class Chain:
         for step in self.steps:
             step.layer.__dict__.setdefault(STATE, {})[LINK] = self.link(step)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Chain:
+    def __deepcopy__(self, memo: dict[int, Any]) -> HandOvers:
         copied = [
             step for step in self.steps if all(id(p.holder) in memo and id(p.module) in memo for p in step.places)
         ]
-        made = Chain([copy.deepcopy(step, memo) for step in copied], self.runner, self.digest)
+        made = HandOvers([copy.deepcopy(step, memo) for step in copied], self.runner, self.digest)
         made.connect()
         return made
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Chain, (), {"steps": self.steps, "runner": self.runner, "digest": self.digest}
+        return HandOvers, (), {"steps": self.steps, "runner": self.runner, "digest": self.digest}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["steps"], state["runner"], state["digest"])  # type: ignore[misc]

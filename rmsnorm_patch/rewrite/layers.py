@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.nn as nn
 
-from ..pairs.layout import Layout, PlannedStep
+from ..pairs.layout import ModelLayout, PlannedStep
 from ..pairs.recompile import LayerKey, layer_key, rewrite
 from ..pairs.source import read_forward
 from ..patch_state import original_class
@@ -42,7 +42,7 @@ def layer_factory(original: type, key: LayerKey) -> Body:
 register_factory(ROLE, layer_factory)
 
 
-def install(plan: Plan, found: Layout, journal: Journal) -> None:
+def install(plan: Plan, found: ModelLayout, journal: Journal) -> None:
     """Swap the classes of the layers that hold the plan's fused pairs, and link each to the norm that reads its sum.
 
     found: what was read from the model when `plan` was made.
@@ -69,13 +69,13 @@ def install(plan: Plan, found: Layout, journal: Journal) -> None:
             journal.swap_class(layer.module, patched_class(original, ROLE, key))
             instance_forward.adopt(layer.module, original, journal)
     for parent, steps in _chains(found, fused):
-        chain = handover.Chain(steps, original_class(type(parent)))
+        chain = handover.HandOvers(steps, original_class(type(parent)))
         journal.set_state(parent, handover.CHAIN, chain)
         for step in chain.steps:
             journal.set_state(step.layer, handover.LINK, chain.link(step))
 
 
-def _chains(found: Layout, fused: set[tuple[str, str, str]]) -> Iterator[tuple[nn.Module, list[Step]]]:
+def _chains(found: ModelLayout, fused: set[tuple[str, str, str]]) -> Iterator[tuple[nn.Module, list[Step]]]:
     """For each module that runs layers: its hand-overs among `fused` (kind, layer path, norm path)."""
     parents = {id(step.parent): step.parent for step in found.steps}
     for parent in parents.values():

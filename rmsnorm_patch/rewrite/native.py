@@ -66,7 +66,7 @@ def enroll(cls: type, kernel: Any) -> None:
 
 
 def enroll_alone(cls: type, kernel: Any, table: object) -> None:
-    """Let `alone` serve the norms of `cls`; `table`: that of their op (`cuda_backend.table`)."""
+    """Let `alone` serve the norms of `cls`; `table`: that of their op (`ops.Bound.table`)."""
     _enroll(_alone, cls, kernel, table)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -16,12 +16,10 @@ import torch.nn as nn
 from .. import ops
 from ..backends.names import Backend
 from ..errors import PatchConflict
-from ..numerics.gating import GateSpec
-from ..numerics.spec import NormSpec
 from ..patch_state import STATE, is_patched, running_now
 from ..scan.plan import NormSite
 from . import gated, guards, inductor, instance_forward, layer_calls, native, observe
-from .attributes import Attributes
+from .attributes import NormKey
 from .classes import Body, patched_class, register_factory
 from .counts import CALLS, Calls, calls_of
 from .guise import in_the_guise_of
@@ -37,32 +35,17 @@ _is_grad_enabled = torch.is_grad_enabled
 _is_dynamo_tracing = torch.compiler.is_dynamo_compiling
 
 
-class Key(NamedTuple):
-    """What a patched norm class is specialised on; plain data, it travels in pickles."""
-
-    spec: NormSpec
-    weight_attribute: str | None
-    eps_attribute: str | None
-    backend: Backend
-    gating: GateSpec | None = None
-    compiled: Compiled = "model"
-
-    @property
-    def attributes(self) -> Attributes:
-        return Attributes(self.weight_attribute, self.eps_attribute, self.spec.eps)
-
-
-def key_of(site: NormSite, backend: Backend, compiled: Compiled = "model") -> Key:
+def key_of(site: NormSite, backend: Backend, compiled: Compiled = "model") -> NormKey:
     """Modules that differ in nothing but the value of an eps attribute share a class."""
     assert site.spec is not None
     spec = site.spec.variant if site.eps_attribute is not None else site.spec
     compiled = "model" if site.gating is not None else compiled
-    return Key(spec, site.weight_attribute, site.eps_attribute, backend, site.gating, compiled)
+    return NormKey(spec, site.weight_attribute, site.eps_attribute, backend, site.gating, compiled)
 
 
-def body(original: type[nn.Module], key: Key) -> Body:
+def body(original: type[nn.Module], key: NormKey) -> Body:
     """Factory of `classes`: the patched subclass of `original`."""
-    key = Key(*key)
+    key = NormKey(*key)
     run: Any
     if key.gating is None:
         run = ops.bind_rms_norm(key.spec, key.backend)
@@ -99,7 +82,7 @@ def install(
     journal.set_state(module, CALLS, Calls())
 
 
-def _forward_of(original: type[nn.Module], key: Key) -> tuple[FunctionType, Callable[[type], None]]:
+def _forward_of(original: type[nn.Module], key: NormKey) -> tuple[FunctionType, Callable[[type], None]]:
     """The forward, and a function that tells it the class that it is made for."""
     patched: type = original
     run = ops.bind_rms_norm(key.spec, key.backend)

@@ -20,7 +20,7 @@ EventKind = Literal["norm", "norm_add", "in_layer", "cross_layer", "kept", "take
 
 
 @dataclass(frozen=True)
-class Rotation:
+class RotatedNorm:
     """A query's or a key's norm, rotated: rotated [batch, heads, length, N], cos and sin [batch or 1, length, N].
     head_axis: of the norm's own result."""
 
@@ -58,7 +58,7 @@ class Event:
     backend: str
     reason: str = ""
     gate: torch.Tensor | None = None
-    rotation: Rotation | None = None
+    rotation: RotatedNorm | None = None
 
 
 active: set[int] = set()

@@ -17,7 +17,7 @@ import torch.nn as nn
 from .. import ops
 from ..fused.query_key_norm.kernel import BoundPair, bind_rms_norm_pair
 from ..fused.query_key_norm.rotated import bind_rms_norm_rotated
-from ..pairs.layout import Layout
+from ..pairs.layout import ModelLayout
 from ..pairs.query_key import AttentionKey, rewrite_attention, rotations_of
 from ..pairs.rotation import known, why_other
 from ..pairs.source import read_forward
@@ -52,7 +52,7 @@ def attention_factory(original: type, key: AttentionKey) -> Body:
 register_factory(ROLE, attention_factory)
 
 
-def install(plan: Plan, found: Layout, journal: Journal) -> None:
+def install(plan: Plan, found: ModelLayout, journal: Journal) -> None:
     """Swap the classes of the attentions that the plan fuses. found: what was read when `plan` was made."""
     fused: dict[str, list[QueryKeySite]] = {}
     for site in plan.fused_query_key():
@@ -103,22 +103,22 @@ def _query_key(query_norm: nn.Module, key_norm: nn.Module, query: torch.Tensor, 
         if observe.active:
             _report(query_norm, key_norm, (query, key), normed, "reference")
         return normed
-    reason, pair = _pair_for(query_norm, key_norm, kernels, query, key)
-    if pair is None or first is None or second is None:
+    reason, both_norms = _both_norms_for(query_norm, key_norm, kernels, query, key)
+    if both_norms is None or first is None or second is None:
         _apart(query_norm, key_norm, reason)
         return query_norm(query), key_norm(key)
     weights = first.weight_of(query_norm), second.weight_of(key_norm)
-    normed = pair(query, key, *weights, first.eps_of(query_norm))
+    normed = both_norms(query, key, *weights, first.eps_of(query_norm))
     for norm, kernel in ((query_norm, first), (key_norm, second)):
         calls_of(norm).together += 1
-        if pair.in_c is not None:
-            native.enroll_query_key(type(norm), kernel, pair.in_c)
+        if both_norms.in_c is not None:
+            native.enroll_query_key(type(norm), kernel, both_norms.in_c)
     if observe.active:
         _report(query_norm, key_norm, (query, key), normed, "cuda")
     return normed
 
 
-def _pair_for(
+def _both_norms_for(
     query_norm: nn.Module,
     key_norm: nn.Module,
     kernels: tuple[NormKernel | None, NormKernel | None],
@@ -148,9 +148,9 @@ def _pair_for(
     serving = ops.bind_rms_norm(spec, backend).backend_for(query, weights[0])
     if serving != "cuda":
         return f"backend {serving} has no kernel for two norms", None
-    pair = bind_rms_norm_pair(spec)
-    why = pair.why_apart(query, key, *weights)
-    return why, None if why else pair
+    both_norms = bind_rms_norm_pair(spec)
+    why = both_norms.why_apart(query, key, *weights)
+    return why, None if why else both_norms
 
 
 class Turned(NamedTuple):
@@ -212,12 +212,12 @@ def _rotated(
         if observe.active:
             _report(query_norm, key_norm, (query, key), normed, "reference", turned)
         return turned.both
-    reason, pair = "its rotation is another function than the one that was judged", None
+    reason, both_norms = "its rotation is another function than the one that was judged", None
     if judged:
-        reason, pair = _pair_for(query_norm, key_norm, kernels, query, key)
-    if pair is not None and first is not None and second is not None:
+        reason, both_norms = _both_norms_for(query_norm, key_norm, kernels, query, key)
+    if both_norms is not None and first is not None and second is not None:
         weights = first.weight_of(query_norm), second.weight_of(key_norm)
-        op = bind_rms_norm_rotated(pair.spec)
+        op = bind_rms_norm_rotated(both_norms.spec)
         reason = guards.reason(cos, None) or guards.reason(sin, None)
         reason = reason or op.why_apart(query, key, *weights, cos, sin, head_axis)
         if not reason:
@@ -266,5 +266,5 @@ def _report(
     query_norm: nn.Module, key_norm: nn.Module, rows: Two, normed: Two, backend: str, turned: Turned | None = None
 ) -> None:
     for at, (norm, x, y) in enumerate(zip((query_norm, key_norm), rows, normed, strict=True)):
-        rotation = None if turned is None else observe.Rotation(turned.both[at], *turned[1:])
+        rotation = None if turned is None else observe.RotatedNorm(turned.both[at], *turned[1:])
         observe.report(observe.Event("together", norm, (x,), y, None, backend, rotation=rotation))

@@ -13,7 +13,7 @@ from ..numerics.spec import NormSpec
 from .probe import (
     PROBE_EPS,
     ROWS,
-    Case,
+    Probe,
     candidate_specs,
     check_behaviour,
     eps_attributes,
@@ -112,11 +112,11 @@ def explain(subject: Subject) -> str:
     return f"it computes an RMSNorm on ordinary rows, but not on rows with: {', '.join(differing)}"
 
 
-def _is_fp32(case: Case) -> bool:
+def _is_fp32(case: Probe) -> bool:
     return case.x.dtype == case.weight.dtype == torch.float32
 
 
-def _follows(formula: Formula, got: torch.Tensor, subject: Subject, case: Case, rows: list[int]) -> bool:
+def _follows(formula: Formula, got: torch.Tensor, subject: Subject, case: Probe, rows: list[int]) -> bool:
     x = case.x.flatten(0, 1)[rows].double()
     weight = case.weight.double()
     weights = [weight, 1.0 + weight] if subject.weight_attribute else []
@@ -127,7 +127,7 @@ def _follows(formula: Formula, got: torch.Tensor, subject: Subject, case: Case, 
     return any(want.shape == given.shape and torch.allclose(given, want, rtol=1e-3, atol=1e-5) for want in wanted)
 
 
-def _nearest(subject: Subject, case: Case, got: torch.Tensor) -> NormSpec:
+def _nearest(subject: Subject, case: Probe, got: torch.Tensor) -> NormSpec:
     def distance(spec: NormSpec) -> tuple[int, int]:
         want = expected(case, spec, case.eps)
         return len(_rows_where(got, want, _within_last_bits)), len(_rows_where(got, want, same_bits))

@@ -17,8 +17,8 @@ from ..numerics.gating import ACTIVATIONS, ORDERS, GateSpec, gated_rms_norm
 from ..numerics.spec import SUPPORTED_DTYPES, NormSpec
 from .probe import (
     WEIGHTED_SPECS,
-    Case,
     Found,
+    Probe,
     check_behaviour,
     eps_attributes,
     group_sizes,
@@ -35,7 +35,7 @@ class _Candidate:
     gating: GateSpec
     spec: NormSpec
 
-    def of(self, case: Case, gate: torch.Tensor, eps: float | None = None) -> torch.Tensor:
+    def of(self, case: Probe, gate: torch.Tensor, eps: float | None = None) -> torch.Tensor:
         return gated_rms_norm(case.x, gate, case.weight, self.spec, self.gating, eps)
 
 
@@ -70,11 +70,11 @@ def takes_gate(cls: type[nn.Module]) -> bool:
     return plain and len(parameters) == 2 and parameters[0].default is parameters[0].empty
 
 
-def _gate(case: Case, dtype: torch.dtype) -> torch.Tensor:
+def _gate(case: Probe, dtype: torch.dtype) -> torch.Tensor:
     return (case.x.float().roll(1, dims=-1).nan_to_num(1.5, 2.5, -2.5) * 0.25).to(dtype)
 
 
-def _run(subject: Subject, case: Case, gate: torch.Tensor, eps_attribute: str, eps: object) -> torch.Tensor:
+def _run(subject: Subject, case: Probe, gate: torch.Tensor, eps_attribute: str, eps: object) -> torch.Tensor:
     twin = subject.twin(case.weight.clone())
     twin.__dict__[eps_attribute] = eps
     given = gate.clone()
@@ -84,7 +84,7 @@ def _run(subject: Subject, case: Case, gate: torch.Tensor, eps_attribute: str, e
     return result
 
 
-def _cases(subject: Subject) -> Iterator[tuple[Case, torch.Tensor]]:
+def _cases(subject: Subject) -> Iterator[tuple[Probe, torch.Tensor]]:
     for case in probe_cases(subject.columns[0]):
         for dtype in SUPPORTED_DTYPES:
             yield case, _gate(case, dtype)
@@ -112,7 +112,7 @@ def _agreeing(subject: Subject, eps_attribute: str) -> tuple[_Candidate, int] | 
     return (candidates[0], len(triples)) if candidates else None
 
 
-def _plausible(subject: Subject, case: Case, gate: torch.Tensor, got: torch.Tensor) -> list[_Candidate]:
+def _plausible(subject: Subject, case: Probe, gate: torch.Tensor, got: torch.Tensor) -> list[_Candidate]:
     """Candidates over the whole row, or over groups where no whole row explains the first probe."""
     whole = list(_candidates(None))
     if any(same_bits(got, each.of(case, gate, case.eps)) for each in whole):

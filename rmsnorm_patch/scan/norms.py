@@ -89,7 +89,8 @@ def infer_gated(module: nn.Module, _shared: Cache | None = None) -> Match:
         found = _find(subject, module, _shared)
     except Rejected as rejection:
         return Match(None, str(rejection))
-    reason = f"computes {variant_name(found.spec)} numerics {found.gating}, bit for bit in {found.pairs} dtype triples"
+    numerics = f"{variant_name(found.spec)} numerics {found.gating}"
+    reason = f"computes {numerics}, bit for bit in {found.combinations} dtype triples"
     return Match(
         spec=found.spec,
         reason="; ".join(filter(None, (reason, subject.note))),
@@ -112,7 +113,7 @@ def infer_spec(module: nn.Module, _shared: Cache | None = None) -> Match:
     except Rejected as rejection:
         return Match(None, str(rejection))
     spec = found.spec
-    reason = f"computes {variant_name(spec)} numerics, bit for bit in {found.pairs} dtype pairs"
+    reason = f"computes {variant_name(spec)} numerics, bit for bit in {found.combinations} dtype pairs"
     return Match(
         spec=spec,
         reason="; ".join(filter(None, (reason, subject.note))),

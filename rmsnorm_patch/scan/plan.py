@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..backends.names import Backend
-from ..page import folded, numbered, numerics, page
+from ..page import folded, numbered, page
 
 if TYPE_CHECKING:
     from ..numerics.gating import GateSpec
@@ -34,6 +34,18 @@ PAIR_MEANING: dict[PairKind, str] = {
 }
 SHOWN_GROUPS, SHOWN_NOTES = 40, 10
 JOINED = "compiled: in captured graphs those of {} norms that read an add take over the split product in front of it"
+
+
+def numerics(spec: NormSpec | None) -> str:
+    """A spec in a few words, e.g. "x*rstd rounded, w, eps 1e-05"."""
+    if spec is None:
+        return "unknown"
+    rounding = {"input": "x*rstd rounded", "weight": "rounded to the weight's type", "none": "one rounding"}
+    weight = {"none": "w", "fp32": "1+w", "weight_dtype": "1+w in its type"}[spec.weight_offset]
+    words = [rounding[spec.round_before_weight], weight if spec.has_weight else "no weight"]
+    words.append("eps of the dtype" if spec.eps is None else f"eps {spec.eps:g}")
+    words += [f"width {spec.width}"] * (spec.width is not None) + [f"groups of {spec.group}"] * (spec.group is not None)
+    return ", ".join(words)
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ PROBE_EPS = (0.0131, 3.7e-6)
 
 
 @dataclass(frozen=True)
-class Case:
+class Probe:
     """One probe: x [2, rows / 2, columns] and weight [columns], of one dtype pair."""
 
     x: torch.Tensor
@@ -62,12 +62,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Found:
-    """spec: with the module's own eps. eps_attribute: None where eps is a constant in the code. gating: of a norm whose
-    forward takes a gate."""
+    """spec: with the module's own eps. eps_attribute: None where eps is a constant in the code. combinations: of
+    dtypes, in how many it agrees. gating: of a norm whose forward takes a gate."""
 
     spec: NormSpec
     eps_attribute: str | None
-    pairs: int
+    combinations: int
     gating: GateSpec | None = None
 
 
@@ -91,7 +91,7 @@ def undisturbed() -> Iterator[None]:
 
 
 @lru_cache(maxsize=2)  # a wide norm's probes are megabytes
-def probe_cases(columns: int) -> tuple[Case, ...]:
+def probe_cases(columns: int) -> tuple[Probe, ...]:
     """Every dtype pair, with at least two draws; narrow norms get more, since a narrow row tells less."""
     generator = torch.Generator().manual_seed(20260301 + columns)
     cases = []
@@ -108,7 +108,7 @@ def probe_cases(columns: int) -> tuple[Case, ...]:
         weight = 0.9 * torch.randn(columns, generator=generator) + 0.3
         for x_dtype, weight_dtype in product(SUPPORTED_DTYPES, SUPPORTED_DTYPES):
             x_cast = x.to(x_dtype).view(2, len(ROWS) // 2, columns)
-            cases.append(Case(x_cast, weight.to(weight_dtype), PROBE_EPS[draw % 2]))
+            cases.append(Probe(x_cast, weight.to(weight_dtype), PROBE_EPS[draw % 2]))
     return tuple(cases)
 
 
@@ -121,7 +121,7 @@ def same_bits(a: object, b: torch.Tensor) -> bool:
     return not bool((differ & ~(a.isnan() & b.isnan())).any())
 
 
-def run(subject: Subject, case: Case, eps_attribute: str | None, eps: Any = ..., **state: Any) -> torch.Tensor:
+def run(subject: Subject, case: Probe, eps_attribute: str | None, eps: Any = ..., **state: Any) -> torch.Tensor:
     """The module's own forward on a twin, with eps and other attributes set; whatever forward raises goes through."""
     twin = subject.twin(case.weight.clone())
     if eps_attribute is not None:
@@ -130,7 +130,7 @@ def run(subject: Subject, case: Case, eps_attribute: str | None, eps: Any = ...,
     return class_forward(subject.cls)(twin, case.x.clone())
 
 
-def expected(case: Case, spec: NormSpec, eps: float | None = None) -> torch.Tensor:
+def expected(case: Probe, spec: NormSpec, eps: float | None = None) -> torch.Tensor:
     return reference.rms_norm(case.x, case.weight if spec.has_weight else None, spec, eps)
 
 
@@ -172,7 +172,7 @@ def working_columns(subject: Subject) -> int:
 
 def _agreeing(subject: Subject, columns: int, eps_attribute: str | None, constant: float | None) -> Found | None:
     candidates: list[NormSpec] | None = None
-    pairs: set[tuple[torch.dtype, torch.dtype | None]] = set()
+    combinations: set[tuple[torch.dtype, torch.dtype | None]] = set()
     for case in probe_cases(columns):
         eps = case.eps if constant is None else constant
         try:
@@ -186,8 +186,8 @@ def _agreeing(subject: Subject, columns: int, eps_attribute: str | None, constan
         candidates = [spec for spec in candidates if same_bits(got, expected(case, spec, eps))]
         if not candidates:
             return None
-        pairs.add((case.x.dtype, case.weight.dtype if subject.weight_attribute else None))
-    return Found(candidates[0], eps_attribute, len(pairs)) if candidates else None
+        combinations.add((case.x.dtype, case.weight.dtype if subject.weight_attribute else None))
+    return Found(candidates[0], eps_attribute, len(combinations)) if candidates else None
 
 
 def candidate_specs(subject: Subject) -> list[NormSpec]:
@@ -195,7 +195,7 @@ def candidate_specs(subject: Subject) -> list[NormSpec]:
     return [*(WEIGHTED_SPECS if subject.weight_attribute else ()), *WEIGHTLESS_SPECS]
 
 
-def _plausible(subject: Subject, case: Case, eps: float, got: torch.Tensor) -> list[NormSpec]:
+def _plausible(subject: Subject, case: Probe, eps: float, got: torch.Tensor) -> list[NormSpec]:
     """Candidates over all axes; width and group only where the whole row does not explain the first probe."""
     specs = candidate_specs(subject)
     if any(same_bits(got, expected(case, spec, eps)) for spec in specs):

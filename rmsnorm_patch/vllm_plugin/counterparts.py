@@ -14,7 +14,7 @@ import torch
 from ..numerics.contract import FUNCTIONAL
 from . import calls, settings, trial
 from .decision import Decision, decision_for
-from .huggingface import Norm, Numerics, numerics_of
+from .huggingface import Counterpart, Numerics, numerics_of
 from .log import logger, warn_once
 
 
@@ -66,7 +66,7 @@ def _norms(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
             yield path, module
 
 
-def _counterpart(path: str, norm: Any, numerics: Numerics, decision: Decision) -> tuple[Norm | None, str]:
+def _counterpart(path: str, norm: Any, numerics: Numerics, decision: Decision) -> tuple[Counterpart | None, str]:
     """(transformers' norm, "") or (None, why the engine's provider does not compute what that does)."""
     from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 

@@ -80,13 +80,13 @@ class Facts:
 @dataclass(frozen=True)
 class Decision:
     """route "none" stands aside; provider names the numerics (a key of SPECS), "" with route "none". linear: a product
-    and the fused norm that reads it become one op (`linear_pass`), reorder: whose product may have other bits. offset:
-    norms with fp32 `1 + w` weights are served too, by their class (`oot_route`). numerics: the classes of transformers
-    that its norms compute as, "" for the engine's own numerics; refused: why these although transformers' were asked
-    for; invariant: it is a batch-invariant engine; quantised: norms write quantised rows where the graph has readers of
-    such (`quantised_pass`); blocks: also for products that quantise blocks themselves (`block_products`);
-    silu_quantised: so does silu_and_mul (`silu_pass`); norm_add: norms take the residual-adds behind them
-    (`norm_add_pass`)."""
+    and the fused norm that reads it become one op (`passes.linear_norm`), reorder: whose product may have other bits.
+    offset: norms with fp32 `1 + w` weights are served too, by their class (`oot_route`). numerics: the classes of
+    transformers that its norms compute as, "" for the engine's own numerics; refused: why these although transformers'
+    were asked for; invariant: it is a batch-invariant engine; quantised: norms write quantised rows where the graph has
+    readers of such (`passes.norm_quantised`); blocks: also for products that quantise blocks themselves
+    (`passes.block_products`); silu_quantised: so does silu_and_mul (`passes.silu_quantised`); norm_add: norms take the
+    residual-adds behind them (`passes.norm_add`)."""
 
     route: Chosen
     provider: str

@@ -15,19 +15,10 @@ from ..backends.cuda import nvrtc
 from ..fused.linear_norm import splits as linear_norm_splits
 from ..numerics.contract import FUNCTIONAL
 from ..ops.dispatch import triton_installed
-from . import (
-    batch_invariant,
-    block_products,
-    calls,
-    counterparts,
-    linear_pass,
-    norm_add_pass,
-    quantised_pass,
-    settings,
-    silu_pass,
-)
+from . import batch_invariant, calls, counterparts, settings
 from .decision import NORM_QUANT, SPECS, Decision, decide, decision_for, facts_of
 from .log import logger, warn_once
+from .passes import block_products, linear_norm, norm_add, norm_quantised, silu_quantised
 from .wrapping import wrap_once
 
 _LOGGED: set[tuple[int, str]] = set()
@@ -68,15 +59,15 @@ def install_passes() -> None:
         return
     passes: tuple[Any, ...] = (
         block_products.PASS,
-        quantised_pass.PASS,
-        silu_pass.PASS,
-        norm_add_pass.PASS,
-        linear_pass,
+        norm_quantised.PASS,
+        silu_quantised.PASS,
+        norm_add.PASS,
+        linear_norm,
     )
     for name, wrapper in (("configure", "wrap_configure"), ("__call__", "wrap_call"), ("uuid", "wrap_uuid")):
         wrap_once(PostGradPassManager, name, _in_turn(*(getattr(one, wrapper) for one in passes)))
-    if linear_pass.tell not in linear_norm_splits.on_found:
-        linear_norm_splits.on_found.append(linear_pass.tell)
+    if linear_norm.tell not in linear_norm_splits.on_found:
+        linear_norm_splits.on_found.append(linear_norm.tell)
 
 
 Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -159,7 +150,7 @@ def _compute_hash(original: Callable[..., Any]) -> Callable[..., Any]:
         decision = decision_for(self)
         if decision.route == "none":
             return key
-        ours = fingerprint(decision, linear_pass.splits_of(self, decision))
+        ours = fingerprint(decision, linear_norm.splits_of(self, decision))
         return hashlib.sha256(f"{key} {ours}".encode()).hexdigest()[: len(key)]
 
     return compute_hash

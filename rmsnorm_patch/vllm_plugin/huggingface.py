@@ -34,7 +34,7 @@ SPECS = {
 
 
 @dataclass(frozen=True)
-class Norm:
+class Counterpart:
     """One norm of transformers' model. columns: None for a norm without a weight, which takes any."""
 
     class_name: str
@@ -46,13 +46,13 @@ class Norm:
 @dataclass(frozen=True)
 class Numerics:
     """provider: "" where it is not known what transformers computes, or where no provider computes it, and `reason`
-    says why; else the classes whose numerics it has. norms: path -> `Norm`."""
+    says why; else the classes whose numerics it has. norms: path -> `Counterpart`."""
 
     provider: str
     reason: str
-    norms: tuple[tuple[str, Norm], ...] = ()
+    norms: tuple[tuple[str, Counterpart], ...] = ()
 
-    def of(self, path: str, columns: int, has_weight: bool) -> Norm | None:
+    def of(self, path: str, columns: int, has_weight: bool) -> Counterpart | None:
         """The counterpart of an engine's norm: of the same path, else what all norms of that length agree on."""
         length = columns if has_weight else None
         at = dict(self.norms).get(path)
@@ -169,6 +169,6 @@ def _provider_of(spec: NormSpec) -> tuple[str, str]:
     return "", f"computes {spec.round_before_weight=}, {spec.weight_offset=}, {spec.output=}"
 
 
-def _norm(site: NormSite, spec: NormSpec) -> Norm:
+def _norm(site: NormSite, spec: NormSpec) -> Counterpart:
     columns = site.hidden_size if spec.has_weight else None
-    return Norm(site.class_name, columns, spec.resolve_eps(torch.bfloat16), spec.weight_offset != "none")
+    return Counterpart(site.class_name, columns, spec.resolve_eps(torch.bfloat16), spec.weight_offset != "none")

@@ -13,7 +13,7 @@ BLOCKS_INSIDE = "products quantise blocks themselves"
 
 def without_gain(quantisation: Any, blocks: bool = False) -> str:
     """What products of `quantisation`, a QuantizationConfig of vLLM or None, do where norms of ours gained nothing;
-    "" elsewhere. blocks: norms quantise blocks for such products (`block_products`)."""
+    "" elsewhere. blocks: norms quantise blocks for such products (`passes.block_products`)."""
     if quantisation is None:
         return ""
     if _has_given_scales(quantisation):

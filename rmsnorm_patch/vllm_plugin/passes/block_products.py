@@ -22,13 +22,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..backends.bindings import kept
-from ..fused.linear_norm.graph import arguments_by_name
-from ..numerics.quantisation import FEW_ROWS, GROUP, quantise
-from ..ops.library import register
-from . import block_rows, quantised_pass, trial
-from .log import warn_once
-from .managed_pass import ManagedPass
+from ...backends.bindings import kept
+from ...fused.linear_norm.graph import arguments_by_name
+from ...numerics.quantisation import FEW_ROWS, GROUP, quantise
+from ...ops.library import register
+from .. import trial
+from ..log import warn_once
+from . import block_rows, norm_quantised
+from .managed import ManagedPass
 from .norms_in_graphs import erase_unread, norm_of
 from .quantisations import views_to
 
@@ -72,7 +73,7 @@ def fuse(graph: fx.Graph) -> int:
         for node in calls:
             products[_part(graph, node)] = node.target, node.meta
             graph.erase_node(node)
-        return quantised_pass.fuse(graph) if products else 0
+        return norm_quantised.fuse(graph) if products else 0
     finally:
         for product, (target, meta) in products.items():
             if block_rows.is_inserted(product.args[0].args[0]):  # type: ignore[union-attr]

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import fx
 
-from ..fused.linear_norm import splits as linear_norm_splits
-from ..fused.linear_norm.graph import join, tunes_products
-from .decision import Decision, decision_for
-from .log import logger, warn_once
+from ...fused.linear_norm import splits as linear_norm_splits
+from ...fused.linear_norm.graph import join, tunes_products
+from ..decision import Decision, decision_for
+from ..log import logger, warn_once
 
 _TOLD: set[tuple[int, int]] = set()
 

@@ -17,16 +17,17 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..fused.silu_quantised import kernel as silu_kernel
-from ..fused.silu_quantised import op as silu_op
-from ..numerics.quantisation import GROUP, QuantSpec
-from ..numerics.silu import DTYPES, Silu, silu_and_mul
-from . import quantisations, trial
-from .log import logger
-from .managed_pass import ManagedPass
+from ...fused.silu_quantised import kernel as silu_kernel
+from ...fused.silu_quantised import op as silu_op
+from ...numerics.quantisation import GROUP, QuantSpec
+from ...numerics.silu import DTYPES, Silu, silu_and_mul
+from .. import trial
+from ..log import logger
+from . import quantisations
+from .managed import ManagedPass
+from .norm_quantised import quantisations_of, read_instead
 from .norms_in_graphs import Places, erase_unread, place_in_model
-from .quantisations import Call, Quantisation
-from .quantised_pass import quantisations_of, read_instead
+from .quantisations import Quantisation, WritingCall
 
 aten, prims = torch.ops.aten, torch.ops.prims
 _PACKETS = (
@@ -41,7 +42,7 @@ _ROWS = 8
 
 
 @dataclass(frozen=True)
-class Product:
+class SiluProduct:
     """silu(gate) * up in a graph. x: both halves; rows: what holds the result, from behind `node` on. nodes: what
     computes it, from last to first."""
 
@@ -74,7 +75,7 @@ def _changed(graph: fx.Graph, node: fx.Node, places: Places) -> bool:
     return product_alone is not None and _fuse_readers(graph, product_alone, places)
 
 
-def _whole(node: fx.Node) -> tuple[Product, Quantisation] | None:
+def _whole(node: fx.Node) -> tuple[SiluProduct, Quantisation] | None:
     """The product and its quantisation that a node is, in one op; None for any other node."""
     call = quantisations.call_of(node)
     if call is None or call.name not in _WHOLE:
@@ -93,17 +94,17 @@ def _whole(node: fx.Node) -> tuple[Product, Quantisation] | None:
     given = call.arguments["scale"] if spec.scheme == "fp8_static" else None
     name = f"{quantisations.NAMESPACE}.{call.name}"
     one = Quantisation(spec, given, rows, scales, node, nodes, is_op=True, name=name)
-    return Product(node, call.input, node, silu, []), one
+    return SiluProduct(node, call.input, node, silu, []), one
 
 
-def _whole_static(call: Call) -> tuple[Silu, QuantSpec] | None:
+def _whole_static(call: WritingCall) -> tuple[Silu, QuantSpec] | None:
     scale = call.arguments["scale"]
     if not isinstance(scale, fx.Node) or scale.meta["val"].numel() != 1:
         return None
     return "rounded", QuantSpec("fp8_static", arithmetic="fused")
 
 
-def _whole_block(call: Call) -> tuple[Silu, QuantSpec] | None:
+def _whole_block(call: WritingCall) -> tuple[Silu, QuantSpec] | None:
     given = call.arguments
     rows = given["out"]
     if given["group_size"] != GROUP or given["scale_ub"] is not None or rows.meta["val"].dtype != torch.float8_e4m3fn:
@@ -111,7 +112,7 @@ def _whole_block(call: Call) -> tuple[Silu, QuantSpec] | None:
     return "product", QuantSpec("fp8_block", "fp32", "fused", quantisations.layout_of(call, "scales"))
 
 
-_WHOLE: dict[str, Callable[[Call], tuple[Silu, QuantSpec] | None]] = {
+_WHOLE: dict[str, Callable[[WritingCall], tuple[Silu, QuantSpec] | None]] = {
     "silu_and_mul_quant": _whole_static,
     "silu_and_mul_per_block_quant": _whole_block,
 }
@@ -129,17 +130,17 @@ def _has_halves(x: Any, rows: fx.Node | None) -> bool:
     return isinstance(value.shape[-1], int) and value.shape[-1] == 2 * result.shape[-1]
 
 
-def _product(node: fx.Node, places: Places) -> Product | None:
+def _product(node: fx.Node, places: Places) -> SiluProduct | None:
     if call := quantisations.call_of(node, "silu_and_mul"):
         results = quantisations.results_of(call) if call.name == "silu_and_mul" else None
         if results is None or len(results[0]) != 1 or not _has_halves(call.input, results[0][0]):
             return None
         nodes = [*(results[0] if call.functional else []), node, *quantisations.buffers_of(call)]
-        return Product(node, call.input, results[0][0], "rounded", nodes)
+        return SiluProduct(node, call.input, results[0][0], "rounded", nodes)
     return _product_in_arithmetic(node, places)
 
 
-def _product_in_arithmetic(node: fx.Node, places: Places) -> Product | None:
+def _product_in_arithmetic(node: fx.Node, places: Places) -> SiluProduct | None:
     value = node.meta.get("val")
     if node.target is not aten.mul.Tensor or not isinstance(value, torch.Tensor) or value.dtype not in DTYPES:
         return None
@@ -161,7 +162,7 @@ def _product_in_arithmetic(node: fx.Node, places: Places) -> Product | None:
     with _disable_current_modes():
         if not _is_silu_and_mul(nodes, x):
             return None
-    return Product(node, x, node, "fp32", nodes[::-1])
+    return SiluProduct(node, x, node, "fp32", nodes[::-1])
 
 
 def _is_silu_and_mul(nodes: list[fx.Node], x: fx.Node) -> bool:
@@ -182,7 +183,7 @@ def _is_silu_and_mul(nodes: list[fx.Node], x: fx.Node) -> bool:
     return found.shape == want.shape and torch.allclose(found.float(), want.float(), rtol=rtol, atol=1e-5)
 
 
-def _fuse_readers(graph: fx.Graph, product: Product, places: Places) -> bool:
+def _fuse_readers(graph: fx.Graph, product: SiluProduct, places: Places) -> bool:
     """The product and what quantises its rows, if nothing else reads them."""
     found, left = quantisations_of(product.rows, lambda node: places[node] > places[product.node], places, "fp32")
     if not found and not left:
@@ -197,7 +198,7 @@ def _fuse_readers(graph: fx.Graph, product: Product, places: Places) -> bool:
     return _fuse(graph, product, same, places)
 
 
-def _fuse(graph: fx.Graph, product: Product, same: list[Quantisation], places: Places) -> bool:
+def _fuse(graph: fx.Graph, product: SiluProduct, same: list[Quantisation], places: Places) -> bool:
     first = same[0]
     if why := _declined(product, first, places):
         _tell(product, f"is left to {first.name}: {why}", "left", first.spec, why)
@@ -214,14 +215,14 @@ def _fuse(graph: fx.Graph, product: Product, same: list[Quantisation], places: P
     return True
 
 
-def _declined(product: Product, found: Quantisation, places: Places) -> str:
+def _declined(product: SiluProduct, found: Quantisation, places: Places) -> str:
     """Why the kernel does not write these rows, or ""."""
     if found.given is not None and places[found.given] > places[product.node]:
         return "its scale is computed behind the product"
     return trial.declined_silu(product.x.meta["val"], product.silu, found.spec, found.given is not None)
 
 
-def _insert(graph: fx.Graph, product: Product, found: Quantisation) -> tuple[fx.Node, fx.Node]:
+def _insert(graph: fx.Graph, product: SiluProduct, found: Quantisation) -> tuple[fx.Node, fx.Node]:
     """The op's two results."""
     op, spec = torch.ops.rmsnorm_patch.silu_and_mul_quantised.default, found.spec
     made = graph.call_function(
@@ -240,7 +241,7 @@ def _insert(graph: fx.Graph, product: Product, found: Quantisation) -> tuple[fx.
 _TOLD: set[tuple[Any, ...]] = set()
 
 
-def _tell(product: Product, what: str, *once: Any) -> None:
+def _tell(product: SiluProduct, what: str, *once: Any) -> None:
     """One line in the log for products of a length that this is so of."""
     columns = product.x.meta["val"].shape[-1] // 2
     if (columns, *once) not in _TOLD:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..numerics.quantisation import QuantSpec, new_scales
+from ...numerics.quantisation import QuantSpec, new_scales
 from .quantisations import Quantisation, views_to
 
 NAME = "dynamic_flashinfer_deepgemm_blockscale_gemm"

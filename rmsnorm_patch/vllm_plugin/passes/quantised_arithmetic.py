@@ -16,7 +16,7 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..numerics.quantisation import GROUP, QuantSpec, quantise
+from ...numerics.quantisation import GROUP, QuantSpec, quantise
 from .quantisations import VIEWS, Quantisation
 
 aten, prims = torch.ops.aten, torch.ops.prims

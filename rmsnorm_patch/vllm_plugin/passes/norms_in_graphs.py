@@ -11,10 +11,10 @@ import torch
 from torch import fx
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 
-from ..fused.linear_norm.graph import arguments_by_name
-from ..numerics.contract import FUSED_ADD, FUSED_ADD_IN_PLACE, RMS_NORM
-from ..numerics.spec import NormSpec
-from .log import logger
+from ...fused.linear_norm.graph import arguments_by_name
+from ...numerics.contract import FUSED_ADD, FUSED_ADD_IN_PLACE, RMS_NORM
+from ...numerics.spec import NormSpec
+from ..log import logger
 
 _SPEC = ("round_before_weight", "weight_offset", "output", "sum", "width", "group")
 

@@ -4,7 +4,7 @@ become one op (`fused.norm_add`).
 Sandwich layouts have a norm behind a sub-layer whose result is added to the residual. vLLM writes this in two ways. In
 one a fused add and norm takes the norm's result. In the other the add is the graph's own; a norm may read its sum.
 
-The pass starts from our own ops, in the forms of `norms_in_graphs`, and runs behind `quantised_pass`. The op has the
+The pass starts from our own ops, in the forms of `norms_in_graphs`, and runs behind `norm_quantised`. The op has the
 bits of the separate kernels. An add of the graph's own is left where the compiler would compute it in one kernel with
 what makes its terms or reads its sum: there the sum is not rounded in between, and costs no launch.
 """
@@ -20,12 +20,12 @@ from torch import fx
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ..fused.linear_norm.graph import tunes_products, writes
-from ..fused.norm_add import op as norm_add_op
-from ..numerics.contract import FUSED_ADD_IN_PLACE
-from ..numerics.spec import NormSpec
-from . import trial
-from .managed_pass import ManagedPass
+from ...fused.linear_norm.graph import tunes_products, writes
+from ...fused.norm_add import op as norm_add_op
+from ...numerics.contract import FUSED_ADD_IN_PLACE
+from ...numerics.spec import NormSpec
+from .. import trial
+from .managed import ManagedPass
 from .norms_in_graphs import (
     Norm,
     Places,

@@ -1,7 +1,7 @@
 """Which quantisation a node of a compiled graph is: one of vLLM's ops, or arithmetic that vLLM left to the compiler.
 
 An op is known by its name and schema: called as it is, or as the functional call that torch makes of an op that writes.
-Arithmetic is known by what it computes (`arithmetic.py`), since releases write it differently.
+Arithmetic is known by what it computes (`quantised_arithmetic.py`), since releases write it differently.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 
-from ..numerics.quantisation import FP8_LIMIT, GROUP, Layout, QuantSpec
+from ...numerics.quantisation import FP8_LIMIT, GROUP, Layout, QuantSpec
 
 aten = torch.ops.aten
 NAMESPACE = "_C"
@@ -45,7 +45,7 @@ class Quantisation:
 
 
 @dataclass(frozen=True)
-class Call:
+class WritingCall:
     """An op that writes its results. written: the arguments that it writes, by name, in their order; functional: the
     node is a functional call of it, whose results are those of the node."""
 
@@ -60,7 +60,7 @@ class Call:
         return self.arguments.get("input")
 
 
-def call_of(node: fx.Node, part: str = "quant") -> Call | None:
+def call_of(node: fx.Node, part: str = "quant") -> WritingCall | None:
     """The op of vLLM's that a node calls, if its name has this part: by default a quantisation."""
     functional = node.target is auto_functionalized
     op: Any = node.args[0] if functional else node.target
@@ -73,27 +73,27 @@ def call_of(node: fx.Node, part: str = "quant") -> Call | None:
         named = zip((argument.name for argument in schema.arguments), node.args, strict=False)
         arguments = {**{a.name: a.default_value for a in schema.arguments}, **dict(named), **node.kwargs}
     written = tuple(a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write)
-    return Call(node, schema.name.removeprefix(f"{NAMESPACE}::"), arguments, written, functional)
+    return WritingCall(node, schema.name.removeprefix(f"{NAMESPACE}::"), arguments, written, functional)
 
 
-def _static(call: Call) -> QuantSpec | str:
+def _static(call: WritingCall) -> QuantSpec | str:
     scale = call.arguments["scale"]
     if not isinstance(scale, fx.Node) or scale.meta["val"].numel() != 1:
         return "it has a scale for each group, given"
     return QuantSpec("fp8_static", arithmetic="separate")
 
 
-def _token(call: Call) -> QuantSpec | str:
+def _token(call: WritingCall) -> QuantSpec | str:
     return QuantSpec("fp8_token", arithmetic="separate")
 
 
-def _int8(call: Call) -> QuantSpec | str:
+def _int8(call: WritingCall) -> QuantSpec | str:
     if call.arguments.get("azp") is not None:
         return "its zeros are not at 0"
     return QuantSpec("int8_token", arithmetic="separate")
 
 
-def _block(call: Call) -> QuantSpec | str:
+def _block(call: WritingCall) -> QuantSpec | str:
     given = call.arguments
     if given["group_size"] != GROUP:
         return f"its groups have {given['group_size']} columns, and ours {GROUP}"
@@ -103,7 +103,7 @@ def _block(call: Call) -> QuantSpec | str:
     return QuantSpec("fp8_block", "rounded", "separate", layout, bool(given["scale_ue8m0"]))
 
 
-def layout_of(call: Call, scales: str) -> Layout:
+def layout_of(call: WritingCall, scales: str) -> Layout:
     """As the tensor for the scales, an argument, lies; columns that are padded for TMA are named by a flag, as a symbol
     cannot be."""
     value = call.arguments[scales].meta["val"]
@@ -112,7 +112,7 @@ def layout_of(call: Call, scales: str) -> Layout:
     return "tma_aligned" if call.arguments.get("dummy_is_tma_aligned") else "column_major"
 
 
-OPS: dict[str, Callable[[Call], QuantSpec | str]] = {
+OPS: dict[str, Callable[[WritingCall], QuantSpec | str]] = {
     "static_scaled_fp8_quant": _static,
     "dynamic_per_token_scaled_fp8_quant": _token,
     "dynamic_scaled_int8_quant": _int8,
@@ -125,7 +125,7 @@ OPS: dict[str, Callable[[Call], QuantSpec | str]] = {
 """vLLM's quantisations: what each is, or why none of ours is the same."""
 
 
-def of_op(call: Call, rows: fx.Node) -> Quantisation | str:
+def of_op(call: WritingCall, rows: fx.Node) -> Quantisation | str:
     """What an op quantises these rows of a norm to, or why it is left alone."""
     views, source = views_to(call.input)
     if source is not rows:
@@ -148,7 +148,7 @@ def of_op(call: Call, rows: fx.Node) -> Quantisation | str:
     return Quantisation(spec, given, held, scales, call.node, made_by, is_op=True)
 
 
-def results_of(call: Call) -> list[list[fx.Node]] | None:
+def results_of(call: WritingCall) -> list[list[fx.Node]] | None:
     """For each argument that is written, the nodes that hold it afterwards."""
     if call.functional:
         schema = call.node.args[0]._schema  # type: ignore[union-attr]
@@ -173,7 +173,7 @@ def _is_its_own(buffer: fx.Node) -> bool:
     return buffer.target in ALLOCATIONS
 
 
-def buffers_of(call: Call) -> list[fx.Node]:
+def buffers_of(call: WritingCall) -> list[fx.Node]:
     """What the call's results are written to, and for a view also the memory behind it."""
     found = []
     for name in call.written:

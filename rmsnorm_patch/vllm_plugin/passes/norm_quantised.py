@@ -5,7 +5,7 @@ What reads a norm decides, not the name of the model's quantisation. A reader th
 reads plain rows, and the norm stays as it is. Readers of both kinds get two outputs. Each norm in front of a
 quantisation that none of our kernels has is named in the log.
 
-The pass starts from our own ops, in the forms that `linear_pass` knows, and runs in front of it.
+The pass starts from our own ops, in the forms that `linear_norm` knows, and runs in front of it.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import torch
 from torch import fx
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 
-from ..fused.norm_quantised import kernel as norm_quantised_kernel
-from ..fused.norm_quantised import op as norm_quantised_op
-from ..numerics.contract import FUSED_ADD, FUSED_ADD_IN_PLACE
-from ..numerics.quantisation import QuantSpec, Value
-from ..numerics.spec import NormSpec
-from . import arithmetic, block_rows, quantisations, trial
-from .managed_pass import ManagedPass
+from ...fused.norm_quantised import kernel as norm_quantised_kernel
+from ...fused.norm_quantised import op as norm_quantised_op
+from ...numerics.contract import FUSED_ADD, FUSED_ADD_IN_PLACE
+from ...numerics.quantisation import QuantSpec, Value
+from ...numerics.spec import NormSpec
+from .. import trial
+from . import block_rows, quantisations, quantised_arithmetic
+from .managed import ManagedPass
 from .norms_in_graphs import Norm, Places, erase_unread, is_the_only_name, norm_of, tell_once
 from .quantisations import Quantisation
 
@@ -69,7 +70,7 @@ def quantisations_of(
     """What quantises rows, the first in the graph first; and what else does, with the reason why that is left alone.
     value: what arithmetic reads, once it is no longer the compiler's."""
     found, left = list[Quantisation](), list[str]()
-    readers = quantisations.readers(rows, come_after, arithmetic.ARITHMETIC.__contains__)
+    readers = quantisations.readers(rows, come_after, quantised_arithmetic.ARITHMETIC.__contains__)
     for reader in sorted(readers, key=places.__getitem__):
         one: Quantisation | str
         if call := quantisations.call_of(reader):
@@ -77,7 +78,7 @@ def quantisations_of(
         elif block_rows.is_inserted(reader):
             one, name = block_rows.of_node(reader, rows), f"vllm.{block_rows.NAME}"
         elif quantisations.is_quantised(reader):
-            one, name = arithmetic.of_arithmetic(reader, rows, come_after), "a quantisation in arithmetic"
+            one, name = quantised_arithmetic.of_arithmetic(reader, rows, come_after), "a quantisation in arithmetic"
         else:
             continue
         if isinstance(one, str):

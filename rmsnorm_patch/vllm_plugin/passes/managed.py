@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import fx
 
-from .decision import decision_for
-from .log import warn_once
+from ..decision import decision_for
+from ..log import warn_once
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class ManagedPass:
         return call
 
     def wrap_uuid(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """As `linear_pass.wrap_uuid`."""
+        """As `linear_norm.wrap_uuid`."""
 
         def uuid(manager: Any) -> str:
             return f"{original(manager)}|rmsnorm_patch {self.name} {self._runs(manager)}"
