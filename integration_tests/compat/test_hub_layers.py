@@ -15,6 +15,7 @@ import torch
 
 import kernels
 from rmsnorm_patch.compat import hub_layers
+from rmsnorm_patch.fused.gated_norm import op as gated_norm
 from rmsnorm_patch.scan.gated import UNKNOWN
 from rmsnorm_patch.scan.norms import Match, infer_gated
 from rmsnorm_patch.scan.probe import same_bits
@@ -115,6 +116,29 @@ def test_every_class_that_carries_a_name_is_known_or_left_to_itself(named_classe
     assert unknown == []
 
 
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("gate_first", [True, False])
+def test_a_module_that_is_called_with_a_gate_and_without(gate_first: bool) -> None:
+    """What is known of its calls with a gate says nothing of those without one, whichever come first."""
+    from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNormGated
+
+    class Both(Qwen3_5RMSNormGated):
+        def forward(self, hidden_states, gate=None):
+            if gate is not None:
+                return super().forward(hidden_states, gate)
+            normed = hidden_states.float() * torch.rsqrt(
+                hidden_states.float().pow(2).mean(-1, keepdim=True) + self.variance_epsilon
+            )
+            return self.weight * normed.to(hidden_states.dtype)
+
+    norm, x, gate = norm_of(Both), rows(), rows(seed=2)
+    for gated in (gate_first, not gate_first):
+        got = hub_layers.rms_norm_gated(norm, x, gate) if gated else hub_layers.rms_norm(norm, x)
+        torch.testing.assert_close(got, norm(x, gate) if gated else norm(x), rtol=0.01, atol=0.01)
+    assert isinstance(hub_layers.served(norm, gated=True).run, gated_norm.Bound)
+    assert hub_layers.served(norm).run is None
+
+
 def test_gated_norms_are_told_apart() -> None:
     from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearRMSNormGated
     from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNormGated
@@ -205,7 +229,7 @@ with torch.no_grad():
     y = layer.forward(norm, x)
 torch.testing.assert_close(y, norm(x))
 served = sys.modules[layer.__module__].rms_norm.__globals__["_SERVED"]
-run = served[norm].run
+run = served[False][norm].run
 assert run.backend == "triton" and run.__class__.__module__.startswith("_rmsnorm_patch_{variant}_"), run
 assert not any(name.partition(".")[0] == "rmsnorm_patch" for name in sys.modules)
 """

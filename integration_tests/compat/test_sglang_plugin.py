@@ -13,6 +13,7 @@ import torch
 from rmsnorm_patch import UnsupportedInput
 from rmsnorm_patch.compat import sglang_plugin
 from rmsnorm_patch.numerics import reference
+from rmsnorm_patch.ops import dispatch
 from rmsnorm_patch.scan.probe import same_bits
 
 COLUMNS = 96
@@ -104,6 +105,26 @@ def test_a_kernel_that_does_not_run_costs_a_warning(
     own, tensors = Own(name), operands(name)
     assert agree(results(hook_of(name, own), tensors), results(Own(name), tensors))
     assert "no image for this device" in caplog.text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_trial_holds_for_the_backend_that_it_tried(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call under another value of the variable binds another op, which is tried first."""
+    monkeypatch.delenv(dispatch.BACKEND_VARIABLE, raising=False)
+    own, tensors = Own(name), operands(name)
+    results(hook_of(name, own), tensors)
+    trials = own.calls
+    monkeypatch.setenv(dispatch.BACKEND_VARIABLE, "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    results(hook_of(name, own), tensors)
+    results(hook_of(name, own), tensors)
+    assert own.calls == 2 * trials
+    monkeypatch.setenv(dispatch.BACKEND_VARIABLE, "cuda")  # which does not run here
+    assert agree(results(hook_of(name, own), tensors), results(Own(name), tensors))
+    monkeypatch.delenv(dispatch.BACKEND_VARIABLE)
+    calls = own.calls
+    results(hook_of(name, own), tensors)
+    assert own.calls == calls
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -109,12 +109,14 @@ def test_replays_have_the_bits_of_eager_mode(m: int, outcomes: list[captured.Out
 @pytest.mark.parametrize(("mode", "m"), [(None, 8), ("reduce-overhead", 300)])
 @torch.no_grad()
 def test_bits_of_stock_where_nothing_is_joined(mode: str | None, m: int, outcomes: list[captured.Outcome]) -> None:
-    """Without capture, and with more rows than the kernel takes."""
+    """Without capture, and with more rows than the kernel takes. Inductor times how it splits a reduction, and each
+    compilation for itself: the order of a sum, and with it bits, could differ between two of stock's own."""
     model = layer()
-    want = replayed(model, mode)(*given(m))
-    rmsnorm_patch.apply(model, compiled="joined")
-    torch._dynamo.reset()
-    got = replayed(model, mode)(*given(m))
+    with config.patch(deterministic=True):
+        want = replayed(model, mode)(*given(m))
+        rmsnorm_patch.apply(model, compiled="joined")
+        torch._dynamo.reset()
+        got = replayed(model, mode)(*given(m))
     assert all(torch.equal(mine, other) for mine, other in zip(got, want, strict=True))
     assert [outcome.joined for outcome in outcomes] == [0]
 

@@ -138,12 +138,15 @@ def test_families_are_proved(small_model: Callable[..., PreTrainedModel], model_
 def test_every_call_is_the_launchers_and_gives_the_bits_of_python(
     small_model: Callable[..., PreTrainedModel], model_type: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After the first call of each kind no check of a sandwich is made in Python."""
+    """After the first call of each kind no check of a sandwich is made in Python; rows of another dtype were before."""
     from rmsnorm_patch.rewrite import norm_adds
 
+    tokens = torch.arange(1, 40, device="cuda")[None]
+    with torch.no_grad():
+        rmsnorm_patch.apply(before := small_model(model_type, FP32, num_hidden_layers=4).cuda())
+        before(tokens, use_cache=False)
     model = small_model(model_type, BF16, num_hidden_layers=4).cuda()
     rmsnorm_patch.apply(model)
-    tokens = torch.arange(1, 40, device="cuda")[None]
     with torch.no_grad():
         guarded = model(tokens, use_cache=False).logits
         model(tokens, use_cache=False)

@@ -21,6 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 import rmsnorm_patch
 from rmsnorm_patch import PatchConflict, UnsupportedInput
 from rmsnorm_patch.fused.linear_norm import captured
+from rmsnorm_patch.ops import sources
 from rmsnorm_patch.rewrite import inductor
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -238,6 +239,50 @@ def test_an_apply_that_fails_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     assert not inductor._LIVE
 
 
+@pytest.mark.parametrize("where", ["before", "behind"])
+def test_the_last_of_the_others_is_dropped_while_a_model_is_patched(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A collection may run in the middle of it, before or behind what puts the pass there."""
+    others = [inductor.Joining()]
+    install = inductor.install
+
+    def collecting() -> None:
+        if where == "before":
+            others.clear()
+        install()
+        others.clear()
+
+    monkeypatch.setattr(inductor, "install", collecting)
+    model = layer()
+    rmsnorm_patch.apply(model, compiled="joined")
+    assert not others
+    assert config.joint_custom_pre_pass is not None
+    rmsnorm_patch.revert(model)
+    assert config.joint_custom_pre_pass is None
+
+
+def test_a_model_is_patched_by_another_thread_while_the_last_of_the_others_goes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The other thread may have seen the pass, which is then taken away."""
+    first, others, uninstall = [inductor.Joining()], [], inductor.uninstall
+
+    def meanwhile() -> None:
+        if not others:
+            thread = threading.Thread(target=lambda: others.append(inductor.Joining()))
+            thread.start()
+            thread.join()
+        uninstall()
+
+    monkeypatch.setattr(inductor, "uninstall", meanwhile)
+    first.clear()
+    assert len(others) == 1
+    assert config.joint_custom_pre_pass is not None
+    others[:] = [None]
+    assert config.joint_custom_pre_pass is None
+
+
 def test_a_thread_that_compiles(outcomes: list[captured.Outcome]) -> None:
     """What Inductor is configured with holds in one thread alone in newer versions of torch."""
     model = layer()
@@ -270,7 +315,7 @@ def test_a_pass_that_stood_there_runs_first_and_comes_back() -> None:
     rmsnorm_patch.apply(model, compiled="joined")
     compiled(model)
     assert noting.joinable == [1]
-    assert config.joint_custom_pre_pass.uuid()[2:] == ("noting",)
+    assert config.joint_custom_pre_pass.uuid() == ("rmsnorm_patch", sources.digest(), "noting")
     rmsnorm_patch.revert(model)
     assert config.joint_custom_pre_pass is noting
     config.joint_custom_pre_pass = None

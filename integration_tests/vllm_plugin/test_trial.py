@@ -11,8 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rmsnorm_patch import ops
 from rmsnorm_patch.errors import KernelBuildError
+from rmsnorm_patch.fused.norm_add import op as norm_add_op
 from rmsnorm_patch.fused.norm_quantised import op as norm_quantised_op
 from rmsnorm_patch.fused.silu_quantised import op as silu_op
+from rmsnorm_patch.numerics import reference
 from rmsnorm_patch.numerics.contract import PLAIN_OPS
 from rmsnorm_patch.numerics.quantisation import QuantSpec, rms_norm_quantised
 from rmsnorm_patch.numerics.silu import silu_and_mul_quantised
@@ -92,6 +94,22 @@ QUANTS = [
     QuantSpec("fp8_block", "rounded", "separate", "tma_aligned", True),
     QuantSpec("int8_token", "rounded", "separate"),
 ]
+
+
+@pytest.mark.parametrize("following", [False, True])
+def test_a_norm_and_its_adds_are_held_against_the_separate_ops(
+    following: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    op = norm_add_op.NORM_ADD_NORM if following else norm_add_op.NORM_ADD
+
+    def tried() -> str:
+        return trial._trial_norm_add(op, torch.bfloat16, 96, torch.bfloat16, SPEC, following, CPU)
+
+    assert tried() == ""
+    name = "norm_add_norm" if following else "norm_add"
+    real = getattr(reference, name)
+    monkeypatch.setattr(reference, name, lambda x, residual, *rest: real(x, residual + 1, *rest))
+    assert "disagrees with the separate ones" in tried()
 
 
 def _trial_quantised(op: str, quant: QuantSpec) -> str:

@@ -43,14 +43,16 @@ class Served(NamedTuple):
     automatic: bool = True
 
 
-_SERVED: WeakKeyDictionary[nn.Module, Served] = WeakKeyDictionary()
+_SERVED: dict[bool, WeakKeyDictionary[nn.Module, Served]] = {False: WeakKeyDictionary(), True: WeakKeyDictionary()}
+"""By whether the module is asked for a gated norm."""
 
 
 def served(module: nn.Module, gated: bool = False) -> Served:
-    """How `module` is served; probed at the first question, and again once it has another class."""
-    known = _SERVED.get(module)
+    """How calls of `module` with a gate, or without one, are served; probed at the first of them, and again once it
+    has another class."""
+    known = _SERVED[gated].get(module)
     if known is None or known.cls is not type(module):
-        known = _SERVED[module] = _find(module, gated)
+        known = _SERVED[gated][module] = _find(module, gated)
     return known
 
 

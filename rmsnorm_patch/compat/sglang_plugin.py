@@ -23,6 +23,7 @@ from .. import ops
 from ..errors import RMSNormPatchError, UnsupportedInput
 from ..numerics.contract import FUSED_ADD_IN_PLACE, PLAIN_OPS, RMS_NORM
 from ..numerics.spec import GEMMA, NormSpec
+from ..ops import dispatch
 from .sglang import GEMMA_SPEC, SPEC
 
 VARIABLE = "RMSNORM_PATCH_SGLANG"
@@ -43,7 +44,8 @@ DTYPES = (torch.bfloat16, torch.float16)
 ROWS = (1, 3)
 """Rows of the trial calls: a schedule is compiled per row length, for all row counts of one reduction tree."""
 
-Key = tuple[str, torch.dtype, int, torch.device]
+Key = tuple[str, torch.dtype, int, torch.device, str]
+"""Function, rows, and what RMSNORM_PATCH_BACKEND says, by which the op is bound that serves."""
 _trusted: dict[Key, bool] = {}
 logger = logging.getLogger("rmsnorm_patch.sglang")
 
@@ -121,7 +123,7 @@ def hook_of_add(name: str, spec: NormSpec) -> Callable[..., None]:
 def _serves(name: str, own: Callable[..., Any], x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether our kernel takes a call of these tensors. The first one of a shape is tried, unless a graph is being
     captured: then SGLang's function is, and nothing is remembered."""
-    key = name, x.dtype, x.shape[-1], x.device
+    key = name, x.dtype, x.shape[-1], x.device, dispatch.variable_for("auto")
     trusted = _trusted.get(key)
     if trusted is None:
         if x.is_cuda and torch.cuda.is_current_stream_capturing():

@@ -7,9 +7,9 @@ others, and passes that somebody put there before or after, are as they were.
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -18,7 +18,7 @@ from torch import fx
 from .. import ops
 from ..errors import UnsupportedInput
 from ..fused.linear_norm import captured
-from ..numerics import reference
+from ..ops import sources
 from ..scan.plan import Compiled
 
 FORMS: tuple[Compiled, ...] = get_args(Compiled)
@@ -68,15 +68,22 @@ def uninstall() -> None:
 
 
 _LIVE: set[int] = set()
+_numbers = itertools.count()
 
 
 class Joining:
     """Lives as long as a model is patched with "joined"; a copy of the model has one of its own."""
 
     def __init__(self) -> None:
-        install()
-        _LIVE.add(id(self))
-        weakref.finalize(self, _gone, id(self)).atexit = False
+        number = next(_numbers)
+        _LIVE.add(number)  # first: the last of the others may be dropped at any point, by a collection right here
+        gone = weakref.finalize(self, _gone, number)
+        gone.atexit = False
+        try:
+            install()
+        except BaseException:
+            gone()
+            raise
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Joining:
         return Joining()
@@ -86,9 +93,12 @@ class Joining:
 
 
 def _gone(number: int) -> None:
+    """A finaliser: no lock, since whoever drops a model may hold one."""
     _LIVE.discard(number)
     if not _LIVE:
         uninstall()
+        if _LIVE:  # another thread has patched a model meanwhile, and may have seen the pass still there
+            install()
 
 
 def _config() -> Any:
@@ -111,7 +121,7 @@ def _our_pass() -> Any:
     """The class of the pass, made when Inductor is first needed: importing it is no small thing."""
     if _CLASS:
         return _CLASS[0]
-    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+    from torch._inductor.custom_graph_pass import CustomGraphPass
 
     class JoinNorms(CustomGraphPass):
         def __init__(self, before: Any) -> None:
@@ -132,10 +142,7 @@ def _our_pass() -> Any:
             others = [each.uuid() if isinstance(each, CustomGraphPass) else None for each in _passes(self.before)]
             if None in others:
                 return None
-            return "rmsnorm_patch", get_hash_for_files(_SOURCES), *others
+            return "rmsnorm_patch", sources.digest(), *others
 
     _CLASS.append(JoinNorms)
     return JoinNorms
-
-
-_SOURCES = (*(str(path) for path in sorted(Path(captured.__file__).parent.glob("*.py"))), reference.__file__)

@@ -11,11 +11,12 @@ from .. import ops
 from ..backends.bindings import kept
 from ..numerics.contract import FUSED_ADD, FUSED_ADD_IN_PLACE, RMS_NORM
 from ..numerics.spec import NormSpec, WeightOffset
+from ..ops import sources
 from . import huggingface
 from .decision import SPECS
 
-VERSION = 7
-"""Raise it when the graphs that the routes produce change: it is part of vLLM's compile-cache key."""
+VERSION = sources.digest()
+"""Of what the routes and passes emit: a part of vLLM's compile-cache key, and of the key of Inductor's own cache."""
 
 COMPILER_HEAD = 256
 """In compiled graphs the norm over heads of up to this length is left to the compiler, which fuses it with the split of

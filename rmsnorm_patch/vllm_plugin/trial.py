@@ -83,31 +83,50 @@ def _why(
     return ""
 
 
-def _trial(
-    dtype: torch.dtype, n: int, weight_dtype: torch.dtype | None, spec: NormSpec, op: str, device: torch.device
+Pairs = Iterable[tuple[torch.Tensor, torch.Tensor]]
+"""Each result of a kernel beside the one that it is held against."""
+Agree = Callable[[torch.Tensor, torch.Tensor], bool]
+
+
+def _held_against(
+    what: str, compute: Callable[[int], Pairs], agree: Agree, device: torch.device, rows: Iterable[int] = ROWS
 ) -> str:
-    """Run the op on a few rows and hold it against the reference arithmetic."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, device=device).to(dtype)
-
-    weight = None if weight_dtype is None else normal(n)
-    row = PLAIN_OPS[op]
-    for rows in ROWS:
-        tensors = tuple(normal(rows, n) for _ in range(row.operands))
-        again = tuple(tensor.clone() for tensor in tensors)
+    """Run a kernel, for some numbers of rows: "" where its results agree with `what`, else what is wrong."""
+    for m in rows:
         try:
-            got = row.results(ops.bind(op, spec)(*tensors, weight, 1e-6), tensors)
+            pairs = tuple(compute(m))
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
         except (RMSNormPatchError, RuntimeError, OSError) as error:
             return f"its kernel does not run here ({error})"
-        want = row.results(row.reference(*again, weight, spec, 1e-6), again)
-        for left, right in zip(got, want, strict=True):
-            if not torch.allclose(left.float(), right.float(), rtol=4 * torch.finfo(dtype).eps, atol=1e-6):
-                return "its kernel disagrees with the reference on this device"
+        if not all(agree(*pair) for pair in pairs):
+            return f"its kernel disagrees with {what} on this device"
     return ""
+
+
+def _normal(dtype: torch.dtype, device: torch.device) -> Callable[..., torch.Tensor]:
+    """f(*shape) -> normally distributed numbers, of one seed."""
+    generator = torch.Generator(device).manual_seed(0)
+    return lambda *shape: torch.randn(*shape, generator=generator, device=device).to(dtype)
+
+
+def _trial(
+    dtype: torch.dtype, n: int, weight_dtype: torch.dtype | None, spec: NormSpec, op: str, device: torch.device
+) -> str:
+    """Run the op on a few rows and hold it against the reference arithmetic."""
+    normal, row = _normal(dtype, device), PLAIN_OPS[op]
+    weight = None if weight_dtype is None else normal(n)
+
+    def compute(m: int) -> Pairs:
+        tensors = tuple(normal(m, n) for _ in range(row.operands))
+        again = tuple(tensor.clone() for tensor in tensors)
+        got = row.results(ops.bind(op, spec)(*tensors, weight, 1e-6), tensors)
+        return zip(got, row.results(row.reference(*again, weight, spec, 1e-6), again), strict=True)
+
+    def agree(got: torch.Tensor, want: torch.Tensor) -> bool:
+        return torch.allclose(got.float(), want.float(), rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+
+    return _held_against("the reference", compute, agree, device)
 
 
 def declined_norm_add(x: torch.Tensor, weight: torch.Tensor | None, spec: NormSpec, following: bool) -> str:
@@ -148,26 +167,16 @@ def _trial_norm_add(
     weight = None if weight_dtype is None else torch.empty(n, dtype=weight_dtype, device=device)
     if why := bound.why_apart(made, weight):
         return why
-    generator = torch.Generator(device).manual_seed(0)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, device=device).to(dtype)
-
+    normal = _normal(dtype, device)
     weights = [None if weight_dtype is None else normal(n).to(weight_dtype) for _ in range(2)]
-    for m in ROWS:
+
+    def compute(m: int) -> Pairs:
         x, residual = normal(m, n), normal(m, n)
-        try:
-            found = bound(x, residual, weights[0], 1e-6, *((weights[1], 1e-5) if following else ()))
-            want = bound.fused(bound.plain(x, weights[0], 1e-6), residual, weights[1], 1e-5)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-        except (RMSNormPatchError, RuntimeError, OSError) as error:
-            return f"its kernel does not run here ({error})"
-        if not all(
-            torch.equal(*pair) for pair in zip(found if following else (found,), want[-1 - following :], strict=True)
-        ):
-            return "its kernel disagrees with the separate ones on this device"
-    return ""
+        found = bound(x, residual, weights[0], 1e-6, *((weights[1], 1e-5) if following else ()))
+        want = bound.fused(bound.plain(x, weights[0], 1e-6), residual, weights[1], 1e-5)
+        return zip(found if following else (found,), want[-1 - following :], strict=True)
+
+    return _held_against("the separate ones", compute, torch.equal, device)
 
 
 def declined_quantised(
@@ -212,29 +221,20 @@ def _trial_quantised(
     device: torch.device,
 ) -> str:
     """Run the op on a few rows and hold it against the definition; an rstd may differ in its last bits."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, device=device).to(dtype)
-
+    normal, run = _normal(dtype, device), getattr(torch.ops.rmsnorm_patch, op).default
     weight = None if weight_dtype is None else normal(n)
     given = torch.full((1,), 0.02, device=device) if bounded else None
-    for m in (*ROWS, FEW_ROWS) if quant.arithmetic == "by_rows" else ROWS:
+    rest = (*ops.spec_args(spec), *norm_quantised_op.quant_args(quant, both=True))
+
+    def compute(m: int) -> Pairs:
         x, residual = normal(m, n), normal(m, n) if op == norm_quantised_op.FUSED else None
         want = rms_norm_quantised(x, residual, weight, spec, quant, 1e-6, given)
         tensors = (x,) if residual is None else (x, residual)
-        rest = (*ops.spec_args(spec), *norm_quantised_op.quant_args(quant, both=True))
-        try:
-            run = getattr(torch.ops.rmsnorm_patch, op).default
-            got = run(*tensors, weight, given, quant.scheme, 1e-6, *rest)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-        except (RMSNormPatchError, RuntimeError, OSError) as error:
-            return f"its kernel does not run here ({error})"
-        results = (*got, x if residual is None else residual)
-        if not all(_is_close(left, right) for left, right in zip(results, want, strict=True)):
-            return "its kernel disagrees with the reference on this device"
-    return ""
+        got = run(*tensors, weight, given, quant.scheme, 1e-6, *rest)
+        return zip((*got, x if residual is None else residual), want, strict=True)
+
+    rows = (*ROWS, FEW_ROWS) if quant.arithmetic == "by_rows" else ROWS
+    return _held_against("the reference", compute, _is_close, device, rows)
 
 
 def declined_silu(x: torch.Tensor, silu: Silu, quant: QuantSpec, bounded: bool) -> str:
@@ -259,21 +259,15 @@ def _trial_silu(
     dtype: torch.dtype, width: int, silu: Silu, quant: QuantSpec, bounded: bool, device: torch.device
 ) -> str:
     """Run the op on a few rows and hold it against the definition; an exponential may differ in its last bits."""
-    generator = torch.Generator(device).manual_seed(0)
-    given = torch.full((1,), 0.02, device=device) if bounded else None
-    for m in ROWS:
-        x = torch.randn(m, width, generator=generator, device=device).to(dtype)
+    normal, given = _normal(dtype, device), torch.full((1,), 0.02, device=device) if bounded else None
+
+    def compute(m: int) -> Pairs:
+        x = normal(m, width)
         want = silu_and_mul_quantised(x, silu, quant, given)
-        try:
-            run = torch.ops.rmsnorm_patch.silu_and_mul_quantised.default
-            got = run(x, given, quant.scheme, *silu_op.silu_args(silu, quant))
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-        except (RMSNormPatchError, RuntimeError, OSError) as error:
-            return f"its kernel does not run here ({error})"
-        if not all(_is_close(left, right) for left, right in zip(got, want, strict=True)):
-            return "its kernel disagrees with the reference on this device"
-    return ""
+        run = torch.ops.rmsnorm_patch.silu_and_mul_quantised.default
+        return zip(run(x, given, quant.scheme, *silu_op.silu_args(silu, quant)), want, strict=True)
+
+    return _held_against("the reference", compute, _is_close, device)
 
 
 def _is_close(got: torch.Tensor, want: torch.Tensor) -> bool:

@@ -258,7 +258,7 @@ def changed(name: str, value: Any) -> Iterator[None]:
 
     before = getattr(calls, name), calls.VERSION
     setattr(calls, name, value)
-    calls.VERSION = f"{calls.VERSION} {name}"  # type: ignore[assignment]
+    calls.VERSION = f"{calls.VERSION} {name}"
     yield
     setattr(calls, name, before[0])
     calls.VERSION = before[1]

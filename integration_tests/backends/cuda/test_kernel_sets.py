@@ -17,6 +17,7 @@ from rmsnorm_patch.backends.cuda import driver, jit, kernel_set, schedules
 from rmsnorm_patch.errors import KernelBuildError, UnsupportedInput
 from rmsnorm_patch.fused.gated_norm import kernel as gated_norm_kernel
 from rmsnorm_patch.fused.linear_norm import kernel as linear_norm_kernel
+from rmsnorm_patch.fused.norm_add.op import NORM_ADD, NORM_ADD_NORM, BoundNormAdd
 from rmsnorm_patch.fused.norm_quantised import kernel as norm_quantised_kernel
 from rmsnorm_patch.fused.query_key_norm import kernel as query_key_norm_kernel
 from rmsnorm_patch.fused.query_key_norm import rotated as rotated_kernel
@@ -260,3 +261,22 @@ def test_a_launch_that_fails_names_op_shape_and_error(device_of_sm_90, functions
     device_of_sm_90.library.set_result(719)
     with pytest.raises(KernelBuildError, match=r"rms_norm_partials: launch on cpu, x \(3, 4096\) torch.bfloat16"):
         bound(*operands)
+
+
+@pytest.mark.parametrize("op", [NORM_ADD, NORM_ADD_NORM])
+def test_one_table_for_every_kind_of_row(recorded, monkeypatch, op):
+    """launcher.c is told of one of a norm's class: rows of a width, dtype or device that comes later are in it too."""
+    guards = torch._C._dynamo.guards
+    monkeypatch.setattr(guards, "_empty_strided_cuda", guards._empty_strided_cpu, raising=False)
+    monkeypatch.setattr(BoundNormAdd, "backend_for", lambda *_: "cuda")
+    monkeypatch.setattr(BoundNormAdd, "why_apart", lambda *_: "")
+    ops.forget()
+    bound = BoundNormAdd(op, LLAMA, "auto", True)
+    tables, calls = [], []
+    for n, dtype in ((256, torch.float32), (256, BF16), (512, BF16)):
+        calls.append(bound._route(torch.empty(2, n, dtype=dtype), torch.empty(n, dtype=dtype))[1])
+        tables.append(bound.table)
+    assert bound.table is not None
+    assert all(table is bound.table for table in tables)
+    assert all(call is calls[0] for call in calls)
+    ops.forget()

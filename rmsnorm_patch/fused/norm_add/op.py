@@ -83,6 +83,7 @@ class BoundNormAdd:
         self.plain = ops.bind_rms_norm(spec, backend, pdl)
         self.fused = ops.bind_fused_add_rms_norm(spec, backend, pdl)
         self._routes: dict[tuple[Any, ...], tuple[str, Call]] = {}
+        self._bound: dict[str, tuple[Call, object | None]] = {}
 
     def __repr__(self) -> str:
         return f"BoundNormAdd({self.op!r}, {self.spec!r}, backend={self.backend!r})"
@@ -159,7 +160,9 @@ class BoundNormAdd:
             return backend, self._reference
         if self.why_apart(x, weight):
             return backend, self._apart
-        call, table = _module(backend).bind(self, self.dependent)
+        if backend not in self._bound:  # one table for all routes: launcher.c looks into the first that it is told of
+            self._bound.setdefault(backend, _module(backend).bind(self, self.dependent))
+        call, table = self._bound[backend]
         self.table = table or self.table
         return backend, call
 

@@ -13,6 +13,7 @@ from torch import fx
 
 from ...fused.linear_norm import splits as linear_norm_splits
 from ...fused.linear_norm.graph import join, tunes_products
+from .. import calls
 from ..decision import Decision, decision_for
 from ..log import logger, warn_once
 
@@ -64,7 +65,7 @@ def wrap_uuid(original: Callable[..., Any]) -> Callable[..., Any]:
     """The passes are part of the key of Inductor's own cache, which engines of different settings may share."""
 
     def uuid(self: Any) -> str:
-        return f"{original(self)}|rmsnorm_patch linear {_joins(self)} {_splits(self)}"
+        return f"{original(self)}|rmsnorm_patch {calls.VERSION} linear {_joins(self)} {_splits(self)}"
 
     return uuid
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx
 
+from .. import calls
 from ..decision import decision_for
 from ..log import warn_once
 
@@ -45,7 +46,7 @@ class ManagedPass:
         """As `linear_norm.wrap_uuid`."""
 
         def uuid(manager: Any) -> str:
-            return f"{original(manager)}|rmsnorm_patch {self.name} {self._runs(manager)}"
+            return f"{original(manager)}|rmsnorm_patch {calls.VERSION} {self.name} {self._runs(manager)}"
 
         return uuid
 
