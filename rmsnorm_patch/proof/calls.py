@@ -53,11 +53,8 @@ def judge(
     rotated = _shared_launches(found, prefix, turned, ran, original_calls, _ROTATED)
     for path in ran.keys() - set(planned):
         found.miss(path, "ran fused, and the plan leaves it alone")
-    first = found.first
-    if not found.missing and list(orders[0]) != list(orders[1]):
-        at = next((i for i, (a, b) in enumerate(zip(*orders, strict=False)) if a != b), min(map(len, orders)))
-        first = [*orders[0], ""][min(at, len(orders[0]))]
-        found.missing.append(f"norm call {at} is {first} in the original and another one in the patched model")
+    if not found.missing:
+        found.out_of_order(*orders)
     return FiredProof(
         expected=sum(original_calls.get(path, 0) for path in planned),
         fused=fused,
@@ -65,7 +62,7 @@ def judge(
         pairs_fused=paired,
         fallbacks=tuple(found.fallbacks),
         missing=tuple(found.missing),
-        site=first,
+        site=found.first,
         strict=strict,
         together_expected=shared[0],
         together=shared[1],
@@ -88,6 +85,15 @@ class _Findings:
     def miss(self, path: str, what: str) -> None:
         self.missing.append(f"{path}: {what}")
         self.first = self.first or path
+
+    def out_of_order(self, original: Sequence[str], patched: Sequence[str]) -> None:
+        """Where the norms of the two runs, by their paths, were not called in the same order."""
+        if list(original) == list(patched):
+            return
+        both, shorter = zip(original, patched, strict=False), min(len(original), len(patched))
+        at = next((number for number, (one, other) in enumerate(both) if one != other), shorter)
+        self.first = original[at] if at < len(original) else ""
+        self.missing.append(f"norm call {at} is {self.first} in the original and another one in the patched model")
 
 
 def _norm_calls(found: _Findings, path: str, calls: Counter[str], expected: int, reasons: str) -> int:
