@@ -10,7 +10,7 @@ from collections.abc import Collection
 from ...numerics.spec import NormSpec
 from ..rows import named
 from . import norms, quantised, query_key  # noqa: F401  each enters its providers
-from .table import MAKERS, OURS, Provider
+from .table import MAKERS, OURS_BY_OP, Provider
 
 
 def load(
@@ -26,7 +26,7 @@ def load(
     """
     found, missing = [], {}
     for (name, of), (make, in_place) in MAKERS.items():
-        if of != op or (only_ours and (name, of) not in OURS) or (wanted and name not in wanted):
+        if of != op or (only_ours and (name, of) not in OURS_BY_OP) or (wanted and name not in wanted):
             continue
         try:
             found.append(Provider(name, op, make(spec), in_place))

@@ -22,7 +22,7 @@ class Provider:
 
 
 MAKERS: dict[tuple[str, str], tuple[Callable[[NormSpec], Call], bool]] = {}
-OURS: set[tuple[str, str]] = set()
+OURS_BY_OP: set[tuple[str, str]] = set()
 
 
 def provider(name: str, op: str, in_place: bool = False):
@@ -40,7 +40,7 @@ def ours(name: str, op: str, in_place: bool = False):
 
     def register(make: Callable[[NormSpec], Call]) -> Callable[[NormSpec], Call]:
         MAKERS[name, op] = (make, in_place)
-        OURS.add((name, op))
+        OURS_BY_OP.add((name, op))
         return make
 
     return register
