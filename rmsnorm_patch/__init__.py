@@ -80,8 +80,8 @@ def __getattr__(name: str) -> Any:
     if where is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     with _IMPORTING:
-        found = import_module(where, __name__)
-        value = globals()[name] = found if name in _ROOMS else getattr(found, name)
+        module = import_module(where, __name__)
+        value = globals()[name] = module if name in _ROOMS else getattr(module, name)
     return value
 
 

@@ -265,9 +265,9 @@ class HandOvers:
         copied = [
             step for step in self.steps if all(id(p.holder) in memo and id(p.module) in memo for p in step.places)
         ]
-        made = HandOvers([copy.deepcopy(step, memo) for step in copied], self.runner, self.digest)
-        made.connect()
-        return made
+        handed = HandOvers([copy.deepcopy(step, memo) for step in copied], self.runner, self.digest)
+        handed.connect()
+        return handed
 
     def __reduce__(self) -> tuple[Any, ...]:
         return HandOvers, (), {"steps": self.steps, "runner": self.runner, "digest": self.digest}

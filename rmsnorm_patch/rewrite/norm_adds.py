@@ -187,9 +187,9 @@ def _why_apart(inner: nn.Module, kernel: NormKernel | None, side: int, a: torch.
     if reason:
         return reason
     weight = kernel.weight_of(inner)
-    made = kernel.spec.output_dtype(x.dtype, None if weight is None else weight.dtype)
-    if x.dtype is not residual.dtype or made is not x.dtype:
-        return f"the norm makes {made} of {x.dtype}, and adds {residual.dtype}: a kernel has one dtype for all three"
+    normed = kernel.spec.output_dtype(x.dtype, None if weight is None else weight.dtype)
+    if x.dtype is not residual.dtype or normed is not x.dtype:
+        return f"the norm makes {normed} of {x.dtype}, and adds {residual.dtype}: a kernel has one dtype for all three"
     return ""
 
 

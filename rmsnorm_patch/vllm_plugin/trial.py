@@ -157,14 +157,15 @@ def _trial_norm_add(
     for m in ROWS:
         x, residual = normal(m, n), normal(m, n)
         try:
-            found = bound(x, residual, weights[0], 1e-6, *((weights[1], 1e-5) if following else ()))
+            results = bound(x, residual, weights[0], 1e-6, *((weights[1], 1e-5) if following else ()))
             want = bound.fused(bound.plain(x, weights[0], 1e-6), residual, weights[1], 1e-5)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
         except (RMSNormPatchError, RuntimeError, OSError) as error:
             return f"its kernel does not run here ({error})"
         if not all(
-            torch.equal(*pair) for pair in zip(found if following else (found,), want[-1 - following :], strict=True)
+            torch.equal(*pair)
+            for pair in zip(results if following else (results,), want[-1 - following :], strict=True)
         ):
             return "its kernel disagrees with the separate ones on this device"
     return ""

@@ -119,8 +119,8 @@ def _flashinfer_cuda():
 
 def vllm_op(name: str) -> Call:
     """An op of vLLM's compiled library, without importing vLLM: that would change Inductor's settings."""
-    found = importlib.util.find_spec("vllm")
-    folders = (found.submodule_search_locations if found else None) or ()
+    spec = importlib.util.find_spec("vllm")
+    folders = (spec.submodule_search_locations if spec else None) or ()
     libraries = [library for folder in folders for library in sorted(Path(folder).glob("_C*.so"))]
     if not libraries:
         raise ImportError("vLLM's library is not installed")

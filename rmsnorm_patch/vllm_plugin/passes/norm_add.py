@@ -227,13 +227,13 @@ def _unstored_reader(value: fx.Node) -> fx.Node | None:
 def _is_stored(site: Site, places: Places) -> bool:
     """Whether the add reads its residual from memory: an input of the graph, what an opaque node gives, or what one
     reads that stands between the residual and the norm."""
-    made = site.residual
-    while _hands_on(made) and made.all_input_nodes:
-        made = made.all_input_nodes[0]
-    if made.op != "call_function" or _is_opaque(made):
+    term = site.residual
+    while _hands_on(term) and term.all_input_nodes:
+        term = term.all_input_nodes[0]
+    if term.op != "call_function" or _is_opaque(term):
         return True
-    names, reached, stored = {made}, {made}, False
-    node = made.next
+    names, reached, stored = {term}, {term}, False
+    node = term.next
     while node is not site.add:
         inputs = node.all_input_nodes
         stored = stored or (_is_opaque(node) and not names.isdisjoint(inputs))
@@ -288,16 +288,16 @@ def _insert(graph: fx.Graph, site: Site) -> tuple[fx.Node, fx.Node]:
         arguments.update({f"next_{name}": site.following.arguments[name] for name in ("weight", "eps")})
     name = norm_add_op.NORM_ADD if site.following is None else norm_add_op.NORM_ADD_NORM
     op = getattr(torch.ops.rmsnorm_patch, name).default
-    made = graph.call_function(op, tuple(arguments[argument.name] for argument in op._schema.arguments))
+    node = graph.call_function(op, tuple(arguments[argument.name] for argument in op._schema.arguments))
     if stack := site.norm.node.meta.get("nn_module_stack"):
-        made.meta["nn_module_stack"] = stack
+        node.meta["nn_module_stack"] = stack
     x = given["x"].meta["val"]
     if site.following is None:
-        made.meta["val"] = x.new_empty(x.shape)
-        return made, made
-    made.meta["val"] = x.new_empty(x.shape), x.new_empty(x.shape)
-    results = [graph.call_function(operator.getitem, (made, place)) for place in range(2)]
-    for result, value in zip(results, made.meta["val"], strict=True):
+        node.meta["val"] = x.new_empty(x.shape)
+        return node, node
+    node.meta["val"] = x.new_empty(x.shape), x.new_empty(x.shape)
+    results = [graph.call_function(operator.getitem, (node, place)) for place in range(2)]
+    for result, value in zip(results, node.meta["val"], strict=True):
         result.meta["val"] = value
     return results[0], results[1]
 
