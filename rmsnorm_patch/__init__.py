@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from .backends.names import BACKENDS, Backend
 from .errors import (
     KernelBuildError,
+    NoCacheError,
     NothingProved,
     PatchConflict,
     RMSNormPatchError,
@@ -41,6 +42,7 @@ __all__ = [
     "BACKENDS",
     "Backend",
     "KernelBuildError",
+    "NoCacheError",
     "NormSite",
     "NormSpec",
     "NothingProved",
