@@ -43,8 +43,8 @@ DTYPES = (torch.bfloat16, torch.float16)
 ROWS = (1, 3)
 """Rows of the trial calls: a schedule is compiled per row length, for all row counts of one reduction tree."""
 
-Key = tuple[str, torch.dtype, int, torch.device]
-_trusted: dict[Key, bool] = {}
+Tried = tuple[str, torch.dtype, int, torch.device]
+_trusted: dict[Tried, bool] = {}
 logger = logging.getLogger("rmsnorm_patch.sglang")
 
 

@@ -15,7 +15,7 @@ from ..patch_state import original_class
 from ..scan.plan import Plan
 from . import handover, instance_forward, layer_calls, norm_adds
 from .classes import Body, patched_class, register_factory
-from .handover import Step
+from .handover import HandOver
 from .journal import Journal
 from .places import Index, Passage, between, index_of
 
@@ -75,7 +75,7 @@ def install(plan: Plan, layout_read: ModelLayout, journal: Journal) -> None:
             journal.set_state(step.layer, handover.LINK, chain.link(step))
 
 
-def _chains(layout_read: ModelLayout, fused: set[tuple[str, str, str]]) -> Iterator[tuple[nn.Module, list[Step]]]:
+def _chains(layout_read: ModelLayout, fused: set[tuple[str, str, str]]) -> Iterator[tuple[nn.Module, list[HandOver]]]:
     """For each module that runs layers: its hand-overs among `fused` (kind, layer path, norm path)."""
     parents = {id(step.parent): step.parent for step in layout_read.steps}
     for parent in parents.values():
@@ -89,10 +89,10 @@ def _chains(layout_read: ModelLayout, fused: set[tuple[str, str, str]]) -> Itera
             yield parent, steps
 
 
-def _step(planned: PlannedStep, index: Index) -> Step:
+def _step(planned: PlannedStep, index: Index) -> HandOver:
     """index: of the parent."""
     layer, receiver = planned.layer.module, None if planned.receiver is None else planned.receiver.module
     places = between(planned.parent, index, layer, planned.norm, receiver, planned.leaves)
     passages = [Passage.through(module, out=True) for module in planned.leaves]
     passages += [Passage.through(module, out=False) for module in planned.enters]
-    return Step(layer, planned.norm, receiver, planned.passive, places, tuple(passages))
+    return HandOver(layer, planned.norm, receiver, planned.passive, places, tuple(passages))

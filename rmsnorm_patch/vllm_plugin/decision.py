@@ -67,7 +67,7 @@ class Facts:
     quantised: settings.Quantised = "auto"
     norm_quant: bool = False
     without_gain: str = ""
-    norm_add: settings.NormAdd = "auto"
+    norm_add: settings.NormAdds = "auto"
     silu_quantised: settings.SiluQuantised = "off"
     blocks: settings.Blocks = "auto"
 

@@ -24,8 +24,8 @@ SILU_QUANTISED_VARIABLE = "RMSNORM_PATCH_VLLM_SILU_QUANTISED"
 Blocks = Literal["auto", "on", "off"]
 BLOCKS: tuple[Blocks, ...] = get_args(Blocks)
 BLOCKS_VARIABLE = "RMSNORM_PATCH_VLLM_BLOCKS"
-NormAdd = Literal["auto", "off"]
-NORM_ADDS: tuple[NormAdd, ...] = get_args(NormAdd)
+NormAdds = Literal["auto", "off"]
+NORM_ADDS: tuple[NormAdds, ...] = get_args(NormAdds)
 NORM_ADD_VARIABLE = "RMSNORM_PATCH_VLLM_NORM_ADD"
 Numerics = Literal["engine", "huggingface"]
 NUMERICS: tuple[Numerics, ...] = get_args(Numerics)
@@ -63,7 +63,7 @@ def read_blocks() -> Blocks:
     return _one_of(BLOCKS_VARIABLE, BLOCKS)
 
 
-def read_norm_add() -> NormAdd:
+def read_norm_add() -> NormAdds:
     """Whether `RMSNORM_PATCH_VLLM_NORM_ADD` lets norms take the residual-adds behind them into their launches."""
     return _one_of(NORM_ADD_VARIABLE, NORM_ADDS)
 

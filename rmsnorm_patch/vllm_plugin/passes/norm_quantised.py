@@ -27,7 +27,7 @@ from ...numerics.spec import NormSpec
 from .. import trial
 from . import block_rows, quantisations, quantised_arithmetic
 from .managed import ManagedPass
-from .norms_in_graphs import Norm, Places, erase_unread, is_the_only_name, norm_of, tell_once
+from .norms_in_graphs import Norm, Positions, erase_unread, is_the_only_name, norm_of, tell_once
 from .quantisations import Quantisation
 
 aten = torch.ops.aten
@@ -43,7 +43,7 @@ def fuse(graph: fx.Graph) -> int:
     return count
 
 
-def _fuse(graph: fx.Graph, norm: Norm, places: Places) -> bool:
+def _fuse(graph: fx.Graph, norm: Norm, places: Positions) -> bool:
     """Whether the norm writes quantised rows now."""
     quantisers, left = quantisations_of(
         norm.rows, lambda node: places[node] > places[norm.node], places, _value(norm.spec)
@@ -67,7 +67,7 @@ def _fuse(graph: fx.Graph, norm: Norm, places: Places) -> bool:
 
 
 def quantisations_of(
-    rows: fx.Node, come_after: Callable[[fx.Node], bool], places: Places, value: Value
+    rows: fx.Node, come_after: Callable[[fx.Node], bool], places: Positions, value: Value
 ) -> tuple[list[Quantisation], list[str]]:
     """What quantises rows, the first in the graph first; and what else does, with the reason why that is left alone.
     value: what arithmetic reads, once it is no longer the compiler's."""
@@ -97,7 +97,7 @@ def _value(spec: NormSpec) -> Value:
     return "fp32" if (spec.sum, spec.round_before_weight) == ("fp32", "none") else "rounded"
 
 
-def _declined(norm: Norm, quantiser: Quantisation, places: Places) -> str:
+def _declined(norm: Norm, quantiser: Quantisation, places: Positions) -> str:
     """Why the kernel does not write these rows for this norm, or ""."""
     if quantiser.given is not None and places[quantiser.given] > places[norm.node]:
         return "its scale is computed behind the norm"
@@ -122,7 +122,7 @@ def _is_given_up(residual: fx.Node, norm: fx.Node) -> bool:
     return residual.op != "placeholder" and all(user is norm for user in residual.users)
 
 
-def _replace(graph: fx.Graph, norm: Norm, same: list[Quantisation], places: Places) -> bool:
+def _replace(graph: fx.Graph, norm: Norm, same: list[Quantisation], places: Positions) -> bool:
     """Put the op that writes quantised rows in place of the norm, and its results in place of what quantised them.
     Returns whether somebody reads the plain rows too."""
 
@@ -145,14 +145,14 @@ def _replace(graph: fx.Graph, norm: Norm, same: list[Quantisation], places: Plac
     return both
 
 
-def read_instead(graph: fx.Graph, same: list[Quantisation], rows: fx.Node, scales: fx.Node, places: Places) -> None:
+def read_instead(graph: fx.Graph, same: list[Quantisation], rows: fx.Node, scales: fx.Node, places: Positions) -> None:
     """Whoever reads what these quantisations give reads `rows` and `scales`. Views are put where the graph inserts."""
     for one in same:
         for held, result in (*((old, rows) for old in one.rows), *((old, scales) for old in one.scales)):
             _replace_behind(held, _as_shaped(graph, result, held), one.node, places)
 
 
-def _replace_behind(old: fx.Node, new: fx.Node, node: fx.Node, places: Places) -> None:
+def _replace_behind(old: fx.Node, new: fx.Node, node: fx.Node, places: Positions) -> None:
     old.replace_all_uses_with(new, delete_user_cb=lambda user: places.get(user, -1) > places[node])
 
 
@@ -215,7 +215,7 @@ def _tell_served(norm: Norm, quantiser: Quantisation, both: bool) -> None:
     tell_once(_TOLD, norm, text, spec, quantiser.name, both)
 
 
-def _tell_plain(norm: Norm, places: Places) -> None:
+def _tell_plain(norm: Norm, places: Positions) -> None:
     """Which plain rows are read by whom."""
     behind = (user for user in norm.rows.users if places[user] > places[norm.node])
     names = sorted({str(user.args[0] if user.target is auto_functionalized else user.target) for user in behind})

@@ -26,7 +26,7 @@ from ..log import logger
 from . import quantisations
 from .managed import ManagedPass
 from .norm_quantised import quantisations_of, read_instead
-from .norms_in_graphs import Places, erase_unread, place_in_model
+from .norms_in_graphs import Positions, erase_unread, place_in_model
 from .quantisations import Quantisation, WritingCall
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -62,11 +62,11 @@ def fuse(graph: fx.Graph) -> int:
     return count
 
 
-def _places(graph: fx.Graph) -> Places:
+def _places(graph: fx.Graph) -> Positions:
     return {node: place for place, node in enumerate(graph.nodes)}
 
 
-def _changed(graph: fx.Graph, node: fx.Node, places: Places) -> bool:
+def _changed(graph: fx.Graph, node: fx.Node, places: Positions) -> bool:
     """Whether a node was a silu_and_mul, and writes quantised rows now."""
     if whole := _whole(node):
         product, one = whole
@@ -130,7 +130,7 @@ def _has_halves(x: Any, rows: fx.Node | None) -> bool:
     return isinstance(value.shape[-1], int) and value.shape[-1] == 2 * result.shape[-1]
 
 
-def _product(node: fx.Node, places: Places) -> SiluProduct | None:
+def _product(node: fx.Node, places: Positions) -> SiluProduct | None:
     if call := quantisations.call_of(node, "silu_and_mul"):
         results = quantisations.results_of(call) if call.name == "silu_and_mul" else None
         if results is None or len(results[0]) != 1 or not _has_halves(call.input, results[0][0]):
@@ -140,7 +140,7 @@ def _product(node: fx.Node, places: Places) -> SiluProduct | None:
     return _product_in_arithmetic(node, places)
 
 
-def _product_in_arithmetic(node: fx.Node, places: Places) -> SiluProduct | None:
+def _product_in_arithmetic(node: fx.Node, places: Positions) -> SiluProduct | None:
     value = node.meta.get("val")
     if node.target is not aten.mul.Tensor or not isinstance(value, torch.Tensor) or value.dtype not in DTYPES:
         return None
@@ -183,7 +183,7 @@ def _is_silu_and_mul(nodes: list[fx.Node], x: fx.Node) -> bool:
     return value.shape == want.shape and torch.allclose(value.float(), want.float(), rtol=rtol, atol=1e-5)
 
 
-def _fuse_readers(graph: fx.Graph, product: SiluProduct, places: Places) -> bool:
+def _fuse_readers(graph: fx.Graph, product: SiluProduct, places: Positions) -> bool:
     """The product and what quantises its rows, if nothing else reads them."""
     quantisers, left = quantisations_of(product.rows, lambda node: places[node] > places[product.node], places, "fp32")
     if not quantisers and not left:
@@ -198,7 +198,7 @@ def _fuse_readers(graph: fx.Graph, product: SiluProduct, places: Places) -> bool
     return _fuse(graph, product, same, places)
 
 
-def _fuse(graph: fx.Graph, product: SiluProduct, same: list[Quantisation], places: Places) -> bool:
+def _fuse(graph: fx.Graph, product: SiluProduct, same: list[Quantisation], places: Positions) -> bool:
     first = same[0]
     if why := _declined(product, first, places):
         _tell(product, f"is left to {first.name}: {why}", "left", first.spec, why)
@@ -215,7 +215,7 @@ def _fuse(graph: fx.Graph, product: SiluProduct, same: list[Quantisation], place
     return True
 
 
-def _declined(product: SiluProduct, quantiser: Quantisation, places: Places) -> str:
+def _declined(product: SiluProduct, quantiser: Quantisation, places: Positions) -> str:
     """Why the kernel does not write these rows, or ""."""
     if quantiser.given is not None and places[quantiser.given] > places[product.node]:
         return "its scale is computed behind the product"
