@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from .backends.names import BACKENDS, Backend
 from .errors import (
     KernelBuildError,
+    NoCacheError,
     NothingProved,
     PatchConflict,
     RMSNormPatchError,
@@ -41,6 +42,7 @@ __all__ = [
     "BACKENDS",
     "Backend",
     "KernelBuildError",
+    "NoCacheError",
     "NormSite",
     "NormSpec",
     "NothingProved",
@@ -80,8 +82,8 @@ def __getattr__(name: str) -> Any:
     if where is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     with _IMPORTING:
-        found = import_module(where, __name__)
-        value = globals()[name] = found if name in _ROOMS else getattr(found, name)
+        module = import_module(where, __name__)
+        value = globals()[name] = module if name in _ROOMS else getattr(module, name)
     return value
 
 

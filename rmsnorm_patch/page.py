@@ -31,11 +31,11 @@ def _pieces(word: str, room: int) -> list[str]:
 
 def page(lines: Iterable[str], width: int = WIDTH) -> str:
     """`lines`, each wrapped under its own indentation."""
-    made: list[str] = []
+    wrapped_lines: list[str] = []
     for line in lines:
         indent = line[: len(line) - len(line.lstrip())]
-        made += wrapped(line, width, f"{indent}    ")
-    return "\n".join(made)
+        wrapped_lines += wrapped(line, width, f"{indent}    ")
+    return "\n".join(wrapped_lines)
 
 
 def summarised(lines: Iterable[str]) -> list[str]:
@@ -53,11 +53,11 @@ def numbered(path: str) -> tuple[str, tuple[int, ...]]:
 
 def folded(paths: Iterable[str]) -> str:
     """One row's paths: layer numbers that follow each other become a range, "layers.[0-1,3].norm"."""
-    found = list(paths)
-    pattern, numbers = numbered(found[0])
-    if len(found) == 1 or len(numbers) != 1:
-        return found[0] or "(root)" if len(found) == 1 else f"{found[0]} ... ({len(found)})"
-    indices = sorted(numbered(p)[1][0] for p in found)
+    listed = list(paths)
+    pattern, numbers = numbered(listed[0])
+    if len(listed) == 1 or len(numbers) != 1:
+        return listed[0] or "(root)" if len(listed) == 1 else f"{listed[0]} ... ({len(listed)})"
+    indices = sorted(numbered(p)[1][0] for p in listed)
     ranges: list[tuple[int, int]] = []
     for index in indices:
         if ranges and ranges[-1][1] == index - 1:

@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # `check` runs anywhere, with
 
 from benchlib import sanitizer  # noqa: E402
 from benchlib.checkout import python  # noqa: E402
-from benchlib.test_counts import merged, run_tests, totals  # noqa: E402
+from benchlib.pytest_runs import merged, run_tests, totals  # noqa: E402
 
 from rmsnorm_patch.bench.versions import versions  # noqa: E402
 

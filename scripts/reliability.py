@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from benchlib.pages import wrapped  # noqa: E402
+from benchlib.pytest_runs import by_function  # noqa: E402
 from benchlib.stamp import stamp  # noqa: E402
-from benchlib.test_counts import by_function  # noqa: E402
 from mutation.equivalents import equivalents  # noqa: E402
 
 if sys.version_info >= (3, 11):

@@ -13,6 +13,7 @@ import pytest
 from typer.main import get_command
 
 import rmsnorm_patch
+from rmsnorm_patch import errors
 from rmsnorm_patch.cli import output
 from rmsnorm_patch.cli.app import app
 from rmsnorm_patch.cli.environment import VARIABLES
@@ -99,6 +100,8 @@ def test_the_reference_has_every_error() -> None:
     public = {name for name in rmsnorm_patch.__all__ if isinstance(getattr(rmsnorm_patch, name), type)}
     raised = {name for name in public if issubclass(getattr(rmsnorm_patch, name), Exception)}
     assert {row[0].strip("`") for row in rows(REFERENCE, "error")} == raised
+    kinds = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Exception)}
+    assert raised == kinds
 
 
 def test_the_reference_has_every_variable() -> None:

@@ -402,14 +402,14 @@ def test_rows_of_the_sanitizer(gpu_record, tmp_path, monkeypatch):
 def test_a_test_run_keeps_what_each_function_gave_and_its_day(script, tmp_path):
     test = tmp_path / "test_it.py"
     test.write_text("def test_a():\n    pass\n\ndef test_b():\n    assert False\n")
-    found = script("benchlib.test_counts").run_tests([str(test), f"--rootdir={tmp_path}"])
+    found = script("benchlib.pytest_runs").run_tests([str(test), f"--rootdir={tmp_path}"])
     functions = {"test_it.py::test_a": {"passed": 1, "failed": 0}, "test_it.py::test_b": {"passed": 0, "failed": 1}}
     assert (found["passed"], found["failed"], found["functions"]) == (1, 1, functions)
     assert len(found["date"]) == 10
 
 
 def test_a_test_run_without_a_report_counts_as_failed(script, tmp_path):
-    assert script("benchlib.test_counts").counts_in(tmp_path / "none.xml")["failed"] == 1
+    assert script("benchlib.pytest_runs").counts_in(tmp_path / "none.xml")["failed"] == 1
 
 
 def test_the_record_runs_every_suite(script):

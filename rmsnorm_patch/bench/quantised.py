@@ -53,9 +53,9 @@ MEAN_ERROR = 2**-8
 def wrong(op: str, results: tuple[Any, ...], want: torch.Tensor, total: torch.Tensor) -> str:
     """Empty where results are those of `op`, else what is wrong. want: fp64 [M, N], the norms; total: the sum."""
     written = QUANTISED[op]
-    rows, scales, normed, found = results
-    if not torch.equal(found, total):
-        return f"residual sum differs in {(found != total).float().mean().item():.2%} of elements"
+    rows, scales, normed, residual_sum = results
+    if not torch.equal(residual_sum, total):
+        return f"residual sum differs in {(residual_sum != total).float().mean().item():.2%} of elements"
     if rows.shape != want.shape or rows.dtype != written.quant.dtype:
         return f"returned {tuple(rows.shape)} {rows.dtype}"
     if written.both and not _near(normed, want):
@@ -85,12 +85,12 @@ def _scales_of_columns(quant: QuantSpec, scales: torch.Tensor, want: torch.Tenso
 
 
 def _wrong_rows(rows: torch.Tensor, scales: torch.Tensor, want: torch.Tensor) -> str:
-    found = rows.double() * scales
+    restored = rows.double() * scales
     allowed = want.abs() * (HALF_STEP[rows.dtype] + 2 * VALUE_ERROR) + scales * LEAST_HALF_STEP[rows.dtype] * (
         1 + 2**-6
     )
-    beyond = ~((found - want).abs() <= allowed + 2**-14)
+    beyond = ~((restored - want).abs() <= allowed + 2**-14)
     if beyond.any():
         return f"{beyond.double().mean().item():.2%} of elements are beyond half a step of the exact value"
-    mean = ((found * want).sum() / want.square().sum()).item()
+    mean = ((restored * want).sum() / want.square().sum()).item()
     return "" if abs(mean - 1) <= MEAN_ERROR else f"all rows together are {mean:.4f} of the exact ones"

@@ -18,12 +18,12 @@ Row = dict[str, Any]
 def select(record: Row, op: str, mode: str, dtype: str = "bf16", variant: str = "") -> list[Row]:
     """Rows with a figure, by columns and then rows."""
     wanted = (op, mode, dtype, variant)
-    found = [
+    rows = [
         row
         for row in record["kernels"]
         if (row["op"], row["mode"], row["dtype"], row.get("variant", "")) == wanted and row["us"]
     ]
-    return sorted(found, key=lambda row: (row["n"], row["m"]))
+    return sorted(rows, key=lambda row: (row["n"], row["m"]))
 
 
 def ours(row: Row) -> float | None:
@@ -66,8 +66,8 @@ def shape(row: Row) -> str:
 
 def worst(rows: Sequence[Row], of: Any) -> tuple[float, str] | None:
     """The smallest of(row) and its shape; None where no row has a figure."""
-    found = [(value, shape(row)) for row in rows if (value := of(row)) is not None]
-    return min(found) if found else None
+    values = [(value, shape(row)) for row in rows if (value := of(row)) is not None]
+    return min(values) if values else None
 
 
 def named(entry: str) -> tuple[str, str]:

@@ -86,10 +86,10 @@ def rows_of(
         torch.cuda.empty_cache()
 
 
-def _row(item: Todo, found: list[providers.Provider], replays: int) -> Row:
+def _row(item: Todo, present: list[providers.Provider], replays: int) -> Row:
     case = item.case
     us, spread, failed = {}, {}, {}
-    for provider in found:
+    for provider in present:
         if item.only and provider.name not in item.only:
             continue
         try:

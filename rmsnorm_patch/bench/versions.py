@@ -10,10 +10,10 @@ PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "quack-kernels", 
 
 def versions(*more: str) -> dict[str, str]:
     """Package -> version of this interpreter and of those of PACKAGES and `more` that are installed."""
-    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    installed = {"python": ".".join(map(str, sys.version_info[:3]))}
     for name in (*PACKAGES, *more):
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed

@@ -53,8 +53,8 @@ def portion(todo: Sequence[Todo], index: int, jobs: int) -> list[Todo]:
 def compile_slice(todo: Sequence[Todo], index: int, jobs: int) -> None:
     torch._inductor.config.autotune_local_cache = False
     for item in portion(todo, index, jobs):
-        found, _ = providers.load(item.case.op, item.case.spec, bool(item.case.variant))
-        for provider in found:
+        present, _ = providers.load(item.case.op, item.case.spec, bool(item.case.variant))
+        for provider in present:
             wanted = not item.only or provider.name in item.only
             if wanted and provider.name not in NOT_WARMED and (provider.name != ONCE or index == 0):
                 _compile(provider, item.case)

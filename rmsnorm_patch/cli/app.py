@@ -91,10 +91,10 @@ def env(vllm_model: VllmModel = None, vllm_arg: VllmArguments = None, as_json: J
 
         if vllm_arg and not vllm_model:
             raise typer.BadParameter("it belongs to a --vllm-model", param_hint="--vllm-arg")
-        found = environment.report([str(vllm_model), *(vllm_arg or ())] if vllm_model else ())
-        out.document(found.to_dict())
+        report = environment.report([str(vllm_model), *(vllm_arg or ())] if vllm_model else ())
+        out.document(report.to_dict())
         if not as_json:
-            for table in environment_tables(found):
+            for table in environment_tables(report):
                 out.console.print(table)
 
 
@@ -116,11 +116,11 @@ def plan(
         from .tables import plan_table
 
         with out.progress(None, "scanning"):
-            found = api.plan(loaded.model, include=include or (), exclude=exclude or (), backend=backend.value)
-        out.document(found.to_dict())
+            planned = api.plan(loaded.model, include=include or (), exclude=exclude or (), backend=backend.value)
+        out.document(planned.to_dict())
         if not as_json:
-            out.console.print(plan_table(found, out.console.width))
-            for note in found.notes:
+            out.console.print(plan_table(planned, out.console.width))
+            for note in planned.notes:
                 out.console.print(f"note: {escape(note)}")
 
 
@@ -196,19 +196,19 @@ def generate(
         from . import speed
 
         loaded.check_generates()
-        made = {}
+        outputs = {}
         given = loaded.inputs(prompt, out.warn)
         with out.progress(None, "generating"):
             if stock or compare:
-                made["stock"] = speed.generate(loaded.model, given, max_new_tokens)
+                outputs["stock"] = speed.generate(loaded.model, given, max_new_tokens)
             if not stock or compare:
                 api.apply(loaded.model, include=include or (), exclude=exclude or (), backend=backend.value)
-                made["patched"] = speed.generate(loaded.model, given, max_new_tokens)
-        tokens, rate = made["stock" if stock else "patched"]
-        equal = bool((made["stock"][0] == made["patched"][0]).all()) if compare else None
+                outputs["patched"] = speed.generate(loaded.model, given, max_new_tokens)
+        tokens, rate = outputs["stock" if stock else "patched"]
+        equal = bool((outputs["stock"][0] == outputs["patched"][0]).all()) if compare else None
         text = loaded.decode(tokens[0])
-        found = {"tokens": tokens[0].tolist(), "text": text, "tokens_per_second": rate, "patched": not stock}
-        out.document({**found, "equal_to_stock": equal})
+        answer = {"tokens": tokens[0].tolist(), "text": text, "tokens_per_second": rate, "patched": not stock}
+        out.document({**answer, "equal_to_stock": equal})
         if not as_json:
             out.console.print(text or " ".join(map(str, tokens[0].tolist())), markup=False, highlight=False)
             other = "patched" if stock else "stock"
@@ -247,10 +247,10 @@ def bench(
             patch = speed.Patch(backend.value, tuple(include or ()), tuple(exclude or ()))
             rows = speed.compare(loaded.model, given, generates, max_new_tokens, rounds, patch, step)
         note = speed.CPU_NOTE if loaded.device.type == "cpu" else ""
-        found: dict[str, Any] = {"device": str(loaded.device), "dtype": str(loaded.dtype).removeprefix("torch.")}
-        found.update(batch_size=batch_size, threads=chosen, note=note)
-        found["prompt_tokens"] = one["input_ids"].shape[1] if "input_ids" in one else 0
-        out.document({**found, "results": [row.to_dict() for row in rows]})
+        answer: dict[str, Any] = {"device": str(loaded.device), "dtype": str(loaded.dtype).removeprefix("torch.")}
+        answer.update(batch_size=batch_size, threads=chosen, note=note)
+        answer["prompt_tokens"] = one["input_ids"].shape[1] if "input_ids" in one else 0
+        out.document({**answer, "results": [row.to_dict() for row in rows]})
         if not as_json:
             out.console.print(speed_table(rows))
             for text in (note, speed.NOISE_NOTE if any(row.verdict == "too noisy" for row in rows) else ""):

@@ -194,20 +194,20 @@ def _cache() -> CacheState:
     except RMSNormPatchError as error:
         return CacheState("", 0, 0, str(error))
     try:
-        found = cache.entries()
+        entries = cache.entries()
     except (RMSNormPatchError, OSError) as error:
         return CacheState(folder, 0, 0, str(error))
-    damaged = sum(entry.state != "ok" for entry in found)
-    state = f"{damaged} damaged, see `rmsnorm-patch cache verify`" if damaged else "ok" if found else "empty"
-    return CacheState(folder, len(found), sum(entry.size for entry in found), state)
+    damaged = sum(entry.state != "ok" for entry in entries)
+    state = f"{damaged} damaged, see `rmsnorm-patch cache verify`" if damaged else "ok" if entries else "empty"
+    return CacheState(folder, len(entries), sum(entry.size for entry in entries), state)
 
 
 def _vllm() -> VllmState:
     ours = [p.value for p in metadata.entry_points(group="vllm.general_plugins") if p.value.startswith("rmsnorm_patch")]
-    found = vllm_plugin.describe()
+    plugin = vllm_plugin.describe()
     entry_point = ", ".join(sorted(set(ours)))
     allowed = os.environ.get("VLLM_PLUGINS")
-    return VllmState(found.version, entry_point, allowed, found.route, found.reason, found.numerics)
+    return VllmState(plugin.version, entry_point, allowed, plugin.route, plugin.reason, plugin.numerics)
 
 
 def engine(arguments: Sequence[str]) -> EngineState:

@@ -148,11 +148,11 @@ def _features(model: Any, name: str, tensors: dict[str, torch.Tensor]) -> int:
     taken = {key: value for key, value in tensors.items() if key in _all_parameters(model, name)}
     try:
         with torch.no_grad():
-            found = getattr(model, name)(**taken)
+            output = getattr(model, name)(**taken)
     except Exception:
         return 0
-    found = getattr(found, "pooler_output", found)
-    features = found if isinstance(found, (list, tuple)) else [found]
+    output = getattr(output, "pooler_output", output)
+    features = output if isinstance(output, (list, tuple)) else [output]
     return sum(feature.numel() // feature.shape[-1] for feature in features if isinstance(feature, torch.Tensor))
 
 
@@ -163,8 +163,8 @@ def _all_parameters(model: Any, name: str) -> set[str]:
 
 
 def _token(config: Any, *names: str) -> int | None:
-    found = (getattr(config, name, None) for name in names)
-    return next((int(token) for token in found if isinstance(token, int)), None)
+    values = (getattr(config, name, None) for name in names)
+    return next((int(token) for token in values if isinstance(token, int)), None)
 
 
 def _images(model: Any, like: torch.Tensor) -> Iterator[Medium]:
@@ -236,7 +236,7 @@ def _without_text(model: Any, names: set[str], like: torch.Tensor) -> dict[str, 
     candidates: list[dict[str, torch.Tensor]] = []
     if "pixel_values" in names:
         layouts = _image_layouts(getattr(config, "vision_config", config), like)
-        candidates += [{name: value for name, value in made.items() if name in names} for made in layouts]
+        candidates += [{name: value for name, value in layout.items() if name in names} for layout in layouts]
     if "input_features" in names:
         candidates += [{"input_features": sound} for sound in _spectrograms(config, like)]
     if "input_values" in names:

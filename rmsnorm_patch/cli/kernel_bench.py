@@ -59,7 +59,7 @@ def run(
         todo = runs.chosen(request.suites, runs.Shapes(**given), request.only)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    found: list[Row] = []
+    rows: list[Row] = []
     with torch.no_grad():
         if warm_slice:
             warm.compile_slice(todo, *map(int, warm_slice.split("/")))
@@ -69,16 +69,16 @@ def run(
         timed = runs.rows_of(todo, request.providers, request.replays, request.seconds, out.warn)
         with out.progress(len(todo), "timing") as step:
             for row in timed:
-                found.append(row)
+                rows.append(row)
                 if rows_file is not None:
-                    rows_file.write_text(json.dumps(found, indent=1))
+                    rows_file.write_text(json.dumps(rows, indent=1))
                 step(f"{row['op']} {row['mode']} {row['m']} x {row['n']}")
     if plot is not None:
-        plots.times(found, plot)
-    out.document({**_machine(), "summary": runs.summary(found), "rows": found})
+        plots.times(rows, plot)
+    out.document({**_machine(), "summary": runs.summary(rows), "rows": rows})
     if not out.as_json:
-        out.console.print(kernel_table(found))
-        for line in (*_failures(found), *runs.summary(found)):
+        out.console.print(kernel_table(rows))
+        for line in (*_failures(rows), *runs.summary(rows)):
             out.console.print(line, markup=False, highlight=False)
 
 

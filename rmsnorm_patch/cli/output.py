@@ -146,8 +146,8 @@ def _told(error: BaseException, as_json: bool, stdout: Any) -> int:
     status, described = described_error(error)
     if as_json:
         proof = getattr(error, "proof", None)
-        found = {"proof": proof.to_dict()} if proof is not None else {}
-        print_document({"error": described, "exit_status": status, **found}, stdout)
+        proved = {"proof": proof.to_dict()} if proof is not None else {}
+        print_document({"error": described, "exit_status": status, **proved}, stdout)
     if isinstance(error, _CommandError):
         error.show(file=sys.stderr)
     else:

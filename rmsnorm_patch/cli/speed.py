@@ -35,7 +35,7 @@ EQUAL = 0.02
 THREAD_GAIN = 1.1
 """More threads must be this much faster than one: beside other work they only look so for a moment."""
 
-Inputs = dict[str, torch.Tensor]
+ModelInputs = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -97,13 +97,13 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def repeated(inputs: Inputs, batch: int) -> Inputs:
+def repeated(inputs: ModelInputs, batch: int) -> ModelInputs:
     """`inputs` of one sequence, `batch` times."""
     return {name: value.repeat(batch, *[1] * (value.dim() - 1)) for name, value in inputs.items()}
 
 
 @torch.inference_mode()
-def generate(model: Any, inputs: Inputs, new_tokens: int) -> tuple[torch.Tensor, float]:
+def generate(model: Any, inputs: ModelInputs, new_tokens: int) -> tuple[torch.Tensor, float]:
     """Greedy continuation [batch, length + new_tokens] of a prompt [batch, length] (of an encoder-decoder: what its
     decoder wrote), and new tokens per second."""
     ids = inputs["input_ids"]
@@ -124,7 +124,7 @@ def generate(model: Any, inputs: Inputs, new_tokens: int) -> tuple[torch.Tensor,
 
 
 @torch.inference_mode()
-def forward(model: Any, inputs: Inputs) -> float:
+def forward(model: Any, inputs: ModelInputs) -> float:
     """Tokens (of a model that reads none: samples) per second of one forward; a generating one's prefill."""
     first = next(iter(inputs.values()))
     ids = inputs.get("input_ids")
@@ -158,7 +158,7 @@ def choose_threads(work: Callable[[], object], candidates: Sequence[int]) -> int
 
 
 @contextmanager
-def chosen_threads(model: Any, inputs: Inputs, generates: bool, wanted: int | None = None) -> Iterator[int]:
+def chosen_threads(model: Any, inputs: ModelInputs, generates: bool, wanted: int | None = None) -> Iterator[int]:
     """The number of threads within the block: `wanted`, else OMP_NUM_THREADS as torch took it, else what is fastest."""
     before = torch.get_num_threads()
 
@@ -179,7 +179,7 @@ def chosen_threads(model: Any, inputs: Inputs, generates: bool, wanted: int | No
 
 def compare(
     model: Any,
-    inputs: Inputs,
+    inputs: ModelInputs,
     generates: bool,
     new_tokens: int,
     rounds: int,

@@ -44,9 +44,9 @@ DTYPES = (torch.bfloat16, torch.float16)
 ROWS = (1, 3)
 """Rows of the trial calls: a schedule is compiled per row length, for all row counts of one reduction tree."""
 
-Key = tuple[str, torch.dtype, int, torch.device, str]
+Tried = tuple[str, torch.dtype, int, torch.device, str]
 """Function, rows, and what RMSNORM_PATCH_BACKEND says, by which the op is bound that serves."""
-_trusted: dict[Key, bool] = {}
+_trusted: dict[Tried, bool] = {}
 logger = logging.getLogger("rmsnorm_patch.sglang")
 
 

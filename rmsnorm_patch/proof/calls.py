@@ -31,13 +31,13 @@ def judge(
     for pair in plan.fused_pairs():
         adds = norm_adds if pair.kind == "norm_add" else pairs
         adds.setdefault(prefix + pair.norm, []).append(pair)
-    found = _Findings()
+    findings = _Findings()
     fused = paired = pairs_expected = 0
     for path in planned:
         expected = original_calls.get(path, 0)
         calls = Counter(ran[path].calls) if path in ran else Counter()
         reasons = "; ".join(ran[path].reasons) if path in ran else ""
-        fused += _norm_calls(found, path, calls, expected, reasons)
+        fused += _norm_calls(findings, path, calls, expected, reasons)
         for got, adds in ((calls["in_layer"] + calls["taken"], pairs), (calls["norm_add"], norm_adds)):
             wanted = min(expected, forwards * len(adds.get(path, ())))
             pairs_expected += wanted
@@ -46,26 +46,23 @@ def judge(
                 explained = calls["apart"] + calls["kept"] + calls["refused"] + calls["original"]
                 why = reasons if explained else _why_apart(model, prefix, adds[path])
                 idle = [pair.layer for pair in adds[path] if _did_not_run(prefix + pair.layer, planned, original_calls)]
-                _adds_outside(found, path, got, wanted, explained, why, idle)
+                _adds_outside(findings, path, got, wanted, explained, why, idle)
     both = tuple(plan.fused_query_key())
     turned = tuple(site for site in both if site.rotation == "fuse")
-    shared = _shared_launches(found, prefix, both, ran, original_calls, _TOGETHER)
-    rotated = _shared_launches(found, prefix, turned, ran, original_calls, _ROTATED)
+    shared = _shared_launches(findings, prefix, both, ran, original_calls, _TOGETHER)
+    rotated = _shared_launches(findings, prefix, turned, ran, original_calls, _ROTATED)
     for path in ran.keys() - set(planned):
-        found.miss(path, "ran fused, and the plan leaves it alone")
-    first = found.first
-    if not found.missing and list(orders[0]) != list(orders[1]):
-        at = next((i for i, (a, b) in enumerate(zip(*orders, strict=False)) if a != b), min(map(len, orders)))
-        first = [*orders[0], ""][min(at, len(orders[0]))]
-        found.missing.append(f"norm call {at} is {first} in the original and another one in the patched model")
+        findings.miss(path, "ran fused, and the plan leaves it alone")
+    if not findings.missing:
+        findings.out_of_order(*orders)
     return FiredProof(
         expected=sum(original_calls.get(path, 0) for path in planned),
         fused=fused,
         pairs_expected=pairs_expected,
         pairs_fused=paired,
-        fallbacks=tuple(found.fallbacks),
-        missing=tuple(found.missing),
-        site=first,
+        fallbacks=tuple(findings.fallbacks),
+        missing=tuple(findings.missing),
+        site=findings.first,
         strict=strict,
         together_expected=shared[0],
         together=shared[1],
@@ -89,32 +86,43 @@ class _Findings:
         self.missing.append(f"{path}: {what}")
         self.first = self.first or path
 
+    def out_of_order(self, original: Sequence[str], patched: Sequence[str]) -> None:
+        """Where the norms of the two runs, by their paths, were not called in the same order."""
+        if list(original) == list(patched):
+            return
+        both, shorter = zip(original, patched, strict=False), min(len(original), len(patched))
+        at = next((number for number, (one, other) in enumerate(both) if one != other), shorter)
+        self.first = original[at] if at < len(original) else ""
+        self.missing.append(f"norm call {at} is {self.first} in the original and another one in the patched model")
 
-def _norm_calls(found: _Findings, path: str, calls: Counter[str], expected: int, reasons: str) -> int:
+
+def _norm_calls(findings: _Findings, path: str, calls: Counter[str], expected: int, reasons: str) -> int:
     """How many calls of one norm were ours."""
     own = calls["norm"] + calls["norm_add"] + calls["in_layer"] + calls["taken"] + calls["together"]
     if own + calls["original"] != expected:
-        found.miss(path, f"{own + calls['original']} calls, {expected} expected")
+        findings.miss(path, f"{own + calls['original']} calls, {expected} expected")
     if calls["original"]:
-        found.fell_back(path, f"{calls['original']} calls by the original arithmetic, {reasons or 'no reason given'}")
+        findings.fell_back(
+            path, f"{calls['original']} calls by the original arithmetic, {reasons or 'no reason given'}"
+        )
     return own
 
 
 def _adds_outside(
-    found: _Findings, path: str, got: int, wanted: int, explained: int, why: str, idle: Sequence[str]
+    findings: _Findings, path: str, got: int, wanted: int, explained: int, why: str, idle: Sequence[str]
 ) -> None:
     """`got` of `wanted` adds ran with their norm. explained: calls that said why they did not; idle: layers of these
     adds that did not run."""
     outside = f"of {wanted} residual-adds outside the norm's call"
     if why:
         listed = min(explained, wanted - got) or wanted - got
-        found.fell_back(path, f"{listed} {outside}, {why}")
+        findings.fell_back(path, f"{listed} {outside}, {why}")
         got += listed
     if got < wanted and idle:
-        found.fell_back(path, f"{wanted - got} {outside}, {idle[0]} did not run")
+        findings.fell_back(path, f"{wanted - got} {outside}, {idle[0]} did not run")
         got = wanted
     if got < wanted:
-        found.miss(path, f"{wanted - got} {outside}")
+        findings.miss(path, f"{wanted - got} {outside}")
 
 
 _TOGETHER = ("together", {"single": "singles"}, "its query or key")
@@ -124,7 +132,7 @@ words for what the norm was to share its launch with."""
 
 
 def _shared_launches(
-    found: _Findings,
+    findings: _Findings,
     prefix: str,
     sites: Iterable[QueryKeySite],
     ran: Mapping[str, SiteProof],
@@ -143,9 +151,9 @@ def _shared_launches(
         apart = f"{expected - got} of {expected} calls did not share a launch with {other}"
         if got < expected and site is not None and explained:
             whys = [reason for name in did_not.values() for reason in getattr(site, name)]
-            found.fell_back(path, f"{apart}, {'; '.join(dict.fromkeys(whys))}")
+            findings.fell_back(path, f"{apart}, {'; '.join(dict.fromkeys(whys))}")
         if got + explained < expected:
-            found.miss(path, apart)
+            findings.miss(path, apart)
     return wanted, together
 
 

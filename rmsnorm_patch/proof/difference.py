@@ -64,12 +64,12 @@ def row_keys(rows: torch.Tensor) -> torch.Tensor:
 def digest(x: torch.Tensor) -> int:
     """A 64-bit checksum of dtype, shape, bits and their places, within one process; equal on every device."""
     flat = bits(x.detach()).reshape(-1)
-    found = torch.tensor(hash((str(x.dtype), *x.shape)), dtype=torch.int64, device=x.device)
+    total = torch.tensor(hash((str(x.dtype), *x.shape)), dtype=torch.int64, device=x.device)
     for start in range(0, flat.numel(), _CHUNK):
         part = flat[start : start + _CHUNK].to(torch.int64)
         place = torch.arange(start + 1, start + 1 + part.numel(), dtype=torch.int64, device=x.device)
-        found = found * 31 + _mix(part, place).sum()
-    return int(found)
+        total = total * 31 + _mix(part, place).sum()
+    return int(total)
 
 
 def _mix(values: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
@@ -135,24 +135,24 @@ class Difference:
 
     def violations(self, tolerance: SiteTolerance, dtype: torch.dtype) -> tuple[str, ...]:
         """In words, each bound that this difference exceeds; empty when it is within all of them."""
-        found = []
+        faults = []
         if self.error:
-            found.append(self.error)
+            faults.append(self.error)
         if self.sum_mismatches:
-            found.append(f"residual sum: {self.sum_mismatches} of {self.sum_elements} elements not bit-equal to a + b")
+            faults.append(f"residual sum: {self.sum_mismatches} of {self.sum_elements} elements not bit-equal to a + b")
         if self.max_ulp > tolerance.max_ulp:
             shown = "NaN or Inf on one side" if self.max_ulp >= FAR else f"{self.max_ulp} ulp"
-            found.append(f"largest distance {shown} (row {self.worst_row}), allowed {tolerance.max_ulp} ulp")
+            faults.append(f"largest distance {shown} (row {self.worst_row}), allowed {tolerance.max_ulp} ulp")
         allowed = tolerance.allowed(self.elements, self.width, dtype)
         if self.differing > allowed:
-            found.append(
+            faults.append(
                 f"{self.differing} of {self.elements} elements differ ({self.fraction:.3%}), allowed {allowed}"
                 f" ({tolerance.fraction:.1%} and {tolerance.flips} flips)"
             )
         bound = scale_bias(dtype, self.elements, self.width)
         if abs(self.bias) > bound:
-            found.append(f"scale is off by {self.bias:+.2e}, allowed {bound:.1e}")
-        return tuple(found)
+            faults.append(f"scale is off by {self.bias:+.2e}, allowed {bound:.1e}")
+        return tuple(faults)
 
 
 def compare(actual: torch.Tensor, expected: torch.Tensor) -> Difference:
@@ -161,10 +161,10 @@ def compare(actual: torch.Tensor, expected: torch.Tensor) -> Difference:
         return Difference(error=f"shape {tuple(actual.shape)} in place of {tuple(expected.shape)}")
     if actual.dtype != expected.dtype:
         return Difference(error=f"dtype {actual.dtype} in place of {expected.dtype}")
-    found = Difference()
+    difference = Difference()
     for start, left, right in _row_chunks(actual, expected):
-        found = found + _compare_rows(left, right, start)
-    return found
+        difference = difference + _compare_rows(left, right, start)
+    return difference
 
 
 def compare_sum(actual: torch.Tensor, expected: torch.Tensor) -> Difference:

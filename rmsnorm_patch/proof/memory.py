@@ -77,8 +77,8 @@ def free(device: torch.device) -> int | None:
         return int(torch.cuda.mem_get_info(device)[0])
     if device.type != "cpu":
         return None
-    found = [size for size in (_free_of_host(), *_free_of_groups()) if size is not None]
-    return max(0, min(found)) if found else None
+    sizes = [size for size in (_free_of_host(), *_free_of_groups()) if size is not None]
+    return max(0, min(sizes)) if sizes else None
 
 
 def _free_of_host() -> int | None:

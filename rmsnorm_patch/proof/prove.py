@@ -371,10 +371,10 @@ class _Work:
             "",
         )
 
-    def _judge_greedy(self, run: Run | None, found: LogitProof | None) -> GreedyProof | None:
-        if run is None or found is None:
+    def _judge_greedy(self, run: Run | None, logit_proof: LogitProof | None) -> GreedyProof | None:
+        if run is None or logit_proof is None:
             return None
-        return logits.judge_greedy(self.seen.original[-1], self.seen.patched[-1], found.own_max_abs, self.strict)
+        return logits.judge_greedy(self.seen.original[-1], self.seen.patched[-1], logit_proof.own_max_abs, self.strict)
 
 
 def _with_files(

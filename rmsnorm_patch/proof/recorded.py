@@ -128,17 +128,17 @@ def compare_logits(model: nn.Module, path: str | Path, raise_on_failure: bool = 
         same = same and bool(torch.equal(output, expected))
         recorded.append(logits.rows(expected, item))
         now.append(logits.rows(output, item))
-    found = logits.errors(now, recorded)
+    errors = logits.errors(now, recorded)
     own = float(described["own_error"])
     result = Comparison(
         path=str(path),
         recorded_on={name: described[name] for name in ("device", "torch") if name in described},
-        positions=int(found.relative.numel()),
-        error=found.typical(logits.routes_to_experts(model)),
+        positions=int(errors.relative.numel()),
+        error=errors.typical(logits.routes_to_experts(model)),
         own_error=own,
         allowed=LOGIT_ERROR_RATIO * 2**0.5 * own,
         top1_agreement=logits.distributions(recorded, now)[1],
-        max_abs=logits.largest(found),
+        max_abs=logits.largest(errors),
         bit_identical=same,
     )
     if raise_on_failure and not result.passed:
@@ -167,14 +167,14 @@ def config_digest(model: nn.Module) -> str:
 
 def weights_digest(model: nn.Module) -> str:
     """sha256 over names, shapes and the first 64 values of every parameter; "" where some are not loaded."""
-    found = hashlib.sha256()
+    total = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if parameter.device.type == "meta":
             return ""
         values = parameter.detach().flatten()[:64].to("cpu", torch.float64)
-        found.update(f"{name} {tuple(parameter.shape)}".encode())
-        found.update(values.numpy().tobytes())
-    return found.hexdigest()
+        total.update(f"{name} {tuple(parameter.shape)}".encode())
+        total.update(values.numpy().tobytes())
+    return total.hexdigest()
 
 
 def _stable(value: Any) -> Any:

@@ -49,16 +49,16 @@ def replica(model: nn.Module, patched: bool = True, tensors: Mapping[int, torch.
     Raises UnsupportedModel where a module cannot be made anew, PatchConflict where something stays patched.
     """
     with rewrite.LOCK:
-        made = _Mirror(model, tensors or {}).of(model)
-    for module in made.modules():
+        copy_of = _Mirror(model, tensors or {}).of(model)
+    for module in copy_of.modules():
         if not isinstance(module, torch.jit.ScriptModule):
             module.__dict__["training"] = False
     if not patched:
-        rewrite.revert_model(made)
-        left = [path for path, module in made.named_modules() if is_patched(type(module))]
+        rewrite.revert_model(copy_of)
+        left = [path for path, module in copy_of.named_modules() if is_patched(type(module))]
         if left:
             raise PatchConflict(left[0], "a class that revert left patched", "models that revert", "report this")
-    return made
+    return copy_of
 
 
 def private_buffers(model: nn.Module) -> Iterable[torch.Tensor]:
@@ -145,35 +145,35 @@ class _Mirror:
         cells = tuple(types.CellType() for _ in function.__closure__ or ())
         names = {name: self.of(item) for name, item in _globals(function)}
         scope = {**function.__globals__, **names} if names else function.__globals__
-        made = types.FunctionType(function.__code__, scope, function.__name__, None, cells or None)
-        self._remember(function, made)
+        function_copy = types.FunctionType(function.__code__, scope, function.__name__, None, cells or None)
+        self._remember(function, function_copy)
         for cell, old in zip(cells, function.__closure__ or (), strict=True):
             for content in _contents(old):
                 cell.cell_contents = self.of(content)
-        made.__defaults__ = self.of(function.__defaults__)
-        made.__kwdefaults__ = self.of(function.__kwdefaults__)
+        function_copy.__defaults__ = self.of(function.__defaults__)
+        function_copy.__kwdefaults__ = self.of(function.__kwdefaults__)
         for name in ("__module__", "__qualname__", "__doc__", "__annotations__"):
-            setattr(made, name, getattr(function, name))
-        made.__dict__.update({name: self.of(item) for name, item in function.__dict__.items()})
-        return made
+            setattr(function_copy, name, getattr(function, name))
+        function_copy.__dict__.update({name: self.of(item) for name, item in function.__dict__.items()})
+        return function_copy
 
     def _partial(self, value: functools.partial[Any]) -> Any:
         keywords = {name: self.of(item) for name, item in value.keywords.items()}
-        made = functools.partial(self.of(value.func), *map(self.of, value.args), **keywords)
-        self._remember(value, made)
-        made.__dict__.update({name: self.of(item) for name, item in value.__dict__.items()})
-        return made
+        partial = functools.partial(self.of(value.func), *map(self.of, value.args), **keywords)
+        self._remember(value, partial)
+        partial.__dict__.update({name: self.of(item) for name, item in value.__dict__.items()})
+        return partial
 
     def _object(self, value: Any, kind: type) -> Any:
         if isinstance(value, dict):  # a subclass: what it does on insertion has happened
-            made = self._remember(value, dict.__new__(kind))
+            mirrored = self._remember(value, dict.__new__(kind))
             for key, item in list(value.items()):
-                dict.__setitem__(made, self.of(key), self.of(item))
+                dict.__setitem__(mirrored, self.of(key), self.of(item))
         else:
-            made = self._remember(value, object.__new__(kind))
+            mirrored = self._remember(value, object.__new__(kind))
         for name, item in _attributes(value):
-            object.__setattr__(made, name, self.of(item))
-        return made
+            object.__setattr__(mirrored, name, self.of(item))
+        return mirrored
 
 
 def _is_compiled(module: nn.Module) -> bool:
@@ -217,14 +217,14 @@ def _reaching(modules: list[nn.Module]) -> set[int]:
                     following.append(child)
         front = following
     kept.extend(front)
-    found = internals
+    reaching = internals
     pending = list(targets)
     while pending:
         for user in users.get(pending.pop(), ()):
-            if user not in found:
-                found.add(user)
+            if user not in reaching:
+                reaching.add(user)
                 pending.append(user)
-    return found
+    return reaching
 
 
 def _children(value: Any) -> list[Any]:
@@ -256,20 +256,20 @@ def _attributes(value: Any) -> list[tuple[str, Any]]:
         return []
     if kind.__new__ not in (object.__new__, dict.__new__) or not kind.__flags__ & _HEAP_TYPE:
         return []
-    found = list(getattr(value, "__dict__", {}).items())
+    attributes = list(getattr(value, "__dict__", {}).items())
     for base in kind.__mro__:
         slots = base.__dict__.get("__slots__", ())
         for name in (slots,) if isinstance(slots, str) else slots:
             if name not in ("__dict__", "__weakref__") and hasattr(value, name):
-                found.append((name, getattr(value, name)))
-    return found
+                attributes.append((name, getattr(value, name)))
+    return attributes
 
 
 def _globals(function: types.FunctionType) -> list[tuple[str, Any]]:
     """The modules and bound calls among the global names that `function` reads, as a notebook's wrappers do."""
-    found = ((name, function.__globals__.get(name)) for name in function.__code__.co_names)
+    read = ((name, function.__globals__.get(name)) for name in function.__code__.co_names)
     kinds = (types.MethodType, functools.partial, nn.Module)
-    return [(name, item) for name, item in found if isinstance(item, kinds)]
+    return [(name, item) for name, item in read if isinstance(item, kinds)]
 
 
 _HEAP_TYPE = 1 << 9

@@ -52,35 +52,35 @@ class Measurement:
         name: str,
         backend: str,
         dtype: torch.dtype,
-        found: Difference,
+        difference: Difference,
         tolerance: SiteTolerance,
         violations: tuple[str, ...],
         fused_error: float | None,
         original_error: float | None,
     ) -> Measurement:
-        allowed = tolerance.allowed(found.elements, found.width, dtype)
-        bias_bound = scale_bias(dtype, found.elements, found.width)
+        allowed = tolerance.allowed(difference.elements, difference.width, dtype)
+        bias_bound = scale_bias(dtype, difference.elements, difference.width)
         severity = max(
-            _ratio(found.max_ulp, tolerance.max_ulp),
-            _ratio(found.differing, allowed),
-            _ratio(abs(found.bias), bias_bound),
+            _ratio(difference.max_ulp, tolerance.max_ulp),
+            _ratio(difference.differing, allowed),
+            _ratio(abs(difference.bias), bias_bound),
         )
         if not violations:
             severity = min(severity, 1.0)  # a spec that differs by design may be further off than the tolerance
         else:
-            severity = max(severity, 2.0**62 if found.error or found.sum_mismatches else 1.0)
+            severity = max(severity, 2.0**62 if difference.error or difference.sum_mismatches else 1.0)
         return cls(
             name=name,
             backend=backend,
             dtype=str(dtype).removeprefix("torch."),
-            elements=found.elements,
-            max_ulp=found.max_ulp,
+            elements=difference.elements,
+            max_ulp=difference.max_ulp,
             allowed_ulp=tolerance.max_ulp,
-            differing=found.differing,
+            differing=difference.differing,
             allowed_differing=allowed,
-            bias=found.bias,
+            bias=difference.bias,
             allowed_bias=bias_bound,
-            sum_mismatches=found.sum_mismatches,
+            sum_mismatches=difference.sum_mismatches,
             violations=violations,
             severity=severity,
             fused_error=fused_error,
@@ -436,10 +436,10 @@ def _read(kind: Any, value: Any) -> Any:
 
 def versions() -> dict[str, str]:
     """Versions that decide what numbers come out."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
+    installed = {"python": platform.python_version(), "torch": torch.__version__}
     for name in ("transformers", "triton", "rmsnorm_patch"):
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed

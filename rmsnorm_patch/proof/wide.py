@@ -57,8 +57,8 @@ def wide_outputs(model: nn.Module, runs: list[Run]) -> list[torch.Tensor]:
     needed(model, {})
     dtype = wide_dtype(model)
     try:
-        made = _copy(model, dtype)
-        return [Run(run.name, _cast(run, dtype))(made)[0] for run in runs]
+        wider = _copy(model, dtype)
+        return [Run(run.name, _cast(run, dtype))(wider)[0] for run in runs]
     except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
         raise Unavailable(f"a {dtype} copy does not run ({type(error).__name__}: {str(error)[:200]})") from error
 
@@ -73,14 +73,14 @@ def _copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     for buffer in model.buffers():
         if buffer.is_floating_point() and buffer.dtype != torch.float64:
             tensors[id(buffer)] = buffer.to(dtype)
-    made = replica(model, patched=False, tensors=tensors)
-    if dtype == torch.float64 and hasattr(made, "set_experts_implementation"):
+    wider = replica(model, patched=False, tensors=tensors)
+    if dtype == torch.float64 and hasattr(wider, "set_experts_implementation"):
         memo: dict[int, object] = {}  # of one configuration and its parts one copy each
-        for module in made.modules():
+        for module in wider.modules():
             if "config" in module.__dict__:
                 module.__dict__["config"] = copy.deepcopy(module.__dict__["config"], memo)
-        made.set_experts_implementation("eager")  # type: ignore[operator]  # torch's grouped matrix product has no fp64
-    return made
+        wider.set_experts_implementation("eager")  # type: ignore[operator]  # torch's grouped matrix product has no fp64
+    return wider
 
 
 def _cast(run: Run, dtype: torch.dtype) -> dict[str, object]:

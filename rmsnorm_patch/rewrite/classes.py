@@ -69,13 +69,13 @@ def patched_class(original: type, role: str, key: Hashable) -> type:
             _rmsnorm_patch_role=role,
             _rmsnorm_patch_key=key,
         )
-        made = type(original)(original.__name__, (original,), namespace)
-        type.__setattr__(made, "__reduce_ex__", _reduce_ex_of(made))
-        body.made(made)
-        patch_state.FORWARDS[made.forward] = original  # type: ignore[attr-defined]
-        _CLASSES[(original, role, key)] = made
-    registries.enter([made])  # also where a patched model is unpickled, which no `apply` sees
-    return made
+        patched = type(original)(original.__name__, (original,), namespace)
+        type.__setattr__(patched, "__reduce_ex__", _reduce_ex_of(patched))
+        body.made(patched)
+        patch_state.FORWARDS[patched.forward] = original  # type: ignore[attr-defined]
+        _CLASSES[(original, role, key)] = patched
+    registries.enter([patched])  # also where a patched model is unpickled, which no `apply` sees
+    return patched
 
 
 def _reduce_ex_of(patched: type) -> Callable[[Any, Any], Any]:
@@ -94,5 +94,5 @@ def _rebuild(original: type, role: str, key: Hashable) -> nn.Module:
     """Unpickling and deepcopy: an empty instance of the patched class."""
     install_factories()  # the fresh process may not have imported the rewriter yet
     cls = patched_class(original, role, key)
-    made: nn.Module = cls.__new__(cls)  # type: ignore[call-overload]
-    return made
+    module: nn.Module = cls.__new__(cls)  # type: ignore[call-overload]
+    return module

@@ -85,7 +85,7 @@ class Calls:
 def calls_of(norm: nn.Module) -> Calls:
     """The norm's Calls; one that nobody reads where a revert in another thread has taken them away."""
     try:
-        found: Calls = norm.__dict__[STATE][CALLS]
+        calls: Calls = norm.__dict__[STATE][CALLS]
     except KeyError:
         return Calls()
-    return found
+    return calls

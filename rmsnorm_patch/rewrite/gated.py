@@ -25,7 +25,7 @@ _is_dynamo_tracing = torch.compiler.is_dynamo_compiling
 
 def forward_of(original: type[nn.Module], key: NormKey) -> tuple[FunctionType, Callable[[type], None], op.Bound]:
     """The forward with the original's argument names and defaults, a function that tells it the class that it is made
-    for, and what it calls."""
+    for, and what it calls. In one piece for the reason that `norms._forward_of` gives."""
     assert key.gating is not None
     assert key.eps_attribute is not None
     patched: type = original

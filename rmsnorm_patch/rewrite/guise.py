@@ -29,20 +29,20 @@ def in_the_guise_of(original: type[nn.Module], forward: Any) -> FunctionType:
         names = (*(each.name for each in parameters), *code.co_varnames[taken:])
         defaults = tuple(each.default for each in parameters if each.default is not each.empty)
         renamed = code.replace(co_varnames=names)
-        made = FunctionType(renamed, forward.__globals__, forward.__name__, defaults or None, forward.__closure__)
+        disguised = FunctionType(renamed, forward.__globals__, forward.__name__, defaults or None, forward.__closure__)
     else:
-        made = _of_first_arguments(original, forward, tuple(each.name for each in parameters[1:taken]))
-        made.__signature__ = inspect.signature(own)
+        disguised = _of_first_arguments(original, forward, tuple(each.name for each in parameters[1:taken]))
+        disguised.__signature__ = inspect.signature(own)
     for name in ("__doc__", "__name__", "__qualname__", "__module__"):
-        setattr(made, name, getattr(own, name, None))
-    return made
+        setattr(disguised, name, getattr(own, name, None))
+    return disguised
 
 
 def _of_first_arguments(original: type[nn.Module], forward: Any, names: tuple[str, ...]) -> Any:
     """names: of the arguments that `forward` takes."""
     count = len(names)
 
-    def made(self, *args, **named):  # type: ignore[no-untyped-def]
+    def disguised(self, *args, **named):  # type: ignore[no-untyped-def]
         if len(args) == count and not named:
             return forward(self, *args)
         rest = names[len(args) :]
@@ -52,4 +52,4 @@ def _of_first_arguments(original: type[nn.Module], forward: Any, names: tuple[st
             calls_of(self).fallen_back.add(MORE_ARGUMENTS)
         return original.forward(self, *args, **named)
 
-    return made
+    return disguised

@@ -214,7 +214,7 @@ def _gone() -> None:
     return None
 
 
-class Step(NamedTuple):
+class HandOver(NamedTuple):
     """One hand-over: the layer whose last add it is, the norm, the layer that calls the norm (None: the model), and
     where they stand; passages: the modules in between that only pass the sum on."""
 
@@ -232,7 +232,7 @@ class HandOvers:
     Weak references here too: a layer that was removed from the model must not stay in memory.
     """
 
-    def __init__(self, steps: Iterable[Step] = (), runner: type | None = None, digest: str = "") -> None:
+    def __init__(self, steps: Iterable[HandOver] = (), runner: type | None = None, digest: str = "") -> None:
         """runner: the unpatched class of the module that runs the layers. digest: of its forward's source where it was
         read; "" reads it now. With another source (a pickle, another version of the model's code) nothing is handed
         over: what that code does with a sum was not read."""
@@ -241,7 +241,7 @@ class HandOvers:
         self._links = tuple((weakref.ref(step.layer), self.link(step)) for step in steps)
 
     @property
-    def steps(self) -> tuple[Step, ...]:
+    def steps(self) -> tuple[HandOver, ...]:
         """Those whose modules are still there."""
         alive = []
         for layer_of, link in self._links:
@@ -250,10 +250,10 @@ class HandOvers:
             places = link.places.alive()
             passages = link.passages.alive() if isinstance(link, LinkThrough) else ()
             if layer is not None and norm is not None and places and (receiver is not None or link.receiver is None):
-                alive.append(Step(layer, norm, receiver, link.passive, places, passages))
+                alive.append(HandOver(layer, norm, receiver, link.passive, places, passages))
         return tuple(alive)
 
-    def link(self, step: Step) -> Link:
+    def link(self, step: HandOver) -> Link:
         arguments = step.norm, step.receiver, self._loop, step.passive, step.places
         return LinkThrough(*arguments, step.passages) if step.passages else Link(*arguments)
 
@@ -265,9 +265,9 @@ class HandOvers:
         copied = [
             step for step in self.steps if all(id(p.holder) in memo and id(p.module) in memo for p in step.places)
         ]
-        made = HandOvers([copy.deepcopy(step, memo) for step in copied], self.runner, self.digest)
-        made.connect()
-        return made
+        handed = HandOvers([copy.deepcopy(step, memo) for step in copied], self.runner, self.digest)
+        handed.connect()
+        return handed
 
     def __reduce__(self) -> tuple[Any, ...]:
         return HandOvers, (), {"steps": self.steps, "runner": self.runner, "digest": self.digest}

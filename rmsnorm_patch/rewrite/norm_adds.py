@@ -17,7 +17,7 @@ from .handover import CARRIED, Carry, put
 from .layer_calls import NormKernel, kernel_of, why_not
 
 _is_tracing = torch.compiler.is_dynamo_compiling
-_Pair = tuple[torch.Tensor, torch.Tensor]
+_Two = tuple[torch.Tensor, torch.Tensor]
 
 
 def norm_add(inner: nn.Module, side: int, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -37,7 +37,7 @@ def norm_add(inner: nn.Module, side: int, a: torch.Tensor, b: torch.Tensor) -> t
     return a + b
 
 
-def norm_add_norm(norm: nn.Module, inner: nn.Module, side: int, a: torch.Tensor, b: torch.Tensor) -> _Pair:
+def norm_add_norm(norm: nn.Module, inner: nn.Module, side: int, a: torch.Tensor, b: torch.Tensor) -> _Two:
     """(norm(sum), sum), the sum as of `norm_add`."""
     if _is_tracing():
         return layer_calls.in_layer(norm, *_normed(inner, side, a, b))
@@ -97,7 +97,7 @@ def _norm_add(inner: nn.Module, side: int, a: torch.Tensor, b: torch.Tensor) -> 
     return total
 
 
-def _norm_add_norm(norm: nn.Module, inner: nn.Module, side: int, a: torch.Tensor, b: torch.Tensor) -> _Pair:
+def _norm_add_norm(norm: nn.Module, inner: nn.Module, side: int, a: torch.Tensor, b: torch.Tensor) -> _Two:
     """`norm_add_norm` with every check in Python."""
     kernel, following = kernel_of(inner), kernel_of(norm)
     reason = _why_apart(inner, kernel, side, a, b)
@@ -161,7 +161,7 @@ def _run(
     side: int,
     a: torch.Tensor,
     b: torch.Tensor,
-) -> _Pair:
+) -> _Two:
     """(norm(sum), sum) in one call; the guards hold for both norms."""
     assert kernel.norm_add_norm is not None
     x, residual = (a, b) if side == 0 else (b, a)
@@ -187,9 +187,9 @@ def _why_apart(inner: nn.Module, kernel: NormKernel | None, side: int, a: torch.
     if reason:
         return reason
     weight = kernel.weight_of(inner)
-    made = kernel.spec.output_dtype(x.dtype, None if weight is None else weight.dtype)
-    if x.dtype is not residual.dtype or made is not x.dtype:
-        return f"the norm makes {made} of {x.dtype}, and adds {residual.dtype}: a kernel has one dtype for all three"
+    normed = kernel.spec.output_dtype(x.dtype, None if weight is None else weight.dtype)
+    if x.dtype is not residual.dtype or normed is not x.dtype:
+        return f"the norm makes {normed} of {x.dtype}, and adds {residual.dtype}: a kernel has one dtype for all three"
     return ""
 
 
@@ -202,12 +202,12 @@ def _unlike(kernel: NormKernel, following: NormKernel | None, inner: nn.Module, 
     return "" if one is other else f"the norms' weights differ in dtype: {one} and {other}"
 
 
-def _normed(inner: nn.Module, side: int, a: torch.Tensor, b: torch.Tensor) -> _Pair:
+def _normed(inner: nn.Module, side: int, a: torch.Tensor, b: torch.Tensor) -> _Two:
     """The operands of the add, by the norm as a module."""
     return (inner(a), b) if side == 0 else (a, inner(b))
 
 
-def _apart(inner: nn.Module, side: int, a: torch.Tensor, b: torch.Tensor, reason: str) -> _Pair:
+def _apart(inner: nn.Module, side: int, a: torch.Tensor, b: torch.Tensor, reason: str) -> _Two:
     """`_normed`, counted and reported as a norm that was to be one call with its add."""
     calls_of(inner).apart.add(reason)
     given = _normed(inner, side, a, b)
@@ -217,7 +217,7 @@ def _apart(inner: nn.Module, side: int, a: torch.Tensor, b: torch.Tensor, reason
     return given
 
 
-def _reference(inner: nn.Module, kernel: NormKernel, side: int, a: torch.Tensor, b: torch.Tensor) -> _Pair:
+def _reference(inner: nn.Module, kernel: NormKernel, side: int, a: torch.Tensor, b: torch.Tensor) -> _Two:
     """The operands of the add, by the norm's own operations."""
     x, residual = (a, b) if side == 0 else (b, a)
     normed = kernel.original(inner, x)
@@ -229,7 +229,7 @@ def _reference(inner: nn.Module, kernel: NormKernel, side: int, a: torch.Tensor,
 
 def _report(
     inner: nn.Module, side: int, a: torch.Tensor, b: torch.Tensor, total: torch.Tensor | None, backend: str
-) -> _Pair:
+) -> _Two:
     """Reports a call in which a kernel did all, and gives the operands of its add. The norm's own result was never
     written: its own op computes it for the observer, whose bits the kernel has to have added."""
     kernel = kernel_of(inner)

@@ -54,13 +54,13 @@ class Places:
 
     def alive(self) -> tuple[Place, ...]:
         """Those whose modules are still there; () where one is gone."""
-        found = []
+        places = []
         for holder_of, name, module_of, _, among in self._places:
             holder, module = holder_of(), module_of()
             if holder is None or module is None:
                 return ()
-            found.append(Place(holder, name, module, among))
-        return tuple(found)
+            places.append(Place(holder, name, module, among))
+        return tuple(places)
 
 
 class Passage(NamedTuple):
@@ -134,12 +134,12 @@ Index = dict[int, list[Place]]
 
 def index_of(parent: nn.Module) -> Index:
     """Where each module below `parent` stands, `parent` left out."""
-    found: Index = {}
+    index: Index = {}
     for holder in parent.modules():
         for name, child in holder._modules.items():
             if child is not None:
-                found.setdefault(id(child), []).append(Place(holder, name, child))
-    return found
+                index.setdefault(id(child), []).append(Place(holder, name, child))
+    return index
 
 
 def between(
@@ -157,14 +157,14 @@ def between(
     """
     caller = parent if receiver is None else receiver
     ends = {id(module) for module in (layer, *leaves)[: None if receiver is None else -1]}
-    found: dict[tuple[int, str], Place] = {}
+    places: dict[tuple[int, str], Place] = {}
     for module in (layer, receiver):
         if module is not None:
             for place in _above(parent, index, module, set()):
                 among = len(place.holder._modules) if id(place.module) in ends else None
-                found[id(place.holder), place.name] = place._replace(among=among)
+                places[id(place.holder), place.name] = place._replace(among=among)
     norms = [place for place in index.get(id(norm), ()) if place.holder is caller]
-    return (*found.values(), *norms)
+    return (*places.values(), *norms)
 
 
 def _above(parent: nn.Module, index: Index, module: nn.Module, seen: set[int]) -> Iterator[Place]:

@@ -52,12 +52,12 @@ def attention_factory(original: type, key: AttentionKey) -> Body:
 register_factory(ROLE, attention_factory)
 
 
-def install(plan: Plan, found: ModelLayout, journal: Journal) -> None:
-    """Swap the classes of the attentions that the plan fuses. found: what was read when `plan` was made."""
+def install(plan: Plan, layout_read: ModelLayout, journal: Journal) -> None:
+    """Swap the classes of the attentions that the plan fuses. layout_read: of the model when `plan` was made."""
     fused: dict[str, list[QueryKeySite]] = {}
     for site in plan.fused_query_key():
         fused.setdefault(site.layer, []).append(site)
-    for attention in found.attentions.values():
+    for attention in layout_read.attentions.values():
         key = attention.key(fused.get(attention.path, ()))
         if key is not None:
             original = type(attention.module)
@@ -234,8 +234,8 @@ def _rotated(
         if observe.active:
             observe.report(observe.Event("unrotated", norm, (), _NO_TENSOR, None, "original", reason))
     normed = query_key(query_norm, key_norm, query, key)
-    made: Two = rotate(*_for_rotation(normed, head_axis), cos, sin)
-    return made
+    turned_both: Two = rotate(*_for_rotation(normed, head_axis), cos, sin)
+    return turned_both
 
 
 def _for_rotation(normed: Two, head_axis: int) -> Two:

@@ -218,9 +218,9 @@ def _replaced(modules: list[tuple[str, nn.Module]]) -> Iterator[str]:
         report = applied_report(module)
         for below in () if report is None else (*report.norms, *report.layers, *report.attentions):
             path = f"{root}.{below}".strip(".")
-            found = now.get(path)
-            if found is None or not _is_ours(found):
-                what = "is gone" if found is None else f"is a {type(found).__name__} that is not patched"
+            standing = now.get(path)
+            if standing is None or not _is_ours(standing):
+                what = "is gone" if standing is None else f"is a {type(standing).__name__} that is not patched"
                 yield f"{path or '(root)'} {what}; it was patched by apply, which can be called again"
 
 

@@ -46,9 +46,9 @@ def prepare(model: nn.Module, plan: Plan, dtype: torch.dtype | None) -> tuple[Pr
     sites = {site.path: site for site in plan.fused_norms()}
 
     def add(site: NormSite, op: str, each: torch.dtype, residual: torch.dtype | None = None) -> None:
-        made = _prepare_site(model.get_submodule(site.path), site, op, plan, (each, residual), done)
-        if made is not None:
-            done[made] = None
+        prepared = _prepare_site(model.get_submodule(site.path), site, op, plan, (each, residual), done)
+        if prepared is not None:
+            done[prepared] = None
 
     for path, site in sites.items():
         names = FUNCTIONAL if path in paired else (RMS_NORM.name,)
@@ -92,20 +92,20 @@ def _prepare_two(model: nn.Module, both: QueryKeySite, plan: Plan, dtype: torch.
 def _operands(model: nn.Module) -> dict[str, set[tuple[torch.dtype, torch.dtype]]]:
     """Path of a norm -> the dtypes of the two operands of the add in front of it, where they differ (an fp32 residual
     of a half precision model); nothing where the model does not run without memory, as a copy of it does here."""
-    found: dict[str, set[tuple[torch.dtype, torch.dtype]]] = {}
+    dtypes: dict[str, set[tuple[torch.dtype, torch.dtype]]] = {}
     paths: dict[int, str] = {}
 
     def note(event: observe.Event) -> None:
         if len(event.operands) == 2 and event.operands[0].dtype != event.operands[1].dtype:
             left, right = (operand.dtype for operand in event.operands)
-            found.setdefault(paths[id(event.norm)], set()).add((left, right))
+            dtypes.setdefault(paths[id(event.norm)], set()).add((left, right))
 
     try:
         with observe.observing(note), torch.no_grad():
-            run_without_memory(model, lambda made: paths.update((id(m), path) for path, m in made.named_modules()))
+            run_without_memory(model, lambda copied: paths.update((id(m), path) for path, m in copied.named_modules()))
     except Rejected:
         return {}
-    return found
+    return dtypes
 
 
 def _prepare_site(
@@ -133,14 +133,14 @@ def _prepare_site(
     else:
         backend = ops.bind(op, site.spec, plan.backend).backend_for(x, weight, residual)
     named = None if residual_dtype is None else _name(residual_dtype)
-    made = Prepared(op, n, _name(dtype), _name(weight.dtype), backend, str(weight.device), named)
+    prepared = Prepared(op, n, _name(dtype), _name(weight.dtype), backend, str(weight.device), named)
     if backend == "reference" or (backend == "cuda" and residual_dtype not in (None, dtype)):
         return None  # CUDA's kernels add one dtype: where they are asked for, such an add stays a call of its own
-    if made not in done and behind is not None:
+    if prepared not in done and behind is not None:
         behind.warmup(x, weight)
-    elif made not in done:
+    elif prepared not in done:
         dispatch.warmup(backend, op, site.spec, n, dtype, weight.dtype, weight.device, residual_dtype)
-    return made
+    return prepared
 
 
 def _prepare_gated(
@@ -151,21 +151,21 @@ def _prepare_gated(
     assert site.gating is not None
     run = gated_norm.bind(site.spec, site.gating, plan.backend)
     backend = run.backend_for(x, x, weight)
-    made = Prepared(gated_norm.NAME, x.shape[-1], _name(x.dtype), _name(weight.dtype), backend, str(x.device))
+    prepared = Prepared(gated_norm.NAME, x.shape[-1], _name(x.dtype), _name(weight.dtype), backend, str(x.device))
     if backend == "reference":
         return None
-    if made not in done:
+    if prepared not in done:
         run.prepare(x, x, weight)
-    return made
+    return prepared
 
 
 def _common_dtype(model: nn.Module) -> torch.dtype:
     """That of most parameters: what the hidden states have."""
-    found = Counter[torch.dtype]()
+    sizes = Counter[torch.dtype]()
     for parameter in model.parameters():
         if parameter.is_floating_point():
-            found[parameter.dtype] += parameter.numel()
-    return found.most_common(1)[0][0] if found else torch.get_default_dtype()
+            sizes[parameter.dtype] += parameter.numel()
+    return sizes.most_common(1)[0][0] if sizes else torch.get_default_dtype()
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -48,9 +48,9 @@ def find_gated(subject: Subject, module: nn.Module) -> Found | None:
     if subject.weight_attribute is None:
         raise Rejected("a gated norm has one weight")
     for eps_attribute in eps_attributes(subject):
-        found = _agreeing(subject, eps_attribute)
-        if found is not None:
-            candidate, triples = found
+        agreed = _agreeing(subject, eps_attribute)
+        if agreed is not None:
+            candidate, triples = agreed
             own = getattr(module, eps_attribute)
             spec = replace(candidate.spec, eps=own)
             _check_own_eps(subject, eps_attribute, replace(candidate, spec=spec))

@@ -170,11 +170,11 @@ class Plan:
 
     def counts(self) -> dict[str, int]:
         """Sites per kind and action, e.g. {"norm/fuse": 65, "in_layer/fuse": 32, "query_key/fuse": 32}."""
-        found = Counter(f"norm/{site.action}" for site in self.norms)
-        found.update(f"{pair.kind}/{pair.action}" for pair in self.pairs)
-        found.update(f"query_key/{site.action}" for site in self.query_key)
-        found.update(f"rotation/{site.rotation}" for site in self.query_key if site.rotation is not None)
-        return dict(sorted(found.items()))
+        counter = Counter(f"norm/{site.action}" for site in self.norms)
+        counter.update(f"{pair.kind}/{pair.action}" for pair in self.pairs)
+        counter.update(f"query_key/{site.action}" for site in self.query_key)
+        counter.update(f"rotation/{site.rotation}" for site in self.query_key if site.rotation is not None)
+        return dict(sorted(counter.items()))
 
     def norm_groups(self, fold: bool = True) -> tuple[SiteGroup, ...]:
         """The norms as rows of a table. fold: norms at paths that differ in layer numbers alone share one."""

@@ -141,18 +141,18 @@ def find_spec(subject: Subject, module: object) -> Found | None:
     """
     columns = working_columns(subject)
     for eps_attribute in eps_attributes(subject):
-        found = _agreeing(subject, columns, eps_attribute, None)
-        if found is not None:
+        agreed = _agreeing(subject, columns, eps_attribute, None)
+        if agreed is not None:
             own = getattr(module, eps_attribute)
-            spec = replace(found.spec, eps=own)
+            spec = replace(agreed.spec, eps=own)
             _check_own_eps(subject, columns, eps_attribute, spec)
             check_behaviour(subject, columns)
-            return replace(found, spec=spec)
+            return replace(agreed, spec=spec)
     for constant in eps_constants(subject):
-        found = _agreeing(subject, columns, None, constant)
-        if found is not None:
+        agreed = _agreeing(subject, columns, None, constant)
+        if agreed is not None:
             check_behaviour(subject, columns)
-            return replace(found, spec=replace(found.spec, eps=constant))
+            return replace(agreed, spec=replace(agreed.spec, eps=constant))
     return None
 
 

@@ -61,16 +61,16 @@ class Subject:
         return self.weight_attribute, self.weight_is_parameter, self.columns, values, self.codes, self.gated
 
     def twin(self, weight: torch.Tensor | None) -> nn.Module:
-        made = object.__new__(self.cls)  # FSDP's classes override __new__ to build another
-        nn.Module.__init__(made)
+        instance = object.__new__(self.cls)  # FSDP's classes override __new__ to build another
+        nn.Module.__init__(instance)
         for name, value in self.attributes.items():
-            made.__dict__[name] = value if _is_plain(value) else _copied(name, value)
+            instance.__dict__[name] = value if _is_plain(value) else _copied(name, value)
         if self.weight_attribute is not None and weight is not None:
             if self.weight_is_parameter:
-                made._parameters[self.weight_attribute] = nn.Parameter(weight, requires_grad=False)
+                instance._parameters[self.weight_attribute] = nn.Parameter(weight, requires_grad=False)
             else:
-                made._buffers[self.weight_attribute] = weight
-        return made.eval()
+                instance._buffers[self.weight_attribute] = weight
+        return instance.eval()
 
 
 _unpatched = lru_cache(maxsize=64)(unpatched_class)  # a class derived from a patched one is derived anew at each call
@@ -143,16 +143,16 @@ def _weight_of(module: nn.Module) -> tuple[str | None, torch.Tensor | None]:
 def _widths_named_by(module: nn.Module) -> tuple[int, ...]:
     """Widths to try for a weightless norm, which fixes none: first a common multiple of its integers (a width that no
     attribute can mean, and that every group divides), then those integers, then a width of our own."""
-    found: list[int] = []
+    widths: list[int] = []
     for value in module.__dict__.values():
         shape = (value,) if isinstance(value, int) else value
         if isinstance(shape, tuple) and shape and all(type(size) is int for size in shape):
             if len(shape) > 1:
                 raise Rejected(f"it normalises over {len(shape)} dimensions ({shape}); an RMSNorm takes the last one")
             if 1 < shape[0] <= 1 << 16:
-                found.append(shape[0])
-    common = 2 * math.lcm(*found)
-    return (*([common] if found and common <= 1 << 14 else []), *sorted(set(found), reverse=True), 64)
+                widths.append(shape[0])
+    common = 2 * math.lcm(*widths)
+    return (*([common] if widths and common <= 1 << 14 else []), *sorted(set(widths), reverse=True), 64)
 
 
 def _check_signature(cls: type[nn.Module]) -> None:
@@ -192,17 +192,17 @@ def reachable_codes(cls: type[nn.Module]) -> tuple[types.CodeType, ...]:
             methods.setdefault(name, []).extend(_codes_of(value))
     if not methods.get("forward"):
         raise Rejected(f"{cls.__name__} has no forward in Python")
-    found: dict[types.CodeType, None] = {}
+    codes: dict[types.CodeType, None] = {}
     pending = list(methods["forward"])
     while pending:
         code = pending.pop(0)
-        if code in found:
+        if code in codes:
             continue
-        found[code] = None
+        codes[code] = None
         pending.extend(const for const in code.co_consts if isinstance(const, types.CodeType))
         for name in code.co_names:
             pending.extend(methods.get(name, ()))
-    return tuple(found)
+    return tuple(codes)
 
 
 def _codes_of(value: object) -> Iterator[types.CodeType]:

@@ -38,15 +38,15 @@ def align(model: torch.nn.Module, numerics: Numerics, decision: Decision, vllm_c
     """Give each norm the eps of its counterpart; one line says how many have one, a warning which have none."""
     served, corrected, others = 0, 0, []
     for path, norm in _norms(model):
-        found, why = _counterpart(path, norm, numerics, decision)
+        counterpart, why = _counterpart(path, norm, numerics, decision)
         why = why or _vllms_own(norm, decision, vllm_config)
-        if found is None or why:
+        if counterpart is None or why:
             others.append(f"{path} ({type(norm).__name__}: {why})")
             continue
         served += 1
-        if norm.variance_epsilon != found.eps:
+        if norm.variance_epsilon != counterpart.eps:
             corrected += 1
-            norm.variance_epsilon = found.eps
+            norm.variance_epsilon = counterpart.eps
     text = f"{served} of {served + len(others)} norms compute what transformers' do"
     if corrected:
         text += f", {corrected} of them with its eps in place of vLLM's"
@@ -74,12 +74,14 @@ def _counterpart(path: str, norm: Any, numerics: Numerics, decision: Decision) -
         return None, "a class with arithmetic of its own"
     if numerics.provider != decision.provider:
         return None, f"the engine has {decision.provider}; {numerics.reason}"
-    found = numerics.of(path, norm.weight.shape[-1], getattr(norm, "has_weight", True))
-    if found is None:
+    counterpart = numerics.of(path, norm.weight.shape[-1], getattr(norm, "has_weight", True))
+    if counterpart is None:
         return None, "no norm of that path, or of that length, in transformers' model"
-    if found.adds_one != isinstance(norm, GemmaRMSNorm):
-        return None, f"transformers' {found.class_name} computes " + ("1 + w" if found.adds_one else "no 1 + w")
-    return found, ""
+    if counterpart.adds_one != isinstance(norm, GemmaRMSNorm):
+        return None, f"transformers' {counterpart.class_name} computes " + (
+            "1 + w" if counterpart.adds_one else "no 1 + w"
+        )
+    return counterpart, ""
 
 
 def _vllms_own(norm: Any, decision: Decision, vllm_config: Any) -> str:

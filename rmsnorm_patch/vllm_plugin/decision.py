@@ -67,7 +67,7 @@ class Facts:
     quantised: settings.Quantised = "auto"
     norm_quant: bool = False
     without_gain: str = ""
-    norm_add: settings.NormAdd = "auto"
+    norm_add: settings.NormAdds = "auto"
     silu_quantised: settings.SiluQuantised = "off"
     blocks: settings.Blocks = "auto"
 
@@ -148,7 +148,16 @@ def _decide(facts: Facts) -> Decision:
     asked = "asked for" if facts.requested == route else f"vLLM {facts.version} offers it"
     if numerics and facts.transformers is not None:
         provider = facts.transformers.provider
+    # With tensor parallel a class would hide its norms from vLLM's fusion with the all-reduce, which numerics turn off.
+    offset = bool(numerics) or not (facts.compiled and facts.tensor_parallel > 1)
     reason = f"{asked}; numerics of {numerics or _NAMES[provider]}"
+    served = Decision(route, provider, reason, offset=offset, numerics=numerics, invariant=facts.batch_invariant)
+    return _with_passes(facts, served)
+
+
+def _with_passes(facts: Facts, served: Decision) -> Decision:
+    """What the graph passes do in an engine whose norms are served, each with its words."""
+    reason = served.reason
     measured = facts.device_type == "cuda" and facts.capability in linear_norm_splits.MEASURED
     linear = facts.compiled and facts.captures and measured and facts.linear != "off"
     linear = linear and not facts.batch_invariant  # how a product is split depends on its rows
@@ -172,17 +181,11 @@ def _decide(facts: Facts) -> Decision:
         reason += f"; so does silu_and_mul ({settings.SILU_QUANTISED_VARIABLE}={facts.silu_quantised})"
     if facts.batch_invariant:
         reason += "; batch-invariant: a row's bits follow from it and its length alone"
-    # With tensor parallel a class would hide its norms from vLLM's fusion with the all-reduce, which numerics turn off.
-    offset = bool(numerics) or not (facts.compiled and facts.tensor_parallel > 1)
-    return Decision(
-        route,
-        provider,
-        reason,
+    return replace(
+        served,
+        reason=reason,
         linear=linear,
         reorder=reorder,
-        offset=offset,
-        numerics=numerics,
-        invariant=facts.batch_invariant,
         quantised=quantised,
         norm_add=norm_add,
         silu_quantised=silu_quantised,

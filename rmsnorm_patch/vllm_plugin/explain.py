@@ -33,8 +33,8 @@ def explain(arguments: list[str]) -> dict[str, Any]:
     for path, norm in _model(config).named_modules():
         if "RMSNorm" in type(norm).__name__ and not list(norm.children()):
             columns = next((p.shape[-1] for p in norm.parameters()), getattr(norm, "hidden_size", 0))
-            found = {"path": path, "class": type(norm).__name__, "columns": columns}
-            norms.append({**found, "served_by": _serving(norm, columns, config, decision)})
+            described = {"path": path, "class": type(norm).__name__, "columns": columns}
+            norms.append({**described, "served_by": _serving(norm, columns, config, decision)})
     compiled = config.compilation_config
     return {
         "route": decision.route,

@@ -24,8 +24,8 @@ SILU_QUANTISED_VARIABLE = "RMSNORM_PATCH_VLLM_SILU_QUANTISED"
 Blocks = Literal["auto", "on", "off"]
 BLOCKS: tuple[Blocks, ...] = get_args(Blocks)
 BLOCKS_VARIABLE = "RMSNORM_PATCH_VLLM_BLOCKS"
-NormAdd = Literal["auto", "off"]
-NORM_ADDS: tuple[NormAdd, ...] = get_args(NormAdd)
+NormAdds = Literal["auto", "off"]
+NORM_ADDS: tuple[NormAdds, ...] = get_args(NormAdds)
 NORM_ADD_VARIABLE = "RMSNORM_PATCH_VLLM_NORM_ADD"
 Numerics = Literal["engine", "huggingface"]
 NUMERICS: tuple[Numerics, ...] = get_args(Numerics)
@@ -63,7 +63,7 @@ def read_blocks() -> Blocks:
     return _one_of(BLOCKS_VARIABLE, BLOCKS)
 
 
-def read_norm_add() -> NormAdd:
+def read_norm_add() -> NormAdds:
     """Whether `RMSNORM_PATCH_VLLM_NORM_ADD` lets norms take the residual-adds behind them into their launches."""
     return _one_of(NORM_ADD_VARIABLE, NORM_ADDS)
 
@@ -120,21 +120,21 @@ def read_tried() -> str:
 
 def is_tried(version: str, tried: str) -> bool:
     """Whether `tried` names this vLLM."""
-    found = release(version)
-    return tried != "" and tried in (version, "" if found is None else _text(found))
+    named = release(version)
+    return tried != "" and tried in (version, "" if named is None else _text(named))
 
 
 def unsupported_release(version: str, tried: str = "") -> str:
     """Why this vLLM is left alone, or "" if it is served. tried: as `read_tried` gives it."""
-    found = release(version)
-    if found is not None and OLDEST <= found <= NEWEST:
+    named = release(version)
+    if named is not None and OLDEST <= named <= NEWEST:
         return ""
     outside = f"vLLM {version} is outside the supported range {_text(OLDEST)} to {_text(NEWEST)}"
-    if found is not None and found < OLDEST:
+    if named is not None and named < OLDEST:
         return outside
     if is_tried(version, tried):
         return ""
-    return f"{outside}; {RELEASE_VARIABLE}={version if found is None else _text(found)} tries it all the same"
+    return f"{outside}; {RELEASE_VARIABLE}={version if named is None else _text(named)} tries it all the same"
 
 
 def unknown_without_ir(version: str, tried: str = "") -> str:

@@ -11,11 +11,11 @@ _MARK = "__rmsnorm_patch_original__"
 
 def wrap_once(owner: type, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     """Replace `owner.name` by `make(original)`; a second call changes nothing."""
-    found = getattr(owner, name)
-    if hasattr(found, _MARK):
+    standing = getattr(owner, name)
+    if hasattr(standing, _MARK):
         return
-    is_classmethod = hasattr(found, "__func__")
-    original = found.__func__ if is_classmethod else found
+    is_classmethod = hasattr(standing, "__func__")
+    original = standing.__func__ if is_classmethod else standing
     wrapper = functools.wraps(original)(make(original))
     setattr(wrapper, _MARK, original)
     setattr(owner, name, classmethod(wrapper) if is_classmethod else wrapper)

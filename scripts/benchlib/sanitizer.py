@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchlib.checkout import ROOT, environment
-from benchlib.test_counts import counts_in
+from benchlib.pytest_runs import counts_in
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 PLANTED = "planted fault"

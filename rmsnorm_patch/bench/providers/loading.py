@@ -10,7 +10,7 @@ from collections.abc import Collection
 from ...numerics.spec import NormSpec
 from ..rows import named
 from . import norms, quantised, query_key  # noqa: F401  each enters its providers
-from .table import MAKERS, OURS, Provider
+from .table import MAKERS, OURS_BY_OP, Provider
 
 
 def load(
@@ -24,15 +24,15 @@ def load(
 
     wanted: names; empty: all. extra: "[name=]module:function" entries; the function takes a built-in one's arguments.
     """
-    found, missing = [], {}
+    present, missing = [], {}
     for (name, of), (make, in_place) in MAKERS.items():
-        if of != op or (only_ours and (name, of) not in OURS) or (wanted and name not in wanted):
+        if of != op or (only_ours and (name, of) not in OURS_BY_OP) or (wanted and name not in wanted):
             continue
         try:
-            found.append(Provider(name, op, make(spec), in_place))
+            present.append(Provider(name, op, make(spec), in_place))
         except Exception as error:  # a peer that does not import or build on this machine is a missing row, not a crash
             missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    return found + [_from_outside(entry, op) for entry in extra if not only_ours], missing
+    return present + [_from_outside(entry, op) for entry in extra if not only_ours], missing
 
 
 def _from_outside(entry: str, op: str) -> Provider:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ..rows import FUSED, PLAIN
-from .table import Call, ours, provider
+from .table import ProviderCall, ours, provider
 
 
 @ours("ours", FUSED)
@@ -32,7 +32,7 @@ def _ours_triton(spec):
     return ops.bind_fused_add_rms_norm(spec, "triton")
 
 
-def after_add(norm: Call) -> Call:
+def after_add(norm: ProviderCall) -> ProviderCall:
     """The add, then norm(x, weight, eps)."""
 
     def call(x, residual, weight, eps):
@@ -57,7 +57,7 @@ def functional_norm(x, weight, eps):
     return torch.nn.functional.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
-def compiled(body: Call) -> Call:
+def compiled(body: ProviderCall) -> ProviderCall:
     return torch.compile(body, fullgraph=True, dynamic=False)
 
 
@@ -117,10 +117,10 @@ def _flashinfer_cuda():
     return _flashinfer(True)
 
 
-def vllm_op(name: str) -> Call:
+def vllm_op(name: str) -> ProviderCall:
     """An op of vLLM's compiled library, without importing vLLM: that would change Inductor's settings."""
-    found = importlib.util.find_spec("vllm")
-    folders = (found.submodule_search_locations if found else None) or ()
+    spec = importlib.util.find_spec("vllm")
+    folders = (spec.submodule_search_locations if spec else None) or ()
     libraries = [library for folder in folders for library in sorted(Path(folder).glob("_C*.so"))]
     if not libraries:
         raise ImportError("vLLM's library is not installed")
@@ -183,7 +183,7 @@ def _quack_norm():
     return lambda x, weight, eps: rmsnorm_fwd(x, weight, eps=eps)[0]
 
 
-def flashinfer_norm(use_cuda: bool) -> Call:
+def flashinfer_norm(use_cuda: bool) -> ProviderCall:
     import flashinfer.norm as norm
 
     def call(x, weight, eps):

@@ -15,7 +15,7 @@ from ...numerics.quantisation import GROUP, QuantSpec, new_scales
 from ..quantised import QUANTISED, SCALE, Written
 from ..rows import FUSED
 from .norms import compiled, vllm_op
-from .table import Call, ours, provider
+from .table import ProviderCall, ours, provider
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _LEAST = 1 / (448 * 512)
@@ -25,7 +25,7 @@ def _given(quant: QuantSpec) -> torch.Tensor | None:
     return torch.full((1,), SCALE, device=DEVICE) if quant.scheme == "fp8_static" else None
 
 
-def _launched(run: Callable[..., Any], written: Written) -> Call:
+def _launched(run: Callable[..., Any], written: Written) -> ProviderCall:
     """A call of one of our kernels, which write the sum into the residual."""
     from ...fused.norm_quantised.kernel import Operands
 
@@ -38,14 +38,14 @@ def _launched(run: Callable[..., Any], written: Written) -> Call:
     return call
 
 
-def _ours(written: Written, spec: Any) -> Call:
+def _ours(written: Written, spec: Any) -> ProviderCall:
     from ...fused.norm_quantised import kernel
 
     bounded = written.quant.scheme == "fp8_static"
     return _launched(kernel.bound(spec, written.quant, True, bounded, written.both), written)
 
 
-def _ours_triton(written: Written, spec: Any) -> Call:
+def _ours_triton(written: Written, spec: Any) -> ProviderCall:
     from ...fused.norm_quantised import portable
 
     return _launched(portable.bound(spec, written.quant, True, written.both), written)
@@ -121,7 +121,7 @@ def _vllm_static():
     return call
 
 
-def _vllm_token(dtype: torch.dtype) -> Call:
+def _vllm_token(dtype: torch.dtype) -> ProviderCall:
     op = vllm_op("rms_norm_dynamic_per_token_quant")
 
     def call(x, residual, weight, eps):
@@ -136,7 +136,7 @@ provider("vllm", f"{FUSED}_fp8_token")(partial(_vllm_token, torch.float8_e4m3fn)
 provider("vllm", f"{FUSED}_int8_token")(partial(_vllm_token, torch.int8))
 
 
-def _vllm_block(quant: QuantSpec) -> Call:
+def _vllm_block(quant: QuantSpec) -> ProviderCall:
     op = vllm_op("rms_norm_per_block_quant")
     transposed = quant.layout != "row_major"
 
@@ -152,7 +152,7 @@ for _name in ("fp8_block", "fp8_block_columns"):
     provider("vllm", f"{FUSED}_{_name}")(partial(_vllm_block, QUANTISED[f"{FUSED}_{_name}"].quant))
 
 
-def _flashinfer_static(use_cuda: bool) -> Call:
+def _flashinfer_static(use_cuda: bool) -> ProviderCall:
     from flashinfer import norm
 
     given = _given(QuantSpec("fp8_static"))

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...numerics.spec import NormSpec
 
-Call = Callable[..., Any]
+ProviderCall = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -17,18 +17,18 @@ class Provider:
 
     name: str
     op: str
-    call: Call
+    call: ProviderCall
     in_place: bool = False
 
 
-MAKERS: dict[tuple[str, str], tuple[Callable[[NormSpec], Call], bool]] = {}
-OURS: set[tuple[str, str]] = set()
+MAKERS: dict[tuple[str, str], tuple[Callable[[NormSpec], ProviderCall], bool]] = {}
+OURS_BY_OP: set[tuple[str, str]] = set()
 
 
 def provider(name: str, op: str, in_place: bool = False):
     """Register `make()` -> callable. A peer computes one rounding at the end, whatever variant is asked for."""
 
-    def register(make: Callable[[], Call]) -> Callable[[], Call]:
+    def register(make: Callable[[], ProviderCall]) -> Callable[[], ProviderCall]:
         MAKERS[name, op] = (lambda _: make(), in_place)
         return make
 
@@ -38,9 +38,9 @@ def provider(name: str, op: str, in_place: bool = False):
 def ours(name: str, op: str, in_place: bool = False):
     """Register `make(spec)` -> callable: one of our kernels, which come in every variant."""
 
-    def register(make: Callable[[NormSpec], Call]) -> Callable[[NormSpec], Call]:
+    def register(make: Callable[[NormSpec], ProviderCall]) -> Callable[[NormSpec], ProviderCall]:
         MAKERS[name, op] = (make, in_place)
-        OURS.add((name, op))
+        OURS_BY_OP.add((name, op))
         return make
 
     return register

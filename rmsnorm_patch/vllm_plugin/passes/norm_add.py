@@ -28,7 +28,7 @@ from .. import trial
 from .managed import ManagedPass
 from .norms_in_graphs import (
     Norm,
-    Places,
+    Positions,
     erase_unread,
     is_the_only_name,
     may_be_a_view,
@@ -84,7 +84,7 @@ def fuse(graph: fx.Graph) -> int:
     return count
 
 
-def _site(norm: Norm, places: Places) -> Site | None:
+def _site(norm: Norm, places: Positions) -> Site | None:
     """What adds a norm's result alone, if something does."""
     held = norm.node
     if len(held.users) == 1 and (copy := next(iter(held.users))).target is aten.clone.default:
@@ -104,7 +104,7 @@ def _site(norm: Norm, places: Places) -> Site | None:
     return Site(norm, first, terms[0], following)
 
 
-def _of_own_add(norm: Norm, add: fx.Node, places: Places) -> Site | None:
+def _of_own_add(norm: Norm, add: fx.Node, places: Positions) -> Site | None:
     terms = [*add.args]
     if len(norm.node.users) > 1 or terms.count(norm.node) != 1 or add.kwargs.get("alpha", 1) != 1:
         return None
@@ -120,7 +120,7 @@ def _of_own_add(norm: Norm, add: fx.Node, places: Places) -> Site | None:
     return site
 
 
-def _unlike(site: Site, places: Places) -> str:
+def _unlike(site: Site, places: Positions) -> str:
     """Why one op does not compute both norms, or ""."""
     following = site.following
     if following is None:
@@ -138,7 +138,7 @@ def _unlike(site: Site, places: Places) -> str:
     return ""
 
 
-def _declined(site: Site, places: Places) -> str:
+def _declined(site: Site, places: Positions) -> str:
     """Why these stay apart, or ""."""
     x, weight = site.norm.arguments["x"].meta["val"], site.norm.arguments["weight"]
     residual = site.residual.meta["val"]
@@ -180,7 +180,7 @@ def _writer_between(first: fx.Node, last: fx.Node) -> bool:
     return False
 
 
-def _left_to_the_compiler(site: Site, places: Places) -> str:
+def _left_to_the_compiler(site: Site, places: Positions) -> str:
     """Which neighbour of the graph's own add the compiler may compute in one kernel with it, or ""."""
     if not site.add.meta["val"].is_contiguous():
         return "its sum is not contiguous"
@@ -224,16 +224,16 @@ def _unstored_reader(value: fx.Node) -> fx.Node | None:
     return None
 
 
-def _is_stored(site: Site, places: Places) -> bool:
+def _is_stored(site: Site, places: Positions) -> bool:
     """Whether the add reads its residual from memory: an input of the graph, what an opaque node gives, or what one
     reads that stands between the residual and the norm."""
-    made = site.residual
-    while _hands_on(made) and made.all_input_nodes:
-        made = made.all_input_nodes[0]
-    if made.op != "call_function" or _is_opaque(made):
+    term = site.residual
+    while _hands_on(term) and term.all_input_nodes:
+        term = term.all_input_nodes[0]
+    if term.op != "call_function" or _is_opaque(term):
         return True
-    names, reached, stored = {made}, {made}, False
-    node = made.next
+    names, reached, stored = {term}, {term}, False
+    node = term.next
     while node is not site.add:
         inputs = node.all_input_nodes
         stored = stored or (_is_opaque(node) and not names.isdisjoint(inputs))
@@ -245,7 +245,7 @@ def _is_stored(site: Site, places: Places) -> bool:
     return stored and site.norm.node in reached
 
 
-def _replace(graph: fx.Graph, site: Site, places: Places) -> set[fx.Node]:
+def _replace(graph: fx.Graph, site: Site, places: Positions) -> set[fx.Node]:
     """Put the op in place of the norm, the add and the norm of the sum; returns the norms that are gone."""
     unread = [site.residual] if _is_copy(site) else []
     with graph.inserting_before(site.add):
@@ -288,16 +288,16 @@ def _insert(graph: fx.Graph, site: Site) -> tuple[fx.Node, fx.Node]:
         arguments.update({f"next_{name}": site.following.arguments[name] for name in ("weight", "eps")})
     name = norm_add_op.NORM_ADD if site.following is None else norm_add_op.NORM_ADD_NORM
     op = getattr(torch.ops.rmsnorm_patch, name).default
-    made = graph.call_function(op, tuple(arguments[argument.name] for argument in op._schema.arguments))
+    node = graph.call_function(op, tuple(arguments[argument.name] for argument in op._schema.arguments))
     if stack := site.norm.node.meta.get("nn_module_stack"):
-        made.meta["nn_module_stack"] = stack
+        node.meta["nn_module_stack"] = stack
     x = given["x"].meta["val"]
     if site.following is None:
-        made.meta["val"] = x.new_empty(x.shape)
-        return made, made
-    made.meta["val"] = x.new_empty(x.shape), x.new_empty(x.shape)
-    results = [graph.call_function(operator.getitem, (made, place)) for place in range(2)]
-    for result, value in zip(results, made.meta["val"], strict=True):
+        node.meta["val"] = x.new_empty(x.shape)
+        return node, node
+    node.meta["val"] = x.new_empty(x.shape), x.new_empty(x.shape)
+    results = [graph.call_function(operator.getitem, (node, place)) for place in range(2)]
+    for result, value in zip(results, node.meta["val"], strict=True):
         result.meta["val"] = value
     return results[0], results[1]
 

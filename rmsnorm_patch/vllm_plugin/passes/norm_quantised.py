@@ -27,7 +27,7 @@ from ...numerics.spec import NormSpec
 from .. import trial
 from . import block_rows, quantisations, quantised_arithmetic
 from .managed import ManagedPass
-from .norms_in_graphs import Norm, Places, erase_unread, is_the_only_name, norm_of, tell_once
+from .norms_in_graphs import Norm, Positions, erase_unread, is_the_only_name, norm_of, tell_once
 from .quantisations import Quantisation
 
 aten = torch.ops.aten
@@ -43,11 +43,13 @@ def fuse(graph: fx.Graph) -> int:
     return count
 
 
-def _fuse(graph: fx.Graph, norm: Norm, places: Places) -> bool:
+def _fuse(graph: fx.Graph, norm: Norm, places: Positions) -> bool:
     """Whether the norm writes quantised rows now."""
-    found, left = quantisations_of(norm.rows, lambda node: places[node] > places[norm.node], places, _value(norm.spec))
+    quantisers, left = quantisations_of(
+        norm.rows, lambda node: places[node] > places[norm.node], places, _value(norm.spec)
+    )
     first = None
-    for one in found:
+    for one in quantisers:
         why = _declined(norm, one, places)
         if first is None and not why:
             first = one
@@ -59,17 +61,17 @@ def _fuse(graph: fx.Graph, norm: Norm, places: Places) -> bool:
         if not left:
             _tell_plain(norm, places)
         return False
-    both = _replace(graph, norm, [one for one in found if one.key == first.key], places)
+    both = _replace(graph, norm, [one for one in quantisers if one.key == first.key], places)
     _tell_served(norm, first, both)
     return True
 
 
 def quantisations_of(
-    rows: fx.Node, come_after: Callable[[fx.Node], bool], places: Places, value: Value
+    rows: fx.Node, come_after: Callable[[fx.Node], bool], places: Positions, value: Value
 ) -> tuple[list[Quantisation], list[str]]:
     """What quantises rows, the first in the graph first; and what else does, with the reason why that is left alone.
     value: what arithmetic reads, once it is no longer the compiler's."""
-    found, left = list[Quantisation](), list[str]()
+    quantisers, left = list[Quantisation](), list[str]()
     readers = quantisations.readers(rows, come_after, quantised_arithmetic.ARITHMETIC.__contains__)
     for reader in sorted(readers, key=places.__getitem__):
         one: Quantisation | str
@@ -85,8 +87,8 @@ def quantisations_of(
             left.append(f"{name}: {one}")
         else:
             spec = one.spec if one.is_op else replace(one.spec, value=value)
-            found.append(replace(one, spec=spec, name=name))
-    return found, left
+            quantisers.append(replace(one, spec=spec, name=name))
+    return quantisers, left
 
 
 def _value(spec: NormSpec) -> Value:
@@ -95,9 +97,9 @@ def _value(spec: NormSpec) -> Value:
     return "fp32" if (spec.sum, spec.round_before_weight) == ("fp32", "none") else "rounded"
 
 
-def _declined(norm: Norm, found: Quantisation, places: Places) -> str:
+def _declined(norm: Norm, quantiser: Quantisation, places: Positions) -> str:
     """Why the kernel does not write these rows for this norm, or ""."""
-    if found.given is not None and places[found.given] > places[norm.node]:
+    if quantiser.given is not None and places[quantiser.given] > places[norm.node]:
         return "its scale is computed behind the norm"
     x, weight = norm.arguments["x"].meta["val"], norm.arguments["weight"]
     if x.dim() != 2:
@@ -113,19 +115,19 @@ def _declined(norm: Norm, found: Quantisation, places: Places) -> str:
     if not norm.functional and not is_the_only_name(norm.rows, norm.node, places):
         return "a view of the rows was taken before the norm wrote them"
     value = None if weight is None else weight.meta["val"]
-    return trial.declined_quantised(x, value, norm.spec, found.spec, norm.adds, found.given is not None)
+    return trial.declined_quantised(x, value, norm.spec, quantiser.spec, norm.adds, quantiser.given is not None)
 
 
 def _is_given_up(residual: fx.Node, norm: fx.Node) -> bool:
     return residual.op != "placeholder" and all(user is norm for user in residual.users)
 
 
-def _replace(graph: fx.Graph, norm: Norm, same: list[Quantisation], places: Places) -> bool:
+def _replace(graph: fx.Graph, norm: Norm, same: list[Quantisation], places: Positions) -> bool:
     """Put the op that writes quantised rows in place of the norm, and its results in place of what quantised them.
     Returns whether somebody reads the plain rows too."""
 
     with graph.inserting_before(norm.node):
-        made, results = _insert(graph, norm, same[0])
+        node, results = _insert(graph, norm, same[0])
         rows, scales, normed, *totals = results
         read_instead(graph, same, rows, scales, places)
     _replace_behind(norm.rows, normed, norm.node, places)
@@ -135,7 +137,7 @@ def _replace(graph: fx.Graph, norm: Norm, same: list[Quantisation], places: Plac
         erase_unread(graph, one.nodes)
     both = bool(normed.users)
     if not both:
-        _write_rows_once(made, norm, same[0].spec)
+        _write_rows_once(node, norm, same[0].spec)
     erase_unread(graph, results)
     if norm.functional and norm.rows is not norm.node:
         erase_unread(graph, [norm.rows] if norm.total is None else [norm.rows, norm.total])
@@ -143,39 +145,39 @@ def _replace(graph: fx.Graph, norm: Norm, same: list[Quantisation], places: Plac
     return both
 
 
-def read_instead(graph: fx.Graph, same: list[Quantisation], rows: fx.Node, scales: fx.Node, places: Places) -> None:
+def read_instead(graph: fx.Graph, same: list[Quantisation], rows: fx.Node, scales: fx.Node, places: Positions) -> None:
     """Whoever reads what these quantisations give reads `rows` and `scales`. Views are put where the graph inserts."""
     for one in same:
         for held, result in (*((old, rows) for old in one.rows), *((old, scales) for old in one.scales)):
             _replace_behind(held, _as_shaped(graph, result, held), one.node, places)
 
 
-def _replace_behind(old: fx.Node, new: fx.Node, node: fx.Node, places: Places) -> None:
+def _replace_behind(old: fx.Node, new: fx.Node, node: fx.Node, places: Positions) -> None:
     old.replace_all_uses_with(new, delete_user_cb=lambda user: places.get(user, -1) > places[node])
 
 
-def _insert(graph: fx.Graph, norm: Norm, found: Quantisation) -> tuple[fx.Node, list[fx.Node]]:
+def _insert(graph: fx.Graph, norm: Norm, quantiser: Quantisation) -> tuple[fx.Node, list[fx.Node]]:
     """The op, with both outputs, and each of its results; in front of the norm."""
     name = norm_quantised_op.FUSED if norm.adds else norm_quantised_op.PLAIN
     op = getattr(torch.ops.rmsnorm_patch, name).default
-    quant = found.spec
+    quant = quantiser.spec
     names = ("value", "arithmetic", "layout", "power_of_two", "both")
     more = dict(zip(names, norm_quantised_op.quant_args(quant, both=True), strict=True))
-    arguments = {**norm.arguments, "given": found.given, "scheme": quant.scheme, **more}
+    arguments = {**norm.arguments, "given": quantiser.given, "scheme": quant.scheme, **more}
     values = _values(norm, quant, both=True)
     if norm.adds and norm.functional:
-        made = graph.call_function(auto_functionalized, (op,), arguments)
+        node = graph.call_function(auto_functionalized, (op,), arguments)
         values = *values, norm.arguments["residual"].meta["val"]
     else:
-        made = graph.call_function(op, tuple(arguments[argument.name] for argument in op._schema.arguments))
-    made.meta["val"] = values
+        node = graph.call_function(op, tuple(arguments[argument.name] for argument in op._schema.arguments))
+    node.meta["val"] = values
     if stack := norm.node.meta.get("nn_module_stack"):  # no more: some of it belongs to the norm's own arguments
-        made.meta["nn_module_stack"] = stack
+        node.meta["nn_module_stack"] = stack
     results = []
     for place, value in enumerate(values):
-        results.append(graph.call_function(operator.getitem, (made, place)))
+        results.append(graph.call_function(operator.getitem, (node, place)))
         results[-1].meta["val"] = value
-    return made, results
+    return node, results
 
 
 def _values(norm: Norm, quant: QuantSpec, both: bool) -> tuple[torch.Tensor, ...]:
@@ -184,12 +186,12 @@ def _values(norm: Norm, quant: QuantSpec, both: bool) -> tuple[torch.Tensor, ...
     return norm_quantised_kernel.new_results(norm.arguments["x"].meta["val"], value, norm.spec, quant, both)
 
 
-def _write_rows_once(made: fx.Node, norm: Norm, quant: QuantSpec) -> None:
-    if made.target is auto_functionalized:
-        made.kwargs = {**made.kwargs, "both": False}
+def _write_rows_once(node: fx.Node, norm: Norm, quant: QuantSpec) -> None:
+    if node.target is auto_functionalized:
+        node.kwargs = {**node.kwargs, "both": False}
     else:
-        made.args = (*made.args[:-1], False)
-    made.meta["val"] = *_values(norm, quant, both=False), *made.meta["val"][3:]
+        node.args = (*node.args[:-1], False)
+    node.meta["val"] = *_values(norm, quant, both=False), *node.meta["val"][3:]
 
 
 def _as_shaped(graph: fx.Graph, result: fx.Node, held: fx.Node) -> fx.Node:
@@ -205,15 +207,15 @@ def _as_shaped(graph: fx.Graph, result: fx.Node, held: fx.Node) -> fx.Node:
 _TOLD: set[tuple[Any, ...]] = set()
 
 
-def _tell_served(norm: Norm, found: Quantisation, both: bool) -> None:
-    spec = found.spec
+def _tell_served(norm: Norm, quantiser: Quantisation, both: bool) -> None:
+    spec = quantiser.spec
     value = "its fp32 value" if spec.value == "fp32" else "its rounded value"
     second = ", and plain rows beside them" if both else ""
-    text = f"writes {spec.scheme} rows of {value}, in place of {found.name}{second}; so do others like it"
-    tell_once(_TOLD, norm, text, spec, found.name, both)
+    text = f"writes {spec.scheme} rows of {value}, in place of {quantiser.name}{second}; so do others like it"
+    tell_once(_TOLD, norm, text, spec, quantiser.name, both)
 
 
-def _tell_plain(norm: Norm, places: Places) -> None:
+def _tell_plain(norm: Norm, places: Positions) -> None:
     """Which plain rows are read by whom."""
     behind = (user for user in norm.rows.users if places[user] > places[norm.node])
     names = sorted({str(user.args[0] if user.target is auto_functionalized else user.target) for user in behind})

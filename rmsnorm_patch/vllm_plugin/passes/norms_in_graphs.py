@@ -70,11 +70,11 @@ def _of_results(node: fx.Node, op: str, arguments: dict[str, Any], first: int) -
     return Norm(node, op, arguments, rows[0], totals[0] if totals else None, functional=True)
 
 
-Places = dict[fx.Node, int]
+Positions = dict[fx.Node, int]
 """Where each node stood when its norm was looked at; nodes that were put in since have no place."""
 
 
-def is_the_only_name(rows: fx.Node, norm: fx.Node, places: Places) -> bool:
+def is_the_only_name(rows: fx.Node, norm: fx.Node, places: Positions) -> bool:
     """Whether what a norm writes in place is read behind it through `rows` alone: by no view that was taken before, and
     by nothing that `rows` is itself a view of."""
 

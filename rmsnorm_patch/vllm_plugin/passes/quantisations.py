@@ -153,12 +153,12 @@ def results_of(call: WritingCall) -> list[list[fx.Node]] | None:
     if call.functional:
         schema = call.node.args[0]._schema  # type: ignore[union-attr]
         first = max(1, len(schema.returns))  # one place for None where it returns nothing
-        found: list[list[fx.Node]] = [[] for _ in call.written]
+        results: list[list[fx.Node]] = [[] for _ in call.written]
         for user in call.node.users:
             if user.target is not operator.getitem:
                 return None
-            found[user.args[1] - first].append(user)  # type: ignore[index, operator]
-        return found
+            results[user.args[1] - first].append(user)  # type: ignore[index, operator]
+        return results
     buffers = [call.arguments[name] for name in call.written if call.arguments[name] is not None]
     return [[buffer] for buffer in buffers] if all(_is_its_own(buffer) for buffer in buffers) else None
 
@@ -175,25 +175,25 @@ def _is_its_own(buffer: fx.Node) -> bool:
 
 def buffers_of(call: WritingCall) -> list[fx.Node]:
     """What the call's results are written to, and for a view also the memory behind it."""
-    found = []
+    buffers = []
     for name in call.written:
         buffer = call.arguments[name]
         while isinstance(buffer, fx.Node):
-            found.append(buffer)
+            buffers.append(buffer)
             buffer = buffer.all_input_nodes[0] if buffer.target is aten.permute.default else None
-    return found
+    return buffers
 
 
 def views_to(node: Any) -> tuple[list[fx.Node], Any]:
     """The views between rows and a node that reads them as they are, the last first; and the rows."""
-    found = []
+    views = []
     while isinstance(node, fx.Node) and node.target in VIEWS:
         source = node.all_input_nodes[0]
         if source.meta["val"].shape[-1:] != node.meta["val"].shape[-1:]:
             break
-        found.append(node)
+        views.append(node)
         node = source
-    return found, node
+    return views, node
 
 
 def is_quantised(node: fx.Node) -> bool:

@@ -73,20 +73,20 @@ def of_arithmetic(rows: fx.Node, normed: fx.Node, come_after: Callable[[fx.Node]
 
 def _between(rows: fx.Node, normed: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
     """The nodes that make rows of normed, in the graph's order, the last one being rows; and what else they read."""
-    found: set[fx.Node] = set()
+    inside: set[fx.Node] = set()
     outside: dict[fx.Node, None] = {}
     waiting = [rows]
     while waiting:
         node = waiting.pop()
-        if node in found or node is normed:
+        if node in inside or node is normed:
             continue
         if node.op != "call_function" or node.target not in ARITHMETIC:
             if isinstance(node.meta.get("val"), torch.Tensor):  # not a size
                 outside[node] = None
             continue
-        found.add(node)
+        inside.add(node)
         waiting += node.all_input_nodes
-    return [node for node in rows.graph.nodes if node in found], list(outside)
+    return [node for node in rows.graph.nodes if node in inside], list(outside)
 
 
 def _is_a_number(node: fx.Node) -> bool:
@@ -155,16 +155,16 @@ def _trial_rows(m: int, n: int) -> torch.Tensor:
     return rows
 
 
-def _same_rows(found: Any, want: torch.Tensor) -> bool:
+def _same_rows(rows: Any, want: torch.Tensor) -> bool:
     """All but a hundredth equal, and these next to each other: a quotient by a number is not the same everywhere."""
-    if not isinstance(found, torch.Tensor) or found.dtype != want.dtype or found.numel() != want.numel():
+    if not isinstance(rows, torch.Tensor) or rows.dtype != want.dtype or rows.numel() != want.numel():
         return False
-    steps = [tensor.reshape(-1).view(torch.uint8).to(torch.int32) for tensor in (found, want)]
+    steps = [tensor.reshape(-1).view(torch.uint8).to(torch.int32) for tensor in (rows, want)]
     apart = (steps[0] - steps[1]).abs()
     return bool((apart <= 1).all() and (apart == 0).float().mean() > 0.99)
 
 
-def _same_scales(found: Any, want: torch.Tensor) -> bool:
-    if not isinstance(found, torch.Tensor) or found.dtype != torch.float32 or found.numel() != want.numel():
+def _same_scales(scales: Any, want: torch.Tensor) -> bool:
+    if not isinstance(scales, torch.Tensor) or scales.dtype != torch.float32 or scales.numel() != want.numel():
         return False
-    return want.numel() > 0 and torch.allclose(found.reshape(want.shape), want, rtol=1e-6, atol=0)
+    return want.numel() > 0 and torch.allclose(scales.reshape(want.shape), want, rtol=1e-6, atol=0)

@@ -26,7 +26,7 @@ from ..log import logger
 from . import quantisations
 from .managed import ManagedPass
 from .norm_quantised import quantisations_of, read_instead
-from .norms_in_graphs import Places, erase_unread, place_in_model
+from .norms_in_graphs import Positions, erase_unread, place_in_model
 from .quantisations import Quantisation, WritingCall
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -62,11 +62,11 @@ def fuse(graph: fx.Graph) -> int:
     return count
 
 
-def _places(graph: fx.Graph) -> Places:
+def _places(graph: fx.Graph) -> Positions:
     return {node: place for place, node in enumerate(graph.nodes)}
 
 
-def _changed(graph: fx.Graph, node: fx.Node, places: Places) -> bool:
+def _changed(graph: fx.Graph, node: fx.Node, places: Positions) -> bool:
     """Whether a node was a silu_and_mul, and writes quantised rows now."""
     if whole := _whole(node):
         product, one = whole
@@ -130,7 +130,7 @@ def _has_halves(x: Any, rows: fx.Node | None) -> bool:
     return isinstance(value.shape[-1], int) and value.shape[-1] == 2 * result.shape[-1]
 
 
-def _product(node: fx.Node, places: Places) -> SiluProduct | None:
+def _product(node: fx.Node, places: Positions) -> SiluProduct | None:
     if call := quantisations.call_of(node, "silu_and_mul"):
         results = quantisations.results_of(call) if call.name == "silu_and_mul" else None
         if results is None or len(results[0]) != 1 or not _has_halves(call.input, results[0][0]):
@@ -140,25 +140,25 @@ def _product(node: fx.Node, places: Places) -> SiluProduct | None:
     return _product_in_arithmetic(node, places)
 
 
-def _product_in_arithmetic(node: fx.Node, places: Places) -> SiluProduct | None:
+def _product_in_arithmetic(node: fx.Node, places: Positions) -> SiluProduct | None:
     value = node.meta.get("val")
     if node.target is not aten.mul.Tensor or not isinstance(value, torch.Tensor) or value.dtype not in DTYPES:
         return None
-    found: set[fx.Node] = set()
+    inside: set[fx.Node] = set()
     sources, waiting = set[fx.Node](), [node]
     while waiting:
         each = waiting.pop()
         if each is not node and _has_halves(each, node) and each.meta["val"].dtype == value.dtype:
             sources.add(each)
-        elif each.op == "call_function" and each.target in _ARITHMETIC and len(found) < _MOST_NODES:
-            if each not in found:
-                found.add(each)
+        elif each.op == "call_function" and each.target in _ARITHMETIC and len(inside) < _MOST_NODES:
+            if each not in inside:
+                inside.add(each)
                 waiting += each.all_input_nodes
         elif isinstance(each.meta.get("val"), torch.Tensor):
             return None
     if len(sources) != 1:
         return None
-    nodes, (x,) = sorted(found, key=places.__getitem__), sources
+    nodes, (x,) = sorted(inside, key=places.__getitem__), sources
     with _disable_current_modes():
         if not _is_silu_and_mul(nodes, x):
             return None
@@ -178,27 +178,27 @@ def _is_silu_and_mul(nodes: list[fx.Node], x: fx.Node) -> bool:
     for node in nodes:
         args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
         values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-    found = values[nodes[-1]]
+    value = values[nodes[-1]]
     rtol = 4 * torch.finfo(want.dtype).eps
-    return found.shape == want.shape and torch.allclose(found.float(), want.float(), rtol=rtol, atol=1e-5)
+    return value.shape == want.shape and torch.allclose(value.float(), want.float(), rtol=rtol, atol=1e-5)
 
 
-def _fuse_readers(graph: fx.Graph, product: SiluProduct, places: Places) -> bool:
+def _fuse_readers(graph: fx.Graph, product: SiluProduct, places: Positions) -> bool:
     """The product and what quantises its rows, if nothing else reads them."""
-    found, left = quantisations_of(product.rows, lambda node: places[node] > places[product.node], places, "fp32")
-    if not found and not left:
+    quantisers, left = quantisations_of(product.rows, lambda node: places[node] > places[product.node], places, "fp32")
+    if not quantisers and not left:
         return False
-    same = [one for one in found if one.key == found[0].key]
+    same = [one for one in quantisers if one.key == quantisers[0].key]
     owned = {node for one in same for node in one.nodes} | set(product.nodes)
     others = [user for user in product.rows.users if user not in owned]
-    if left or len(same) < len(found) or others:
+    if left or len(same) < len(quantisers) or others:
         why = "; ".join(left) or "its rows have other readers too"
         _tell(product, f"keeps plain rows: {why}", "plain", why)
         return False
     return _fuse(graph, product, same, places)
 
 
-def _fuse(graph: fx.Graph, product: SiluProduct, same: list[Quantisation], places: Places) -> bool:
+def _fuse(graph: fx.Graph, product: SiluProduct, same: list[Quantisation], places: Positions) -> bool:
     first = same[0]
     if why := _declined(product, first, places):
         _tell(product, f"is left to {first.name}: {why}", "left", first.spec, why)
@@ -215,25 +215,25 @@ def _fuse(graph: fx.Graph, product: SiluProduct, same: list[Quantisation], place
     return True
 
 
-def _declined(product: SiluProduct, found: Quantisation, places: Places) -> str:
+def _declined(product: SiluProduct, quantiser: Quantisation, places: Positions) -> str:
     """Why the kernel does not write these rows, or ""."""
-    if found.given is not None and places[found.given] > places[product.node]:
+    if quantiser.given is not None and places[quantiser.given] > places[product.node]:
         return "its scale is computed behind the product"
-    return trial.declined_silu(product.x.meta["val"], product.silu, found.spec, found.given is not None)
+    return trial.declined_silu(product.x.meta["val"], product.silu, quantiser.spec, quantiser.given is not None)
 
 
-def _insert(graph: fx.Graph, product: SiluProduct, found: Quantisation) -> tuple[fx.Node, fx.Node]:
+def _insert(graph: fx.Graph, product: SiluProduct, quantiser: Quantisation) -> tuple[fx.Node, fx.Node]:
     """The op's two results."""
-    op, spec = torch.ops.rmsnorm_patch.silu_and_mul_quantised.default, found.spec
-    made = graph.call_function(
-        op, (product.x, found.given, spec.scheme, *silu_op.silu_args(product.silu, spec), "auto", True)
+    op, spec = torch.ops.rmsnorm_patch.silu_and_mul_quantised.default, quantiser.spec
+    node = graph.call_function(
+        op, (product.x, quantiser.given, spec.scheme, *silu_op.silu_args(product.silu, spec), "auto", True)
     )
-    made.meta["val"] = values = silu_kernel.new_results(product.x.meta["val"], spec)
+    node.meta["val"] = values = silu_kernel.new_results(product.x.meta["val"], spec)
     if stack := product.node.meta.get("nn_module_stack"):
-        made.meta["nn_module_stack"] = stack
+        node.meta["nn_module_stack"] = stack
     results = []
     for place, value in enumerate(values):
-        results.append(graph.call_function(operator.getitem, (made, place)))
+        results.append(graph.call_function(operator.getitem, (node, place)))
         results[-1].meta["val"] = value
     return results[0], results[1]
 
