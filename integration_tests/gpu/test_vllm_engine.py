@@ -34,14 +34,20 @@ CASES = [
     ("tiny-llama-transformers", "ir", True),
     *[("wide-llama", "ir", False), ("wide-llama-apart", "ir", False), ("wide-llama-noir", "oot", False)],
     *[("gemma3", route, False) for route in ("off", "ir")],
+    *[("tiny-llama-sleep", route, False) for route in ("off", "ir")],
 ]
 TWO_DEVICES = [("tiny-llama-tp2", route, False) for route in ("off", "auto", "ir")]
 MORE = {
     "tiny-llama-fp8": {"quantization": "fp8"},
     "tiny-llama-transformers": {"model_impl": "transformers"},
     "tiny-llama-tp2": {"tensor_parallel_size": 2},
+    "tiny-llama-sleep": {"enable_sleep_mode": True},
 }
-REQUESTS = {"wide-llama-noir": {"hide_ir": True}, "tiny-llama": {"changes": ["written"]}}
+REQUESTS = {
+    "wide-llama-noir": {"hide_ir": True},
+    "tiny-llama": {"changes": ["written"]},
+    "tiny-llama-sleep": {"changes": ["loaded", "slept", "restored"]},
+}
 VARIABLES = {
     "wide-llama-apart": {"RMSNORM_PATCH_VLLM_LINEAR": "off"},
     "tiny-llama-fp8": {"RMSNORM_PATCH_VLLM_QUANTISED": "off"},
@@ -180,6 +186,17 @@ def test_the_next_step_reads_weights_that_were_written(route: str, eager: bool, 
     stock, patched = engines("tiny-llama", "off", eager), engines("tiny-llama", route, eager)
     assert patched["after"]["written"]["logprobs"] != patched["logprobs"]
     _check_same(patched["after"]["written"], stock["after"]["written"], tokens=False)
+
+
+def test_the_next_step_reads_weights_that_a_trainer_loads_and_a_sleep_keeps(engines: Engines) -> None:
+    """In captured graphs. What was loaded outlives a sleep, and the checkpoint's weights give the first bits again."""
+    stock, patched = engines("tiny-llama-sleep", "off", False), engines("tiny-llama-sleep", "ir", False)
+    loaded, slept, restored = patched["after"].values()
+    assert loaded["logprobs"] != patched["logprobs"]
+    assert slept["logprobs"] == loaded["logprobs"]
+    assert restored["logprobs"] == patched["logprobs"]
+    for how, answer in patched["after"].items():
+        _check_same(answer, stock["after"][how], tokens=False)
 
 
 def test_norms_with_fp32_weights_are_served(engines: Engines) -> None:

@@ -5,7 +5,9 @@ LLM arguments), `where_known` (more of them, for releases that have such), `vari
 `vllm_version` (what vLLM shall say it is), `whole_compiler` (on the CPU, compile as on a GPU), `hide_ir` (no providers
 for vLLM's IR ops), `forked_workers` (several workers are forks, where vLLM would start interpreters), `batches`
 (further lists of prompts, each generated for by itself) and `changes` (generate once more after each: "written" norm
-weights, in their memory, while the engine runs; "replaced" ones, by others in another memory).
+weights, in their memory, while the engine runs; "replaced" ones, by others in another memory; "loaded" ones, by vLLM's
+loader, as trainers hand them over; "restored", all weights from the checkpoint; "slept", the engine put to sleep and
+woken up).
 Answer: tokens and logprobs of every prompt, and of those of each of the `batches`, the number of forwards while they
 were generated, the lines of our call trace that belong to them and those from the start (where a CUDA graph's calls are
 captured), the classes of the model's norms, and whether CUDA was initialised. On a GPU: which of our kernels the device
@@ -81,6 +83,24 @@ def lines_of_workers() -> dict[str, list[dict[str, Any]]]:
     return {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in folder.glob("*.jsonl")}
 
 
+def load_norms(worker: Any) -> None:
+    """Weights from elsewhere, through the model's own loader."""
+    model = worker.model_runner.model
+    model.load_weights([(name, 0.75 * p.detach().clone()) for name, p in model.named_parameters() if "norm" in name])
+
+
+def change(llm: Any, model: torch.nn.Module, how: str) -> None:
+    if how == "loaded":
+        llm.collective_rpc(load_norms)
+    elif how == "restored":
+        llm.collective_rpc("reload_weights")
+    elif how == "slept":
+        llm.sleep(level=1)
+        llm.wake_up()
+    else:
+        change_norms(model, how)
+
+
 def change_norms(model: torch.nn.Module, how: str) -> None:
     for name, parameter in model.named_parameters():
         if "norm" in name and how == "written":
@@ -145,7 +165,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         made, ran, _ = generate(llm, [{"prompt_token_ids": ids} for ids in batch], sampling, watched=False)
         batches.append({**told(made), "kernels": ran})
     for how in request.get("changes", ()):
-        change_norms(model, how)
+        change(llm, model, how)
         after[how] = told(llm.generate(prompts, sampling, use_tqdm=False))
     return {
         **told(outputs),

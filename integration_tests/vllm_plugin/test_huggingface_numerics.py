@@ -27,7 +27,7 @@ EAGER = (
 )
 """Type of the model, numerics, enforce_eager. In this order: the backend that serves olmo2 rewrites transformers'
 classes of the process."""
-BY_CLASS = (("qwen3", "huggingface", True), ("gemma3_text", "huggingface", True))
+BY_CLASS = tuple((kind, "huggingface", True) for kind in ("qwen3", "gemma3_text", "olmo2"))
 COMPILED = (("qwen3", "huggingface", False), ("gemma3_text", "huggingface", False))
 
 Calls = list[tuple[str, dict[str, torch.Tensor]]]

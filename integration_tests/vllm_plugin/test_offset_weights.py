@@ -12,6 +12,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed in this environment; `
 pytestmark = pytest.mark.slow
 
 LAYERS, HIDDEN, HEAD = 2, 128, 32
+CHANGES = ["written", "replaced", "loaded", "restored"]
 LOGPROB_TOLERANCE = 0.05  # as in test_engine: where the compiler reorders a row's sum
 
 
@@ -20,7 +21,7 @@ def engine(run_engine: Any, checkpoints: Any) -> Callable[[bool, str], dict[str,
     """`engine(eager, route)`: a Gemma 3, whose weights change after the first answer."""
 
     def run(eager: bool, route: str) -> dict[str, Any]:
-        changes = ["written", "replaced"]
+        changes = CHANGES
         answer: dict[str, Any] = run_engine(
             checkpoints("gemma3_text"), eager, route, op_form=route != "off", changes=changes
         )
@@ -44,7 +45,8 @@ def test_every_norm_is_served(eager: bool, engine: Any) -> None:
 
 @pytest.mark.parametrize("eager", [True, False])
 def test_tokens_are_stocks_with_weights_as_loaded_written_and_replaced(eager: bool, engine: Any) -> None:
-    """Eager, the logprobs are stock's to the bit. Each change shows: other logprobs than with the weights before."""
+    """Eager, the logprobs are stock's to the bit. Each change shows: other logprobs than with the weights before, until
+    those of the checkpoint are back."""
     stock, patched = engine(eager, "off"), engine(eager, "ir")
     assert (stock["trace"], stock["norms"]) == ([], ["GemmaRMSNorm"])
     pairs = [(stock, patched), *[(stock["after"][change], patched["after"][change]) for change in stock["after"]]]
@@ -53,8 +55,9 @@ def test_tokens_are_stocks_with_weights_as_loaded_written_and_replaced(eager: bo
         for got, want in zip(ours["logprobs"], theirs["logprobs"], strict=True):
             assert got == (want if eager else pytest.approx(want, abs=LOGPROB_TOLERANCE))
     shown = [str(ours["logprobs"]) for _, ours in pairs]
-    assert list(stock["after"]) == ["written", "replaced"]
-    assert len(set(shown)) == 3
+    assert list(stock["after"]) == CHANGES
+    assert len(set(shown)) == 4
+    assert shown[-1] == shown[0]
 
 
 BITS = """
