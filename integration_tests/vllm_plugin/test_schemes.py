@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,18 @@ QUARK = {
     "weights alone": {"weight": {"dtype": "int4", "qscheme": "per_group"}, "input_tensors": None},
 }
 ONLINE = ("fp8_per_tensor", "fp8_per_channel", "fp8_per_block", "int8_per_channel_weight_only")
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ROOT / "scripts"
+PAGE = (ROOT / "docs" / "vllm_quantised.md").read_text().partition("## What is left to vLLM")[0]
 PROGRAM = f"""
 import sys
 sys.path.insert(0, {str(SCRIPTS)!r})
 MODELOPT, QUARK, ONLINE = {MODELOPT!r}, {QUARK!r}, {ONLINE!r}
+NAMED = {set(re.findall("`([a-z][a-z0-9_-]+)`", PAGE))!r}
 from benchlib.quantised import CONFIGS
 from rmsnorm_patch.vllm_plugin import schemes
 from vllm.config.quantization import resolve_quantization_config
-from vllm.model_executor.layers.quantization import get_quantization_config
+from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
 from vllm.model_executor.layers.quantization.modelopt import ModelOptFp8Config
 from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
 from vllm.model_executor.layers.quantization.quark.quark import QuarkConfig
@@ -54,6 +58,7 @@ assert hopper == {{**here, **dict.fromkeys(blocks, schemes.BLOCKS_INSIDE)}}, hop
 served = {{name: schemes.without_gain(config, blocks=True) for name, config in made.items()}}
 assert served == here, served
 assert schemes.without_gain(None) == ""
+assert set(QUANTIZATION_METHODS) <= NAMED, set(QUANTIZATION_METHODS) - NAMED  # each has a row on the page
 """
 
 
