@@ -88,10 +88,22 @@ def peers(note: str, rows: list[Row]) -> str:
     return f"{note} Microseconds per call.{summary}\n\n{peer_table(rows)}"
 
 
+SAID = {True: "yes", False: "**no**", None: "open"}
+
+
+def quantised_aims(record: Row) -> str:
+    if not any(select(record, op, mode) for op in QUANTISED for mode in ("cold", "chain")):
+        return MISSING
+    body = [[aim.work, aim.wanted, aim.measured, SAID[aim.met]] for aim in aims.quantised(record)]
+    return (
+        "Computed from the record; the worst shape counts, against the peers that have a figure there. Open: not "
+        "measured, or no peer has a figure.\n\n" + table(["work", "aim", "measured", "met"], body)
+    )
+
+
 def aims_table(record: Row) -> str:
-    said = {True: "yes", False: "**no**", None: "open"}
     judged = [(aim, retired.of(aim, record)) for aim in aims.of(record)]
-    body = [[aim.work, aim.wanted, aim.measured, "retired" if why else said[aim.met]] for aim, why in judged]
+    body = [[aim.work, aim.wanted, aim.measured, "retired" if why else SAID[aim.met]] for aim, why in judged]
     text = (
         "Computed from the record. `ours` is the better of the functional and the in-place form, as the peers' own "
         "forms differ; the best peer is the best at that shape. Open: not measured, or not against every peer. "
@@ -299,6 +311,7 @@ SECTIONS: dict[str, Callable[[Row], str]] = {
     "Compilation": jit_table,
 }
 QUANTISED_SECTIONS: dict[str, Callable[[Row], str]] = {
+    "Aims": quantised_aims,
     "From memory": lambda r: quantised(r, "cold", f"Add, norm and quantisation. {COLD}"),
     "In a chain": lambda r: quantised(r, "chain", "Add, norm and quantisation, chained by their sum."),
 }

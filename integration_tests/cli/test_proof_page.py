@@ -29,6 +29,11 @@ LINES_OF_NAMES = """[...new Set([...document.querySelectorAll(".sites .path")].f
 """The lines that the names in the paths of sites take, each number once: a path breaks behind a dot."""
 
 
+WIDER_THAN_THE_SCREEN = """[...document.querySelectorAll(".scroll")].filter(part =>
+  part.scrollWidth > part.clientWidth + 1).map(part => part.scrollWidth)"""
+"""Tables of comparisons whose last column, the verdict, is out of sight."""
+
+
 class Outline(HTMLParser):
     """ids, links, classes and text of a page; every element is closed by its own tag."""
 
@@ -188,6 +193,7 @@ def test_it_reads_well_in_a_browser(
     assert [url for url in asked if not url.startswith("data:")] == [path.as_uri()]
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.evaluate(LINES_OF_NAMES) == [1]
+    assert page.evaluate(WIDER_THAN_THE_SCREEN) == []
     colours = page.evaluate(
         "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
         ".map(c => c.match(/\\d+/g).slice(0, 3).reduce((sum, n) => sum + Number(n), 0))"

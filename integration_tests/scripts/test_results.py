@@ -168,6 +168,24 @@ def test_each_way_of_quantising_has_a_table(script, record, tmp_path, monkeypatc
         assert section.count(f"\n| {shapes}") == 6 * count
 
 
+def test_each_way_of_quantising_is_held_against_its_aims(script, record):
+    """The page would else show where a peer is ahead, and not that it matters."""
+
+    def met(work: str) -> list[bool | None]:
+        return [aim.met for aim in script("benchlib.aims").quantised(record) if aim.work.startswith(work)]
+
+    # Against a copy; the best peer cold; of few rows; of 128 and 256; above our own norm.
+    assert met("fp8_static, ") == [None, True, True, True, True]
+    assert met("fp8_token, ") == [None, True, False, True, True]
+    assert met("fp8_block, ") == [None, True, False, True, True]
+    assert met("int8_token, ") == [None, True, True]
+    quantised = [row for row in record["kernels"] if row["op"].endswith("fp8_static")]
+    for mode, m, us, roofline in (("cold", 4096, 1.6, 1.5), ("chain", 64, 1.45, None), ("chain", 256, 1.45, None)):
+        slow = next(row for row in quantised if (row["mode"], row["m"]) == (mode, m))
+        slow["us"]["ours"], slow["roofline_us"] = us, roofline
+    assert met("fp8_static, ") == [False, False, False, False, False]
+
+
 def test_a_page_of_nothing_says_so_in_every_section(script, tmp_path, monkeypatch):
     text = write(script, EMPTY, tmp_path, monkeypatch)
     sections = re.split(r"^##? ", text, flags=re.MULTILINE)[2:]

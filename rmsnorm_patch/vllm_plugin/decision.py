@@ -34,9 +34,14 @@ FUSIONS = ("fuse_allreduce_rms", "enable_qk_norm_rope_fusion", "fuse_qk_norm_rop
 NORM_QUANT = "fuse_norm_quant"
 """The pass of vLLM that computes a norm together with the quantisation behind it, in its CUDA ops."""
 
-WEIGHT_ONLY = frozenset({"awq", "awq_marlin", "gptq", "gptq_marlin", "bitsandbytes", "gguf"})
+WEIGHT_ONLY = frozenset(
+    {
+        *("awq", "awq_marlin", "auto_awq", "gptq", "gptq_marlin", "auto_gptq"),
+        *("bitsandbytes", "gguf", "moe_wna16", "experts_int8"),
+    }
+)
 """Quantisations that keep activations in bf16/fp16: no activation quantisation follows the norm. Of any other the
-graph tells, norm by norm."""
+graph tells, norm by norm. vLLM 0.32 renames checkpoints of AWQ and GPTQ to "auto_awq" and "auto_gptq"."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..numerics.quantisation import GROUP
+
 GIVEN_SCALE = "products read rows with a given scale"
 BLOCKS_INSIDE = "products quantise blocks themselves"
 
@@ -18,16 +20,41 @@ def without_gain(quantisation: Any, blocks: bool = False) -> str:
         return ""
     if _has_given_scales(quantisation):
         return GIVEN_SCALE
-    inside = not blocks and getattr(quantisation, "weight_block_size", None) and _quantises_inside()
+    inside = not blocks and _has_blocks(quantisation) and _quantises_inside()
     return BLOCKS_INSIDE if inside else ""
 
 
 def _has_given_scales(quantisation: Any) -> bool:
-    if getattr(quantisation, "activation_scheme", "") == "static":
+    if getattr(quantisation, "activation_scheme", "") == "static":  # Fp8Config
         return True
-    schemes = getattr(quantisation, "target_scheme_map", None) or {}
-    inputs = [scheme.get("input_activations") for scheme in schemes.values() if scheme]
-    return bool(inputs) and all(each is not None and not each.dynamic for each in inputs)
+    if getattr(quantisation, "quant_method", "") == "FP8":  # ModelOpt's name of this scheme
+        return True
+    inputs = _quark(quantisation, "input_tensors")
+    if inputs:
+        return not inputs.get("is_dynamic", True)
+    schemes = getattr(quantisation, "target_scheme_map", None) or {}  # of compressed-tensors
+    each_input = [scheme.get("input_activations") for scheme in schemes.values() if scheme]
+    return bool(each_input) and all(each is not None and not each.dynamic for each in each_input)
+
+
+def _has_blocks(quantisation: Any) -> bool:
+    """What vLLM itself asks, and for configurations that do not answer, whether their weights have a scale a block."""
+    if hasattr(quantisation, "weight_block_size"):
+        return quantisation.weight_block_size is not None
+    if hasattr(quantisation, "has_blocked_weights"):
+        return bool(quantisation.has_blocked_weights())
+    if _quark(quantisation, "weight").get("qscheme") == "per_block":
+        return True
+    linear = getattr(getattr(quantisation, "args", None), "linear", None)  # of a checkpoint quantised at load
+    scale = getattr(getattr(linear, "weight", None), "scale", None)
+    return getattr(scale, "group_shape", None) == (GROUP, GROUP)
+
+
+def _quark(quantisation: Any, part: str) -> dict[str, Any]:
+    """What Quark's configuration says of all layers' weights or inputs; empty for any other."""
+    whole = getattr(quantisation, "quant_config", None)
+    found = (whole.get("global_quant_config") or {}).get(part) if isinstance(whole, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def _quantises_inside() -> bool:
