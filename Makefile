@@ -31,13 +31,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Tests start many processes: each would compile the package's sources anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-here test-long test-vllm test-vllm-told format check record dist kernel-folder env train clean
+.PHONY: demo test test-here test-long test-vllm test-vllm-told format check lint types record dist kernel-folder env train clean
 
 demo: $(INSTALLED)
 	$(BIN)/python scripts/demo.py
 
-test: check record $(CHECKPOINT) $(VLLM_VENV)/.installed
-	$(MAKE) --no-print-directory --jobs=$(RUNS) test-here test-vllm-told
+# mypy takes one core: it runs beside the first tests.
+test: lint record $(CHECKPOINT) $(VLLM_VENV)/.installed
+	$(MAKE) --no-print-directory --jobs=$(RUNS) types test-here test-vllm-told
 	@echo "make test-long last passed: $$(cat $(LONG_PASSED) 2>/dev/null || echo never)"
 
 test-here: $(CHECKPOINT)
@@ -75,10 +76,14 @@ format: $(INSTALLED)
 	$(BIN)/python -m ruff format .
 	$(BIN)/clang-format -i $(C_SOURCES)
 
-check: $(INSTALLED)
+check: lint types
+
+lint: $(INSTALLED)
 	$(BIN)/python -m ruff format --check --quiet .
 	$(BIN)/clang-format --dry-run --Werror $(C_SOURCES)
 	$(BIN)/python -m ruff check .
+
+types: $(INSTALLED)
 	$(BIN)/python -m mypy
 
 # A record says what the kernels did on a GPU; one that was made from other kernel sources is stale and fails here.

@@ -65,6 +65,13 @@ def repository() -> Path:
 
 
 @pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all workers of a run (`-n 2`), gone with its temporary files."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
 def random_checkpoint() -> Callable[..., Path]:
     """`random_checkpoint(folder, "qwen3", std=0.2, head_dim=32)`: a small random bf16 model that an engine can serve,
     with the shipped tokenizer. std: of all weights but the norms'. Further arguments are config fields."""

@@ -204,13 +204,12 @@ def mode_of(args: argparse.Namespace) -> str:
 
 
 def run(args: argparse.Namespace) -> list[dict]:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    stock = models.build(args.shape, device, args.layers)
+    stock = models.build(args.shape, args.device, args.layers)
     variants, missing = models.variants(stock, args.variants)
     for name, why in missing.items():
         print(f"{name} is not here: {why}", flush=True)
     errors = check(variants)
-    kernels = {name: models.norm_kernels(name) for name in variants if name.startswith("F.")}
+    kernels = {name: models.norm_kernels(name, args.device) for name in variants if name.startswith("F.")}
     if args.compile:
         compile_all(variants, args.compile)
         errors = check(variants, compiled=True) if args.prefill else check_decode(variants, args.batch[0], args.tokens)
@@ -244,7 +243,7 @@ def run(args: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=sorted(models.SHAPES), default="llama-8b")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
@@ -263,8 +262,9 @@ def main() -> None:
     )
     parser.add_argument("--captured", action="store_true", help="replay a captured eager step; no prefill")
     parser.add_argument("--ops", action="store_true", help="our ops in the patched model's graphs")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     if len(args.prefill) not in (0, 2) or not (args.prefill or args.batch):
         parser.error("--prefill takes BATCH and LENGTH, or nothing where --batch names what to decode")
     if "stock" not in args.variants:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,6 +32,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 VARIANTS = ("stock", "patched")
 
 
+@cache
 def survey(name: str, dtype: torch.dtype = torch.float32) -> Row:
     """Build, run, patch, run, revert, run."""
     small = BUILDERS[name](dtype)

@@ -78,17 +78,12 @@ def survey(model_type: str, dtype: torch.dtype = torch.float32) -> Row:
 def patched_and_back(
     name: str, model: torch.nn.Module, before: list[torch.Tensor], run: Callable[[], list[torch.Tensor]]
 ) -> Row:
-    """Plan, patch, run, revert, run. before: what `run` gave; it must give the same bits both times."""
+    """Patch, run, revert, run. before: what `run` gave; it must give the same bits both times."""
     try:
-        plan = rmsnorm_patch.plan(model, backend="reference")
-    except UnsupportedModel:
-        return Row(name, identical=True)
-    row = Row(name, plan.counts(), reasons=_reasons(plan))
-    try:
-        rmsnorm_patch.apply(model, backend="reference")
+        plan = rmsnorm_patch.apply(model, backend="reference").plan
     except UnsupportedModel:  # nothing to fuse
-        row.identical = True
-        return row
+        return unpatched(name, model)
+    row = Row(name, plan.counts(), reasons=_reasons(plan))
     ran: Counter[str] = Counter()
     with observe.observing(lambda event: ran.update([event.kind])):
         patched = run()
@@ -96,6 +91,15 @@ def patched_and_back(
     row.ran = dict(ran)
     row.identical = same(before, patched) and same(before, run())
     return row
+
+
+def unpatched(name: str, model: torch.nn.Module) -> Row:
+    """What is left alone in a model that has nothing to fuse."""
+    try:
+        plan = rmsnorm_patch.plan(model, backend="reference")
+    except UnsupportedModel:  # no RMSNorm
+        return Row(name, identical=True)
+    return Row(name, plan.counts(), identical=True, reasons=_reasons(plan))
 
 
 def build(model_type: str, dtype: torch.dtype) -> PreTrainedModel:

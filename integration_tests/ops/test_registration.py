@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,8 @@ from rmsnorm_patch.numerics import reference
 from rmsnorm_patch.numerics.contract import FUNCTIONAL, PLAIN_OPS
 from rmsnorm_patch.numerics.spec import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, T5, NormSpec
 
+FORMS = pytest.mark.parametrize("form", ["short", pytest.param("long", marks=[pytest.mark.long, pytest.mark.slow])])
+UNTRACED = ("test_schema", "test_autograd_registration", "test_faketensor")
 NAMES = list(PLAIN_OPS)
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SPECS = {
@@ -44,17 +47,25 @@ def as_tuple(results: Any) -> tuple[torch.Tensor, ...]:
     return (results,) if isinstance(results, torch.Tensor) else tuple(results)
 
 
+@FORMS
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 @pytest.mark.parametrize("name", NAMES)
-def test_opcheck(name: str, spec: NormSpec) -> None:
-    for dtype in DTYPES:
-        for weight_dtype in {dtype, torch.float32}:
-            weight = torch.randn(64, dtype=weight_dtype) if spec.has_weight else None
-            if PLAIN_OPS[name].in_place and spec.output_dtype(dtype, weight_dtype) != dtype:
-                continue
-            for x in (torch.randn(3, 2, 64).to(dtype), torch.randn(0, 64).to(dtype)):
-                results = torch.library.opcheck(op_of(name), arguments(name, spec, x, weight))
-                assert set(results.values()) == {"SUCCESS"}
+def test_opcheck(name: str, spec: NormSpec, form: str) -> None:
+    """The short form: one of the dtypes and shapes, drawn for each op and spec, goes through AOTAutograd."""
+    cases = [
+        (dtype, weight_dtype, shape)
+        for dtype in DTYPES
+        for weight_dtype in dict.fromkeys((dtype, torch.float32))
+        if not PLAIN_OPS[name].in_place or spec.output_dtype(dtype, weight_dtype) == dtype
+        for shape in ((3, 2, 64), (0, 64))
+    ]
+    traced = cases if form == "long" else random.Random(f"{name} {spec}").sample(cases, 1)
+    for dtype, weight_dtype, shape in cases:
+        weight = torch.randn(64, dtype=weight_dtype) if spec.has_weight else None
+        given = arguments(name, spec, torch.randn(shape).to(dtype), weight)
+        utils = UNTRACED + ("test_aot_dispatch_dynamic",) * ((dtype, weight_dtype, shape) in traced)
+        results = torch.library.opcheck(op_of(name), given, test_utils=utils)
+        assert set(results.values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("name", FUNCTIONAL)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import json
 import random
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 import transformers
+from filelock import FileLock
 
 pytestmark = pytest.mark.slow
 
@@ -43,8 +46,13 @@ def matrix(repository: Path) -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def rows(matrix: ModuleType) -> list:
-    return matrix.survey_all()
+def rows(matrix: ModuleType, shared_folder: Path) -> list:
+    """Surveyed once for all workers of a run."""
+    kept = shared_folder / "support_matrix.json"
+    with FileLock(f"{kept}.lock"):
+        if not kept.exists():
+            kept.write_text(json.dumps([asdict(row) for row in matrix.survey_all()]))
+    return [matrix.Row(**{**row, "reasons": tuple(row["reasons"])}) for row in json.loads(kept.read_text())]
 
 
 def test_bits_stay_in_fp32(rows: list) -> None:

@@ -6,56 +6,81 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
 
 SMALL = ("--shape", "tiny", "--layers", "2", "--tokens", "3", "--rounds", "2", "--prefill", "1", "16", "--repeats", "1")
+SMALL += ("--device", "cpu")
+Bench = Callable[..., str]
 
 
-def bench(root: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, str(root / "scripts" / "bench_hf.py"), *SMALL, *options]
-    environment = {**os.environ, "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(words, cwd=root, env=environment, capture_output=True, text=True, check=False, timeout=900)
+@pytest.fixture
+def bench(
+    script: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Bench]:
+    """`bench("--json", path)` runs it in this process and gives what it wrote. What --compile and --ops set for a
+    process is as it was behind the test."""
+    monkeypatch.setenv("RMSNORM_PATCH_COMPILE", "")
+    monkeypatch.delenv("RMSNORM_PATCH_COMPILE")
+    module = script("bench_hf")
+
+    def run(*options: str) -> str:
+        capsys.readouterr()
+        module.main([*SMALL, *options])
+        return capsys.readouterr().out
+
+    with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):
+        yield run
+    torch._dynamo.reset()
 
 
 MARKS = {"compiled": [pytest.mark.slow, pytest.mark.long], "compiled reduce-overhead with ops": pytest.mark.slow}
 """Both flags together ask what each asks: the short form has no run with the first alone."""
 
-MODES = {
+FEW = ("--layers", "1", "--variants", "stock", "patched")
+"""Each variant is compiled for each work, and once more to be checked."""
+
+MODES: dict[str, tuple[str, ...]] = {
     "eager": (),
     "compiled": ("--compile",),
-    "compiled reduce-overhead with ops": ("--compile", "reduce-overhead", "--ops"),
+    "compiled reduce-overhead with ops": ("--compile", "reduce-overhead", "--ops", *FEW, "--batch", "2"),
 }
 
 
 @pytest.mark.parametrize("mode", [pytest.param(mode, marks=MARKS.get(mode, [])) for mode in MODES])
-def test_every_column_is_checked_timed_and_written(repository: Path, tmp_path: Path, mode: str) -> None:
+def test_every_column_is_checked_timed_and_written(bench: Bench, tmp_path: Path, mode: str) -> None:
     target = tmp_path / "out.json"
-    ended = bench(repository, "--batch", "1", "2", "--json", str(target), *MODES[mode])
-    assert ended.returncode == 0, ended.stderr
-    assert "liger is not here: Liger's kernels need a GPU" in ended.stdout
+    told = bench("--batch", "1", "2", "--json", str(target), *MODES[mode])
     rows = json.loads(target.read_text())
-    assert [row["work"] for row in rows] == ["decode 1", "decode 2", "prefill 1x16"]
+    if "ops" in mode:
+        works, variants = ["decode 2", "prefill 1x16"], ["stock", "patched"]
+    else:
+        works = ["decode 1", "decode 2", "prefill 1x16"]
+        variants = ["stock", "F.rms_norm", "patched", "removed"]
+        assert "liger is not here: Liger's kernels need a GPU" in told
+        assert {str(row["missing"]) for row in rows} == {str({"liger": "Liger's kernels need a GPU"})}
+    assert [row["work"] for row in rows] == works
     for row in rows:
         assert row["mode"] == mode
-        assert list(row["tokens_per_s"]) == ["stock", "F.rms_norm", "patched", "removed"]
+        assert list(row["tokens_per_s"]) == variants
         for variant, ratio in row["ratio_to_stock"].items():
             low, high = row["spread"][variant]
             assert 0 < low <= row["tokens_per_s"][variant] <= high
             assert ratio == pytest.approx(row["tokens_per_s"][variant] / row["tokens_per_s"]["stock"], rel=1e-2)
         assert row["logit_error"]["patched"] == row["logit_error"]["stock"]
         assert mode != "eager" or row["logit_error"]["patched"] == 0.0
-        assert row["logit_error"].keys() == {"stock", "F.rms_norm", "patched"}
-        assert row["missing"] == {"liger": "Liger's kernels need a GPU"}
+        assert row["logit_error"].keys() == {*variants} - {"removed"}
 
 
-def test_a_captured_step_and_what_torch_puts_in_atens_place(repository: Path, tmp_path: Path) -> None:
+def test_a_captured_step_and_what_torch_puts_in_atens_place(bench: Bench, tmp_path: Path) -> None:
     """On the CPU the step is repeated as it is, and torch has nothing in aten's place."""
     target = tmp_path / "out.json"
     wanted = ("--captured", "--variants", "stock", "F.rms_norm", "F.rms_norm-quack", "patched")
-    ended = bench(repository, *wanted, "--batch", "1", "2", "--json", str(target))
-    assert ended.returncode == 0, ended.stderr
+    bench(*wanted, "--batch", "1", "2", "--json", str(target))
     rows = json.loads(target.read_text())
     assert [(row["work"], row["mode"]) for row in rows] == [("decode 1", "captured"), ("decode 2", "captured")]
     for row in rows:
@@ -63,7 +88,6 @@ def test_a_captured_step_and_what_torch_puts_in_atens_place(repository: Path, tm
         assert min(row["tokens_per_s"].values()) > 0
         assert row["norm_kernels"] == {"F.rms_norm": []}
         assert "no kernel in place of aten's _fused_rms_norm" in row["missing"]["F.rms_norm-quack"]
-    assert bench(repository, "--captured", "--compile").returncode == 2
 
 
 OVERRIDDEN = """
@@ -93,11 +117,10 @@ def test_only_the_column_of_that_name_has_torchs_replacement(repository: Path) -
     assert [line.partition(" ")[2] for line in ended.stdout.splitlines()] == ["1", "2", "1", "2", "before True"]
 
 
-def test_sandwich_layouts_with_and_without_their_adds(repository: Path, tmp_path: Path) -> None:
+def test_sandwich_layouts_with_and_without_their_adds(bench: Bench, tmp_path: Path) -> None:
     target = tmp_path / "out.json"
     shape = ("--shape", "tiny-gemma2", "--variants", "stock", "F.rms_norm", "patched", "patched-apart")
-    ended = bench(repository, *shape, "--batch", "1", "--json", str(target))
-    assert ended.returncode == 0, ended.stderr
+    bench(*shape, "--batch", "1", "--json", str(target))
     for row in json.loads(target.read_text()):
         assert list(row["tokens_per_s"]) == ["stock", "patched", "patched-apart"]
         assert set(row["logit_error"].values()) == {0.0}
@@ -105,42 +128,45 @@ def test_sandwich_layouts_with_and_without_their_adds(repository: Path, tmp_path
 
 
 @pytest.mark.slow
-def test_norms_that_take_over_products_in_captured_graphs(repository: Path, tmp_path: Path) -> None:
+def test_norms_that_take_over_products_in_captured_graphs(bench: Bench, tmp_path: Path) -> None:
     target = tmp_path / "out.json"
-    asked = ("--compile", "reduce-overhead", "--ops", "--variants", "stock", "joined", "--prefill")
-    ended = bench(repository, "--batch", "2", *asked, "--json", str(target))
-    assert ended.returncode == 0, ended.stderr
+    asked = ("--compile", "reduce-overhead", "--ops", "--layers", "1", "--variants", "stock", "joined", "--prefill")
+    bench("--batch", "2", *asked, "--json", str(target))
     (row,) = json.loads(target.read_text())
     assert list(row["tokens_per_s"]) == ["stock", "joined"]
     assert row["work"] == "decode 2"
     assert 0 < row["logit_error"]["joined"] != row["logit_error"]["stock"]
 
 
-def test_no_work_is_a_wrong_use(repository: Path) -> None:
-    for words in (("--prefill", "4"), ("--prefill", "--batch")):
-        assert bench(repository, *words).returncode == 2
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("--prefill", "4"), "--prefill takes BATCH and LENGTH"),
+        (("--prefill", "--batch"), "--prefill takes BATCH and LENGTH"),
+        (("--captured", "--compile"), "a captured step is an eager one"),
+        (("--variants", "patched"), "must hold stock"),
+    ],
+)
+def test_wrong_uses(bench: Bench, words: tuple[str, ...], why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        bench(*words)
+    assert ended.value.code == 2
+    assert why in capsys.readouterr().err
 
 
-def test_a_variant_that_computes_something_else_is_not_timed(repository: Path, tmp_path: Path) -> None:
+def test_a_variant_that_computes_something_else_is_not_timed(
+    bench: Bench, script: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     target = tmp_path / "out.json"
-    code = (
-        "import sys; sys.path.insert(0, 'scripts')\n"
-        "import bench_hf\n"
-        "from benchlib import models\n"
-        "models.VARIANTS['patched'] = models.removed_norm\n"
-        f"sys.argv = ['bench_hf.py', *{SMALL!r}, '--json', {str(target)!r}]\n"
-        "bench_hf.main()\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(repository), "CUDA_VISIBLE_DEVICES": ""}
-    ended = subprocess.run(
-        [sys.executable, "-c", code], cwd=repository, env=environment, capture_output=True, text=True, check=False
-    )
-    assert ended.returncode == 1
-    assert "patched differs from stock" in ended.stderr
+    models = script("benchlib.models")
+    monkeypatch.setitem(models.VARIANTS, "patched", models.removed_norm)
+    with pytest.raises(SystemExit, match="patched differs from stock"):
+        bench("--json", str(target))
     assert not target.exists()
 
 
-def test_stock_is_always_a_column(repository: Path) -> None:
-    ended = bench(repository, "--variants", "patched")
-    assert ended.returncode == 2
-    assert "must hold stock" in ended.stderr
+def test_it_is_a_program(repository: Path) -> None:
+    words = [sys.executable, "scripts/bench_hf.py", *SMALL, "--variants", "stock", "--batch", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(repository)}
+    ended = subprocess.run(words, cwd=repository, env=environment, capture_output=True, text=True, check=True)
+    assert "eager decode 1: stock" in ended.stdout

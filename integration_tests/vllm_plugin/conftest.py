@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,9 +20,8 @@ pytest.register_assert_rewrite("lowered_layers")
 
 
 @pytest.fixture(scope="session")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "vllm"
+def work(shared_folder: Path) -> Path:
+    folder = shared_folder / "vllm"
     folder.mkdir(exist_ok=True)
     return folder
 

@@ -1,9 +1,12 @@
-"""Triton kernels compiled ahead of time for devices that are not here. The caller says where Triton keeps its cache."""
+"""Triton kernels compiled ahead of time for devices that are not here. Neighbouring tests ask other things of a kernel:
+what was compiled once, or read by NVIDIA's tool, is kept in this process."""
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,9 @@ def known(target: GPUTarget, dependent: bool = True) -> Target:
     return Target(target.warp_size) if target.backend == "hip" else Target.nvidia(int(target.arch) // 10, dependent)
 
 
+_KNOWN: dict[str, Any] = {}
+
+
 def compiled(
     target: GPUTarget,
     kernel: str,
@@ -32,9 +38,10 @@ def compiled(
     constants: Mapping[str, Any],
     dtype: torch.dtype,
     types: Mapping[str, str] | None = None,
+    anew: bool = False,
 ) -> Any:
     """A kernel with these compile-time constants. Pointers are aligned and to `dtype`, each eps is fp32 and every other
-    number int32, where `types` does not say otherwise."""
+    number int32, where `types` does not say otherwise. anew: whatever was compiled before."""
     function = getattr(loader.load(kernel, interpreted=False), kernel)
     signature, attributes = {}, {}
     for index, name in enumerate(function.arg_names):
@@ -43,8 +50,11 @@ def compiled(
         signature[name] = "constexpr" if name in constants else (types or {}).get(name, plain)
         if pointer:
             attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=function, signature=signature, constexprs=dict(constants), attrs=attributes)
-    return triton.compile(source, target=target, options=layout.options)
+    asked = repr((target, kernel, signature, sorted(constants.items()), attributes, layout.options))
+    if anew or asked not in _KNOWN:
+        source = ASTSource(fn=function, signature=signature, constexprs=dict(constants), attrs=attributes)
+        _KNOWN[asked] = triton.compile(source, target=target, options=layout.options)
+    return _KNOWN[asked]
 
 
 def check_waits_and_quotients(compiled: Any, target: GPUTarget, flashinfer: bool) -> None:
@@ -57,15 +67,21 @@ def check_waits_and_quotients(compiled: Any, target: GPUTarget, flashinfer: bool
     assert [f"{word}.approx.ftz.f32" in ptx for word in ("div", "rcp")] == [flashinfer] * 2
 
 
-def cuobjdump(compiled: Any, folder: Path, option: str) -> str:
-    """What NVIDIA's tool says of the machine code, which is put into `folder`."""
-    path = folder / "kernel.cubin"
-    path.write_bytes(compiled.asm["cubin"])
-    return subprocess.run([CUOBJDUMP, option, path], capture_output=True, text=True, check=True).stdout
+@functools.cache
+def _told(cubin: bytes, option: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([CUOBJDUMP, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
-def usage(compiled: Any, folder: Path, what: str) -> int:
+def cuobjdump(compiled: Any, option: str) -> str:
+    """What NVIDIA's tool says of the machine code."""
+    return _told(compiled.asm["cubin"], option)
+
+
+def usage(compiled: Any, what: str) -> int:
     """REG: registers a thread; STACK, LOCAL: bytes that it spills."""
-    found = re.search(rf"{what}:(\d+)", cuobjdump(compiled, folder, "--dump-resource-usage"))
+    found = re.search(rf"{what}:(\d+)", cuobjdump(compiled, "--dump-resource-usage"))
     assert found is not None
     return int(found[1])

@@ -130,7 +130,7 @@ def test_weightless_width_and_group(n: int) -> None:
     check_all_ops(x, residual, None, LLAMA)
     for width in (1, 33, n - 1, n):
         check_all_ops(x, residual, weight, replace(LLAMA, width=width))
-    for group in (32, n // 2, n):
+    for group in (max(32, n // 50), n // 2, n):  # the interpreter runs one program after the other
         check_all_ops(x, residual, weight, replace(LLAMA, group=group))
         check_all_ops(x, residual, None, replace(LLAMA, group=group, has_weight=False))
 
