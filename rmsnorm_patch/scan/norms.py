@@ -21,7 +21,8 @@ from .plan import NormSite
 from .probe import WEIGHTLESS, Found, find_spec, short, undisturbed
 from .subject import Rejected, Subject, examine, own_class, reachable_codes
 
-_NAMED_RMS = re.compile(r"RMS|Rms|rms(?=_|[nN]orm|$)")  # but not the "rms" of "LayerNormSelfAttention", lower-cased
+_NAMED_RMS = re.compile(r"RMS|Rms|rms(?=[nN]orm)|(?<![a-zA-Z])rms(?=_|$)")
+"""But not the "rms" of "LayerNormSelfAttention", lower-cased, nor that of "Transforms"."""
 _NAMED_NORM = re.compile(r"norm", re.IGNORECASE)
 _REDUCTIONS = {"mean", "sum", "norm", "vector_norm", "rms_norm", "einsum", "var"}
 _FAILS = "its forward fails on a probe"
@@ -169,11 +170,12 @@ def scan_norms(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[
         got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         raise UnsupportedModel("model", got, "a torch.nn.Module", "pass the model object itself (pipeline.model, say)")
     shared: Cache = {}
-    sites = []
+    found = []
     for module, paths in _modules_with_paths(model):
         match = _match_if_norm(module, shared)
         if match is not None:
-            sites.append(_site(module, paths, match))
+            found.append((module, _site(module, paths, match)))
+    sites = [site for module, site in found if not _holds_norms(module, site, found)]
     _check_holds_rms_norm(model, sites)
     _check_patterns(sites, include, exclude)
     return tuple(_selected(site, include, exclude) for site in sites)
@@ -236,6 +238,12 @@ def _site(module: nn.Module, paths: list[str], match: Match) -> NormSite:
         weight_attribute=match.weight_attribute,
         gating=match.gating,
     )
+
+
+def _holds_norms(module: nn.Module, site: NormSite, found: list[tuple[nn.Module, NormSite]]) -> bool:
+    """Whether `module` is a block that only has a norm's name: it computes none, and its children do."""
+    inside = {id(child) for child in module.modules() if child is not module} if site.spec is None else set()
+    return any(id(other) in inside and held.spec is not None for other, held in found)
 
 
 def _check_holds_rms_norm(model: nn.Module, sites: list[NormSite]) -> None:
