@@ -170,12 +170,11 @@ def scan_norms(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[
         got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         raise UnsupportedModel("model", got, "a torch.nn.Module", "pass the model object itself (pipeline.model, say)")
     shared: Cache = {}
-    found = []
+    sites = []
     for module, paths in _modules_with_paths(model):
         match = _match_if_norm(module, shared)
         if match is not None:
-            found.append((module, _site(module, paths, match)))
-    sites = [site for module, site in found if not _holds_norms(module, site, found)]
+            sites.append(_site(module, paths, match))
     _check_holds_rms_norm(model, sites)
     _check_patterns(sites, include, exclude)
     return tuple(_selected(site, include, exclude) for site in sites)
@@ -238,12 +237,6 @@ def _site(module: nn.Module, paths: list[str], match: Match) -> NormSite:
         weight_attribute=match.weight_attribute,
         gating=match.gating,
     )
-
-
-def _holds_norms(module: nn.Module, site: NormSite, found: list[tuple[nn.Module, NormSite]]) -> bool:
-    """Whether `module` is a block that only has a norm's name: it computes none, and its children do."""
-    inside = {id(child) for child in module.modules() if child is not module} if site.spec is None else set()
-    return any(id(other) in inside and held.spec is not None for other, held in found)
 
 
 def _check_holds_rms_norm(model: nn.Module, sites: list[NormSite]) -> None:
