@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,9 @@ PROOF_OPTIONS: dict[str, tuple[list[Any], tuple[type[Exception], str]]] = {
     "reference": (["fp32", None, 3], (UnsupportedInput, "'auto', 'wide', 'original'")),
     "greedy_tokens": ([-1, None, 1.5, "16"], (UnsupportedInput, "greedy_tokens: got .*an integer of at least 0")),
     "strict": ([None, 1, "yes"], FLAG),
-    "record": ([3, True, "", b"file"], FILE),
-    "compare": ([3, True, ""], FILE),
-    "save_failure": ([3, "", object()], FILE),
+    "record": ([3, True, "", b"file", "a\0b"], FILE),
+    "compare": ([3, True, "", "a\0b"], FILE),
+    "save_failure": ([3, "", object(), "a\0b"], FILE),
     "raise_on_failure": ([None, 0], FLAG),
     "space": ([-1, None, 1e9], (UnsupportedInput, "space: got .*an integer of at least 0")),
     "source": ([3, None], (UnsupportedInput, "a string")),
@@ -58,6 +59,8 @@ INPUTS: list[tuple[list[Any], tuple[type[Exception], str]]] = [
     ([3, "text", [3], object(), {"input_ids": [1, 2]}], NO_INPUTS),
     ([[]], (UnsupportedInput, "inputs: got an empty list")),
     ([IDS.float(), {"input_ids": IDS.float()}, IDS.bool(), torch.tensor(3), IDS[None]], IDS_ONLY),
+    ([IDS.to("meta")], (UnsupportedInput, "inputs: input_ids: got a tensor on the meta device")),
+    ([IDS.to_sparse()], (UnsupportedInput, "inputs: input_ids: got a sparse_coo tensor")),
     ([IDS + 100_000, IDS - 4], (UnsupportedInput, "inputs: input_ids: got the id .*rows of the model's embedding")),
     ([IDS[:, :0], {"input_ids": IDS[:, :0]}, [IDS, IDS[:0]]], (NothingProved, "a tensor of shape")),
     (
@@ -65,7 +68,8 @@ INPUTS: list[tuple[list[Any], tuple[type[Exception], str]]] = [
         (UnsupportedInput, "inputs: got inputs on which the unpatched model raises"),
     ),
 ]
-NO_MODULES = [None, 3, "model", nn.Linear, [nn.Linear(2, 2)], {"model": 1}]
+HELD = nn.Linear(2, 2)
+NO_MODULES = [None, 3, "model", nn.Linear, [nn.Linear(2, 2)], {"model": 1}, weakref.proxy(HELD)]
 TAKE_MODELS = (
     "plan", "apply", "revert", "status", "warmup", "patched", "verify", "record_logits", "compare_logits",
 )  # fmt: skip
@@ -100,6 +104,7 @@ TABLE: list[Row] = [
     *(row for name in ("record_logits", "compare_logits") for row in rows(name, "path", [3, None, ""], FILE)),
     *rows("compare_logits", "path", ["/no/such/file"], (UnsupportedInput, "no such file")),
     *rows("verify", "compare", ["/no/such/file"], (UnsupportedInput, "no such file")),
+    *rows("verify", "compare", ["/"], (UnsupportedInput, "a folder")),
     *rows("verify", "record", ["/proc/no/such/file"], (UnsupportedInput, "cannot be written")),
     *rows("NormSpec", "round_before_weight", ["up", None], (ValueError, "round_before_weight: got .*allowed")),
     *rows("NormSpec", "width", [0, -1, 1.5, "64"], (ValueError, "width: got .*a positive number of columns")),

@@ -16,7 +16,16 @@ from .numerics.spec import SUPPORTED_DTYPES
 from .ops import dispatch
 from .pairs.layout import ModelLayout, layout
 from .patch_state import check_module, derives_from_patched
-from .rewrite import LOCK, applied_report, apply_plan, inductor, patched_paths, registries, revert_model
+from .rewrite import (
+    LOCK,
+    applied_report,
+    apply_plan,
+    inductor,
+    patched_paths,
+    registries,
+    revert_model,
+    wrapped_paths,
+)
 from .rewrite.classes import install_factories
 from .rewrite.report import Report, Settings
 from .rewrite.status import Status, status_of
@@ -217,6 +226,8 @@ def _earlier(model: nn.Module, settings: Settings) -> Report | None:
             )
     report = applied_report(model)
     if report is None or (report.norms, report.layers, report.attentions) != patched_paths(model):
+        return None
+    if set(report.wrapped) - set(wrapped_paths(model)):  # a wrapper came off, and what stood under it can be patched
         return None
     return report
 

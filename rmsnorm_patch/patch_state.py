@@ -27,7 +27,7 @@ OFFLOADED = "_original_forward_func"
 
 def check_module(model: Any) -> None:
     """Raise UnsupportedModel for what is no module."""
-    if not isinstance(model, nn.Module):
+    if not issubclass(type(model), nn.Module):  # a proxy calls itself one, and is replaced in no place
         got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         raise UnsupportedModel("model", got, "a torch.nn.Module", "pass the model object itself (pipeline.model, say)")
 

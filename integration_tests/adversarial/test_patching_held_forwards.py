@@ -244,6 +244,23 @@ def test_a_wrapper_taken_off_after_revert_leaves_the_model_to_the_next_apply(sma
         assert forward.__func__ is type(module).forward
 
 
+@pytest.mark.parametrize("way", [partial, closure], ids=lambda way: way.__name__)
+def test_layers_wrapped_before_apply_fuse_at_the_next_one(small_model, run, ids, way):
+    model = small_model("llama")
+    fused = small_model("llama")
+    rmsnorm_patch.apply(fused, backend="reference")
+    for layer in model.model.layers:
+        way(layer)
+    report = rmsnorm_patch.apply(model, backend="reference")
+    assert not any(report.plan.fused_pairs())
+    assert rmsnorm_patch.apply(model, backend="reference") is report
+    for layer in model.model.layers:
+        del layer.forward
+    assert any(rmsnorm_patch.plan(model, backend="reference").fused_pairs())
+    rmsnorm_patch.apply(model, backend="reference")
+    assert run(model, ids).kinds == run(fused, ids).kinds
+
+
 def test_a_class_derived_from_a_patched_one_has_its_own_methods_after_revert(small_model):
     """`super()` in them must find the class that the module then has."""
     norm, x = small_model("llama").model.norm, torch.randn(2, 64)

@@ -141,6 +141,27 @@ def lose_a_weight(folder: Path) -> None:
 
 
 INDEX = "model.safetensors.index.json"
+
+
+def in_its_place(path: Path, make: Callable[[Path], Any]) -> None:
+    path.unlink()
+    make(path)
+
+
+def dangling(path: Path) -> None:
+    """As in a cache of downloads whose blobs are gone."""
+    path.symlink_to("nowhere")
+
+
+def circle(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+def place_norm(folder: Path, place: str) -> None:
+    placed = json.loads((folder / INDEX).read_text())["weight_map"]
+    change(folder / INDEX, weight_map={**placed, "model.norm.weight": place})
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "lost shard": (lambda f: first_shard(f).unlink(), ("1 of ", "shards missing", "model-00001-of", "download")),
     "lost index": (lambda f: (f / INDEX).unlink(), ("shards without", INDEX)),
@@ -175,6 +196,20 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "more layers": (lambda f: change(f / "config.json", num_hidden_layers=6), ("missing", "model.layers.4")),
     "smaller vocabulary": (lambda f: change(f / "config.json", vocab_size=64), ("64 embeddings", "vocab_size")),
     "larger vocabulary": (lambda f: change(f / "config.json", vocab_size=300), ("of other shapes", "config.json")),
+    "FIFO for a config": (lambda f: in_its_place(f / "config.json", os.mkfifo), ("config.json", "no regular file")),
+    "folder for a config": (lambda f: in_its_place(f / "config.json", os.mkdir), ("config.json", "a folder")),
+    "FIFO for generation": (lambda f: in_its_place(f / "generation_config.json", os.mkfifo), ("no regular file",)),
+    "FIFO for a shard": (lambda f: in_its_place(first_shard(f), os.mkfifo), ("1 of ", "shards missing")),
+    "link of an index": (lambda f: in_its_place(f / INDEX, dangling), (INDEX, "a link that leads nowhere")),
+    "circle of links": (lambda f: in_its_place(f / INDEX, circle), (INDEX, "a link that leads nowhere")),
+    "shard elsewhere": (lambda f: place_norm(f, str(f.resolve() / first_shard(f).name)), ("1 of ", "shards missing")),
+    "shard of no name": (lambda f: place_norm(f, "x" * 4000), ("1 of ", "shards missing")),
+    "index without metadata": (lambda f: change(f / INDEX, metadata=None), (INDEX, "no metadata")),
+    "index of listed metadata": (lambda f: change(f / INDEX, metadata=[1]), (INDEX, "no metadata")),
+    "half an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), ("adapter_config.json", "beside it")),
+    "words for a count": (
+        lambda f: change(f / "generation_config.json", max_new_tokens="many"), ("generation_config.json", "settings"),
+    ),
     "cut tokenizer": (lambda f: (f / "tokenizer.json").write_text('{"version"'), ("unreadable tokenizer",)),
 }  # fmt: skip
 
@@ -189,6 +224,15 @@ def test_damaged_folders(command, shards: Path, damage: str) -> None:
 
 def test_shards_are_whole_as_they_were(command, shards: Path) -> None:
     assert command("plan", shards, "--json").document["counts"]["norm/fuse"] == 9
+
+
+@pytest.mark.parametrize(
+    ("make", "shown"), [(os.mkfifo, "no regular file"), (os.mkdir, "a folder"), (dangling, "link")]
+)
+def test_what_is_no_file_in_place_of_the_weights(command, copy: Path, make: Callable, shown: str) -> None:
+    """To open a FIFO would wait for ever."""
+    in_its_place(copy / "model.safetensors", make)
+    refused(command("plan", copy, "--json"), DAMAGED, "BrokenCheckpoint", "model.safetensors", shown)
 
 
 @pytest.mark.parametrize(

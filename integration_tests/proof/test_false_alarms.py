@@ -160,3 +160,31 @@ def test_a_result_widened_by_an_fp32_weight_is_judged_where_it_was_rounded(eps: 
         watcher(observe.Event("norm", norm, (x,), normed, None, "triton"))
     captured = next(m for m in watcher.proofs()[0].measurements if m.name == "captured")
     assert (captured.violations == ()) is green
+
+
+def test_a_model_in_double_precision_is_proved_and_its_plan_says_that_kernels_have_no_part() -> None:
+    model = build("llama", torch.float32).double()
+    sites = [site for site in plan(model).norms if site.action == "fuse"]
+    assert sites
+    assert {site.falls_back for site in sites} == {"its weight is float64, and no kernel takes that"}
+    assert apply(model, verify=prompts(), greedy_tokens=0).proof.passed
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_another_default_device_is_not_where_a_proof_makes_its_tensors(kind: str) -> None:
+    """A program may have called `torch.set_default_device`; what is made without a device would then be there."""
+    model, inputs = build(kind, torch.bfloat16), prompts()
+    before = torch.get_default_device()
+    torch.set_default_device("meta")
+    try:
+        apply(model, backend="reference")
+        assert verify(model, inputs, greedy_tokens=0, reference="original").passed
+    finally:
+        torch.set_default_device(before)
+
+
+def test_a_seed_of_numpy_is_a_seed() -> None:
+    numpy = pytest.importorskip("numpy")
+    model = build("llama", torch.float32)
+    apply(model, backend="reference")
+    assert verify(model, prompts(), seed=numpy.int32(7), greedy_tokens=numpy.int64(1)).passed

@@ -65,6 +65,41 @@ def test_registered_blocks_are_found_as_before(small_model, library):
     assert blocks.HANDLERS[type(layer)] == "a block"
 
 
+KINDS = {
+    "Registry(): an object": "FOUND.entries",
+    "Sub({LlamaDecoderLayer: 1}): a class derived from dict": "FOUND",
+    "UserDict({LlamaDecoderLayer: 1})": "FOUND",
+    "ChainMap({}, {LlamaDecoderLayer: 1})": "FOUND",
+    "Counter({LlamaDecoderLayer: 1})": "FOUND",
+    "WeakKeyDictionary({LlamaDecoderLayer: 1})": "FOUND",
+    "WeakSet([LlamaDecoderLayer])": "FOUND",
+    "{'llama': {LlamaDecoderLayer: 1}}": "FOUND['llama']",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_registries_of_other_kinds(small_model, library, kind: str):
+    source = "from collections import ChainMap, Counter, UserDict\nfrom weakref import WeakKeyDictionary, WeakSet\n"
+    source += "from transformers.models.llama.modeling_llama import LlamaDecoderLayer\n"
+    source += "class Sub(dict):\n    def __setitem__(self, key, value):\n        raise KeyError('once')\n\n"
+    source += "class Registry:\n    def __init__(self):\n        self.entries = {LlamaDecoderLayer: 1}\n\n"
+    blocks = library("other_library", f"{source}\nFOUND = {kind.partition(': a')[0]}\n")
+    model = small_model("llama")
+    (note,) = _notes(rmsnorm_patch.plan(model), "other_library")
+    assert "has an entry for LlamaDecoderLayer" in note
+    rmsnorm_patch.apply(model)
+    assert type(model.model.layers[0]) in eval(KINDS[kind], vars(blocks))
+
+
+@pytest.mark.parametrize(
+    "table", ["[(LlamaDecoderLayer, 1)]", "{(LlamaDecoderLayer, 'x'): 1}", "MappingProxyType({LlamaDecoderLayer: 1})"]
+)
+def test_what_cannot_be_entered_is_named_by_the_plan(small_model, library, table: str):
+    library("table_library", f"from types import MappingProxyType\n{LIBRARY}\nTABLE = {table}\n")
+    (note,) = (note for note in rmsnorm_patch.plan(small_model("llama")).notes if "table_library.TABLE" in note)
+    assert "leave them out with exclude=" in note
+
+
 def test_a_library_that_is_imported_later_is_told_by_the_next_apply(small_model, library):
     model = small_model("llama")
     rmsnorm_patch.apply(model)

@@ -18,7 +18,7 @@ from ..api import check_backend
 from ..backends.names import Backend
 from ..errors import UnsupportedInput, UnsupportedModel
 from . import inputs
-from .folder import CONFIG, BrokenCheckpoint
+from .folder import CONFIG, GENERATION, BrokenCheckpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AUTO_CLASSES = (
@@ -236,6 +236,8 @@ def _explained(kind: Any, folder: Path, config: dict[str, Any], options: dict[st
         return _needs_library(folder, error)
     if (why := _cannot_be_built(kind, folder, options)) is not None:
         return _bad_config(folder, config, why)
+    if (why := _cannot_generate(folder)) is not None:
+        return why
     if isinstance(error, RuntimeError) and "size" in text:
         return BrokenCheckpoint(
             str(folder), f"weights of other shapes than config.json says ({text})", "files that belong together",
@@ -260,6 +262,20 @@ def _cannot_be_built(kind: Any, folder: Path, options: dict[str, Any]) -> Except
             build(AutoConfig.from_pretrained(folder, **wanted))
     except Exception as error:
         return error
+    return None
+
+
+def _cannot_generate(folder: Path) -> BrokenCheckpoint | None:
+    """What is wrong with generation_config.json, which a model that generates reads with its weights."""
+    from transformers import GenerationConfig
+
+    path = folder / GENERATION
+    try:
+        if path.is_file():
+            GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        got = f"settings that transformers does not take ({_short(error)})"
+        return BrokenCheckpoint(str(path), got, "settings of generation that fit together", "correct or remove it")
     return None
 
 

@@ -16,8 +16,9 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _WANTED = f"a folder with {CONFIG} and {WEIGHTS}, or shards with {INDEX}"
 _AGAIN = "copy or download the files again"
 _LFS = b"version https://git-lfs"
+ADAPTER = "adapter_config.json"
 _OTHER_KINDS = {
-    "adapter_config.json": ("a PEFT adapter", "merge it into its base model with merge_and_unload, and save that"),
+    ADAPTER: ("a PEFT adapter", "merge it into its base model with merge_and_unload, and save that"),
     "model_index.json": ("a diffusers pipeline", "give the folder of one of its models, text_encoder for example"),
     "params.json": ("a checkpoint in its maker's own format", "use the one in the format of transformers"),
 }
@@ -43,6 +44,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         names = {path.name for path in folder.iterdir()}
         _check_kind(folder, names)
         config = _json_object(folder / CONFIG)
+        if ADAPTER in names and not any(name.startswith("adapter_model") for name in names):
+            got = "no adapter_model.safetensors beside it, which would be loaded too"
+            raise BrokenCheckpoint(str(folder / ADAPTER), got, "an adapter's two files", f"remove {ADAPTER}, or add it")
         if GENERATION in names:  # one that cannot be read would be passed over in silence
             _json_object(folder / GENERATION)
         check_weights(folder, names)
@@ -71,8 +75,17 @@ def _check_kind(folder: Path, names: set[str]) -> None:
     )
 
 
+def _check_is_file(path: Path) -> None:
+    """Raise BrokenCheckpoint for what is no file: to open a FIFO would wait for ever. A link of a download's cache may
+    lead nowhere."""
+    if not path.is_file():
+        kind = "a link that leads nowhere" if path.is_symlink() else "a folder" if path.is_dir() else "no regular file"
+        raise BrokenCheckpoint(str(path), f"{kind} in its place", "a file", _AGAIN)
+
+
 def _json_object(path: Path) -> dict[str, Any]:
     supported, again = "a JSON object in UTF-8", "copy the file again"
+    _check_is_file(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
@@ -100,12 +113,15 @@ def check_weights(folder: Path, names: set[str]) -> None:
 
 def _check_shards(folder: Path) -> None:
     index = folder / INDEX
-    placed = _json_object(index).get("weight_map")
+    written = _json_object(index)
+    placed = written.get("weight_map")
     if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
         got = "no weight_map" if placed is None else "a weight_map that is no object of file names"
         raise BrokenCheckpoint(str(index), got, 'a "weight_map" from weights to files', "copy the file again")
+    if not isinstance(written.get("metadata"), dict):
+        raise BrokenCheckpoint(str(index), "no metadata", 'an object "metadata", as save_pretrained writes it', _AGAIN)
     files = sorted(set(placed.values()))
-    if missing := [name for name in files if ".." in Path(name).parts or not (folder / name).is_file()]:
+    if missing := [name for name in files if not _is_inside(folder, name)]:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         got = f"{len(missing)} of {len(files)} shards missing: {shown}"
         raise BrokenCheckpoint(str(folder), got, f"every file that {INDEX} names", "download the missing shards")
@@ -115,10 +131,22 @@ def _check_shards(folder: Path) -> None:
         raise BrokenCheckpoint(str(index), got, "an index of these shards", _AGAIN)
 
 
+def _is_inside(folder: Path, name: str) -> bool:
+    """Whether `name`, as an index writes it, is a file of `folder` or of a folder in it."""
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts:
+        return False
+    try:
+        return (folder / path).is_file()
+    except OSError:  # a name that no file can have
+        return False
+
+
 def header(path: Path) -> frozenset[str]:
     """Names of the weights in a safetensors file, whose size fits its header. Raises BrokenCheckpoint."""
     from safetensors import SafetensorError, safe_open
 
+    _check_is_file(path)
     try:
         with safe_open(path, framework="numpy") as opened:
             return frozenset(opened.keys())

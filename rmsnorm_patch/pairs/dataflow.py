@@ -181,9 +181,11 @@ def possible_pairs(tree: ast.FunctionDef, norms: frozenset[str]) -> list[tuple[a
             elif isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Add) and isinstance(node.target, ast.Name):
                 sums[node.target.id] = node
             elif isinstance(node, ast.Call):
-                written = isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name)
-                if written and node.func.attr == "add_":  # type: ignore[attr-defined]
-                    sums[node.func.value.id] = node  # type: ignore[attr-defined]
+                if isinstance(node.func, ast.Attribute) and node.func.attr in ("add_", "__iadd__"):
+                    # `x.add_(y)`, `torch.Tensor.add_(x, y)`
+                    for written in (node.func.value, *node.args[: len(node.args) > 1]):
+                        if isinstance(written, ast.Name):
+                            sums[written.id] = node
                 argument, attribute = _only_argument(node), self_attribute(node.func, self_name)
                 if argument is not None and attribute in norms and (add := add_in(argument)) is not None:
                     found.setdefault(attribute or "", add)

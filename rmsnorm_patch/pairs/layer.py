@@ -15,7 +15,7 @@ from .dataflow import Add, Flow, NormCall, analyse, possible_pairs
 from .norm_add import NormAdd, norm_adds
 from .recompile import HELPERS, LayerKey, rewrite
 from .source import ForwardSource, NoSource, read_forward
-from .trace import Pair, Trace, holds, trace_layer
+from .trace import SELDOM, Pair, Trace, holds, trace_layer
 
 
 def _uncalled(*operands: object) -> None:
@@ -86,12 +86,14 @@ class Layer:
 
     def unshown(self) -> Iterator[tuple[Pair, str]]:
         """The pairs that the trace found and the source does not show, with why they are left alone."""
-        known: list[tuple[ast.AST, str]] = [(add.node, norm.attr) for add, norm in self.flow.in_layer]
+        known: list[tuple[ast.AST, str]] = [(add.node, norm.attr) for add, norm in self.live_pairs()]
+        if self.reason:
+            known += [(add.node, norm.attr) for add, norm in self.flow.in_layer]
         known += [(node, attr) for node, attr, _ in self.flow.refused]
         for pair in sorted(() if self.trace is None else self.trace.pairs):
             if not any(pair.norm == attr and holds(node, pair.line) for node, attr in known):
                 why = f"a trace of its forward found a pair at line {pair.line} that its source does not show"
-                yield pair, f"{why}: {pair.how}" if pair.how else why
+                yield pair, pair.how if pair.how == SELDOM else f"{why}: {pair.how}" if pair.how else why
 
     def _added(self, made: NormAdd) -> bool:
         pairs = () if self.trace is None else self.trace.norm_adds

@@ -14,7 +14,7 @@ import torch.nn as nn
 from ..backends.names import Backend
 from ..scan.plan import NormSite, PairSite, QueryKeySite
 from .layer import Layer, decide, in_layer_sites, read_layer
-from .order import CONTAINERS, Order, PlannedStep
+from .order import Order, PlannedStep, is_container
 from .query_key import Attention, read_attention
 from .source import NoSource
 
@@ -42,6 +42,7 @@ class ModelLayout:
                     where = layer.source.where(tail.node) if tail is not None else ""
                     found.append(PairSite(step.kind, layer.path, step.site.path, action, reason, where))
             found.extend(site for site in dict.fromkeys(self.apart) if site.layer == layer.path)
+        found.extend(site for site in dict.fromkeys(self.apart) if site.layer not in self.layers)
         return tuple(found)
 
     def query_key(self, pairs: Iterable[PairSite], backend: Backend) -> tuple[QueryKeySite, ...]:
@@ -61,7 +62,7 @@ def layout(model: nn.Module, norm_sites: Iterable[NormSite]) -> ModelLayout:
     found = ModelLayout()
     for path, module in model.named_modules():
         below = dict(_norms_below(module, sites))
-        if below and type(module) not in CONTAINERS:
+        if below and not is_container(module):
             attention = read_attention(path, module, below)
             if attention is not None:
                 found.attentions[path] = attention
@@ -72,9 +73,10 @@ def layout(model: nn.Module, norm_sites: Iterable[NormSite]) -> ModelLayout:
                 continue
             if layer is not None:
                 found.layers[path] = layer
-    order = Order(found.layers.values(), sites)
+    order = Order(found.layers.values(), sites, {id(module): path for path, module in model.named_modules()})
     for _, parent in reversed(list(model.named_modules())):  # what a module runs comes before it
         order.read(parent)
+    order.read_root(model)
     found.steps, found.apart = order.settled()
     return found
 
@@ -84,5 +86,5 @@ def _norms_below(module: nn.Module, sites: dict[int, NormSite], path: str = "") 
     for name, child in module._modules.items():
         if id(child) in sites:
             yield path + name, sites[id(child)]
-        elif child is not None and type(child) in CONTAINERS:
+        elif child is not None and is_container(child):
             yield from _norms_below(child, sites, f"{path}{name}.")

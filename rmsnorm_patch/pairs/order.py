@@ -15,14 +15,15 @@ from .dataflow import runs_first
 from .layer import Layer
 from .loops import LayerLoop, layer_loops
 from .source import NoSource, read_forward
-from .trace import CallOrder, trace_calls
+from .trace import COPIED, CallOrder, trace_calls
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 _SEVERAL = "its sum may be read by different norms"
 _INDIRECT = "the layer is called by another function than the forward that was read"
+_UNREAD = "the loop that runs the layer was not read for this norm"
+_ELSEWHERE = "the norm is called by another module than the one that adds"
 _THROUGH = "its sum passes through the forward of another module"
-_COPIED = "the norm reads a copy of its sum"
 _OUT_OF_LOOP = "its sum leaves the module whose loop runs the layer, and that loop was not read for a norm outside"
 _INTO_LOOP = "the norm is called inside the loop of another module, which was not read for a sum from outside"
 
@@ -58,10 +59,21 @@ class PlannedStep:
         return PairSite(self.kind, self.layer.path, self.site.path, "leave", why)
 
 
+def is_container(module: nn.Module) -> bool:
+    """Whether it only holds modules, or runs them in turn: it has no forward of its own."""
+    cls = original_class(type(module))
+    return issubclass(cls, CONTAINERS) and cls.forward in (nn.ModuleList.forward, nn.Sequential.forward)
+
+
+def is_sequence(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential) and is_container(module)
+
+
 class Ends(NamedTuple):
     """Where hidden states enter and leave a module.
 
-    tail: the layer whose last add it returns. leaves: the modules that pass this sum on, the module itself last; why:
+    tail: the layer whose last add it returns. adds: the path of the module that adds last, where that has no norm of
+    its own. leaves: the modules that pass this sum on, the module itself last; why:
     what keeps that sum from being handed over outside, or "". entry: the norm that reads the module's argument, or,
     where `copied`, a copy of it. receiver: the layer that calls this norm. enters: as `leaves`, the module itself
     first. closed: what keeps a sum of outside from being handed to that norm, or "".
@@ -75,12 +87,15 @@ class Ends(NamedTuple):
     enters: tuple[nn.Module, ...] = ()
     why: str = ""
     closed: str = ""
+    adds: str = ""
 
     @classmethod
     def of(cls, layer: Layer) -> Ends:
         """What the layer's trace says of both ends."""
         if layer.trace is None:
-            return cls()
+            site = next((layer.norms[call.attr] for call in layer.flow.entries), None)
+            tail = None if layer.flow.tail is None else layer
+            return cls(tail, site, receiver=layer, why=layer.reason, closed=layer.reason)
         entry = layer.below.get(layer.trace.entry) or layer.below.get(layer.trace.copied)
         copied = layer.trace.entry not in layer.below and entry is not None
         return cls(layer if layer.trace.tail else None, entry, copied, layer)
@@ -92,8 +107,9 @@ _NOTHING = Ends()
 class Order:
     """The hand-overs below the modules that were read so far (`read`, from the inside out)."""
 
-    def __init__(self, layers: Iterable[Layer], sites: dict[int, NormSite]) -> None:
-        """sites: id of each norm -> its site."""
+    def __init__(self, layers: Iterable[Layer], sites: dict[int, NormSite], paths: dict[int, str]) -> None:
+        """sites: id of each norm -> its site. paths: id of each module -> its path."""
+        self.paths = paths
         self.layers = {id(layer.module): layer for layer in layers}
         self.sites = sites
         self.ends = {key: Ends.of(layer) for key, layer in self.layers.items()}
@@ -110,8 +126,20 @@ class Order:
                 for module, reader in _passes(loop):
                     self._list_apart(module, reader, _THROUGH)
             self._close(parent)
-        elif type(parent) not in CONTAINERS and any(id(module) in self.ends for module in _children(parent)):
+        elif not is_container(parent) and self._runs_some(parent):
             self._read_calls(parent)
+
+    def read_root(self, model: nn.Module) -> None:
+        """A model that is an `nn.Sequential` is called as a module."""
+        if is_sequence(model):
+            self._read_calls(model)
+
+    def _runs_some(self, parent: nn.Module) -> bool:
+        """Whether hidden states of a layer or a norm pass through a child of `parent`."""
+        if any(id(module) in self.ends for module in _children(parent)):
+            return True
+        held = [module for child in _children(parent) if is_sequence(child) for module in child.children()]
+        return any(id(module) in self.sites for module in held)
 
     def settled(self) -> tuple[list[PlannedStep], list[PairSite]]:
         """One hand-over for each layer: a layer whose sum different norms may read (two loops over it) has none.
@@ -129,6 +157,9 @@ class Order:
         return steps, apart
 
     def _read_loop(self, parent: nn.Module, loop: LayerLoop) -> None:
+        for module in loop.modules:
+            if is_sequence(module) and id(module) not in self.ends:
+                self._read_calls(module)
         for module, reader in _passes(loop):
             step = self._step(parent, module, reader) if reader is loop.final or id(reader) not in self.sites else None
             if step is None:
@@ -146,6 +177,9 @@ class Order:
             calls = trace_calls(parent, original_class(type(parent)), read_forward(original_class(type(parent))))
         except NoSource:
             return
+        for module, reader in (*calls.passes, *calls.seldom):
+            self._list_apart(module, reader, _UNREAD)
+        self._list_others(parent, calls)
         self._set_ends(parent, calls)
         ends = self.ends.get(id(parent))
         if ends is not None:
@@ -160,23 +194,24 @@ class Order:
             calls = trace_calls(parent, cls, read_forward(cls))
         except NoSource:
             return
-        for module in calls.first.union(*calls.passes, *calls.seldom):
-            if type(module) is nn.Sequential and id(module) not in self.ends:
+        for module in calls.first.union(*calls.passes, *calls.seldom, {module for _, module in calls.sums}):
+            if is_sequence(module) and id(module) not in self.ends:
                 self._read_calls(module)
         self._read_passes(parent, calls)
+        self._list_others(parent, calls)
         if id(parent) not in self.layers:
             self._set_ends(parent, calls)
 
     def _set_ends(self, parent: nn.Module, calls: CallOrder) -> None:
         lasts = {module: self._ends_of(module) for module in calls.last}
-        out = {module: ends for module, ends in lasts.items() if ends.tail is not None}
+        out = {module: ends for module, ends in lasts.items() if ends.tail is not None or ends.adds}
         into = [ends for module in calls.first if (ends := self._ends_of(module)).entry is not None]
-        if not out and not into:
+        if not out and not into and not calls.tail:
             return
-        found = Ends()
+        found = Ends(adds=self.paths[id(parent)] if calls.tail else "")
         for module, ends in list(out.items())[:1]:
             why = _THROUGH if len(lasts) > 1 else _INDIRECT if module in calls.indirect else ends.why
-            found = found._replace(tail=ends.tail, leaves=(*ends.leaves, parent), why=why)
+            found = found._replace(tail=ends.tail, leaves=(*ends.leaves, parent), why=why, adds=ends.adds or found.adds)
         for ends in into[:1]:
             receiver = ends.receiver if len(into) == 1 else None
             enters = (parent, *ends.enters)
@@ -243,17 +278,35 @@ class Order:
 
     def _list_apart(self, module: nn.Module, reader: nn.Module, why: str) -> None:
         """The line of a pair that no step and no other line has."""
-        layer = self.ends.get(id(module), _NOTHING).tail
+        out = self.ends.get(id(module), _NOTHING)
+        path = out.adds or ("" if out.tail is None else out.tail.path)
         final, end = self.sites.get(id(reader)), self.ends.get(id(reader), _NOTHING)
         site = final or end.entry
-        if layer is None or site is None:
+        if not path or site is None:
             return
         known = {(step.layer.path, step.site.path) for step in self.steps}
         known |= {(pair.layer, pair.norm) for pair in self.apart}
-        if why == _THROUGH and end.copied and final is None:
-            why = _COPIED
-        if (layer.path, site.path) not in known:
-            self.apart.append(PairSite("final" if final else "cross_layer", layer.path, site.path, "leave", why))
+        if end.copied and final is None:
+            why = COPIED
+        elif out.adds:
+            why = _ELSEWHERE
+        elif why in (_THROUGH, _UNREAD):
+            why = out.why or ("" if final else end.closed) or why
+        if (path, site.path) not in known:
+            self.apart.append(PairSite("final" if final else "cross_layer", path, site.path, "leave", why))
+
+    def _list_others(self, parent: nn.Module, calls: CallOrder) -> None:
+        """The lines of pairs that are no hand-over from a layer: of sums that `parent` adds itself, and of what stands
+        under a name in a layer's result."""
+        for module, reader, why in sorted(calls.apart, key=lambda found: found[2]):
+            self._list_apart(module, reader, why)
+        code, layer = read_forward(original_class(type(parent))), self.layers.get(id(parent))
+        below = () if layer is None else layer.below.values()
+        for line, module in sorted(calls.sums, key=lambda found: found[0]):
+            site = None if id(module) in self.sites else self.ends.get(id(module), _NOTHING).entry
+            if site is not None and site not in below:
+                path = self.paths[id(parent)]
+                self.apart.append(PairSite("in_layer", path, site.path, "leave", _ELSEWHERE, code.at(line)))
 
 
 def _passes(loop: LayerLoop) -> Iterator[tuple[nn.Module, nn.Module]]:
@@ -277,5 +330,5 @@ def _children(module: nn.Module) -> Iterator[nn.Module]:
     """Its children, and those in its lists and dictionaries of modules."""
     for child in module.children():
         yield child
-        if type(child) in CONTAINERS:
+        if is_container(child):
             yield from _children(child)

@@ -235,7 +235,9 @@ def why_other(function: Any) -> str:
         return f"its source is of another rotation ({str(error)[:80] or type(error).__name__})"
     if not isinstance(given, tuple) or tuple(getattr(each, "of", None) for each in given) != wanted:
         return "its source is of another rotation"
-    if why := _why_other_bits(function):
+    with torch.no_grad(), torch.device("cpu"):  # a program may have set another default
+        why = _why_other_bits(function)
+    if why:
         return why
     _KNOWN[function] = made
     return ""
@@ -307,20 +309,19 @@ def _why_other_bits(function: FunctionType) -> str:
     batch, length, n = _PROBE
     generator = torch.Generator().manual_seed(0)
     odd = torch.tensor([0.0, -0.0, 1.0, -1.0, 1e-30, -1e-30, 1e30, torch.inf, -torch.inf, torch.nan, 6e4, -6e4, 1e-7])
-    with torch.no_grad():
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            made = [
-                torch.randn(shape, generator=generator) * 3
-                for shape in ((batch, length, 4, n), (batch, length, 2, n), (batch, length, n), (1, length, n))
-            ]
-            made[0].view(-1)[: odd.numel()] = odd
-            made[2].view(-1)[n : n + odd.numel()] = odd
-            q, k, cos, sin = (each.to(dtype) for each in made)
-            q, k = q.transpose(1, 2), k.transpose(1, 2)
-            for got, x in zip(function(q, k, cos, sin), (q, k), strict=True):
-                want = rotation.rotate(x, cos, sin)
-                if got.dtype != want.dtype or got.stride() != want.stride() or not _same_bits(got, want):
-                    return f"its bits are others in {str(dtype).removeprefix('torch.')}"
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        made = [
+            torch.randn(shape, generator=generator) * 3
+            for shape in ((batch, length, 4, n), (batch, length, 2, n), (batch, length, n), (1, length, n))
+        ]
+        made[0].view(-1)[: odd.numel()] = odd
+        made[2].view(-1)[n : n + odd.numel()] = odd
+        q, k, cos, sin = (each.to(dtype) for each in made)
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+        for got, x in zip(function(q, k, cos, sin), (q, k), strict=True):
+            want = rotation.rotate(x, cos, sin)
+            if got.dtype != want.dtype or got.stride() != want.stride() or not _same_bits(got, want):
+                return f"its bits are others in {str(dtype).removeprefix('torch.')}"
     return ""
 
 

@@ -10,26 +10,31 @@ from __future__ import annotations
 
 import ast
 import copy
-import functools
 import inspect
 import operator
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
-from types import CodeType, FunctionType
+from dataclasses import dataclass, replace
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
 import torch.fx
 import torch.nn as nn
-from torch.fx.proxy import GraphAppendingTracer, Proxy
+from torch.fx.proxy import Proxy
 
+from .recorder import EVERYWHERE, Leaf, Recorder, ShapeRecorder
 from .source import ForwardSource, NoSource
 
 _CONTAINERS = (dict, list, set)
 _ADDS = (operator.add, operator.iadd, torch.add)
-_COPIES = ("clone", "contiguous", "detach")
+_COPIES = frozenset(
+    "bfloat16 clone contiguous detach double float half reshape to type type_as view view_as".split()  # noqa: SIM905
+)
+"""Methods whose result holds what the tensor held, in other memory, dtype or shape, or is the tensor itself."""
+_ATEN_ADDS = (torch.ops.aten.add, torch.ops.aten.add_)
 _ADD_METHODS = ("add", "add_", "__add__", "__radd__", "__iadd__")
+COPIED = "the norm reads a copy of its sum"
+NAMED = "the norm reads it under a name in what the layer returns"
+SELDOM = "it runs only where an optional argument is given"
 _MASKS = "transformers.masking_utils"
 """Its functions make attention masks. They branch on values, and no hidden state comes out of them."""
 
@@ -62,33 +67,44 @@ class Trace:
 class CallOrder(NamedTuple):
     """Which of its modules one forward hands a hidden state. first: those that read its argument. last: those whose
     result it returns. passes: (a module, the one that reads its result), with the optional arguments given where that
-    can be run; seldom: those that are only seen without. indirect: modules that a function below the forward calls."""
+    can be run; seldom: those that are only seen without. indirect: modules that a function below the forward calls.
+    apart: passes of a copy, or of what stands under a name in a module's result, and which of these. sums: (line of an
+    add, the module that reads its sum). tail: the line of the add whose sum it returns, or 0."""
 
     first: frozenset[nn.Module]
     last: frozenset[nn.Module]
     passes: frozenset[tuple[nn.Module, nn.Module]]
     seldom: frozenset[tuple[nn.Module, nn.Module]]
     indirect: frozenset[nn.Module]
+    apart: frozenset[tuple[nn.Module, nn.Module, str]]
+    sums: frozenset[tuple[int, nn.Module]]
+    tail: int
 
 
 def trace_layer(module: nn.Module, cls: type, source: ForwardSource, norms: frozenset[str]) -> Trace:
     """Run the forward of `module`, whose unpatched class is `cls`, on proxies: without its optional arguments, or with
     them where it needs them. norms: paths below it. Raises NoSource where it cannot be run in either way."""
     paths = {id(module.get_submodule(path)): path for path in norms}
-    try:
-        run = _run(module, cls, source, paths, optional=False)
-    except NoSource as reason:
+    found: list[Trace] = []
+    failed: list[NoSource] = []
+    for optional in (False, True):
         try:
-            run = _run(module, cls, source, paths, optional=True)
-        except NoSource:
-            raise reason from None
-    return _read(*run, norms)
+            found.append(_read(*_run(module, cls, source, paths, optional), norms))
+        except NoSource as reason:
+            failed.append(reason)
+    if not found:
+        raise failed[0]
+    usual = found[0]
+    known = {(pair.line, pair.norm) for pair in usual.pairs}
+    seldom = [pair for pair in found[-1].pairs if (pair.line, pair.norm) not in known]
+    return replace(usual, pairs=usual.pairs | {pair._replace(how=pair.how or SELDOM) for pair in seldom})
 
 
 def trace_calls(module: nn.Module, cls: type, source: ForwardSource) -> CallOrder:
     """Run the forward of `module` on proxies, without its optional arguments and with them. Raises NoSource where it
     can be run in neither way."""
-    first, last, indirect = set(), set(), set()
+    first, last, indirect, apart, sums = set(), set(), set(), set(), set()
+    tail = 0
     runs: list[set[tuple[nn.Module, nn.Module]]] = []
     failed: list[NoSource] = []
     for optional in (False, True):
@@ -99,8 +115,10 @@ def trace_calls(module: nn.Module, cls: type, source: ForwardSource) -> CallOrde
             continue
         passes: set[tuple[nn.Module, nn.Module]] = set()
         runs.append(passes)
-        if isinstance(returned, Proxy) and (producer := _producer(returned.node)) is not None:
-            last.add(producer)
+        if isinstance(returned, Proxy):
+            if (producer := _producer(returned.node)) is not None:
+                last.add(producer)
+            tail = tail or (returned.node.meta["line"] if _is_add(returned.node) else 0)
         for node in recorder.graph.nodes:
             if node.op == "call_module":
                 if not node.meta["direct"]:
@@ -111,10 +129,17 @@ def trace_calls(module: nn.Module, cls: type, source: ForwardSource) -> CallOrde
                     passes.add((producer, node.meta["module"]))
                 elif given is argument.node:
                     first.add(node.meta["module"])
+                elif isinstance(given, torch.fx.Node):
+                    value = _copied_from(given)
+                    if (producer := _producer(value, by_name=True)) is not None:
+                        apart.add((producer, node.meta["module"], NAMED if value is given else COPIED))
+                    elif _is_add(value):
+                        sums.add((value.meta["line"], node.meta["module"]))
     if not runs:
         raise failed[0]
     usual, seldom = frozenset(runs[-1]), frozenset(runs[0] - runs[-1])
-    return CallOrder(frozenset(first), frozenset(last), usual, seldom, frozenset(indirect))
+    sets = frozenset(first), frozenset(last), usual, seldom, frozenset(indirect), frozenset(apart), frozenset(sums)
+    return CallOrder(*sets, tail)
 
 
 def trace_reached(
@@ -127,7 +152,7 @@ def trace_reached(
     Of an attention nothing is wanted beyond its norms, and much of what follows them cannot run on proxies. A shape
     that is unpacked has two sizes: of the batch and of the sequence. norms: paths below `module`. optional: give
     arguments that are None else. Raises NoSource where it cannot be begun."""
-    recorder = _ShapeRecorder(source.function.__code__, {id(module.get_submodule(path)): path for path in norms})
+    recorder = ShapeRecorder(source.function.__code__, {id(module.get_submodule(path)): path for path in norms})
     arguments, named = _arguments(recorder, source, optional)
     ended = ""
     try:
@@ -137,9 +162,14 @@ def trace_reached(
     return list(recorder.graph.nodes), ended
 
 
-def _producer(node: Any) -> nn.Module | None:
-    """The module whose hidden state `node` is: its result, or the first of its results."""
-    while isinstance(node, torch.fx.Node) and node.target is operator.getitem and node.args[1] == 0:
+def _producer(node: Any, by_name: bool = False) -> nn.Module | None:
+    """The module whose hidden state `node` is: its result, or the first of its results. by_name: or one that stands
+    under a name in what it returned."""
+    while isinstance(node, torch.fx.Node) and node.target in (operator.getitem, getattr):
+        key = node.args[1]
+        in_record = isinstance(key, str) and (node.target is operator.getitem or not hasattr(torch.Tensor, key))
+        if not (node.target is operator.getitem and key == 0) and not (by_name and in_record):
+            break
         node = node.args[0]
     found: nn.Module | None = node.meta.get("module") if isinstance(node, torch.fx.Node) else None
     return found
@@ -147,9 +177,9 @@ def _producer(node: Any) -> nn.Module | None:
 
 def _run(
     module: nn.Module, cls: type, source: ForwardSource, norms: dict[int, str], optional: bool
-) -> tuple[_Recorder, Proxy, Any]:
+) -> tuple[Recorder, Proxy, Any]:
     """What was recorded, the hidden states given and those returned. optional: give arguments that are None else."""
-    recorder = _Recorder(source.function.__code__, norms)
+    recorder = Recorder(source.function.__code__, norms)
     arguments, named = _arguments(recorder, source, optional)
     try:
         returned = _without_masks(source.function, recorder)(_stand_in(recorder, module, cls), *arguments, **named)
@@ -158,13 +188,13 @@ def _run(
     return recorder, arguments[0], _first_of(returned)
 
 
-def _stand_in(recorder: _Recorder, module: nn.Module, cls: type) -> Any:
+def _stand_in(recorder: Recorder, module: nn.Module, cls: type) -> Any:
     """An instance of `cls` with what `module` has, whose children record their calls."""
     made: Any = object.__new__(cls)
     for name, value in module.__dict__.items():  # what the forward stores in them must not reach the module
         made.__dict__[name] = copy.copy(value) if type(value) in _CONTAINERS else value
     made.__dict__["_modules"] = {
-        name: None if child is None else _Leaf(recorder, name, child) for name, child in module._modules.items()
+        name: None if child is None else Leaf(recorder, name, child) for name, child in module._modules.items()
     }
     return made
 
@@ -173,7 +203,7 @@ def _untraceable(error: Exception) -> str:
     return f"its forward could not be traced ({type(error).__name__}: {str(error)[:120]})"
 
 
-def _without_masks(function: FunctionType, recorder: _Recorder) -> FunctionType:
+def _without_masks(function: FunctionType, recorder: Recorder) -> FunctionType:
     """`function`, whose masks come out of one recorded call each."""
     names = [name for name in function.__code__.co_names if name in function.__globals__]
     makers = {name: function.__globals__[name] for name in names}
@@ -187,7 +217,7 @@ def _without_masks(function: FunctionType, recorder: _Recorder) -> FunctionType:
     return _with_globals(function, {name: leaf(maker) for name, maker in makers.items()})
 
 
-def _with_leaves(function: FunctionType, recorder: _Recorder, names: frozenset[str]) -> FunctionType:
+def _with_leaves(function: FunctionType, recorder: Recorder, names: frozenset[str]) -> FunctionType:
     """`function`, whose calls of these global names are recorded as they stand."""
 
     def leaf(name: str) -> Any:
@@ -216,7 +246,7 @@ def _first_of(returned: Any) -> Any:
     return returned[0] if isinstance(returned, (tuple, list)) and returned else returned
 
 
-def _arguments(recorder: _Recorder, source: ForwardSource, optional: bool) -> tuple[list[Proxy], dict[str, Proxy]]:
+def _arguments(recorder: Recorder, source: ForwardSource, optional: bool) -> tuple[list[Proxy], dict[str, Proxy]]:
     parameters = list(inspect.signature(source.function).parameters.values())[1:]
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     wanted = [p for i, p in enumerate(parameters) if p.kind in positional and (i == 0 or p.default is p.empty)]
@@ -227,7 +257,7 @@ def _arguments(recorder: _Recorder, source: ForwardSource, optional: bool) -> tu
     return given, {p.name: recorder.create_proxy("placeholder", p.name, (), {}) for p in left_out}
 
 
-def _read(recorder: _Recorder, argument: Proxy, returned: Any, norms: frozenset[str]) -> Trace:
+def _read(recorder: Recorder, argument: Proxy, returned: Any, norms: frozenset[str]) -> Trace:
     """Follows tensors, not nodes: what an in-place add writes is the tensor that it was given."""
     tensors: dict[torch.fx.Node, torch.fx.Node] = {}
     written: dict[torch.fx.Node, torch.fx.Node] = {}
@@ -237,7 +267,20 @@ def _read(recorder: _Recorder, argument: Proxy, returned: Any, norms: frozenset[
         tensor = tensors.get(node, node)
         return written.get(tensor, tensor)
 
-    readers: dict[Any, str] = {}
+    def source_of(node: Any) -> tuple[Any, str]:
+        """The value that `node`'s tensor has the numbers of, and how they came there, or ""."""
+        found, how = value(node), ""
+        while isinstance(found, torch.fx.Node):
+            if _is_copy(found):
+                found, how = value(found.args[0]), f"the norm reads it through .{found.target}"
+            elif found.target is operator.setitem and found.args[1] == EVERYWHERE:
+                found, how = value(found.args[2]), "it is written into another tensor"
+            else:
+                break
+        return found, how
+
+    readers: dict[Any, Pair] = {}
+    copied = ""
     norm_adds: set[Pair] = set()
     for node in recorder.graph.nodes:
         given = [*node.args, *node.kwargs.values()]
@@ -247,24 +290,38 @@ def _read(recorder: _Recorder, argument: Proxy, returned: Any, norms: frozenset[
                     shared = "something else reads the norm's result" if len(norm.users) > 1 else ""
                     norm_adds.add(Pair(node.meta["line"], norm.target, shared or _how(node)))
         if node.op == "call_module" and node.target in norms and len(given) == 1:
-            readers.setdefault(value(given[0]), node.target)
+            read, how = source_of(given[0])
+            line = read.meta["line"] if isinstance(read, torch.fx.Node) else 0
+            readers.setdefault(read, Pair(line, node.target, how))
+            if how and read is argument.node:
+                copied = copied or node.target
         target = written_by(node)
         if target is not None:
             tensors[node] = tensors.get(target, target)
             written[tensors[node]] = node
-    pairs = {Pair(node.meta["line"], norm, _how(node)) for node, norm in readers.items() if _is_add(node)}
+    pairs = {pair._replace(how=pair.how or _how(node)) for node, pair in readers.items() if _is_add(node)}
     last = value(returned.node) if isinstance(returned, Proxy) else None
     tail = last.meta["line"] if last is not None and _is_add(last) else 0
-    copies = [node for node in recorder.graph.nodes if node.op == "call_method" and node.target in _COPIES]
-    copied = next((readers[node] for node in copies if node.args[0] is argument.node and node in readers), "")
-    return Trace(frozenset(pairs), tail, readers.get(argument.node, ""), copied, frozenset(norm_adds))
+    first = readers.get(argument.node)
+    entry = first.norm if first is not None and not first.how else ""
+    return Trace(frozenset(pairs), tail, entry, "" if entry else copied, frozenset(norm_adds))
+
+
+def _is_copy(node: torch.fx.Node) -> bool:
+    return node.op == "call_method" and node.target in _COPIES and isinstance(node.args[0], torch.fx.Node)
+
+
+def _copied_from(node: torch.fx.Node) -> torch.fx.Node:
+    while _is_copy(node):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
 
 
 def _is_add(node: Any) -> bool:
     if not isinstance(node, torch.fx.Node):
         return False
     if node.op == "call_function":
-        named = node.target in _ADDS or getattr(node.target, "overloadpacket", node.target) is torch.ops.aten.add
+        named = node.target in _ADDS or getattr(node.target, "overloadpacket", node.target) in _ATEN_ADDS
     else:
         named = node.op == "call_method" and node.target in _ADD_METHODS
     return named and len(_operands(node)) == 2 and all(isinstance(side, torch.fx.Node) for side in _operands(node))
@@ -282,7 +339,8 @@ def written_by(node: torch.fx.Node) -> torch.fx.Node | None:
     method = node.op == "call_method" and isinstance(node.target, str) and node.target.endswith("_")
     method = method and (node.target == "__iadd__" or not str(node.target).startswith("__"))
     first = node.args[0] if node.args else None
-    writes = method or node.target in (operator.iadd, operator.setitem)
+    operation = getattr(node.target, "overloadpacket", node.target) is torch.ops.aten.add_
+    writes = method or operation or node.target in (operator.iadd, operator.setitem)
     return first if writes and isinstance(first, torch.fx.Node) else None
 
 
@@ -292,124 +350,6 @@ def _how(node: torch.fx.Node) -> str:
     if "out" in node.kwargs:
         return "it writes to a given tensor (out)"
     return f"it is written as a method call (.{node.target})" if node.op == "call_method" else ""
-
-
-class _Recorder(GraphAppendingTracer):
-    """Records nodes and the line of the forward that each comes from. norms: id of a module -> its path."""
-
-    def __init__(self, code: CodeType, norms: dict[int, str]) -> None:
-        super().__init__(torch.fx.Graph())
-        self.code = code
-        self.norms = norms
-
-    def proxy(self, node: torch.fx.Node) -> Proxy:
-        return _Value(node, self)
-
-    def create_node(self, *arguments: Any, **named: Any) -> torch.fx.Node:
-        node = super().create_node(*arguments, **named)
-        frame = sys._getframe()
-        while frame is not None and frame.f_code is not self.code:
-            frame = frame.f_back  # type: ignore[assignment]
-        node.meta["line"] = 0 if frame is None else frame.f_lineno
-        return node
-
-    def create_arg(self, value: Any) -> Any:
-        if isinstance(value, Proxy):
-            return value.node
-        if isinstance(value, (tuple, list)):
-            return tuple(self.create_arg(element) for element in value)
-        if isinstance(value, dict):
-            return {str(name): self.create_arg(element) for name, element in value.items()}
-        if isinstance(value, (int, float, bool, str, torch.dtype, torch.device)) or value is None:
-            return value
-        return repr(type(value))  # a weight, a cache, a config: of no interest here
-
-    def keys(self, obj: Proxy) -> Any:
-        return iter(())
-
-
-class _Value(Proxy):
-    """Tells `x += y` from `x = x + y`, which a plain proxy does not, and answers the question for its dtype: many a
-    forward clamps in fp16 alone."""
-
-    dtype = torch.float32
-
-    def __iadd__(self, other: Any) -> Proxy:
-        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
-
-
-class _ShapeRecorder(_Recorder):
-    """Unpacks a shape's leading sizes, as an attention does to view its rows as heads."""
-
-    def proxy(self, node: torch.fx.Node) -> Proxy:
-        return _Shape(node, self)
-
-    def iter(self, obj: Proxy) -> Iterator[Any]:
-        return iter([self.create_proxy("call_function", operator.getitem, (obj, at), {}) for at in range(2)])
-
-
-class _Shape(_Value):
-    """`(*shape, -1)` asks for a length, and goes on where there is none (TypeError)."""
-
-    def __len__(self) -> int:
-        raise TypeError("a proxy has no length")
-
-
-class _Leaf:
-    """Stands for a child module: a call is recorded, everything else is asked of the child itself. A method of it runs
-    on proxies; where it cannot, it is recorded as one call, as the child's own forward is."""
-
-    def __init__(self, recorder: _Recorder, path: str, module: nn.Module) -> None:
-        self.__dict__.update(_recorder=recorder, _path=path, _module=module)
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:  # type: ignore[override]
-        return type(self._module)
-
-    def __call__(self, *arguments: Any, **named: Any) -> Proxy:
-        path = self._recorder.norms.get(id(self._module), self._path)
-        called = self._recorder.create_proxy("call_module", path, arguments, named)
-        direct = sys._getframe(1).f_code is self._recorder.code
-        called.node.meta.update(module=self._module, direct=direct)
-        return called
-
-    def __len__(self) -> int:
-        return len(self._module)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._module
-
-    def __bool__(self) -> bool:
-        return bool(self._module)
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("values", "children", "items", "named_children"):
-            named = [(key, self._wrapped(key, child)) for key, child in self._module._modules.items()]
-            return lambda: iter([child for _, child in named] if name in ("values", "children") else named)
-        value = getattr(self._module, name)
-        if inspect.ismethod(value) and value.__self__ is self._module:
-            return functools.partial(self._run, value)
-        return self._wrapped(name, value)
-
-    def _run(self, method: Any, *arguments: Any, **named: Any) -> Any:
-        try:
-            return method(*arguments, **named)
-        except Exception:  # the model's own code on proxies: anything can happen
-            if not any(isinstance(value, Proxy) for value in (*arguments, *named.values())):
-                raise
-            return self._recorder.create_proxy("call_function", method, arguments, named)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._wrapped(str(index), self._module[index])
-
-    def __iter__(self) -> Iterator[Any]:
-        return (self._wrapped(str(at), child) for at, child in enumerate(self._module))
-
-    def _wrapped(self, name: str, value: Any) -> Any:
-        return _Leaf(self._recorder, f"{self._path}.{name}", value) if isinstance(value, nn.Module) else value
 
 
 def holds(node: ast.AST, line: int) -> bool:

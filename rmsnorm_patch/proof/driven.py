@@ -23,12 +23,12 @@ _LARGE = {torch.float16: 256.0}
 def factors(family: str, hidden_size: int, dtype: torch.dtype, eps: float, rms: float) -> torch.Tensor:
     """What to multiply a contribution by, [hidden_size], powers of two; `rms`: of the sums in the ordinary run."""
     if family == "last":
-        made = torch.full((hidden_size,), 2.0**-7)
+        made = torch.full((hidden_size,), 2.0**-7, device="cpu")
         made[-min(8, hidden_size) :] = 16.0
         return made
     target = max(eps, 1e-12) ** 0.5 if family == "tiny" else _LARGE.get(dtype, 8192.0)
-    exponent = torch.log2(torch.tensor(target / max(rms, 1e-30))).round().clamp(-30, 30)
-    return torch.full((hidden_size,), float(2.0**exponent))
+    exponent = torch.log2(torch.tensor(target / max(rms, 1e-30), device="cpu")).round().clamp(-30, 30)
+    return torch.full((hidden_size,), float(2.0**exponent), device="cpu")
 
 
 @contextmanager

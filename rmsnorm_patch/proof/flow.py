@@ -8,6 +8,7 @@ norm and what this says of everything between them is, together, the whole model
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -119,23 +120,30 @@ def reproducible(model: nn.Module, run: Callable[[nn.Module], tuple[torch.Tensor
 def hooked(
     paths: Mapping[str, nn.Module], see: Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor | None]
 ) -> Iterator[None]:
-    """`see(path, input, output)` at every call of these modules; what it returns, if anything, is the output."""
-    handles = []
+    """`see(path, input, output)` at every call of these modules of a replica; what it returns, if anything, is the
+    output. Their forwards are wrapped: `norm.forward(x)` runs no hook."""
+    before: dict[str, Any] = {path: module.__dict__.get("forward") for path, module in paths.items()}
 
-    def hook_at(path: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> torch.Tensor | None:
+    def wrapped(path: str, forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        @functools.wraps(forward)
+        def seen(*args: Any, **kwargs: Any) -> torch.Tensor:
             entered = args[0] if args else next(iter(kwargs.values()))
-            return see(path, entered, output)
+            output = forward(*args, **kwargs)
+            changed = see(path, entered, output)
+            return output if changed is None else changed
 
-        return hook
+        return seen
 
     try:
         for path, module in paths.items():
-            handles.append(module.register_forward_hook(hook_at(path), with_kwargs=True))
+            module.forward = wrapped(path, module.forward)
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for path, module in paths.items():
+            if before[path] is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.forward = before[path]
 
 
 @contextmanager
@@ -156,13 +164,13 @@ def counting(paths: Mapping[str, nn.Module]) -> Iterator[tuple[Counter[str], lis
 def permitted_rounding(paths: Mapping[str, nn.Module], seed: int) -> Iterator[None]:
     """The norms' outputs off by one ulp in as many elements as the per-site tolerance allows: the noise that a kernel
     may make, and with it what of the logits' distance says nothing about a kernel."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(seed))
 
     def disturb(path: str, entered: torch.Tensor, output: torch.Tensor) -> torch.Tensor | None:
         tolerance = SITE.get(output.dtype)
         if tolerance is None or not output.numel():
             return None
-        draw = torch.rand(output.shape, generator=generator).to(output.device)
+        draw = torch.rand(output.shape, generator=generator, device="cpu").to(output.device)
         step = torch.where(draw < tolerance.fraction / 2, -1, torch.where(draw < tolerance.fraction, 1, 0))
         step = torch.where(torch.isfinite(output) & (output != 0), step, 0)
         raw = bits(output)

@@ -73,7 +73,7 @@ def errors(actual: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]) ->
             distance = found - exact
             relative.append(distance.norm(dim=-1) / exact.norm(dim=-1).clamp_min(1e-300))
             largest.append(distance.abs().amax(dim=-1))
-    empty = torch.zeros(0, dtype=torch.float64)
+    empty = torch.zeros(0, dtype=torch.float64, device="cpu")
     return Errors(torch.cat(relative or [empty]), torch.cat(largest or [empty]))
 
 
@@ -144,7 +144,7 @@ def distributions(original: Sequence[torch.Tensor], patched: Sequence[torch.Tens
             divergence.append((p.exp() * (p - q).masked_fill(p == -torch.inf, 0.0)).sum(-1))
             same.append(p.argmax(-1) == q.argmax(-1))
     if not sum(map(len, divergence)):
-        return torch.zeros(0), 1.0
+        return torch.zeros(0, device="cpu"), 1.0
     return torch.cat(divergence), float(torch.cat(same).to(torch.float64).mean())
 
 

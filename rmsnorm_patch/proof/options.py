@@ -21,7 +21,7 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 def check_path(name: str, value: Any) -> None:
     """Raise UnsupportedInput for what names no file."""
-    if not isinstance(value, (str, os.PathLike)) or not str(value):
+    if not isinstance(value, (str, os.PathLike)) or not str(value) or "\0" in str(value):
         raise _refused(name, value, "the path of a file")
 
 

@@ -27,7 +27,7 @@ def rows_for(hidden_size: int) -> int:
 
 def site_seed(seed: int, path: str, family: str) -> int:
     """A seed that depends on the site and not on how many sites came before it."""
-    return (seed * 1_000_003 + zlib.crc32(f"{path}/{family}".encode())) % 2**63
+    return (int(seed) * 1_000_003 + zlib.crc32(f"{path}/{family}".encode())) % 2**63
 
 
 def operands(
@@ -37,10 +37,11 @@ def operands(
     generator = torch.Generator().manual_seed(seed)
     rows = rows_for(hidden_size)
     made = []
-    for _ in range(count):
-        x = torch.randn(rows, hidden_size, generator=generator)
-        made.append(_shape(family, x, dtype, eps).to(dtype).to(device))
-    return tuple(made)
+    with torch.device("cpu"):  # a program may have set another default
+        for _ in range(count):
+            x = torch.randn(rows, hidden_size, generator=generator)
+            made.append(_shape(family, x, dtype, eps).to(dtype))
+    return tuple(x.to(device) for x in made)
 
 
 def _shape(family: str, x: torch.Tensor, dtype: torch.dtype, eps: float) -> torch.Tensor:

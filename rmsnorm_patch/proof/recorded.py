@@ -223,7 +223,7 @@ def _load(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
         return UnsupportedInput(str(path), got, f"a complete safetensors file of the format {FORMAT!r}", _NEXT)
 
     if not path.is_file():
-        raise refused("no such file")
+        raise refused("a folder" if path.is_dir() else "no regular file" if path.exists() else "no such file")
     try:
         with safe_open(path, framework="pt") as opened:
             described = opened.metadata() or {}

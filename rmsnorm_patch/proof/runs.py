@@ -74,15 +74,17 @@ def _check_ids(item: Any, model: nn.Module) -> None:
         ids = tensors.get(name)
         if ids is None:
             continue
-        if ids.dtype not in (torch.int64, torch.int32) or ids.dim() != 2:
+        is_plain = ids.layout is torch.strided and not ids.is_nested and not ids.is_meta
+        if not is_plain or ids.dtype not in (torch.int64, torch.int32) or ids.dim() != 2:
+            shown = f"a tensor of {ids.dtype}, shape {tuple(ids.shape)}" if is_plain else _unlike(ids)
             raise UnsupportedInput(
                 f"inputs: {name}",
-                f"a tensor of {ids.dtype}, shape {tuple(ids.shape)}",
+                shown,
                 "ids of int64 or int32, [batch, sequence]",
                 "pass tokenizer(text, return_tensors='pt')",
             )
         rows = _embedding_rows(model, name)
-        if rows is None or ids.is_meta or not only_text:
+        if rows is None or not only_text:
             continue
         least, most = int(ids.min()), int(ids.max())
         if least < 0 or most >= rows:
@@ -92,6 +94,11 @@ def _check_ids(item: Any, model: nn.Module) -> None:
                 f"ids from 0 to {rows - 1}, the rows of the model's embedding",
                 "use the tokenizer that belongs to this checkpoint",
             )
+
+
+def _unlike(ids: torch.Tensor) -> str:
+    kind = "nested" if ids.is_nested else str(ids.layout).removeprefix("torch.")
+    return "a tensor on the meta device, which has no values" if ids.is_meta else f"a {kind} tensor"
 
 
 def _embedding_rows(model: Any, name: str) -> int | None:

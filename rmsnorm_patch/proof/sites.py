@@ -20,7 +20,7 @@ from ..backends.names import Backend
 from ..fused.norm_add.op import bind_norm_add, bind_norm_add_norm
 from ..numerics import reference, rotation
 from ..numerics.gating import gated_rms_norm_fp64
-from ..numerics.spec import NormSpec
+from ..numerics.spec import SUPPORTED_DTYPES, NormSpec
 from ..numerics.tolerances import EXACT, EXACT_ERROR_RATIO, GATED, SITE, SiteTolerance
 from ..patch_state import original_class
 from ..rewrite import observe
@@ -298,6 +298,8 @@ class SiteWatcher:
         form = "norm_add" if event.kind == "norm_add" else "norm" if len(event.operands) == 1 else "pair"
         if site.plan is None or site.plan.spec is None or form in site.probed:
             return
+        if event.operands[0].dtype not in SUPPORTED_DTYPES:
+            return  # the model's own arithmetic ran, and no op has any for it
         site.probed.add(form)
         x, spec = event.operands[0], site.plan.spec
         weight, eps = site.weight_and_eps(event.norm, x.dtype)

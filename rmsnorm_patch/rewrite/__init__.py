@@ -16,7 +16,7 @@ import torch.nn as nn
 from ..errors import RMSNormPatchError, UnsupportedModel
 from ..locks import Lock
 from ..pairs.layout import ModelLayout, layout
-from ..patch_state import STATE, derives_from_patched, role_of, unpatched_class
+from ..patch_state import STATE, derives_from_patched, foreign, role_of, unpatched_class
 from ..scan.plan import Plan
 from . import instance_forward
 from .journal import Journal
@@ -51,7 +51,7 @@ def apply_plan(model: nn.Module, plan: Plan, found: ModelLayout | None = None) -
             found = layout(model, plan.norms) if found is None else found
             layers.install(plan, found, journal)
             query_key.install(plan, found, journal)
-            report = Report(plan, *patched_paths(model), _notes(model))
+            report = Report(plan, *patched_paths(model), _notes(model), wrapped_paths(model))
             journal.set_state(model, APPLIED, report)
             if plan.compiled == "joined":
                 journal.set_state(model, inductor.JOINING, inductor.Joining())
@@ -107,6 +107,11 @@ def patched_paths(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...], t
         tuple(path for path, role in roles.items() if role == "layer"),
         tuple(path for path, role in roles.items() if role == "attention"),
     )
+
+
+def wrapped_paths(model: nn.Module) -> tuple[str, ...]:
+    """Module paths whose forward somebody else has replaced or wrapped now."""
+    return tuple(path for path, module in model.named_modules() if foreign(module) is not None)
 
 
 def _notes(model: nn.Module) -> tuple[str, ...]:

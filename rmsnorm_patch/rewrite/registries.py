@@ -3,19 +3,21 @@
 A patched module has another class, so that it would not be found. Beside each entry of a class that is patched, its
 patched class gets the same one. An entry stays as long as its class, beyond `revert`: no unpatched module looks it up.
 
-Registries are the dicts and sets that are global in a module or an attribute of a class there. A tuple or list of
-classes cannot be told from one that `isinstance` is asked with, which finds patched modules; the plan names it.
+Registries are dicts and sets that a module holds: global, in an attribute of a class or an object there, or inside
+such a dict. A tuple or list of classes cannot be told from one that `isinstance` is asked with, which finds patched
+modules; the plan names it. So it does with what cannot be written.
 """
 
 from __future__ import annotations
 
 import sys
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator
 from importlib import import_module
 from itertools import islice
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, WeakSet
 
 from ..locks import Lock
 from ..patch_state import is_patched, original_class
@@ -23,10 +25,13 @@ from ..patch_state import is_patched, original_class
 _FILLED_AT_FIRST_USE = (("diffusers", "diffusers.hooks._helpers", "TransformerBlockRegistry", "_register"),)
 """Top package, module, class and method of registries that hold nothing before a lookup; the method fills them."""
 
-_KEYED = (dict, OrderedDict, defaultdict, set)
-_LISTS = (tuple, list, frozenset)
-_KINDS = frozenset((*_KEYED, *_LISTS))
+_KEYED = (dict, set, WeakKeyDictionary, WeakSet)
+_LISTS = (tuple, list, frozenset, MappingProxyType)
+_KINDS = (*_KEYED, *_LISTS)
 _READ_OF_EACH = 8
+_READ_INSIDE = 64
+_DEFINED_IN_PYTHON = 1 << 9
+"""Py_TPFLAGS_HEAPTYPE."""
 
 
 class Named(NamedTuple):
@@ -58,10 +63,21 @@ def enter(classes: Iterable[type]) -> None:
         known = _containers()
         for cls, original in patched.items():
             for _, container in _registering(original, known):
-                if isinstance(container, set):
-                    container.add(cls)
-                else:
-                    container.setdefault(cls, container[original])
+                _enter(container, cls, original)
+
+
+def _enter(container: Any, cls: type, original: type) -> None:
+    """A library's own subclass of dict or set may refuse what it is given twice, so that its methods are not asked."""
+    kind = type(container)
+    if issubclass(kind, set):
+        set.add(container, cls)
+    elif issubclass(kind, WeakSet):
+        container.add(cls)
+    elif issubclass(kind, WeakKeyDictionary):
+        container.setdefault(cls, container[original])
+    elif not dict.__contains__(container, cls):
+        put = OrderedDict.__setitem__ if issubclass(kind, OrderedDict) else dict.__setitem__
+        put(container, cls, dict.__getitem__(container, original))
 
 
 def notes(classes: Iterable[type]) -> tuple[str, ...]:
@@ -81,12 +97,12 @@ def _notes_of(cls: type, known: Collection[Named]) -> Iterator[str]:
         yield f"{name} has an entry for {cls.__name__}; apply enters the patched class beside it"
     listed: dict[int, str] = {}
     for name, container in known:
-        if type(container) in _LISTS and any(item is cls for item in container):
+        if _mentions(container, cls):
             listed.setdefault(id(container), name)
     for name in listed.values():
         yield (
-            f"{name} lists {cls.__name__}; isinstance finds patched modules in it, a comparison with type(module) "
-            "does not: leave them out with exclude= if it is compared"
+            f"{name} lists {cls.__name__}; isinstance finds patched modules in it, code that compares type(module) or "
+            "looks it up does not: leave them out with exclude= where it does so"
         )
 
 
@@ -94,10 +110,30 @@ def _registering(cls: type, known: Iterable[Named]) -> Iterator[Named]:
     """The registries that have `cls` as a key or element."""
     for named in known:
         container = named.container
-        if type(container) not in _KEYED or cls not in container:
-            continue
-        if isinstance(container, set) or not _was_made_of(cls, container[cls]):
+        kind = type(container)
+        if issubclass(kind, dict):
+            if dict.__contains__(container, cls) and not _was_made_of(cls, dict.__getitem__(container, cls)):
+                yield named
+        elif issubclass(kind, WeakKeyDictionary):
+            if cls in container and not _was_made_of(cls, container[cls]):
+                yield named
+        elif (issubclass(kind, set) and set.__contains__(container, cls)) or (
+            issubclass(kind, WeakSet) and cls in container
+        ):
             yield named
+
+
+def _mentions(container: Any, cls: type) -> bool:
+    """Whether `cls` stands in a list, in what cannot be written, or in a tuple that is an element or a key."""
+    if not issubclass(type(container), (*_LISTS, dict)):
+        return False
+    whole = issubclass(type(container), _LISTS)
+    if not whole and not any(type(item) is tuple for item in islice(dict.__iter__(container), _READ_OF_EACH)):
+        return False
+    return any(
+        (whole and item is cls) or (type(item) is tuple and any(part is cls for part in item))
+        for item in list(container)
+    )
 
 
 def _was_made_of(cls: type, value: Any) -> bool:
@@ -136,6 +172,8 @@ def _containers() -> list[Named]:
         if type(space) is not dict:
             continue
         before = _walked.get(name)
+        if name.partition(".")[0] == __name__.partition(".")[0]:
+            continue
         if before is None or before.module is not module or before.globals != len(space):
             _walked[name] = _Walked(module, len(space), tuple(_containers_of(name, space)))
     return [named for walked in _walked.values() for named in walked.containers]
@@ -143,20 +181,55 @@ def _containers() -> list[Named]:
 
 def _containers_of(name: str, space: dict[str, Any]) -> Iterator[Named]:
     for attribute, value in list(space.items()):
-        kind = type(value)
-        if kind in _KINDS:
-            if _may_hold_classes(value):
-                yield Named(f"{name}.{attribute}", value)
-        elif issubclass(kind, type) and value.__module__ == name:
-            for inner, held in list(vars(value).items()):
-                if type(held) in _KINDS and not inner.startswith("__") and _may_hold_classes(held):
-                    yield Named(f"{name}.{attribute}.{inner}", held)
+        if attribute.startswith("__"):
+            continue
+        yield from _inside(f"{name}.{attribute}", value)
+        if _is_class(value):
+            if value.__module__ == name:
+                for inner, held in list(vars(value).items()):
+                    if not inner.startswith("__"):
+                        yield from _inside(f"{name}.{attribute}.{inner}", held)
+                        yield from _attributes(f"{name}.{attribute}.{inner}", held)
+        else:
+            yield from _attributes(f"{name}.{attribute}", value)
+
+
+def _attributes(name: str, value: Any) -> Iterator[Named]:
+    """The containers that an object holds: a registry is often one. Nothing of its own runs."""
+    kind = type(value)
+    if not kind.__flags__ & _DEFINED_IN_PYTHON or issubclass(kind, (ModuleType, type)):
+        return
+    try:
+        held = object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return
+    for attribute, inner in list(held.items()) if type(held) is dict else ():
+        yield from _inside(f"{name}.{attribute}", inner)
+
+
+def _inside(name: str, value: Any, depth: int = 0) -> Iterator[Named]:
+    """`value`, if it is a container that may hold classes, else those that it holds."""
+    kind = type(value)
+    if not issubclass(kind, _KINDS):
+        return
+    if _may_hold_classes(value):
+        yield Named(name, value)
+    elif depth < 2 and issubclass(kind, (dict, list, tuple)):
+        held = dict.items(value) if issubclass(kind, dict) else enumerate(value)
+        for key, inner in list(islice(held, _READ_INSIDE)):
+            if issubclass(type(inner), _KINDS):
+                shown = repr(key) if type(key) in (str, int) else "..."
+                yield from _inside(f"{name}[{shown}]", inner, depth + 1)
 
 
 def _may_hold_classes(value: Any) -> bool:
     """An empty dict or set may be filled later. What begins with other things, a table of strings, is not read on."""
-    first = list(islice(value, _READ_OF_EACH))
-    return any(map(_is_class, first)) or (not first and type(value) in _KEYED)
+    kind = type(value)
+    own = next((base for base in (dict, set, list, tuple, frozenset) if issubclass(kind, base)), kind)
+    first = list(islice(own.__iter__(value), _READ_OF_EACH))
+    if not first:
+        return issubclass(kind, _KEYED)
+    return any(_is_class(item) or (type(item) is tuple and any(map(_is_class, item))) for item in first)
 
 
 def _is_class(value: Any) -> bool:

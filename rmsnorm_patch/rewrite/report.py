@@ -19,7 +19,7 @@ class Report:
     plan: what was asked for and what the scan found, the sites left alone and why among it.
     norms: module paths of the norms whose class was swapped. layers: module paths of the layers whose forward now
         calls a fused op. attentions: of those that norm queries and keys in one launch. notes: what a user should know
-        beside that.
+        beside that. wrapped: paths of modules under somebody's own forward, of any kind, which the plan leaves alone.
     proof: the report of `verify`, where `apply` was asked to prove itself. It is not kept on the model.
     """
 
@@ -28,6 +28,7 @@ class Report:
     layers: tuple[str, ...] = ()
     attentions: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    wrapped: tuple[str, ...] = ()
     proof: Any = field(default=None, compare=False)
 
     @property

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from ..numerics.spec import SUPPORTED_DTYPES
 from .plan import NormSite
 from .probe import short, undisturbed
 from .subject import Rejected
@@ -27,7 +28,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 def expect(model: nn.Module, sites: tuple[NormSite, ...]) -> tuple[tuple[NormSite, ...], tuple[str, ...]]:
     """`sites`, those that will fall back to the original arithmetic with `falls_back`; and notes where that could not
-    be found out. Only a model of mixed dtypes is looked at."""
+    be found out. Only a model of mixed dtypes is run."""
+    sites = tuple(_without_kernels(site) for site in sites)
     half = [site for site in sites if site.action == "fuse" and site.weight_dtype in _HALF]
     other = list(_modules_of_other_dtype(model, {site.weight_dtype for site in half})) if half else []
     if not other:
@@ -39,6 +41,12 @@ def expect(model: nn.Module, sites: tuple[NormSite, ...]) -> tuple[tuple[NormSit
         note = f"{named}: another dtype than the norms' {half[0].weight_dtype}; whether norms fall back is not known"
         return sites, (f"{note} ({why}); status(model) tells once the model has run",)
     return tuple(_judged(site, seen.get(site.path, ()), named) for site in sites), ()
+
+
+def _without_kernels(site: NormSite) -> NormSite:
+    if site.action != "fuse" or site.weight_dtype is None or site.weight_dtype in map(_name, SUPPORTED_DTYPES):
+        return site
+    return replace(site, falls_back=f"its weight is {site.weight_dtype}, and no kernel takes that")
 
 
 def _judged(site: NormSite, inputs: Iterable[torch.dtype], other: str) -> NormSite:

@@ -21,7 +21,8 @@ from .plan import NormSite
 from .probe import WEIGHTLESS, Found, find_spec, short, undisturbed
 from .subject import Rejected, Subject, examine, own_class, reachable_codes
 
-_NAMED_RMS = re.compile(r"RMS|Rms|rms(?=_|[nN]orm|$)")  # but not the "rms" of "LayerNormSelfAttention", lower-cased
+_NAMED_RMS = re.compile(r"RMS|Rms|rms(?=[nN]orm)|(?<![a-zA-Z])rms(?=_|$)")
+"""But not the "rms" of "LayerNormSelfAttention", lower-cased, nor that of "Transforms"."""
 _NAMED_NORM = re.compile(r"norm", re.IGNORECASE)
 _REDUCTIONS = {"mean", "sum", "norm", "vector_norm", "rms_norm", "einsum", "var"}
 _FAILS = "its forward fails on a probe"
