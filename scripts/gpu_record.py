@@ -314,7 +314,7 @@ def explain(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Exit 1 where a file has no record, or a record speaks of other code or of failed tests, kernels or sanitizers."""
+    """Exit 1 where a file has no record, or a record speaks of other code, or of what failed and is not explained."""
     tree = files()
     records = {path.name: json.loads(path.read_text()) for path in sorted(RECORDS.glob("*.json"))}
     problems = [f"{name}: {what}" for name, record in records.items() for what in problems_of(record, tree)]
