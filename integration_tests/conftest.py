@@ -134,6 +134,12 @@ def quantised_models() -> ModuleType:
     return _module("quantised_models", DATA.parent / "quantised_models.py")
 
 
+@pytest.fixture(scope="session")
+def compiled_code() -> ModuleType:
+    """compiled_code.py: what Inductor makes of a model, to be compared."""
+    return _module("compiled_code", DATA.parent / "compiled_code.py")
+
+
 def _module(name: str, path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None

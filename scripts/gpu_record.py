@@ -4,6 +4,7 @@
     python scripts/gpu_record.py run --parts kernels --suite decode qk --warm-jobs 14
     python scripts/gpu_record.py run --parts vllm --vllm-json vllm.json    # rows of scripts/bench_vllm.py
     python scripts/gpu_record.py merge A.json B.json --record R.json       # parts that ran side by side on two GPUs
+    python scripts/gpu_record.py explain --record R.json --test NAME --because "what showed it to be the test's own"
     python scripts/gpu_record.py check                                     # anywhere: non-zero when a record is stale
 
 `run` can be given in parts: each replaces its own rows of a record with the same digest, and refuses one with another,
@@ -24,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # `check` runs anywhere, without the package too
 
-from benchlib import sanitizer  # noqa: E402
+from benchlib import explained, sanitizer  # noqa: E402
 from benchlib.checkout import python  # noqa: E402
 from benchlib.pytest_runs import merged, run_tests, totals  # noqa: E402
 
@@ -286,11 +287,13 @@ def findings_of(record: dict) -> list[str]:
         )
     if not record["tests"]:
         found.append("holds no test run; run with --parts tests")
-    elif record["tests"]["failed"] or not record["tests"]["passed"]:
-        found.append(f"GPU tests {totals(record['tests'])}")
+    elif not record["tests"]["passed"] or explained.unexplained(record["tests"]):
+        counts = {name: record["tests"][name] for name in ("passed", "failed", "skipped")}
+        found.append(f"GPU tests {counts}, failed: {explained.unexplained(record['tests'])}")
     engines = record.get("engine_tests")
-    if engines and engines["failed"] and engines["files"] == plugin_files():
-        found.append(f"tests of vLLM engines with this plugin: {engines['failures']}")
+    if engines and engines["files"] == plugin_files() and (failures := explained.unexplained(engines)):
+        found.append(f"tests of vLLM engines with this plugin: {failures}")
+    found += [f"{part} {what}" for part in TESTS for what in explained.misplaced(record.get(part) or {})]
     for row in record["kernels"]:
         wrong = {name: why for name, why in row["failed"].items() if name.startswith("ours")}
         if wrong:
@@ -303,8 +306,15 @@ def findings_of(record: dict) -> list[str]:
     return found
 
 
+def explain(args: argparse.Namespace) -> None:
+    """Why a test of a record failed, where it was shown to be the test's own fault."""
+    record = json.loads(args.record.read_text())
+    explained.explain([record[part] for part in TESTS if record.get(part)], args.test, args.because)
+    args.record.write_text(json.dumps(record, indent=1) + "\n")
+
+
 def check(args: argparse.Namespace) -> None:
-    """Exit 1 where a file has no record, or a record speaks of other code or of failed tests, kernels or sanitizers."""
+    """Exit 1 where a file has no record, or a record speaks of other code, or of what failed and is not explained."""
     tree = files()
     records = {path.name: json.loads(path.read_text()) for path in sorted(RECORDS.glob("*.json"))}
     problems = [f"{name}: {what}" for name, record in records.items() for what in problems_of(record, tree)]
@@ -355,6 +365,10 @@ def parsed() -> argparse.Namespace:
     join = verbs.add_parser("merge", help="one record of several that hold different parts")
     join.add_argument("records", type=Path, nargs="+", metavar="RECORD")
     join.add_argument("--record", type=Path, required=True, help="the file to write")
+    reason = verbs.add_parser("explain", help="say why a test failed that was shown to be wrong itself")
+    reason.add_argument("--record", type=Path, required=True)
+    reason.add_argument("--test", required=True, metavar="NAME", help="as it stands among the record's failures")
+    reason.add_argument("--because", required=True, metavar="REASON", help="the evidence, and what became of the test")
     verbs.add_parser("check", help="compare the files of every record with this tree")
     args = parser.parse_args()
     if args.verb == "run":
@@ -366,8 +380,8 @@ def parsed() -> argparse.Namespace:
 
 def main() -> None:
     args = parsed()
-    if args.verb in ("check", "merge"):
-        {"check": check, "merge": merge}[args.verb](args)
+    if args.verb != "run":
+        {"check": check, "merge": merge, "explain": explain}[args.verb](args)
         return
     args.record = args.record or _default_record()
     write(args)

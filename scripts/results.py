@@ -280,7 +280,16 @@ def tests_of_all(records: Records) -> str:
 
 
 def _counted(tests: Row | None) -> str:
-    return f"{tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped.\n" if tests else MISSING
+    """Below the counts, why tests failed that were shown to be wrong themselves."""
+    if not tests:
+        return MISSING
+    said = f"{tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped.\n"
+    reasons = [[_in_cell(f"`{name}`"), _in_cell(why)] for name, why in tests.get("explained", {}).items()]
+    return f"{said}\n{table(['failed', 'why'], reasons)}" if reasons else said
+
+
+def _in_cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def tests_text(record: Row) -> str:

@@ -6,7 +6,10 @@ import importlib
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +42,14 @@ def folder(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.skipif(not HUB, reason="the package kernels is not installed")
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(("layer", "path"), [(layer, path) for layer, paths in CLASSES.items() for path in paths])
-def test_a_hub_layer_keeps_the_class_s_numerics(folder: Path, layer: str, path: str, weight_dtype: torch.dtype) -> None:
+def test_a_hub_layer_keeps_the_class_s_numerics(
+    folder: Path, layer: str, path: str, weight_dtype: torch.dtype, compiled_code: ModuleType
+) -> None:
+    """Compiled, its code is that of the class. Bits are not asked: those of two compilations of one code may differ."""
+
+    def compiled(forward_of: Any) -> Callable[..., torch.Tensor]:
+        return torch.compile(lambda *y: forward_of.forward(norm, *y), fullgraph=True)
+
     module, _, name = path.rpartition(".")
     cls = getattr(importlib.import_module(module), name)
     norm = cls(2048).to("cuda", weight_dtype).eval()
@@ -62,8 +72,10 @@ def test_a_hub_layer_keeps_the_class_s_numerics(folder: Path, layer: str, path: 
         x.copy_(torch.randn_like(x))
         graph.replay()
         assert torch.equal(replayed, made.forward(norm, *given))
-        own_compiled = torch.compile(lambda *y: cls.forward(norm, *y), fullgraph=True)(*given)
-        assert torch.equal(torch.compile(lambda *y: made.forward(norm, *y), fullgraph=True)(*given), own_compiled)
+        own, code = compiled_code.compiled_anew(lambda: compiled(cls)(*given))
+        ours, hub_code = compiled_code.compiled_anew(lambda: compiled(made)(*given))
+        assert hub_code == code
+        assert int((ours != own).sum()) <= own.numel() // SHARE
 
 
 @pytest.mark.parametrize("enable_pdl", [None, False])

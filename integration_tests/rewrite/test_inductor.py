@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
-import re
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 import rmsnorm_patch
 from rmsnorm_patch import PatchConflict, UnsupportedInput
 from rmsnorm_patch.fused.linear_norm import captured
+from rmsnorm_patch.fused.linear_norm.kernel import MOST_ROWS
 from rmsnorm_patch.ops import sources
 from rmsnorm_patch.rewrite import inductor
 
@@ -65,14 +67,14 @@ def layer() -> Layer:
     return made
 
 
-def given(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def given(seed: int = 0, m: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(2, 3, n, generator=generator).to(torch.bfloat16) for n in (K, N))  # type: ignore[return-value]
+    return tuple(torch.randn(2, m // 2, n, generator=generator).to(torch.bfloat16) for n in (K, N))  # type: ignore[return-value]
 
 
 @torch.no_grad()
-def compiled(model: nn.Module, mode: str | None = "reduce-overhead") -> torch.Tensor:
-    result: torch.Tensor = torch.compile(model, mode=mode, fullgraph=True)(*given())
+def compiled(model: nn.Module, mode: str | None = "reduce-overhead", m: int = 6) -> torch.Tensor:
+    result: torch.Tensor = torch.compile(model, mode=mode, fullgraph=True)(*given(m=m))
     return result
 
 
@@ -108,23 +110,60 @@ def test_every_norm_behind_a_product_of_a_model(
 @pytest.mark.slow
 @torch.no_grad()
 def test_with_default_settings_the_code_is_stocks(
-    small_model: Callable[..., PreTrainedModel], outcomes: list[captured.Outcome]
+    small_model: Callable[..., PreTrainedModel], compiled_code: ModuleType, outcomes: list[captured.Outcome]
 ) -> None:
-    """But for the names of its kernels, which Inductor makes of the model's operations."""
-
-    def code_and_logits() -> tuple[str, torch.Tensor]:
-        torch._dynamo.reset()
-        result, parts = run_and_get_code(torch.compile(model, fullgraph=True), IDS, use_cache=False)
-        lines = [line for part in parts for line in part.splitlines() if not line.lstrip().startswith("#")]
-        return re.sub(r"cpp_fused_\w*?_(\d+)\b", r"kernel_\1", "\n".join(lines)), result.logits
-
     model = small_model("qwen3", torch.bfloat16, num_hidden_layers=1)
-    stock, want = code_and_logits()
+    call = lambda: torch.compile(model, fullgraph=True)(IDS, use_cache=False).logits  # noqa: E731
+    want, stock = compiled_code.compiled_anew(call)
     rmsnorm_patch.apply(model, compiled="joined")
-    code, got = code_and_logits()
+    got, code = compiled_code.compiled_anew(call)
     assert [dict(outcome.left) for outcome in outcomes] == [{"the graph is not captured": 5}]
     assert torch.equal(got, want)
     assert code == stock
+
+
+@pytest.mark.parametrize(
+    ("mode", "m", "why"),
+    [(None, 6, "the graph is not captured"), ("reduce-overhead", 300, f"more than {MOST_ROWS} rows")],
+    ids=["None-6", "reduce-overhead-300"],
+)
+def test_code_of_stock_where_nothing_is_joined(
+    mode: str | None, m: int, why: str, compiled_code: ModuleType, outcomes: list[captured.Outcome]
+) -> None:
+    model = layer()
+    want, stock = compiled_code.compiled_anew(lambda: compiled(model, mode, m))
+    rmsnorm_patch.apply(model, compiled="joined")
+    got, code = compiled_code.compiled_anew(lambda: compiled(model, mode, m))
+    assert outcomes == [captured.Outcome(0, Counter({why: 1}))]
+    assert code == stock
+    assert torch.equal(got, want)
+
+
+def test_the_code_is_another_where_a_norm_is_joined_or_changed(compiled_code: ModuleType) -> None:
+    model = layer()
+    codes = [compiled_code.compiled_anew(lambda: compiled(model))[1]]
+    rmsnorm_patch.apply(model, compiled="joined")
+    codes += [compiled_code.compiled_anew(lambda: compiled(model))[1]]
+    rmsnorm_patch.revert(model)
+    model.norm.variance_epsilon *= 2
+    codes += [compiled_code.compiled_anew(lambda: compiled(model))[1]]
+    assert len(set(codes)) == 3
+
+
+def test_names_and_comments_are_no_code(compiled_code: ModuleType) -> None:
+    """Triton's, of which no code is made here."""
+    code = (
+        "# kernel path: /a/b.py\ntriton_red_fused_add_mean_0 = async_compile.triton('triton_red_fused_add_mean_0', 2)"
+    )
+    program = compiled_code.program(code)
+    assert program == compiled_code.program(code.replace("_add_mean", "").replace("/b", "/c"))
+    for old, new in (("red", "per"), ("mean_0", "mean_1"), ("2)", "3)")):
+        assert program != compiled_code.program(code.replace(old, new))
+
+
+def test_nothing_compiled_is_no_code(compiled_code: ModuleType) -> None:
+    with pytest.raises(AssertionError, match="nothing was compiled"):
+        compiled_code.compiled_anew(lambda: layer()(*given()))
 
 
 @pytest.mark.parametrize("mode", ["reduce-overhead", None])

@@ -58,8 +58,11 @@ def test_what_ran_is_what_the_record_has_tests_of(seeds):
     assert cells(text, "rms_norm") == [read, read, "ran", read, read, read, "ran", "compiled", "ran"]
     assert cells(text, "rms_norm_gated") == [*[read] * 6, "compiled", "compiled", "ran"]  # not in the record
     assert cells(text, "rms_norm_quantised")[3:6] == ["no"] * 3
-    failed = seeds.targets_text([{**record, "files": listed, "tests": {"failed": 1}}])
+    tests = {"failed": 1, "failures": ["a::b"]}
+    failed = seeds.targets_text([{**record, "files": listed, "tests": tests}])
     assert cells(failed, "rms_norm") == [*[read] * 6, "compiled", "compiled", "ran"]
+    explained = {**tests, "explained": {"a::b": "the test is wrong"}}
+    assert seeds.targets_text([{**record, "files": listed, "tests": explained}]) == text
 
 
 def test_gigabytes_a_second_of_fp16_rows(seeds):

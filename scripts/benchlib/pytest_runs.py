@@ -12,6 +12,8 @@ from benchlib.checkout import python
 from benchlib.stamp import stamp
 
 TESTS = "integration_tests"
+NO_REPORT = "pytest wrote no report"
+"""Stands among the failures of a run that was cut off."""
 
 
 def run_tests(words: list[str]) -> dict[str, Any]:
@@ -63,7 +65,7 @@ def _is_red(case: ElementTree.Element) -> bool:
 def counts_in(report: Path) -> dict[str, Any]:
     """passed, failed, skipped and the names of failures, from pytest's XML; a run without one has failed."""
     if not report.exists():
-        return {"passed": 0, "failed": 1, "skipped": 0, "failures": ["pytest wrote no report"]}
+        return {"passed": 0, "failed": 1, "skipped": 0, "failures": [NO_REPORT]}
     suite = ElementTree.parse(report).getroot().find("testsuite")
     assert suite is not None
     total, skipped = int(suite.get("tests", 0)), int(suite.get("skipped", 0))
