@@ -2,12 +2,12 @@
 
 Request: model (folder), enforce_eager, prompts (lists of token ids), max_tokens; and, where wanted, `engine` (further
 LLM arguments), `where_known` (more of them, for releases that have such), `variables` (of the environment),
-`vllm_version` (what vLLM shall say it is), `whole_compiler` (on the CPU, compile as on a GPU), `hide_ir` (no providers
-for vLLM's IR ops), `forked_workers` (several workers are forks, where vLLM would start interpreters), `batches`
-(further lists of prompts, each generated for by itself) and `changes` (generate once more after each: "written" norm
-weights, in their memory, while the engine runs; "replaced" ones, by others in another memory; "loaded" ones, by vLLM's
-loader, as trainers hand them over; "restored", all weights from the checkpoint; "slept", the engine put to sleep and
-woken up).
+`vllm_version` (what vLLM shall say it is), `whole_compiler` (on the CPU, compile as on a GPU), `allreduce_fusion` (then
+fuse norms with all-reduces, by default), `hide_ir` (no providers for vLLM's IR ops), `forked_workers` (several workers
+are forks, where vLLM would start interpreters), `batches` (further lists of prompts, each generated for by itself) and
+`changes` (generate once more after each: "written" norm weights, in their memory, while the engine runs; "replaced"
+ones, by others in another memory; "loaded" ones, by vLLM's loader, as trainers hand them over; "restored", all weights
+from the checkpoint; "slept", the engine put to sleep and woken up).
 Answer: tokens and logprobs of every prompt, and of those of each of the `batches`, the number of forwards while they
 were generated, the lines of our call trace that belong to them and those from the start (where a CUDA graph's calls are
 captured), the classes of the model's norms, and whether CUDA was initialised. On a GPU: which of our kernels the device
@@ -25,6 +25,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import allreduce_fusion
 import compiled_cpp
 import fp8_products
 import torch
@@ -123,6 +124,8 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         from vllm.v1.executor import multiproc_executor
 
         multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
+    if request.get("allreduce_fusion"):
+        allreduce_fusion.install(whole_compiler)
     if request.get("whole_compiler"):
         whole_compiler.install()
         fp8_products.install()

@@ -123,15 +123,33 @@ def test_products_are_joined_with_norms(changes: dict, linear: bool) -> None:
         ({"requested": "oot"}, True),
         ({"requested": "oot", "has_ir": False}, True),
         ({"compiled": False, "tensor_parallel": 2, "incumbents": ("vllm_c",)}, True),
-        ({"requested": "ir", "tensor_parallel": 2}, False),
+        ({"requested": "ir", "tensor_parallel": 2}, True),
+        ({"requested": "ir", "tensor_parallel": 2, "fusions": ("fuse_allreduce_rms",)}, False),
         ({"quantization": "fp8"}, True),
         ({"batch_invariant": True}, True),
         ({"requested": "off"}, False),
     ],
 )
 def test_norms_with_fp32_weights_are_served_on_both_routes(changes: dict, offset: bool) -> None:
-    """But where their class would hide them from the all-reduce fusion."""
+    """But where their class would hide them from an all-reduce fusion that was turned on."""
     assert decide(replace(CUDA, **changes)).offset is offset
+
+
+@pytest.mark.parametrize(
+    ("changes", "apart", "told"),
+    [
+        ({"requested": "ir", "tensor_parallel": 2}, True, "tensor parallel: vLLM's pass fuse_allreduce_rms is off"),
+        ({"requested": "ir", "tensor_parallel": 2, "fusions": ("fuse_allreduce_rms",)}, False, "was turned on, and"),
+        ({"requested": "ir"}, False, ""),
+        ({"compiled": False, "tensor_parallel": 2, "incumbents": ("vllm_c",)}, False, ""),
+        ({"tensor_parallel": 2}, False, ""),
+    ],
+)
+def test_norms_that_are_asked_for_stay_apart_from_all_reduces(changes: dict, apart: bool, told: str) -> None:
+    decision = decide(replace(CUDA, **changes))
+    assert decision.apart is apart
+    assert ("vLLM's pass fuse_allreduce_rms" in decision.reason) is bool(told)
+    assert told in decision.reason
 
 
 @pytest.mark.parametrize(

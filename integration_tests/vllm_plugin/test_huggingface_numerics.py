@@ -148,6 +148,9 @@ def test_the_share_of_equal_logprobs_is_reported(
 FUSES_BY_HAND = {"compilation_config": {"pass_config": {"fuse_allreduce_rms": True}}}
 REFUSED = """
 import json, sys
+sys.path.insert(0, sys.argv[3])
+import allreduce_fusion
+allreduce_fusion.turn_on()
 from rmsnorm_patch import vllm_plugin
 vllm_plugin.register()
 from vllm.engine.arg_utils import EngineArgs
@@ -184,8 +187,9 @@ def test_what_cannot_be_known_is_refused(
     if architecture is not None:
         config = json.loads((tmp_path / "config.json").read_text())
         (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": [architecture]}))
-    words = ["-c", REFUSED, str(tmp_path), json.dumps(engine)]
-    done = run_program(words, environment(RMSNORM_PATCH_VLLM_NUMERICS="huggingface"))
+    parallel = {"tensor_parallel_size": 2, **engine}
+    words = ["-c", REFUSED, str(tmp_path), json.dumps(parallel), str(HERE)]
+    done = run_program(words, environment(RMSNORM_PATCH_VLLM_NUMERICS="huggingface", RMSNORM_PATCH_VLLM="ir"))
     assert done.returncode == 0, done.stderr[-3000:]
     said = dict(line.split(" ", 1) for line in done.stdout.splitlines() if line[:5] in ("DECIS", "PRIOR", "FUSES"))
     got = json.loads(said["DECISION"])

@@ -166,12 +166,12 @@ def test_the_class_of_1_plus_w_follows_where_its_provider_computes_that(
     provider: str, served: str, parallel: int
 ) -> None:
     """Else it has the engine's numerics, and is no norm of transformers in the count. The all-reduce fusion, for which
-    the class stands aside with the engine's numerics, is turned off."""
+    the class stands aside where somebody turned it on, is off."""
     decision = decide(replace(CUDA, transformers=replace(KNOWN, provider=provider), tensor_parallel=parallel))
     norm = object.__new__(oot_route._OffsetNorm)
     assert norm._provider_of(decision) == served
     spec = calls.spec_of(norm._provider_of(decision), True, None, norm.rmsnorm_patch_offset)
     assert (spec.round_before_weight, spec.weight_offset) == ("none", "fp32")
     assert spec.sum == ("fp32" if served == "rmsnorm_patch" else "rounded")
-    engines = decide(replace(CUDA, requested="ir", tensor_parallel=parallel))
-    assert engines.offset is (parallel == 1)
+    fused = replace(CUDA, requested="ir", tensor_parallel=parallel, fusions=("fuse_allreduce_rms",))
+    assert decide(fused).offset is (parallel == 1)

@@ -53,13 +53,20 @@ def _multiply_as_torch_does() -> None:
 def _name_missing_ops() -> None:
     """FixFunctionalizationPass compares each functional call with ops that only a GPU's wheel has."""
     from vllm.compilation.passes.utility import fix_functionalization
+
+    name_ops_in(inspect.getsource(fix_functionalization))
+
+
+def name_ops_in(source: str) -> None:
+    """Each of vLLM's CUDA ops that the text names and this wheel does not have gets a name, and nothing behind it."""
+    from vllm import _custom_ops  # noqa: F401  it looks for ops, and must not find these
     from vllm.platforms import current_platform
 
     current_platform.import_kernels()  # the wheel's own ops come first
     _STAND_INS.append(torch.library.Library("_C", "FRAGMENT"))
-    for name in set(re.findall(r"torch\.ops\._C\.(\w+)\.default", inspect.getsource(fix_functionalization))):
+    for name, overload in set(re.findall(r"torch\.ops\._C\.(\w+)\.(default|out)", source)):
         if not hasattr(torch.ops._C, name):
-            _STAND_INS[-1].define(f"{name}(Tensor x) -> ()")
+            _STAND_INS[-1].define(f"{name}{'' if overload == 'default' else '.out'}(Tensor x) -> ()")
 
 
 def _pretend_a_gpu() -> None:

@@ -31,6 +31,10 @@ SPECS = {
 FUSIONS = ("fuse_allreduce_rms", "enable_qk_norm_rope_fusion", "fuse_qk_norm_rope_kvcache")
 """vLLM's passes, by their names in its configuration, that compute a norm together with a neighbour of it."""
 
+ALL_REDUCE = FUSIONS[0]
+"""The one of them that computes a norm together with the all-reduce in front of it. With tensor parallel almost every
+norm has one there, and the pass matches it before a provider is asked."""
+
 NORM_QUANT = "fuse_norm_quant"
 """The pass of vLLM that computes a norm together with the quantisation behind it, in its CUDA ops."""
 
@@ -91,7 +95,8 @@ class Decision:
     were asked for; invariant: it is a batch-invariant engine; quantised: norms write quantised rows where the graph has
     readers of such (`passes.norm_quantised`); blocks: also for products that quantise blocks themselves
     (`passes.block_products`); silu_quantised: so does silu_and_mul (`passes.silu_quantised`); norm_add: norms take the
-    residual-adds behind them (`passes.norm_add`)."""
+    residual-adds behind them (`passes.norm_add`); apart: norms stay apart from the all-reduces in front of them, which
+    vLLM's pass ALL_REDUCE would fuse by default."""
 
     route: Chosen
     provider: str
@@ -107,6 +112,7 @@ class Decision:
     norm_add: bool = False
     silu_quantised: bool = False
     blocks: bool = False
+    apart: bool = False
 
     def __str__(self) -> str:
         how = f"route {self.route}, provider {self.provider}" if self.route != "none" else "off, vLLM's own norms"
@@ -153,10 +159,17 @@ def _decide(facts: Facts) -> Decision:
     asked = "asked for" if facts.requested == route else f"vLLM {facts.version} offers it"
     if numerics and facts.transformers is not None:
         provider = facts.transformers.provider
-    # With tensor parallel a class would hide its norms from vLLM's fusion with the all-reduce, which numerics turn off.
-    offset = bool(numerics) or not (facts.compiled and facts.tensor_parallel > 1)
     reason = f"{asked}; numerics of {numerics or _NAMES[provider]}"
-    served = Decision(route, provider, reason, offset=offset, numerics=numerics, invariant=facts.batch_invariant)
+    parallel = facts.compiled and facts.tensor_parallel > 1
+    apart = parallel and ALL_REDUCE not in facts.fusions
+    if apart:
+        reason += f"; tensor parallel: vLLM's pass {ALL_REDUCE} is off for them"
+    elif parallel:
+        reason += f"; tensor parallel: vLLM's pass {ALL_REDUCE} was turned on, and takes those behind an all-reduce"
+    offset = apart or not parallel  # a class would hide its norms from that pass
+    served = Decision(
+        route, provider, reason, offset=offset, numerics=numerics, invariant=facts.batch_invariant, apart=apart
+    )
     return _with_passes(facts, served)
 
 

@@ -16,7 +16,7 @@ from ..fused.linear_norm import splits as linear_norm_splits
 from ..numerics.contract import FUNCTIONAL
 from ..ops.dispatch import triton_installed
 from . import batch_invariant, calls, counterparts, settings
-from .decision import NORM_QUANT, SPECS, Decision, decide, decision_for, facts_of
+from .decision import ALL_REDUCE, NORM_QUANT, SPECS, Decision, decide, decision_for, facts_of
 from .log import logger, warn_once
 from .passes import block_products, linear_norm, norm_add, norm_quantised, silu_quantised
 from .wrapping import wrap_once
@@ -96,8 +96,8 @@ def _default_priority(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_default_ir_op_priority(cls: Any, vllm_config: Any) -> Any:
         priority = original(cls, vllm_config)
         decision = decide(facts_of(vllm_config, tuple(priority.rms_norm)))
-        if decision.numerics:
-            _turn_off(vllm_config, "fuse_allreduce_rms")
+        if decision.apart:
+            _turn_off(vllm_config, ALL_REDUCE)
         if decision.quantised:
             _turn_off(vllm_config, NORM_QUANT)
         if decision.route == "ir":
@@ -109,8 +109,8 @@ def _default_priority(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _turn_off(vllm_config: Any, name: str) -> None:
-    """A pass of vLLM's that would take norms from us, where its being on is a default: with transformers' numerics, or
-    in front of quantisations. Whoever has turned it on keeps it."""
+    """A pass of vLLM's that would take norms from us, where its being on is a default: behind all-reduces, or in front
+    of quantisations. Whoever has turned it on keeps it."""
     passes = vllm_config.compilation_config.pass_config
     if getattr(passes, name, None) is None:
         setattr(passes, name, False)
