@@ -7,16 +7,17 @@ from types import SimpleNamespace
 import pytest
 
 from rmsnorm_patch.ops import sources
-from rmsnorm_patch.vllm_plugin import (
-    block_products,
-    calls,
-    linear_pass,
-    norm_add_pass,
-    quantised_pass,
-    silu_pass,
-)
+from rmsnorm_patch.vllm_plugin import calls
+from rmsnorm_patch.vllm_plugin.passes import block_products, linear_norm, norm_add, norm_quantised, silu_quantised
 
-PASSES = (block_products.PASS, quantised_pass.PASS, silu_pass.PASS, norm_add_pass.PASS, linear_pass)
+PASSES = (
+    block_products.NEEDED,
+    block_products.PASS,
+    norm_quantised.PASS,
+    silu_quantised.PASS,
+    norm_add.PASS,
+    linear_norm,
+)
 
 
 @pytest.mark.parametrize("one", PASSES, ids=lambda one: getattr(one, "name", "linear"))
