@@ -3,6 +3,7 @@
 `scripts/seeds.py` writes what stands beside published figures.
 
     python scripts/results.py records/nvidia-h200.json records/nvidia-h200-engines.json ...
+    python scripts/results.py --name results_h200 records/superseded/nvidia-h200-...json ...   # pages of another GPU
 
 Every figure in the page comes from these files. What the record does not hold is said to be missing. Engines of
 another record are those of a newer plugin: they stand in place of the first record's.
@@ -89,26 +90,43 @@ def peers(note: str, rows: list[Row]) -> str:
 
 
 SAID = {True: "yes", False: "**no**", None: "open"}
+BESIDE = {**SAID, False: "below"}
+"""Of a GPU for which no aim was set."""
+AIMS_PAGE = "results_h200.md"
+
+
+def _said_of(record: Row) -> tuple[dict[bool | None, str], str]:
+    """The words for met, missed and open, and what is said in front of the table."""
+    if aims.set_for(record):
+        return SAID, ""
+    return BESIDE, (
+        f"The aims were set for one {aims.GPU}, and [its page]({AIMS_PAGE}#aims) judges them. Here stand the figures "
+        "of this GPU beside them. "
+    )
 
 
 def quantised_aims(record: Row) -> str:
     if not any(select(record, op, mode) for op in QUANTISED for mode in ("cold", "chain")):
         return MISSING
-    body = [[aim.work, aim.wanted, aim.measured, SAID[aim.met]] for aim in aims.quantised(record)]
+    said, note = _said_of(record)
+    body = [[aim.work, aim.wanted, aim.measured, said[aim.met]] for aim in aims.quantised(record)]
+    note = note.replace(AIMS_PAGE, AIMS_PAGE.replace(".md", "_quantised.md"))
     return (
-        "Computed from the record; the worst shape counts, against the peers that have a figure there. Open: not "
-        "measured, or no peer has a figure.\n\n" + table(["work", "aim", "measured", "met"], body)
+        f"{note}Computed from the record; the worst shape counts, against the peers that have a figure there. Open: "
+        "not measured, or no peer has a figure.\n\n" + table(["work", "aim", "measured", "met"], body)
     )
 
 
 def aims_table(record: Row) -> str:
-    judged = [(aim, retired.of(aim, record)) for aim in aims.of(record)]
-    body = [[aim.work, aim.wanted, aim.measured, "retired" if why else SAID[aim.met]] for aim, why in judged]
+    said, note = _said_of(record)
+    judged = [(aim, retired.of(aim, record) if aims.set_for(record) else None) for aim in aims.of(record)]
+    body = [[aim.work, aim.wanted, aim.measured, "retired" if why else said[aim.met]] for aim, why in judged]
     text = (
-        "Computed from the record. `ours` is the better of the functional and the in-place form, as the peers' own "
-        "forms differ; the best peer is the best at that shape. Open: not measured, or not against every peer. "
-        "Retired: missed and given up, for the reason below.\n\n" + table(["work", "aim", "measured", "met"], body)
+        f"{note}Computed from the record. `ours` is the better of the functional and the in-place form, as the peers' "
+        "own forms differ; the best peer is the best at that shape. Open: not measured, or not against every peer. "
     )
+    text += "Retired: missed and given up, for the reason below." if aims.set_for(record) else ""
+    text = f"{text.strip()}\n\n{table(['work', 'aim', 'measured', 'met'], body)}"
     given_up = [
         [aim.work, f"{why.held:g}", limit.text, why.because] for aim, found in judged if found for why, limit in [found]
     ]
@@ -317,17 +335,17 @@ QUANTISED_SECTIONS: dict[str, Callable[[Row], str]] = {
 }
 
 
-def draw(record: Row, folder: Path) -> list[str]:
-    """The plots that the record has rows for; their file names."""
+def draw(record: Row, folder: Path, name: str = "results") -> list[str]:
+    """The plots that the record has rows for; their file names, which begin with `name`."""
     gpu, made = record["device"]["name"], []
     rows = aims.prefill(record)
     if any(row["roofline_us"] for row in rows):
-        plots.roofline(rows, f"Fused add + RMSNorm, 4096 rows, bf16, cold, {gpu}", folder / "results_roofline.svg")
-        made.append("results_roofline.svg")
+        plots.roofline(rows, f"Fused add + RMSNorm, 4096 rows, bf16, cold, {gpu}", folder / f"{name}_roofline.svg")
+        made.append(f"{name}_roofline.svg")
     rows = select(record, FUSED, "chain")
     if any(map(gain, rows)):
-        plots.gains(rows, gain, f"Fused add + RMSNorm, dependent chain, bf16, {gpu}", folder / "results_decode.svg")
-        made.append("results_decode.svg")
+        plots.gains(rows, gain, f"Fused add + RMSNorm, dependent chain, bf16, {gpu}", folder / f"{name}_decode.svg")
+        made.append(f"{name}_decode.svg")
     return made
 
 
@@ -350,33 +368,31 @@ def joined(records: Records) -> Row:
     return {**next(iter(records.values())), "vllm": list(engines.values())}
 
 
-ENGINES_PAGE, QUANTISED_PAGE = "results_vllm.md", "results_quantised.md"
-
-
-def page(records: Records, drawn: list[str]) -> str:
+def page(records: Records, drawn: list[str], name: str = "results") -> str:
+    """name: of this page, and the beginning of the names of those beside it."""
     record = joined(records)
     versions = ", ".join(f"{key} {value}" for key, value in record["versions"].items())
-    first, *more = (_source(name, one) for name, one in records.items())
+    first, *more = (_source(file, one) for file, one in records.items())
     parts = [
         f"# Results on {record['device']['name']}\n\nGenerated by `scripts/results.py` from {first}; "
         f"{'; '.join([versions, *more])}.\n\nA row is one run: every provider was checked against fp64 "
         "before it was timed, and the copy moves the same bytes in the same run. Medians; times hold for this GPU, "
         "ratios are within a run.\n",
-        *(f"![{file.removeprefix('results_').removesuffix('.svg')}]({file})\n" for file in drawn),
+        *(f"![{file.removeprefix(f'{name}_').removesuffix('.svg')}]({file})\n" for file in drawn),
         *(f"## {title}\n\n{build(record)}" for title, build in SECTIONS.items()),
-        f"## Quantised rows\n\nNorms that write quantised rows have [a page of their own]({QUANTISED_PAGE}).\n",
-        f"## vLLM\n\nEngines have [a page of their own]({ENGINES_PAGE}).\n",
+        f"## Quantised rows\n\nNorms that write quantised rows have [a page of their own]({name}_quantised.md).\n",
+        f"## vLLM\n\nEngines have [a page of their own]({name}_vllm.md).\n",
         "## Published figures\n\nWhat others have published stands [beside ours](seeds.md).\n",
         f"## Tests\n\n{tests_of_all(records)}",
     ]
     return wrapped("\n".join(parts))
 
 
-def quantised_page(records: Records) -> str:
+def quantised_page(records: Records, name: str = "results") -> str:
     """Of the first record, as the kernels are."""
-    name, record = next(iter(records.items()))
+    file, record = next(iter(records.items()))
     head = f"# Quantised rows on {record['device']['name']}\n\nGenerated by `scripts/results.py` from "
-    head += f"{_source(name, record)}. How a row came about: [results](results.md).\n"
+    head += f"{_source(file, record)}. How a row came about: [results]({name}.md).\n"
     parts = [head, *(f"## {title}\n\n{build(record)}" for title, build in QUANTISED_SECTIONS.items())]
     return wrapped("\n".join(parts))
 
@@ -390,18 +406,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("records", type=Path, nargs="+", metavar="RECORD")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of the pages and plots")
+    parser.add_argument("--name", default="results", help="of the page; those beside it begin with it")
     args = parser.parse_args()
     records = {name_of(path): json.loads(path.read_text()) for path in args.records}
     gpus = {record["device"]["name"] for record in records.values()}
     if len(gpus) > 1:
         parser.error(f"records of {', '.join(sorted(gpus))}: a page is about one GPU; give its records alone")
-    drawn = draw(next(iter(records.values())), args.out)
-    (args.out / "results.md").write_text(page(records, drawn))
-    (args.out / QUANTISED_PAGE).write_text(quantised_page(records))
-    (args.out / ENGINES_PAGE).write_text(engines_page(records))
-    print(
-        f"{args.out / 'results.md'}, {QUANTISED_PAGE} and {ENGINES_PAGE} written, plots: {', '.join(drawn) or 'none'}"
-    )
+    drawn = draw(next(iter(records.values())), args.out, args.name)
+    pages = {
+        f"{args.name}.md": page(records, drawn, args.name),
+        f"{args.name}_quantised.md": quantised_page(records, args.name),
+        f"{args.name}_vllm.md": engines_page(records),
+    }
+    for file, text in pages.items():
+        (args.out / file).write_text(text)
+    print(f"in {args.out}: {', '.join(pages)}; plots: {', '.join(drawn) or 'none'}")
 
 
 if __name__ == "__main__":

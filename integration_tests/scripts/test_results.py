@@ -16,7 +16,7 @@ PEERS = ("eager", "F.rms_norm", "inductor", "liger", "quack", "flashinfer", "fla
 PAGES = ("results.md", "results_quantised.md", "results_vllm.md")
 EMPTY = {
     "digest": "test data " * 4,
-    "device": {"name": "test data, no GPU"},
+    "device": {"name": "NVIDIA H200"},  # the aims are set for it
     "versions": {"torch": "0"},
     "tests": None,
     "kernels": [],
@@ -152,7 +152,7 @@ def write(script, record, folder, monkeypatch) -> str:
 def test_a_page_of_everything(script, record, tmp_path, monkeypatch):
     text = write(script, record, tmp_path, monkeypatch)
     assert "Not in this record" not in text
-    assert "test data, no GPU" in text
+    assert "on NVIDIA H200" in text
     for name in ("results_roofline.svg", "results_decode.svg"):
         assert f"]({name})" in text
         assert (tmp_path / name).read_text().startswith("<?xml")
@@ -272,12 +272,29 @@ def test_records_of_two_gpus_make_no_page(script, record, tmp_path, monkeypatch,
     assert not (tmp_path / "results.md").exists()
 
 
-def test_the_page_is_that_of_its_records(script, repository):
-    page = (repository / "docs" / "results.md").read_text()
+def test_figures_of_another_gpu_stand_beside_the_aims(script, record):
+    """None is judged, none retired, and a column published for one GPU is not held against another."""
+    for row in record["kernels"]:
+        row["us"] = {name: 1.0 if name.startswith("ours") else 0.5 for name in row["us"]}
+    page = script("results").page
+    judged, beside = (page({"x.json": {**record, "device": {"name": gpu}}}, []) for gpu in ("NVIDIA H200", "another"))
+    aims, given = (text.partition("## Prefill")[0] for text in (judged, beside))
+    assert "**no**" in aims
+    assert "**no**" not in given
+    assert "retired" not in given
+    assert "below" in given
+    assert "results_h200.md#aims" in given
+    assert "| another GPU | open |" in given
+
+
+@pytest.mark.parametrize("name", ["results", "results_h200"])
+def test_the_page_is_that_of_its_records(script, repository, name):
+    page = (repository / "docs" / f"{name}.md").read_text()
     names = re.findall(r"`records/([\w./-]+\.json)`", page.split("\n\n")[1])
-    records = {name: json.loads((repository / "records" / name).read_text()) for name in names}
-    drawn = re.findall(r"\]\((results_\w+\.svg)\)", page)
-    assert len(records) > 1
-    assert script("results").page(records, drawn) == page
-    assert script("results").quantised_page(records) == (repository / "docs" / "results_quantised.md").read_text()
-    assert script("results").engines_page(records) == (repository / "docs" / "results_vllm.md").read_text()
+    records = {file: json.loads((repository / "records" / file).read_text()) for file in names}
+    drawn = re.findall(rf"\]\(({name}_\w+\.svg)\)", page)
+    assert records
+    assert script("results").page(records, drawn, name) == page
+    quantised = (repository / "docs" / f"{name}_quantised.md").read_text()
+    assert script("results").quantised_page(records, name) == quantised
+    assert script("results").engines_page(records) == (repository / "docs" / f"{name}_vllm.md").read_text()
