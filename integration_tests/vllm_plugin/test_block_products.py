@@ -174,8 +174,20 @@ def test_where_products_have_to_be_parted_a_norm_that_fails_its_trial_is_vllms(
             assert serves() == (False, True)
         said = f"norms of {N} columns stay vLLM's: they would write plain rows for products of FP8 blocks"
         assert said in told()[-1]
-        assert "(RMSNORM_PATCH_VLLM_BLOCKS=auto)" in told()[-1]
+        assert "(it does not run here); RMSNORM_PATCH_VLLM=ir serves them all the same" in told()[-1]
     assert serves() == (True, True)
+
+
+def test_a_library_that_cannot_be_asked_costs_a_warning_and_not_the_engine(
+    told: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone() -> bool:
+        raise ImportError("it has moved")
+
+    monkeypatch.setattr(block_products, "_power_of_two", gone)
+    with block_products.needed():
+        assert not ir_route._rms_norm_serves(INDUCTOR)(torch.empty(5, N, dtype=BF16), None, 1e-5)
+    assert "(ImportError: it has moved)" in told()[0]
 
 
 def test_vllms_own_passes_run_under_the_need_of_their_engine() -> None:

@@ -34,7 +34,7 @@ from ...numerics.spec import NormSpec
 from ...ops.library import register
 from .. import trial
 from ..log import warn_once
-from ..settings import BLOCKS_VARIABLE
+from ..settings import VARIABLE
 from . import block_rows, norm_quantised
 from .managed import ManagedPass, Surroundings
 from .norms_in_graphs import erase_unread, norm_of
@@ -205,13 +205,16 @@ def is_needed() -> bool:
 def plain_rows(x: torch.Tensor, weight: torch.Tensor | None, spec: NormSpec, adds: bool) -> str:
     """Why norms of rows like x would write plain rows for products that quantise blocks themselves, or "". Tensors may
     be fake ones."""
-    power_of_two = _power_of_two()
-    why = _declined(x.shape[-1], GROUP, power_of_two, x.device)
-    why = why or trial.declined_quantised(x, weight, spec, block_rows.spec_of(power_of_two), adds, bounded=False)
+    try:
+        power_of_two = _power_of_two()
+        why = _declined(x.shape[-1], GROUP, power_of_two, x.device)
+        why = why or trial.declined_quantised(x, weight, spec, block_rows.spec_of(power_of_two), adds, bounded=False)
+    except Exception as error:  # whoever asks compiles a model, and other people's libraries have been called
+        why = f"{type(error).__name__}: {error}"
     if why:
         warn_once(
-            f"norms of {x.shape[-1]} columns stay vLLM's: they would write plain rows for products of FP8 blocks, and "
-            f"steps were not seen to be shorter ({BLOCKS_VARIABLE}=auto)"
+            f"norms of {x.shape[-1]} columns stay vLLM's: they would write plain rows for products of FP8 blocks, "
+            f"which gained nothing ({why}); {VARIABLE}=ir serves them all the same"
         )
     return why
 
