@@ -35,9 +35,11 @@ Ideas that lost, to be measured again: "-dependent" launches the compiler's own 
 (`triton.enable_pdl`), "ir-heads" serves the norms over q and k heads, which the plugin leaves to the compiler, and
 "ir-functional" returns new tensors where the plugin writes into its inputs. "ir-apart" is the plugin without its taking
 over what is left of split products (RMSNORM_PATCH_VLLM_LINEAR=off), "ir-adds-apart" without its taking adds into the
-norms in front of them (RMSNORM_PATCH_VLLM_NORM_ADD=off). "ir-silu" has silu_and_mul write quantised rows too
-(RMSNORM_PATCH_VLLM_SILU_QUANTISED=auto), beside "ir" in one process: llama-8b-token:stock+ir+ir-silu. "ir-blocks" has
-norms quantise for FlashInfer and DeepGEMM (RMSNORM_PATCH_VLLM_BLOCKS=on): llama-8b-block:stock+ir+ir-blocks.
+norms in front of them (RMSNORM_PATCH_VLLM_NORM_ADD=off). "ir-silu-off" leaves silu_and_mul to vLLM
+(RMSNORM_PATCH_VLLM_SILU_QUANTISED=off), beside "ir" in one process: llama-8b-token:stock+ir+ir-silu-off.
+"ir-blocks-off" leaves rows plain for FlashInfer and DeepGEMM (RMSNORM_PATCH_VLLM_BLOCKS=off):
+llama-8b-block:stock+ir+ir-blocks-off. Records have "ir-silu" and "ir-blocks" from when these were off by default: such
+an engine is "ir" now, and the "ir" beside it one of those two.
 "ir-reorder" has splits of its own, which change bits (RMSNORM_PATCH_VLLM_LINEAR=reorder); as this is the setting of a
 process, no engine "ir" can share it. "oot-noir" is route oot with vLLM's IR hidden: what a vLLM without it gets.
 """
@@ -59,7 +61,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchlib.vllm_engine import VARIANTS, Setup, base_of, schedules_of, serve
+from benchlib.vllm_engine import RECORDED, VARIANTS, Setup, base_of, schedules_of, serve
 from benchlib.vllm_shapes import ENVIRONMENT, SHAPES
 from gpu_record import digest
 
@@ -197,7 +199,7 @@ def rows_of(samples: dict[Key, dict[str, list[float]]]) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     lines = ["| shape | process | case | variant | tokens/s | vs stock | step us | share |", "|---" * 8 + "|"]
-    order = list(VARIANTS)
+    order = [*VARIANTS, *RECORDED]
     place = lambda r: (r["shape"], r["process"], r["case"], order.index(base_of(r["variant"])), r["variant"])  # noqa: E731
     for row in sorted(result["rows"], key=place):
         lines.append(

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from benchlib import aims, retired
 from benchlib.pages import wrapped
+from benchlib.vllm_engine import RECORDED
 
 from rmsnorm_patch.bench import plots
 from rmsnorm_patch.bench.quantised import QUANTISED
@@ -236,10 +237,16 @@ def engines_text(records: Records) -> str:
     shown = with_engines(records)
     if not shown:
         return MISSING
+    named = {row["variant"] for record in shown.values() for row in record["vllm"]} & set(RECORDED)
+    before = " ".join(
+        f'"{name}" is what "{RECORDED[name]}" is now, and the "{RECORDED[name]}" beside it what is "{name}-off".'
+        for name in sorted(named)
+    )
     return (
         "Compiled engines with CUDA graphs and dummy weights, medians of alternating rounds. Step: device time of one "
         "decode step. Recovered: the share of the time between stock and an engine without norms and adds. Process: "
         "each engine in its own, or all in one with one set of weights, so that they lie at one place in memory.\n\n"
+        + (f"{before}\n\n" if before else "")
         + "\n".join(f"{_source(name, record)}:\n\n{vllm_table(record)}" for name, record in shown.items())
     )
 

@@ -69,8 +69,8 @@ def test_variables_that_mean_nothing_are_marked(command, monkeypatch: pytest.Mon
         "RMSNORM_PATCH_BACKEND": "fast", "RMSNORM_PATCH_COMPILE": "maybe", "RMSNORM_PATCH_LAUNCHER": "rust",
         "RMSNORM_PATCH_LOCK_TIMEOUT": "soon", "RMSNORM_PATCH_VLLM": "yes", "RMSNORM_PATCH_VLLM_LINEAR": "1",
         "RMSNORM_PATCH_CACHE_DIR": "", "RMSNORM_PATCH_PDL": "maybe", "RMSNORM_PATCH_VLLM_QUANTISED": "fp8",
-        "RMSNORM_PATCH_VLLM_NORM_ADD": "on", "RMSNORM_PATCH_VLLM_SILU_QUANTISED": "on",
-        "RMSNORM_PATCH_VLLM_BLOCKS": "yes",
+        "RMSNORM_PATCH_VLLM_NORM_ADD": "on", "RMSNORM_PATCH_VLLM_SILU_QUANTISED": "all",
+        "RMSNORM_PATCH_VLLM_BLOCKS": "on",
     }  # fmt: skip
     unknown = {"RMSNORM_PATCH_BACKENDS": "cuda", "RMSNORM_PATCH_QUITE_ANOTHER_THING": "1"}
     for name, value in {**wrong, **unknown, "RMSNORM_PATCH_VLLM_TRACE": "somewhere"}.items():

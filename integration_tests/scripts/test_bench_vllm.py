@@ -74,13 +74,24 @@ def test_a_variable_is_set_while_an_engine_starts(vllm_engine, monkeypatch):
         assert settings.read_norm_add() == "off"
     assert settings.read_norm_add() == "auto"
     monkeypatch.delenv(vllm_engine.SILU_QUANTISED_VARIABLE, raising=False)
-    with vllm_engine.CHANGES["ir-silu"]():
-        assert settings.read_silu_quantised() == "auto"
-    assert settings.read_silu_quantised() == "off"
+    with vllm_engine.CHANGES["ir-silu-off"]():
+        assert settings.read_silu_quantised() == "off"
+    assert settings.read_silu_quantised() == "auto"
     monkeypatch.delenv(vllm_engine.BLOCKS_VARIABLE, raising=False)
-    with vllm_engine.CHANGES["ir-blocks"]():
-        assert settings.read_blocks() == "on"
+    with vllm_engine.CHANGES["ir-blocks-off"]():
+        assert settings.read_blocks() == "off"
     assert settings.read_blocks() == "auto"
+
+
+def test_rows_of_a_record_with_variants_of_before_are_a_table(bench_vllm, vllm_engine):
+    """Under the names that they were measured by; nobody can ask for such an engine any more."""
+    row = {"shape": "llama-8b-block", "process": "shared", "case": "decode-1", "tokens_per_s": 1.0}
+    names = ["ir-silu", "stock", "ir-blocks", "ir"]
+    rows = [{**row, "variant": name, "tokens_per_s_range": [1.0, 1.0]} for name in names]
+    lines = bench_vllm.table({"rows": rows}).splitlines()[2:]
+    assert [line.split(" | ")[3] for line in lines] == ["stock", "ir", "ir-silu", "ir-blocks"]
+    assert not set(vllm_engine.RECORDED) & set(vllm_engine.VARIANTS)
+    assert set(vllm_engine.RECORDED.values()) <= set(vllm_engine.VARIANTS)
 
 
 def test_a_shape_with_experts_is_a_configuration_of_transformers(shapes):

@@ -69,11 +69,16 @@ def install() -> None:
         def apply_block_scaled_mm(self, A: Any, B: Any, As: Any, Bs: Any) -> Any:
             return torch.ops.vllm.dynamic_flashinfer_deepgemm_blockscale_gemm(A, B, Bs, 128, True)
 
-    if os.environ.get("TESTS_OPAQUE_BLOCKS"):
+    if opaque := os.environ.get("TESTS_OPAQUE_BLOCKS"):
         import block_libraries
 
-        block_libraries.of_vllm()
+        # A Hopper's choice, which the decision asks for.
+        block_libraries.of_vllm().FlashInferFp8DeepGEMMDynamicBlockScaledKernel.is_supported = Able.is_supported
         BlockProduct = OpaqueBlockProduct  # type: ignore[misc]
+        if opaque == "whole":  # a library's answer on a GPU, of which there is none
+            from rmsnorm_patch.vllm_plugin.passes import block_products
+
+            block_products._declined = lambda *_: "its library does not take rows that are quantised before"
     _custom_ops.scaled_fp8_quant = _quantised
     # Where a processor has AMX, vLLM's int8 product quantises its rows itself, as on no GPU.
     cpu.check_cpu_sgl_kernel = lambda *shape: False

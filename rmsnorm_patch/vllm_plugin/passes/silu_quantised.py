@@ -19,10 +19,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ...fused.silu_quantised import kernel as silu_kernel
 from ...fused.silu_quantised import op as silu_op
-from ...numerics.quantisation import GROUP, QuantSpec
+from ...numerics.quantisation import GROUP, SCHEMES, QuantSpec, Scheme
 from ...numerics.silu import DTYPES, Silu, silu_and_mul
 from .. import trial
 from ..log import logger
+from ..settings import SILU_QUANTISED_VARIABLE
 from . import quantisations
 from .managed import ManagedPass
 from .norm_quantised import quantisations_of, read_instead
@@ -53,11 +54,12 @@ class SiluProduct:
     nodes: list[fx.Node]
 
 
-def fuse(graph: fx.Graph) -> int:
-    """Let each silu_and_mul of a graph write quantised rows whose readers want them; returns how many do."""
+def fuse(graph: fx.Graph, schemes: tuple[Scheme, ...] = SCHEMES) -> int:
+    """Let each silu_and_mul of a graph write quantised rows whose readers want them; returns how many do. Rows of other
+    schemes stay what they are."""
     count, places = 0, _places(graph)
     for node in list(graph.nodes):
-        if node in places and _changed(graph, node, places):
+        if node in places and _changed(graph, node, places, schemes):
             count, places = count + 1, _places(graph)
     return count
 
@@ -66,13 +68,13 @@ def _places(graph: fx.Graph) -> Positions:
     return {node: place for place, node in enumerate(graph.nodes)}
 
 
-def _changed(graph: fx.Graph, node: fx.Node, places: Positions) -> bool:
+def _changed(graph: fx.Graph, node: fx.Node, places: Positions, schemes: tuple[Scheme, ...]) -> bool:
     """Whether a node was a silu_and_mul, and writes quantised rows now."""
     if whole := _whole(node):
         product, one = whole
-        return _fuse(graph, product, [one], places)
+        return _fuse(graph, product, [one], places, schemes)
     product_alone = _product(node, places)
-    return product_alone is not None and _fuse_readers(graph, product_alone, places)
+    return product_alone is not None and _fuse_readers(graph, product_alone, places, schemes)
 
 
 def _whole(node: fx.Node) -> tuple[SiluProduct, Quantisation] | None:
@@ -183,7 +185,7 @@ def _is_silu_and_mul(nodes: list[fx.Node], x: fx.Node) -> bool:
     return value.shape == want.shape and torch.allclose(value.float(), want.float(), rtol=rtol, atol=1e-5)
 
 
-def _fuse_readers(graph: fx.Graph, product: SiluProduct, places: Positions) -> bool:
+def _fuse_readers(graph: fx.Graph, product: SiluProduct, places: Positions, schemes: tuple[Scheme, ...]) -> bool:
     """The product and what quantises its rows, if nothing else reads them."""
     quantisers, left = quantisations_of(product.rows, lambda node: places[node] > places[product.node], places, "fp32")
     if not quantisers and not left:
@@ -195,12 +197,18 @@ def _fuse_readers(graph: fx.Graph, product: SiluProduct, places: Positions) -> b
         why = "; ".join(left) or "its rows have other readers too"
         _tell(product, f"keeps plain rows: {why}", "plain", why)
         return False
-    return _fuse(graph, product, same, places)
+    return _fuse(graph, product, same, places, schemes)
 
 
-def _fuse(graph: fx.Graph, product: SiluProduct, same: list[Quantisation], places: Positions) -> bool:
+def _fuse(
+    graph: fx.Graph,
+    product: SiluProduct,
+    same: list[Quantisation],
+    places: Positions,
+    schemes: tuple[Scheme, ...],
+) -> bool:
     first = same[0]
-    if why := _declined(product, first, places):
+    if why := _declined(product, first, places, schemes):
         _tell(product, f"is left to {first.name}: {why}", "left", first.spec, why)
         return False
     with graph.inserting_before(product.node):
@@ -215,8 +223,10 @@ def _fuse(graph: fx.Graph, product: SiluProduct, same: list[Quantisation], place
     return True
 
 
-def _declined(product: SiluProduct, quantiser: Quantisation, places: Positions) -> str:
+def _declined(product: SiluProduct, quantiser: Quantisation, places: Positions, schemes: tuple[Scheme, ...]) -> str:
     """Why the kernel does not write these rows, or ""."""
+    if quantiser.spec.scheme not in schemes:
+        return f"no engine with {quantiser.spec.scheme} rows was measured; {SILU_QUANTISED_VARIABLE}=on serves them"
     if quantiser.given is not None and places[quantiser.given] > places[product.node]:
         return "its scale is computed behind the product"
     return trial.declined_silu(product.x.meta["val"], product.silu, quantiser.spec, quantiser.given is not None)
