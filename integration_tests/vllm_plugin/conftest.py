@@ -75,6 +75,8 @@ def run_engine(work: Path, cache: Path, vllm_processes: Any, run_program: Callab
 
     def run(model: Path, enforce_eager: bool, route: str, op_form: bool = False, **request: Any) -> dict[str, Any]:
         op_form = op_form and not enforce_eager  # it has no meaning in eager mode: share the answer
+        if not request.get("variables"):  # none: as if not given. A second engine would find vLLM's cache, and log less
+            request.pop("variables", None)
         wanted = {
             "model": str(model),
             "enforce_eager": enforce_eager,
