@@ -225,7 +225,8 @@ def page(records: dict[str, Row]) -> str:
         )
         source = f"From `records/{name}`, code digest `{records[name]['digest'][:16]}`.\n\n" if name else ""
         parts.append(f"## {title}\n\n{shows}\n\n```\n{command}\n```\n\n{source}{said}")
-    parts.append(f"## Which op runs where\n\n{targets_text(records.values())}")
+    ran = ", ".join(f"`records/{name}`" for name in records)
+    parts.append(f"## Which op runs where\n\nRuns are those of {ran}.\n\n{targets_text(records.values())}")
     return wrapped("\n".join(parts))
 
 

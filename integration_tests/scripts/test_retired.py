@@ -32,6 +32,7 @@ def record(script):
         "ratio_to_stock": {"stock": 1.0, "liger": 1.25, "patched": 1.24},
     }  # fmt: skip
     return {
+        "device": {"name": script("benchlib.aims").GPU},
         "kernels": [
             kernel(FUSED, "chain", 64, 8192, 1.6, 2.08),
             kernel(FUSED, "chain", 1, 2048, 0.9, 1.5),

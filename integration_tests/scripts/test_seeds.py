@@ -17,7 +17,7 @@ def seeds(script):
 def shown(repository) -> dict[str, dict]:
     """The records that the page names, in its order."""
     page = (repository / "docs" / "seeds.md").read_text()
-    names = dict.fromkeys(re.findall(r"From `records/([\w./-]+\.json)`", page))
+    names = dict.fromkeys(re.findall(r"`records/([\w./-]+\.json)`", page))
     return {name: json.loads((repository / "records" / name).read_text()) for name in names}
 
 

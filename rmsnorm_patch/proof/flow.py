@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import torch
@@ -121,25 +122,36 @@ def hooked(
     paths: Mapping[str, nn.Module], see: Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor | None]
 ) -> Iterator[None]:
     """`see(path, input, output)` at every call of these modules of a replica; what it returns, if anything, is the
-    output. Their forwards are wrapped: `norm.forward(x)` runs no hook."""
+    output. Their forwards are wrapped: `norm.forward(x)` runs no hook. What a run itself puts around a forward, as a
+    checkpoint that is decompressed with it, stays behind."""
+    watching = [True]
+    own: dict[str, Any] = {}
     before: dict[str, Any] = {path: module.__dict__.get("forward") for path, module in paths.items()}
 
-    def wrapped(path: str, forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        @functools.wraps(forward)
-        def seen(*args: Any, **kwargs: Any) -> torch.Tensor:
-            entered = args[0] if args else next(iter(kwargs.values()))
-            output = forward(*args, **kwargs)
-            changed = see(path, entered, output)
+    def wrapped(path: str, module: nn.Module) -> Callable[..., torch.Tensor]:
+        forward = module.forward
+
+        def watched(*args: Any, **kwargs: Any) -> torch.Tensor:
+            output: torch.Tensor = forward(*args, **kwargs)
+            if not watching:
+                return output
+            changed = see(path, args[0] if args else next(iter(kwargs.values())), output)
             return output if changed is None else changed
 
-        return seen
+        if not isinstance(forward, MethodType):
+            return functools.wraps(forward)(watched)
+        method = functools.wraps(forward.__func__)(lambda _, *args, **kwargs: watched(*args, **kwargs))
+        return MethodType(method, module)  # others that wrap it ask for its `__func__`
 
     try:
         for path, module in paths.items():
-            module.forward = wrapped(path, module.forward)
+            own[path] = module.forward = wrapped(path, module)
         yield
     finally:
+        watching.clear()
         for path, module in paths.items():
+            if module.__dict__.get("forward") is not own.get(path):
+                continue
             if before[path] is None:
                 module.__dict__.pop("forward", None)
             else:
