@@ -93,15 +93,15 @@ def peers(note: str, rows: list[Row]) -> str:
 SAID = {True: "yes", False: "**no**", None: "open"}
 BESIDE = {**SAID, False: "below"}
 """Of a GPU for which no aim was set."""
-AIMS_PAGE = "results_h200.md"
 
 
-def _said_of(record: Row) -> tuple[dict[bool | None, str], str]:
-    """The words for met, missed and open, and what is said in front of the table."""
+def _said_of(record: Row, page: str) -> tuple[dict[bool | None, str], str]:
+    """The words for met, missed and open, and what is said in front of the table. page: the one that
+    judges aims."""
     if aims.set_for(record):
         return SAID, ""
     return BESIDE, (
-        f"The aims were set for one {aims.GPU}, and [its page]({AIMS_PAGE}#aims) judges them. Here stand the figures "
+        f"The aims were set for one {aims.GPU}, and [its page]({page}#aims) judges them. Here stand the figures "
         "of this GPU beside them. "
     )
 
@@ -109,9 +109,8 @@ def _said_of(record: Row) -> tuple[dict[bool | None, str], str]:
 def quantised_aims(record: Row) -> str:
     if not any(select(record, op, mode) for op in QUANTISED for mode in ("cold", "chain")):
         return MISSING
-    said, note = _said_of(record)
+    said, note = _said_of(record, "results_h200_quantised.md")
     body = [[aim.work, aim.wanted, aim.measured, said[aim.met]] for aim in aims.quantised(record)]
-    note = note.replace(AIMS_PAGE, AIMS_PAGE.replace(".md", "_quantised.md"))
     return (
         f"{note}Computed from the record; the worst shape counts, against the peers that have a figure there. Open: "
         "not measured, or no peer has a figure.\n\n" + table(["work", "aim", "measured", "met"], body)
@@ -119,8 +118,8 @@ def quantised_aims(record: Row) -> str:
 
 
 def aims_table(record: Row) -> str:
-    said, note = _said_of(record)
-    judged = [(aim, retired.of(aim, record) if aims.set_for(record) else None) for aim in aims.of(record)]
+    said, note = _said_of(record, "results_h200.md")
+    judged = [(aim, retired.of(aim, record)) for aim in aims.of(record)]
     body = [[aim.work, aim.wanted, aim.measured, "retired" if why else said[aim.met]] for aim, why in judged]
     text = (
         f"{note}Computed from the record. `ours` is the better of the functional and the in-place form, as the peers' "

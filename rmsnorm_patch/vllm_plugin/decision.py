@@ -92,6 +92,11 @@ class Facts:
         any number of rows, and with it one arithmetic."""
         return self.may_quantise_rows and self.blocks != "off" and not self.batch_invariant
 
+    @property
+    def needs_parted_products(self) -> bool:
+        """Whether the engine gains only where its norms quantise for such products."""
+        return self.may_part_products and self.without_gain == schemes.BLOCKS_INSIDE
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -199,8 +204,7 @@ def _with_passes(facts: Facts, served: Decision) -> Decision:
     quantised = facts.may_quantise_rows
     if quantised:
         reason += f"; quantization {facts.quantization!r}: norms write quantised rows where the graph reads such"
-    needs_blocks = facts.may_part_products and facts.without_gain == schemes.BLOCKS_INSIDE
-    if needs_blocks:
+    if facts.needs_parted_products:
         reason += f", and for products that quantise blocks themselves ({settings.BLOCKS_VARIABLE}={facts.blocks}); "
         reason += "where a trial of such rows fails, norms stay vLLM's"
     silu_quantised = _silu_quantised(facts) if quantised else ()
@@ -218,7 +222,7 @@ def _with_passes(facts: Facts, served: Decision) -> Decision:
         norm_add=norm_add,
         silu_quantised=silu_quantised,
         blocks=facts.may_part_products,
-        needs_blocks=needs_blocks,
+        needs_blocks=facts.needs_parted_products,
     )
 
 
@@ -236,7 +240,7 @@ def _left_to_quantisation(facts: Facts, route: str) -> str:
         return f"quantization {facts.quantization!r}: {settings.QUANTISED_VARIABLE}=off leaves its norms to vLLM"
     if facts.norm_quant and route == "ir":
         return f"quantization {facts.quantization!r}: vLLM's pass {NORM_QUANT} was turned on, and takes its norms"
-    if facts.without_gain == schemes.BLOCKS_INSIDE and facts.may_part_products:
+    if facts.needs_parted_products:
         return ""
     if facts.without_gain and facts.requested == "auto":
         why = f"steps were not seen to be shorter; {settings.VARIABLE}=ir serves its norms all the same"

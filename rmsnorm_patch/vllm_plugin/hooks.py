@@ -49,6 +49,17 @@ def install_priority(register_class: Callable[[], None]) -> None:
     wrap_once(IrOpPriorityConfig, "set_default", lambda original: _set_default(original, register_class))
 
 
+PASSES: tuple[Any, ...] = (
+    block_products.NEEDED,
+    block_products.PASS,
+    norm_quantised.PASS,
+    silu_quantised.PASS,
+    norm_add.PASS,
+    linear_norm,
+)
+"""In the order in which they run."""
+
+
 def install_passes() -> None:
     """For workers, which compile: our passes run after those of vLLM's manager, which all of them hang on. They need
     nothing of what those leave, so the hook does not depend on vLLM's IR."""
@@ -57,16 +68,8 @@ def install_passes() -> None:
     except ImportError as error:
         warn_once(f"norms stay apart from their neighbours: this vLLM keeps its graph passes elsewhere ({error})")
         return
-    passes: tuple[Any, ...] = (
-        block_products.NEEDED,
-        block_products.PASS,
-        norm_quantised.PASS,
-        silu_quantised.PASS,
-        norm_add.PASS,
-        linear_norm,
-    )
     for name, wrapper in (("configure", "wrap_configure"), ("__call__", "wrap_call"), ("uuid", "wrap_uuid")):
-        wrap_once(PostGradPassManager, name, _in_turn(*(getattr(one, wrapper) for one in passes)))
+        wrap_once(PostGradPassManager, name, _in_turn(*(getattr(one, wrapper) for one in PASSES)))
     if linear_norm.tell not in linear_norm_splits.on_found:
         linear_norm_splits.on_found.append(linear_norm.tell)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from rmsnorm_patch.bench.rows import FUSED, PAIR, PLAIN, Row, best_peer, ours, select, shape, share
 
-from .aims import CHAIN_FEW, FEW, HOT, ONE_LAUNCH, PATCHED_AHEAD, PLAIN_COPY, SHARE_1B, Aim, nearest_column
+from .aims import CHAIN_FEW, FEW, HOT, ONE_LAUNCH, PATCHED_AHEAD, PLAIN_COPY, SHARE_1B, Aim, nearest_column, set_for
 
 
 @dataclass(frozen=True)
@@ -142,9 +142,10 @@ RETIRED: dict[str, Retired] = {
 
 
 def of(aim: Aim, record: Row) -> tuple[Retired, Limit] | None:
-    """Why `aim` is retired, and the limit in this record; None where it is not."""
+    """Why `aim` is retired, and the limit in this record; None where it is not, or was not set for
+    this GPU."""
     known = RETIRED.get(aim.work)
-    if known is None or aim.met is not False or aim.figure is None or aim.least_figure is None:
+    if known is None or not set_for(record) or aim.met is not False or aim.figure is None or aim.least_figure is None:
         return None
     limit = known.limit(record)
     reached = limit is not None and limit.figure is not None and limit.figure >= aim.least_figure

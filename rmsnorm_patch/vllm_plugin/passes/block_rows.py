@@ -6,13 +6,13 @@ quantised rows knows it as one more quantisation. No graph that runs has one.
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
 from torch import fx
 
 from ...numerics.quantisation import QuantSpec, new_scales
+from .norms_in_graphs import unpacked
 from .quantisations import Quantisation, views_to
 
 NAME = "dynamic_flashinfer_deepgemm_blockscale_gemm"
@@ -34,12 +34,8 @@ def insert(graph: fx.Graph, rows: fx.Node, power_of_two: bool) -> tuple[fx.Node,
     quant, value = spec_of(power_of_two), rows.meta["val"]
     values = value.new_empty(value.shape, dtype=quant.dtype), new_scales(value, quant)
     node = graph.call_function(quantised, (rows, power_of_two))
-    node.meta["val"] = values
-    results = []
-    for place, result in enumerate(values):
-        results.append(graph.call_function(operator.getitem, (node, place)))
-        results[-1].meta["val"] = result
-    return results[0], results[1]
+    written, scales = unpacked(graph, node, values)
+    return written, scales
 
 
 def is_inserted(node: Any) -> bool:

@@ -11,7 +11,6 @@ what makes its terms or reads its sum: there the sum is not rounded in between, 
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,6 +34,7 @@ from .norms_in_graphs import (
     norm_of,
     path_of,
     tell_once,
+    unpacked,
 )
 
 aten = torch.ops.aten
@@ -295,11 +295,8 @@ def _insert(graph: fx.Graph, site: Site) -> tuple[fx.Node, fx.Node]:
     if site.following is None:
         node.meta["val"] = x.new_empty(x.shape)
         return node, node
-    node.meta["val"] = x.new_empty(x.shape), x.new_empty(x.shape)
-    results = [graph.call_function(operator.getitem, (node, place)) for place in range(2)]
-    for result, value in zip(results, node.meta["val"], strict=True):
-        result.meta["val"] = value
-    return results[0], results[1]
+    normed, total = unpacked(graph, node, (x.new_empty(x.shape), x.new_empty(x.shape)))
+    return normed, total
 
 
 _TOLD: set[tuple[Any, ...]] = set()

@@ -10,7 +10,6 @@ The pass starts from our own ops, in the forms that `linear_norm` knows, and run
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -27,7 +26,7 @@ from ...numerics.spec import NormSpec
 from .. import trial
 from . import block_rows, quantisations, quantised_arithmetic
 from .managed import ManagedPass
-from .norms_in_graphs import Norm, Positions, erase_unread, is_the_only_name, norm_of, tell_once
+from .norms_in_graphs import Norm, Positions, erase_unread, is_the_only_name, norm_of, tell_once, unpacked
 from .quantisations import Quantisation
 
 aten = torch.ops.aten
@@ -170,14 +169,9 @@ def _insert(graph: fx.Graph, norm: Norm, quantiser: Quantisation) -> tuple[fx.No
         values = *values, norm.arguments["residual"].meta["val"]
     else:
         node = graph.call_function(op, tuple(arguments[argument.name] for argument in op._schema.arguments))
-    node.meta["val"] = values
     if stack := norm.node.meta.get("nn_module_stack"):  # no more: some of it belongs to the norm's own arguments
         node.meta["nn_module_stack"] = stack
-    results = []
-    for place, value in enumerate(values):
-        results.append(graph.call_function(operator.getitem, (node, place)))
-        results[-1].meta["val"] = value
-    return node, results
+    return node, unpacked(graph, node, values)
 
 
 def _values(norm: Norm, quant: QuantSpec, both: bool) -> tuple[torch.Tensor, ...]:

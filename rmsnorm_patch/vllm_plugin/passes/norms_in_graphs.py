@@ -70,6 +70,16 @@ def _of_results(node: fx.Node, op: str, arguments: dict[str, Any], first: int) -
     return Norm(node, op, arguments, rows[0], totals[0] if totals else None, functional=True)
 
 
+def unpacked(graph: fx.Graph, node: fx.Node, values: tuple[torch.Tensor, ...]) -> list[fx.Node]:
+    """The results of a new node of several, one node each. values: what they are like."""
+    node.meta["val"] = values
+    results = []
+    for place, value in enumerate(values):
+        results.append(graph.call_function(operator.getitem, (node, place)))
+        results[-1].meta["val"] = value
+    return results
+
+
 Positions = dict[fx.Node, int]
 """Where each node stood when its norm was looked at; nodes that were put in since have no place."""
 

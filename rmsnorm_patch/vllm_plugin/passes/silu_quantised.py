@@ -8,7 +8,6 @@ pass). What is computed follows the form. Inductor keeps silu and the product in
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +26,7 @@ from ..settings import SILU_QUANTISED_VARIABLE
 from . import quantisations
 from .managed import ManagedPass
 from .norm_quantised import quantisations_of, read_instead
-from .norms_in_graphs import Positions, erase_unread, place_in_model
+from .norms_in_graphs import Positions, erase_unread, place_in_model, unpacked
 from .quantisations import Quantisation, WritingCall
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -238,14 +237,10 @@ def _insert(graph: fx.Graph, product: SiluProduct, quantiser: Quantisation) -> t
     node = graph.call_function(
         op, (product.x, quantiser.given, spec.scheme, *silu_op.silu_args(product.silu, spec), "auto", True)
     )
-    node.meta["val"] = values = silu_kernel.new_results(product.x.meta["val"], spec)
     if stack := product.node.meta.get("nn_module_stack"):
         node.meta["nn_module_stack"] = stack
-    results = []
-    for place, value in enumerate(values):
-        results.append(graph.call_function(operator.getitem, (node, place)))
-        results[-1].meta["val"] = value
-    return results[0], results[1]
+    rows, scales = unpacked(graph, node, silu_kernel.new_results(product.x.meta["val"], spec))
+    return rows, scales
 
 
 _TOLD: set[tuple[Any, ...]] = set()
