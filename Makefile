@@ -28,6 +28,8 @@ INSTALLED := $(VENV)/.installed
 CHECKPOINT := $(VENV)/.third_party
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Libraries read it: some of torch's warnings are errors there, and a run is as strict here as where CI runs it.
+export CI ?= true
 # Tests start many processes: each would compile the package's sources anew.
 unexport PYTHONDONTWRITEBYTECODE
 

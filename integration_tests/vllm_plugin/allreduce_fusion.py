@@ -27,11 +27,14 @@ def turn_on() -> None:
 
 def install(whole_compiler: Any) -> None:
     """Before the module `whole_compiler` is installed, which turns off the fusions that are left to it."""
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
     from vllm.platforms.cpu import CpuPlatform
 
     turn_on()
     whole_compiler.FUSIONS = tuple(name for name in whole_compiler.FUSIONS if name != "fuse_allreduce_rms")
     CpuPlatform.use_custom_op_collectives = classmethod(lambda cls: True)
+    in_place = CpuCommunicator.all_reduce
+    CpuCommunicator.all_reduce = lambda self, rows: in_place(self, rows.clone())  # out of place, as the op is declared
     for name in ("rms_quant_fusion", "matcher_utils"):  # as text: to import them looks the ops up
         spec = find_spec(f"vllm.compilation.passes.fusion.{name}")
         assert spec is not None
@@ -69,7 +72,7 @@ def reduced_and_normed(
     """The norm and the sum into `norm_out` and `allreduce_in`; without the former into `allreduce_in`, `residual`."""
     from vllm.distributed import get_tp_group
 
-    reduced = get_tp_group()._all_reduce_out_place(allreduce_in.clone())
+    reduced = get_tp_group()._all_reduce_out_place(allreduce_in)
     total = reduced.float() + residual.float()
     normed = total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + rms_eps) * (rms_gamma.float() + weight_bias)
     norm_to, sum_to = (allreduce_in, residual) if norm_out is None else (norm_out, allreduce_in)
