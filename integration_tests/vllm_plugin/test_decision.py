@@ -220,6 +220,13 @@ def test_joining_changes_nothing_else_of_a_decision() -> None:
     assert on == replace(off, linear=True, reason=f"{off.reason}; {JOINS}")
 
 
+def test_a_parallel_engine_joins_only_products_that_it_does_not_reduce() -> None:
+    """A product whose sum over the devices is still to come is not what the norm reads."""
+    alone, parallel = (decide(replace(CUDA, capability=90, requested="ir", tensor_parallel=n)) for n in (1, 2))
+    assert parallel.reason.endswith(f"{JOINS} where no all-reduce stands between")
+    assert alone.reason.endswith(JOINS)
+
+
 def test_other_bits_only_if_asked_for() -> None:
     asked, auto = (decide(replace(CUDA, capability=90, linear=linear)) for linear in ("reorder", "auto"))
     assert (asked.reorder, auto.reorder) == (True, False)

@@ -196,6 +196,7 @@ def _with_passes(facts: Facts, served: Decision) -> Decision:
     reorder = linear and facts.linear == "reorder"
     if linear:
         reason += "; norms add up the parts of split products"
+        reason += " where no all-reduce stands between" if facts.tensor_parallel > 1 else ""
     if reorder:
         reason += f", and of products that are split for them ({settings.LINEAR_VARIABLE}=reorder)"
     norm_add = facts.compiled and facts.norm_add != "off"
