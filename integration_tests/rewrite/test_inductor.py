@@ -92,26 +92,33 @@ def test_a_captured_graph_has_eager_bits(outcomes: list[captured.Outcome]) -> No
 
 @pytest.mark.slow
 @torch.no_grad()
+@pytest.mark.parametrize(
+    ("model_type", "layers", "alone"), [("llama", 2, 1), pytest.param("qwen3", 1, 3, marks=pytest.mark.long)]
+)
 def test_every_norm_behind_a_product_of_a_model(
-    small_model: Callable[..., PreTrainedModel], outcomes: list[captured.Outcome]
+    small_model: Callable[..., PreTrainedModel],
+    outcomes: list[captured.Outcome],
+    model_type: str,
+    layers: int,
+    alone: int,
 ) -> None:
     """Llama's first norm reads the embedding; Qwen3's queries and keys are no sums."""
-    for model_type, layers, alone in (("llama", 2, 1), ("qwen3", 1, 3)):
-        model = small_model(model_type, torch.bfloat16, num_hidden_layers=layers)
-        want = model(IDS, use_cache=False).logits
-        rmsnorm_patch.apply(model, compiled="joined")
-        got = torch.compile(model, mode="reduce-overhead", fullgraph=True)(IDS, use_cache=False).logits
-        outcome = outcomes.pop()
-        assert (outcome.joined, dict(outcome.left)) == (2 * layers, {"no add stands in front": alone})
-        assert ((got - want).norm() / want.norm()) < 0.02
-        rmsnorm_patch.revert(model)
+    model = small_model(model_type, torch.bfloat16, num_hidden_layers=layers)
+    want = model(IDS, use_cache=False).logits
+    rmsnorm_patch.apply(model, compiled="joined")
+    got = torch.compile(model, mode="reduce-overhead", fullgraph=True)(IDS, use_cache=False).logits
+    outcome = outcomes.pop()
+    assert (outcome.joined, dict(outcome.left)) == (2 * layers, {"no add stands in front": alone})
+    assert ((got - want).norm() / want.norm()) < 0.02
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @torch.no_grad()
 def test_with_default_settings_the_code_is_stocks(
     small_model: Callable[..., PreTrainedModel], compiled_code: ModuleType, outcomes: list[captured.Outcome]
 ) -> None:
+    """A whole model; `test_code_of_stock_where_nothing_is_joined` asks it of a layer."""
     model = small_model("qwen3", torch.bfloat16, num_hidden_layers=1)
     call = lambda: torch.compile(model, fullgraph=True)(IDS, use_cache=False).logits  # noqa: E731
     want, stock = compiled_code.compiled_anew(call)

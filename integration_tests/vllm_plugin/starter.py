@@ -3,19 +3,23 @@
 What a program imports first takes longer than an eager engine on a small model. A line of JSON on stdin asks for a
 child: `words` (as behind `python`: a script, -m module or -c code, then its arguments), `env` (the child's whole
 environment), `cwd`, `stdout` and `stderr` (files). A line on stdout answers: its process id, later its exit status.
-A child ends as an interpreter does. Our package is not among what was imported: each child loads the plugin anew.
+A child ends as one of `multiprocessing` does: what was registered to run at exit runs, and what it imported goes with
+its memory; to take that apart would take as long as an eager engine on a small model. Our package is not among what was
+imported: each child loads the plugin anew.
 """
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib
 import json
 import os
 import runpy
 import sys
+import threading
 import types
-from typing import Any
+from typing import Any, NoReturn
 
 IMPORTED = (
     *("vllm", "vllm.entrypoints.llm", "vllm.v1.engine.llm_engine", "vllm.v1.worker.cpu_worker"),
@@ -58,6 +62,25 @@ def run(words: list[str]) -> None:
         runpy.run_path(words[0], run_name="__main__")
 
 
+def end(words: list[str]) -> NoReturn:
+    """This process, with the exit status of `python *words`."""
+    status: Any = 1
+    try:
+        run(words)
+        status = 0
+    except SystemExit as ended:
+        status = ended.code
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    if isinstance(status, str):
+        print(status, file=sys.stderr)
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are no daemons
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status if isinstance(status, int) else status is not None)
+
+
 def main() -> None:
     for name in IMPORTED:
         importlib.import_module(name)
@@ -75,7 +98,7 @@ def main() -> None:
         child = os.fork()
         if child == 0:
             become(request)
-            return run(request["words"])
+            end(request["words"])
         answer(child)
         answer(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 

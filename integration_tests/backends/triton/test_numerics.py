@@ -119,7 +119,7 @@ def test_a_residual_of_another_dtype_is_not_written() -> None:
         ops.bind_fused_add_rms_norm_(T5, "triton")(rand(2, 96).float(), rand(2, 96).half(), rand(96).half(), EPS)
 
 
-@pytest.mark.parametrize("n", [96, 1600, 40000])
+@pytest.mark.parametrize("n", [96, 1600, pytest.param(40000, marks=pytest.mark.long)])
 def test_weightless_width_and_group(n: int) -> None:
     x, residual, weight = rand(3, n, seed=1), rand(3, n, seed=2), rand(n, seed=3)
     for spec in (replace(LLAMA, has_weight=False), replace(FP32_WEIGHT_MULTIPLY, has_weight=False)):
