@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from benchlib.aims import PUBLISHED
 from benchlib.explained import unexplained
-from benchlib.pages import wrapped
+from benchlib.pages import MISSING, figure, table, wrapped
 from kernel_table import GPUS
 from profile_counts import METRICS
-from results import MISSING, figure, name_of, peers, table
+from results import name_of, peers
 
 from rmsnorm_patch.backends.cuda import registry, schedules
 from rmsnorm_patch.bench.rows import FUSED, OURS, PLAIN, Row, ours, select, shape
