@@ -58,7 +58,7 @@ ABOVE_THE_NORM = 0.4
 
 
 def of_quantised(op: str, what: str) -> str:
-    """The work of an aim of `op`: from memory ("cold: ..."), in a chain of few rows ("few: ...") or more ("more: ...")."""
+    """The work of an aim of `op`. what: "cold: ...", from memory; "few: ..." or "more: ...", rows in a chain."""
     when, _, said = what.partition(": ")
     rows = {"cold": "4096 and 16384 rows, cold", "few": "1 to 64 rows, chain", "more": "128 and 256 rows, chain"}
     return f"{op.removeprefix(f'{FUSED}_')}, {rows[when]}: {said}"
