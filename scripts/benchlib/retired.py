@@ -386,7 +386,8 @@ RETIRED: dict[str, Retired] = {
     ),
     SHARE_8B: Retired(
         0.45,
-        "the rounds reach the aim, their medians do not ([decisions](decisions/vllm_measured.md#engines-beside-stock))",
+        "at 32 rows the H100's products do not all come in parts, so norms take over less "
+        "([decisions](decisions/vllm_measured.md#engines-beside-stock))",
         _share,
     ),
     SHARE_1B: Retired(
