@@ -282,6 +282,7 @@ def report(engine_arguments: Sequence[str] = ()) -> Environment:
 
         versions["rmsnorm_patch"] = __version__
     devices, vllm = tuple(map(_device, [torch.device("cpu"), *gpus])), _vllm()
+    versions["vllm"] = vllm.version  # its wheel for the CPU has another name
     return Environment(
         outlook=outlook(devices, vllm),
         python=platform.python_version(),
