@@ -177,14 +177,17 @@ def targets_text(records: Iterable[Row]) -> str:
             cells.append("no" if not served else "ran" if ran(arch, sources) else "compiled, read")
         file = f"triton/{'rms_norm' if op == 'rms_norm_pair' else op.rstrip('_').removesuffix('_parts')}.py"
         here = "ran" if ran(HOPPER, {f"kernels/{file}"}) else "compiled"
-        cells += [here, "compiled"] if (kernels_dir() / file).exists() else ["no", "no"]
+        cells += ["compiled", here, "compiled"] if (kernels_dir() / file).exists() else ["no"] * 3
         body.append([*cells, "ran"])
     return (
         "*Ran*: GPU tests passed there, tests that were wrong themselves [apart](results.md#tests), in a record that "
         "this page names. *Compiled, read*: the tests compile it and read the machine code; no such record has it run. "
         "On the CPU the reference of each runs in every test. Triton has no kernel of its own for a pair: it launches "
-        "the plain norm twice.\n\n"
-        + table(["op", *(f"sm_{arch}" for arch in GPUS), f"Triton sm_{HOPPER}", f"Triton {HIP}", "CPU"], body)
+        "the plain norm twice. Its plain and its fused norm are compiled for each sm of this table, and for gfx950.\n\n"
+        + table(
+            ["op", *(f"sm_{arch}" for arch in GPUS), "Triton sm_80", f"Triton sm_{HOPPER}", f"Triton {HIP}", "CPU"],
+            body,
+        )
     )
 
 
