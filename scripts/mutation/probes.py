@@ -16,8 +16,7 @@ UNEVEN = ((601, 1000), (601, 520), (5, 5128), (600, 5128), (40, 7000), (9, 9216)
 
 def _norms(streamed: bool) -> Iterator[Probe]:
     """Every axis that the kernels are compiled for, and a length and row count of each regime. streamed: rows that are
-    longer than the registers of a multiprocessor of a GPU without clusters, by the schedules of such a GPU. Longer than
-    a screen: a table."""
+    longer than the registers of a multiprocessor of a GPU without clusters, by the schedules of such a GPU."""
     from benchlib.kernel_cases import BF16, FP16, FP32, SPECS, Case, Variant, fault_in
 
     from rmsnorm_patch.numerics.spec import GEMMA, LLAMA, NormSpec
@@ -278,8 +277,7 @@ def _made(special: str, x: Any, residual: Any, weight: Any) -> None:
 
 
 def _quantised() -> Iterator[Probe]:
-    """Quantised rows, to the bit of quantising what the definition gives where its norm agrees to the bit. Longer than
-    a screen: a table, and the call that it is of."""
+    """Quantised rows, to the bit of quantising what the definition gives where its norm agrees to the bit."""
     import torch
 
     from rmsnorm_patch import ops
