@@ -7,6 +7,8 @@ import re
 
 import pytest
 
+from rmsnorm_patch.bench import rows
+
 STEPS = ("decode-1", "decode-8", "decode-32", "decode-256")
 PEERS = 7
 """In README's words; FlashInfer has two kernels and counts once."""
@@ -17,11 +19,6 @@ def record(repository):
     """The one that is not superseded."""
     (path,) = (repository / "records").glob("*.json")
     return json.loads(path.read_text())
-
-
-@pytest.fixture(scope="module")
-def rows(script):
-    return script("rmsnorm_patch.bench.rows")
 
 
 def table(page: str, head: str) -> dict[str, list[str]]:
@@ -52,7 +49,7 @@ def ratios(record, model: str, work: str, *names: str) -> list[str]:
     return [f"{row['ratio_to_stock'][name]:.2f}" for name in names]
 
 
-def readme_figures(record, rows, aims) -> dict[str, list[str]]:
+def readme_figures(record, aims) -> dict[str, list[str]]:
     """Row of README's table -> its figures, in the order of its words."""
 
     def shorter(shape: str, variant: str, cases: tuple[str, ...]) -> list[str]:
@@ -77,10 +74,10 @@ def readme_figures(record, rows, aims) -> dict[str, list[str]]:
     }
 
 
-def test_figures_in_readme_are_those_of_the_record(script, repository, record, rows):
+def test_figures_in_readme_are_those_of_the_record(script, repository, record):
     aims = script("benchlib.aims")
     shown = table((repository / "README.md").read_text(), "work | state")
-    expected = readme_figures(record, rows, aims)
+    expected = readme_figures(record, aims)
     assert shown.keys() == expected.keys()
     for work, (state, figures, _) in shown.items():
         assert numbers(figures) == expected[work], work
