@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import gc
+import importlib
 import importlib.util
 import subprocess
 import sys
@@ -37,6 +38,17 @@ SMALL = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+
+
+SCRIPTS = DATA.parents[1] / "scripts"
+
+
+@pytest.fixture(scope="session")
+def script() -> Callable[[str], ModuleType]:
+    """A script as a module: `script("gpu_record")`, `script("benchlib.aims")`. What it imports lies beside it."""
+    if str(SCRIPTS) not in sys.path:
+        sys.path.insert(0, str(SCRIPTS))
+    return importlib.import_module
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

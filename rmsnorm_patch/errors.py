@@ -21,7 +21,7 @@ class RMSNormPatchError(Exception):
 
 
 class UnsupportedInput(RMSNormPatchError, ValueError):
-    """A tensor argument has a shape, stride, dtype or device that no kernel or reference path serves."""
+    """An argument, a tensor or a variable is one that nothing here serves."""
 
 
 class UnsupportedModel(RMSNormPatchError, TypeError):

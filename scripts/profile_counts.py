@@ -32,6 +32,9 @@ METRICS = {
 DURATION = "gpu__time_duration.sum"
 """Nanoseconds."""
 THROUGHPUT = "dram__throughput.avg.pct_of_peak_sustained_elapsed"
+BYTES = {"fp32": 4, "bf16": 2}
+FLOPS = 5
+"""Of an element: its square, that added, and the two products and the quotient behind."""
 SHAPES = (
     ("rms_norm", "fp32", 1, 2048),
     ("rms_norm", "bf16", 4096, 4096),
@@ -90,6 +93,22 @@ def _row(call: dict, group: list[dict[str, float]]) -> dict:
     return {**call, "kernels": len(group), "counts": counts, **times}
 
 
+def speed(row: dict) -> tuple[float, float, float]:
+    """Microseconds; GB/s of x and weight read and the result written, each a row long; GFLOPS. Of a plain norm."""
+    elements = row["m"] * row["n"]
+    return row["us"], 3 * BYTES[row["dtype"]] * elements / row["us"] / 1e3, FLOPS * elements / row["us"] / 1e3
+
+
+def line_of(row: dict) -> str:
+    """What a row says, for a screen."""
+    counts = ", ".join(f"{name} {row['counts'][metric]:.0f}" for metric, name in METRICS.items())
+    rates = f"{row['us']:.2f} us, DRAM at {row['dram_percent']} %"
+    if row["op"] == "rms_norm":
+        rates += ", {1:.2f} GB/s, {2:.2f} GFLOPS".format(*speed(row))
+    called = f"{row['op']} {row['dtype']} {row['m']}x{row['n']} {row['provider']}"
+    return f"{called}: {row['kernels']} kernels; {rates}; {counts}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
@@ -100,8 +119,7 @@ def main() -> None:
         return
     rows = rows_of(ncu.profile([__file__, "--drive"], [*METRICS, DURATION, THROUGHPUT]))
     for row in rows:
-        counts = ", ".join(f"{name} {value:.0f}" for name, value in row["counts"].items())
-        print(f"{row['op']} {row['dtype']} {row['m']}x{row['n']} {row['provider']}: {row['kernels']} kernels; {counts}")
+        print(line_of(row))
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))
 

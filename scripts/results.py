@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
-from benchlib import aims, retired
-from benchlib.pages import wrapped
+from benchlib import aims
+from benchlib.aims_tables import aims_table, quantised_aims
+from benchlib.pages import MISSING, figure, table, wrapped
 from benchlib.vllm_engine import RECORDED
 
 from rmsnorm_patch.bench import plots
@@ -40,17 +41,6 @@ from rmsnorm_patch.bench.rows import (
 ROOT = Path(__file__).resolve().parents[1]
 Records = dict[str, Row]
 """By file name; the first one has the kernels and models."""
-MISSING = "Not in this record.\n"
-
-
-def table(head: list[str], rows: Iterable[list[object]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    lines += ["| " + " | ".join("-" if cell is None else str(cell) for cell in row) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
-
-
-def figure(value: float | None, form: str = ".2f") -> str | None:
-    return None if value is None else format(value, form)
 
 
 def peer_table(rows: list[Row]) -> str:
@@ -88,55 +78,6 @@ def peers(note: str, rows: list[Row]) -> str:
     if gains:
         summary = f" Best peer over ours: geometric mean {geometric_mean(gains):.3f}, worst {min(gains):.3f}."
     return f"{note} Microseconds per call.{summary}\n\n{peer_table(rows)}"
-
-
-SAID = {True: "yes", False: "**no**", None: "open"}
-BESIDE = {**SAID, False: "below"}
-"""Of a GPU for which no aim was set."""
-
-
-def _said_of(record: Row, page: str) -> tuple[dict[bool | None, str], str]:
-    """The words for met, missed and open, and what is said in front of the table. page: the one that
-    judges aims."""
-    if aims.set_for(record):
-        return SAID, ""
-    return BESIDE, (
-        f"The aims were set for one {aims.GPU}, and [its page]({page}#aims) judges them. Here stand the figures "
-        "of this GPU beside them. "
-    )
-
-
-def quantised_aims(record: Row) -> str:
-    if not any(select(record, op, mode) for op in QUANTISED for mode in ("cold", "chain")):
-        return MISSING
-    said, note = _said_of(record, "results_h200_quantised.md")
-    body = [[aim.work, aim.wanted, aim.measured, said[aim.met]] for aim in aims.quantised(record)]
-    return (
-        f"{note}Computed from the record; the worst shape counts, against the peers that have a figure there. Open: "
-        "not measured, or no peer has a figure.\n\n" + table(["work", "aim", "measured", "met"], body)
-    )
-
-
-def aims_table(record: Row) -> str:
-    said, note = _said_of(record, "results_h200.md")
-    judged = [(aim, retired.of(aim, record)) for aim in aims.of(record)]
-    body = [[aim.work, aim.wanted, aim.measured, "retired" if why else said[aim.met]] for aim, why in judged]
-    text = (
-        f"{note}Computed from the record. `ours` is the better of the functional and the in-place form, as the peers' "
-        "own forms differ; the best peer is the best at that shape. Open: not measured, or not against every peer. "
-    )
-    text += "Retired: missed and given up, for the reason below." if aims.set_for(record) else ""
-    text = f"{text.strip()}\n\n{table(['work', 'aim', 'measured', 'met'], body)}"
-    given_up = [
-        [aim.work, f"{why.held:g}", limit.text, why.because] for aim, found in judged if found for why, limit in [found]
-    ]
-    if not given_up:
-        return text
-    return (
-        f"{text}\nWhat is known of the retired ones. The limit is of this record. Below what is held instead, or "
-        "with a limit that reaches the aim, one counts as missed again.\n\n"
-        + table(["work", "held instead", "limit that was measured", "because"], given_up)
-    )
 
 
 def decode_table(record: Row) -> str:

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from benchlib.aims import PUBLISHED
+from benchlib.aims import GPU, PUBLISHED
 from benchlib.explained import unexplained
-from benchlib.pages import wrapped
+from benchlib.pages import MISSING, figure, table, wrapped
 from kernel_table import GPUS
-from profile_counts import METRICS
-from results import MISSING, figure, name_of, peers, table
+from profile_counts import METRICS, speed
+from results import name_of, peers
 
 from rmsnorm_patch.backends.cuda import registry, schedules
 from rmsnorm_patch.bench.rows import FUSED, OURS, PLAIN, Row, ours, select, shape
@@ -29,8 +29,6 @@ ROOT = Path(__file__).resolve().parents[1]
 ROWS = 4096
 PROFILED = (PLAIN, "fp32", 1, 2048)
 """The call that the first document profiles."""
-FLOPS = 5
-"""Of an element, as the first document counts: its square, that added, and the two products and the quotient behind."""
 FP32_BYTES = 4
 HIP = "HIP gfx942"
 HOPPER = 90
@@ -42,18 +40,16 @@ def profile_text(record: Row) -> str:
     theirs = PUBLISHED["naive"]
     quoted = [theirs["gpu"], theirs["kernels"], f"{theirs['ms'] * 1e3:.2f}", theirs["gb_per_s"], theirs["gflops"]]
     found = [row for row in rows if (row["op"], row["dtype"], row["m"], row["n"]) == PROFILED]
-    speed = [["the document's, quoted", *quoted]]
+    rates = [["the document's, quoted", *quoted]]
     for row in found:
-        elements = row["m"] * row["n"]
-        gigabytes = 3 * FP32_BYTES * elements / row["us"] / 1e3  # x and the weight read, the result written
-        cells = [f"{row['us']:.2f}", f"{gigabytes:.2f}", f"{FLOPS * elements / row['us'] / 1e3:.2f}"]
-        speed.append([row["provider"], record["device"]["name"], row["kernels"], *cells])
+        cells = [f"{rate:.2f}" for rate in speed(row)]
+        rates.append([row["provider"], record["device"]["name"], row["kernels"], *cells])
     said = (
         f"{shape({'m': PROFILED[2], 'n': PROFILED[3]})} fp32: `naive` is a CUDA kernel for each step, as the document "
         "has them, `eager` PyTorch's. Time is the sum of the kernels' durations under Nsight Compute, caches emptied "
         "before each; the document's latency is of a call.\n\n"
     )
-    said += table(["", "GPU", "kernels", "us", "GB/s", "GFLOPS"], speed)
+    said += table(["", "GPU", "kernels", "us", "GB/s", "GFLOPS"], rates)
     return said + ("\n" + counts_text(rows) if rows else "\n" + MISSING)
 
 
@@ -88,36 +84,51 @@ def bandwidth_text(record: Row) -> str:
     return said + table(head, body) if rows else MISSING
 
 
-def published_text(record: Row) -> str:
-    """Fused add, time of the kernel alone."""
-    rows = [row for row in select(record, FUSED, "kernel") if row["m"] == ROWS and ours(row)]
-    if not rows:
-        return MISSING
-    cold = {row["n"]: row["us"].get("flashinfer_cuda") for row in select(record, FUSED, "cold") if row["m"] == ROWS}
-    cold_ours = {row["n"]: ours(row) for row in select(record, FUSED, "cold") if row["m"] == ROWS}
-    others = sorted({name for row in rows for name in row["us"] if name not in OURS})
+def beside_published(record: Row, gpu: str) -> str:
+    """Fused add, time of the kernel alone, a row for each length that `gpu` has published."""
+    same, name = record["device"]["name"].endswith(gpu), record["device"]["name"]
+    rows = {row["n"]: row for row in select(record, FUSED, "kernel") if row["m"] == ROWS and ours(row)}
+    cold = {row["n"]: row for row in select(record, FUSED, "cold") if row["m"] == ROWS}
+    others = sorted({name for row in rows.values() for name in row["us"] if name not in OURS})
     body: list[list[object]] = []
-    for row in rows:
-        n = str(row["n"])
-        theirs = [PUBLISHED[gpu].get(n) for gpu in ("H200", "H20", "B200")]
-        flashinfer = [PUBLISHED["flashinfer"][gpu].get(n) for gpu in ("H200", "B200")]
-        ratio = theirs[0] / ours(row) if theirs[0] else None
-        speedups = [f / t if f and t else None for f, t in zip(flashinfer, (theirs[0], theirs[2]), strict=True)]
-        mine = cold[row["n"]] / cold_ours[row["n"]] if cold.get(row["n"]) else None
-        here = [figure(row["us"].get(name)) for name in others]
-        body.append(
-            [row["n"], figure(ours(row)), *here, *theirs, figure(ratio, ".3f"), figure(mine, ".3f")]
-            + [figure(speedup, ".3f") for speedup in speedups]
-        )
-    head = ["N", f"ours, {record['device']['name']}", *(f"{name}, the same run" for name in others)]
-    head += ["quoted H200", "quoted H20", "quoted B200", "quoted H200 / ours", "FlashInfer / ours"]
-    head += ["quoted FlashInfer / quoted, H200", "the same, B200"]
-    return (
-        f"Durations of the kernel alone by Nsight Compute, microseconds, {ROWS} rows of bf16, caches emptied before "
-        "each. What a kernel leaves in the L2 when it ends is written later, so these are shorter than a launch in a "
-        "graph. FlashInfer / ours: its CUDA kernel and ours as launches in a graph, of one run. The quoted columns "
-        f"are from {PUBLISHED['source']}.\n\n" + table(head, body)
-    )
+    for n, theirs in PUBLISHED[gpu].items():
+        row, graph = rows.get(int(n), {"us": {}}), cold.get(int(n), {"us": {}})
+        alone, launched, peer = ours(row), ours(graph), graph["us"].get("flashinfer_cuda")
+        flashinfer = PUBLISHED["flashinfer"][gpu][n]
+        ratios = [theirs / alone if alone else None] if same else []
+        cells = [figure(alone), *(figure(row["us"].get(name)) for name in others)]
+        cells += [figure(peer / launched if peer and launched else None, ".3f")]
+        cells += [f"{theirs:.2f}", f"{flashinfer:.2f}", f"{flashinfer / theirs:.3f}"]
+        body.append([n, *cells, *(figure(ratio, ".3f") for ratio in ratios)])
+    head = ["N", f"ours, {name}", *(f"{name}, the same run" for name in others), "FlashInfer / ours", f"quoted {gpu}"]
+    head += [f"quoted FlashInfer, {gpu}", "quoted speed-up", *([f"quoted {gpu} / ours"] if same else [])]
+    return table(head, body)
+
+
+KERNEL_ALONE = (
+    f"Durations of the kernel alone by Nsight Compute, microseconds, {ROWS} rows of bf16, caches emptied before each. "
+    "What a kernel leaves in the L2 when it ends is written later, so these are shorter than a launch in a graph. "
+    "FlashInfer / ours: its CUDA kernel and ours as launches in a graph, of one run. The quoted columns are from "
+    f"{PUBLISHED['source']}. FlashInfer's column stands beside it there.\n\n"
+)
+
+
+def published_text(record: Row) -> str:
+    """On the GPU that has a published column, ours beside it."""
+    if record["device"]["name"] != GPU or not select(record, FUSED, "kernel"):
+        return MISSING
+    return KERNEL_ALONE + beside_published(record, "H200")
+
+
+def other_gpus_text(record: Row) -> str:
+    """The published columns of GPUs that we have not run on, beside ours of another."""
+    if not select(record, FUSED, "kernel"):
+        return MISSING
+    parts = [
+        "The columns of two GPUs that we have not run on. Their memory is not that of ours: only speed-ups compare."
+    ]
+    parts += [f"**{gpu}**\n\n{beside_published(record, gpu)}".rstrip() for gpu in ("B200", "H20")]
+    return "\n\n".join(parts) + "\n"
 
 
 def traffic_text(record: Row) -> str:
@@ -166,49 +177,54 @@ def targets_text(records: Iterable[Row]) -> str:
             cells.append("no" if not served else "ran" if ran(arch, sources) else "compiled, read")
         file = f"triton/{'rms_norm' if op == 'rms_norm_pair' else op.rstrip('_').removesuffix('_parts')}.py"
         here = "ran" if ran(HOPPER, {f"kernels/{file}"}) else "compiled"
-        cells += [here, "compiled"] if (kernels_dir() / file).exists() else ["no", "no"]
+        cells += ["compiled", here, "compiled"] if (kernels_dir() / file).exists() else ["no"] * 3
         body.append([*cells, "ran"])
     return (
         "*Ran*: GPU tests passed there, tests that were wrong themselves [apart](results.md#tests), in a record that "
         "this page names. *Compiled, read*: the tests compile it and read the machine code; no such record has it run. "
         "On the CPU the reference of each runs in every test. Triton has no kernel of its own for a pair: it launches "
-        "the plain norm twice.\n\n"
-        + table(["op", *(f"sm_{arch}" for arch in GPUS), f"Triton sm_{HOPPER}", f"Triton {HIP}", "CPU"], body)
+        "the plain norm twice. Its plain and its fused norm are compiled for each sm of this table, and for gfx950.\n\n"
+        + table(
+            ["op", *(f"sm_{arch}" for arch in GPUS), "Triton sm_80", f"Triton sm_{HOPPER}", f"Triton {HIP}", "CPU"],
+            body,
+        )
     )
 
 
-DOCUMENTS: tuple[tuple[str, str, str, Callable[[Row], str]], ...] = (
+DOCUMENTS: tuple[tuple[str, str, str, tuple[Callable[[Row], str], ...]], ...] = (
     (
         "A naive CUDA kernel and its profile",
         "Three kernels, a step each, on one row: latency, GB/s, GFLOPS, and the profiler's metrics of each.",
         "python scripts/profile_counts.py",
-        profile_text,
+        (profile_text,),
     ),
     (
         "A Triton kernel against eager PyTorch",
-        "One kernel for fp16 rows: a check, a benchmark over eight lengths, a plot, from one command.",
-        "rmsnorm-patch bench-kernels --suite fp16",
-        bandwidth_text,
+        "One kernel for fp16 rows. One command prints whether it is right, its times at eight lengths, and a plot. So "
+        "does ours.",
+        "rmsnorm-patch bench-kernels --suite fp16 --plot fp16.svg",
+        (bandwidth_text,),
     ),
     (
         "A high-performance fused add beside FlashInfer",
-        "The add and norm with 256-bit loads on Blackwell, three GPUs, up to 32768 columns. Its signature, "
-        "`fused_add_rmsnorm(input, residual, weight, eps, enable_pdl)`, is that of "
-        "`rmsnorm_patch.compat.sglang.fused_add_rmsnorm` ([how](other_frameworks.md)).",
+        "The add and norm with 256-bit loads on Blackwell, three GPUs, up to 32768 columns. The op's published "
+        "signature, `fused_add_rmsnorm(input, residual, weight, eps, enable_pdl)`, is that of "
+        "`rmsnorm_patch.compat.sglang.fused_add_rmsnorm` ([how](other_frameworks.md#sglang)).",
         "python scripts/kernel_time.py",
-        published_text,
+        (published_text, other_gpus_text),
     ),
     (
         "An explanation of the fused add",
         "Formula, reduction, and why fusing saves traffic.",
         "python scripts/profile_counts.py",
-        traffic_text,
+        (traffic_text,),
     ),
     (
         "One norm for nine targets",
-        "A kernel in a buffer API, lowered to nine kinds of hardware, and five fp32 shapes to compare it at.",
+        "A kernel in a buffer API, lowered to nine kinds of hardware, and five fp32 shapes to compare it at. Of the "
+        "nine ours has one, CUDA ([op by op](#which-op-runs-where)).",
         "rmsnorm-patch bench-kernels --suite fp32",
-        shapes_text,
+        (shapes_text,),
     ),
 )
 
@@ -219,15 +235,20 @@ def page(records: dict[str, Row]) -> str:
         "# Published figures beside ours\n\nFive documents on RMSNorm kernels: what each shows, the command that shows "
         "it here, our figures. Generated by `scripts/seeds.py`. Figures marked as quoted are the documents' own.\n"
     ]
-    for title, shows, command, text in DOCUMENTS:
-        name, said = next(
-            ((name, said) for name, record in records.items() if MISSING not in (said := text(record))), ("", MISSING)
-        )
-        source = f"From `records/{name}`, code digest `{records[name]['digest'][:16]}`.\n\n" if name else ""
-        parts.append(f"## {title}\n\n{shows}\n\n```\n{command}\n```\n\n{source}{said}")
+    for title, shows, command, texts in DOCUMENTS:
+        parts.append(f"## {title}\n\n{shows}\n\n```\n{command}\n```\n")
+        parts += [_from_first(records, text) for text in texts]
     ran = ", ".join(f"`records/{name}`" for name in records)
     parts.append(f"## Which op runs where\n\nRuns are those of {ran}.\n\n{targets_text(records.values())}")
     return wrapped("\n".join(parts))
+
+
+def _from_first(records: dict[str, Row], text: Callable[[Row], str]) -> str:
+    """What the first record that has it says, with its name."""
+    for name, record in records.items():
+        if MISSING not in (said := text(record)):
+            return f"From `records/{name}`, code digest `{record['digest'][:16]}`.\n\n{said}"
+    return MISSING
 
 
 def main() -> None:

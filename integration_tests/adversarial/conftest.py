@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +13,14 @@ import torch.nn as nn
 from rmsnorm_patch.rewrite import observe
 
 IDS = torch.tensor([[5, 17, 200, 3, 44, 91, 8], [6, 6, 250, 12, 19, 77, 301]])
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Nothing that was compiled before, and nothing left compiled behind."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture

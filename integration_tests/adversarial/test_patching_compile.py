@@ -11,14 +11,7 @@ from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 import rmsnorm_patch
 from rmsnorm_patch.rewrite import observe
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("fresh_dynamo")]
 
 
 @pytest.mark.parametrize(

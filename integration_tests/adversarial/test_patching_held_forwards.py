@@ -20,6 +20,8 @@ from transformers import PreTrainedModel
 import rmsnorm_patch
 from rmsnorm_patch.rewrite import handover, layer_calls
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 
 def pass_on(forward, *args, **named):
     return forward(*args, **named)
@@ -80,13 +82,6 @@ def norms_of(model: PreTrainedModel) -> list[nn.Module]:
 def hold(model: PreTrainedModel, kind: str, way: Callable[[nn.Module], None]) -> None:
     for module in model.model.layers if kind == "layers" else norms_of(model):
         way(module)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.filterwarnings("ignore")

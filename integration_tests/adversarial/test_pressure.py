@@ -6,12 +6,9 @@ A short seeded run each, and the long one under the marker `long`. A failure pri
 from __future__ import annotations
 
 import gc
-import importlib
 import random
-import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -31,12 +28,8 @@ thirty thousand bytes, since freed objects wait for reuse. Objects that the coll
 
 
 @pytest.fixture(scope="module")
-def configs(repository: Path) -> ModuleType:
-    sys.path.insert(0, str(repository / "scripts"))
-    try:
-        return importlib.import_module("small_configs")
-    finally:
-        sys.path.pop(0)
+def configs(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("small_configs")
 
 
 def _drawn(configs: ModuleType, model_type: str, draw: random.Random) -> PreTrainedModel:

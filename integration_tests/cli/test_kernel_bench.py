@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from rmsnorm_patch.cli.kernel_bench import Request, kernel_table
+from rmsnorm_patch.cli.kernel_bench import Request, kernel_table, tell
 
 
 def bench(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -76,3 +76,18 @@ def test_no_name_is_parted_on_a_narrow_screen() -> None:
     printed = console.file.getvalue()  # type: ignore[attr-defined]
     assert all(name in printed for name in ("fused_add_rms_norm", "4096 x 32768", "F.rms_norm", "flashinfer_cuda"))
     assert "…" not in printed
+
+
+def test_what_was_right_the_times_and_the_plot_are_told() -> None:
+    """Of one command: the correctness of every result, a table, and where the plot is."""
+    shape = {"op": "rms_norm", "mode": "cold", "dtype": "fp16", "variant": "", "m": 4096, "n": 1024}
+    row = {**shape, "us": {"ours": 4.0, "eager": 8.0}, "failed": {"liger": "relative error 0.1 > 0.01"}}
+    console = Console(width=120, file=io.StringIO())
+    tell(console, [{**row, "roofline_us": 3.8}], Path("fp16.svg"))
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "held against fp64 before they were timed: 2 results right, 1 without a figure" in printed
+    assert "rms_norm cold 4096 x 1024: no figure for liger: relative error 0.1 > 0.01" in printed
+    assert "4096 x 1024" in printed
+    assert printed.rstrip().endswith("drawn: fp16.svg")
+    tell(console, [{**row, "roofline_us": 3.8}], None)
+    assert console.file.getvalue().count("drawn") == 1  # type: ignore[attr-defined]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from same_bits import same
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rmsnorm_patch import ops
@@ -43,11 +44,6 @@ def call(x, residual, weight, quant, spec=LLAMA, eps=1e-5, both=False, scale=Non
     scale = given(quant) if scale is None else scale
     rest = (weight, scale, quant.scheme, eps, *ops.spec_args(spec, backend), *quant_args(quant, both))
     return PLAIN_OP(x, *rest) if residual is None else FUSED_OP(x, residual, *rest)
-
-
-def same(left: torch.Tensor, right: torch.Tensor) -> bool:
-    left, right = left.contiguous(), right.contiguous()
-    return left.dtype == right.dtype and torch.equal(left.view(torch.uint8), right.view(torch.uint8))
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from same_bits import same
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rmsnorm_patch.backends.cuda.schedules import schedules
@@ -32,11 +33,6 @@ def given(quant: QuantSpec) -> torch.Tensor | None:
 
 def call(x: torch.Tensor, silu: Silu, quant: QuantSpec, *how: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return OP(x, given(quant), quant.scheme, *op.silu_args(silu, quant), *how)  # type: ignore[no-any-return]
-
-
-def same(left: torch.Tensor, right: torch.Tensor) -> bool:
-    left, right = left.contiguous(), right.contiguous()
-    return left.dtype == right.dtype and torch.equal(left.view(torch.uint8), right.view(torch.uint8))
 
 
 @pytest.mark.parametrize("silu", SILUS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn as nn
+from made_rows import rand
 
 from rmsnorm_patch import ops
 from rmsnorm_patch.numerics import reference
@@ -17,11 +18,6 @@ EPS = 1e-6
 WEIGHTLESS = NormSpec(has_weight=False)
 case = pytest.mark.case
 sanitized = pytest.mark.sanitized
-
-
-def rand(*shape: int, dtype: torch.dtype = BF16, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
-    generator = torch.Generator("cuda").manual_seed(seed)
-    return (torch.randn(*shape, generator=generator, device="cuda") * scale).to(dtype)
 
 
 def parameter(n: int, dtype: torch.dtype = BF16) -> nn.Parameter:

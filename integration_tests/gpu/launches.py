@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn as nn
+from made_rows import rand
 
 from rmsnorm_patch.backends.cuda import backend as cuda_backend
 from rmsnorm_patch.numerics import reference
@@ -15,11 +16,6 @@ from rmsnorm_patch.proof.difference import compare
 EPS = 1e-6
 BF16 = torch.bfloat16
 second_device = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-
-
-def rand(*shape: int, dtype: torch.dtype = BF16, seed: int = 0, device: str = "cuda") -> torch.Tensor:
-    generator = torch.Generator(device).manual_seed(seed)
-    return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
 
 def parameter(n: int, dtype: torch.dtype = BF16, device: str = "cuda") -> nn.Parameter:

@@ -1,8 +1,10 @@
-"""Rows on a GPU with everything in them that a kernel may meet, and whether two results have the same bits."""
+"""Operands on a GPU: random ones, rows with everything in them that a kernel may meet, scales; and equal bits."""
 
 from __future__ import annotations
 
 import torch
+
+from rmsnorm_patch.numerics.quantisation import QuantSpec
 
 
 def rows(m: int, n: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -20,6 +22,21 @@ def rows(m: int, n: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> torc
     return values.to(dtype)
 
 
+def rand(
+    *shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0, scale: float = 1.0, device: str = "cuda"
+) -> torch.Tensor:
+    """Normal values, the same for one seed."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return (torch.randn(*shape, generator=generator, device=device) * scale).to(dtype)
+
+
 def same(left: torch.Tensor, right: torch.Tensor) -> bool:
     """Bit for bit, NaN and the sign of zero included, and of one dtype."""
     return left.dtype == right.dtype and torch.equal(left.view(torch.uint8), right.view(torch.uint8))
+
+
+def given(quant: QuantSpec, bound: bool = False) -> torch.Tensor | None:
+    """The scale of static rows, or the upper bound of rows with a scale each."""
+    if quant.scheme == "fp8_static":
+        return torch.tensor([0.037], device="cuda")
+    return torch.tensor([1.5], device="cuda") if bound and quant.scheme == "fp8_token" else None

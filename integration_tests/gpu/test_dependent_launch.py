@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn as nn
+from made_rows import rand
 
 from rmsnorm_patch import ops
 from rmsnorm_patch.backends import launch_mode
@@ -30,11 +31,6 @@ CALLS = [
     ("cuda", "pair"),
     ("cuda", "parts"),
 ]
-
-
-def rand(*shape: int, seed: int, dtype: torch.dtype = BF16) -> torch.Tensor:
-    generator = torch.Generator("cuda").manual_seed(seed)
-    return torch.randn(*shape, generator=generator, device="cuda").to(dtype)
 
 
 def call_of(backend: str, op: str, m: int):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn as nn
-from made_rows import same
+from made_rows import rand, same
 from transformers import PreTrainedModel
 
 import rmsnorm_patch
@@ -44,11 +44,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 2, "chunk_size": 16,
                "num_attention_heads": None, "num_key_value_heads": None, "max_position_embeddings": None},
 }  # fmt: skip
-
-
-def rand(*shape: int, seed: int, dtype: torch.dtype = BF16) -> torch.Tensor:
-    generator = torch.Generator("cuda").manual_seed(seed)
-    return torch.randn(*shape, device="cuda", generator=generator).to(dtype)
 
 
 def check(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype) -> None:

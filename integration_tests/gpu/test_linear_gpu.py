@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn as nn
+from made_rows import rand
 
 from rmsnorm_patch import ops
 from rmsnorm_patch.backends.cuda import backend as cuda_backend
@@ -30,11 +31,6 @@ measured = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="products are split on sm_90"
 )
 OP = torch.ops.rmsnorm_patch.linear_fused_add_rms_norm_
-
-
-def rand(*shape: int, seed: int, dtype: torch.dtype = BF16, scale: float = 1.0) -> torch.Tensor:
-    generator = torch.Generator("cuda").manual_seed(seed)
-    return (torch.randn(*shape, generator=generator, device="cuda") * scale).to(dtype)
 
 
 def operands(m: int, n: int, k: int, dtype: torch.dtype = BF16) -> tuple[torch.Tensor, ...]:

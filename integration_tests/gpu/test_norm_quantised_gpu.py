@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from made_rows import rows
+from made_rows import given, rows
 
 from rmsnorm_patch import ops
 from rmsnorm_patch.fused.norm_quantised.op import quant_args
@@ -33,12 +33,6 @@ QUANTS = {
 needs_fp8 = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="e4m3 needs sm_89"
 )
-
-
-def given(quant: QuantSpec, bound: bool) -> torch.Tensor | None:
-    if quant.scheme == "fp8_static":
-        return torch.tensor([0.037], device="cuda")
-    return torch.tensor([1.5], device="cuda") if bound and quant.scheme == "fp8_token" else None
 
 
 def normed_values(x, residual, weight, quant, spec, backend):  # type: ignore[no-untyped-def]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from made_rows import rows, same
+from made_rows import given, rows, same
 
 from rmsnorm_patch.bench.providers.norms import vllm_op
 from rmsnorm_patch.fused.silu_quantised import op
@@ -33,12 +33,6 @@ QUANTS = {
     "block separate": QuantSpec("fp8_block", "rounded", "separate", "tma_aligned", True),
     "int8": QuantSpec("int8_token", arithmetic="separate"),
 }
-
-
-def given(quant: QuantSpec, bound: bool = False) -> torch.Tensor | None:
-    if quant.scheme == "fp8_static":
-        return torch.tensor([0.037], device="cuda")
-    return torch.tensor([1.5], device="cuda") if bound and quant.scheme == "fp8_token" else None
 
 
 def run(x: torch.Tensor, silu: Silu, quant: QuantSpec, scale: Any, backend: str = "cuda") -> Any:

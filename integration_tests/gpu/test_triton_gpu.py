@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from made_rows import rand
 
 from rmsnorm_patch import ops
 from rmsnorm_patch.backends.triton import backend as triton_backend
@@ -34,11 +35,6 @@ SPECS = {
     "width": replace(LLAMA, width=100),
     "grouped": replace(LLAMA, group=128),
 }
-
-
-def rand(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
-    generator = torch.Generator("cuda").manual_seed(seed)
-    return (torch.randn(*shape, generator=generator, device="cuda") * scale).to(dtype)
 
 
 def check(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype | None = None) -> None:

@@ -6,7 +6,9 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -82,6 +84,13 @@ def test_the_reference_has_every_command_and_option() -> None:
             taking = {name for name, command in commands.items() if option in options(command)}
             expected = {"all": set(commands), "all on a model": on_models}.get(which, on_models - {"demo"})
             assert taking == expected, option
+
+
+def test_the_tables_of_the_reference_are_those_of_the_program(script: Callable[[str], ModuleType]) -> None:
+    """Written by a script: words of `--help`, of the errors, and of the one table of variables."""
+    assert script("reference").page(REFERENCE) == REFERENCE
+    with pytest.raises(SystemExit, match="no place for the table of errors"):
+        script("reference").page(REFERENCE.replace("<!-- errors:", "<!-- other:"))
 
 
 def test_commands_in_the_pages_exist() -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import sys
+from collections.abc import Callable
 from importlib.metadata import version
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -35,12 +34,8 @@ WITH_PAIRS = {"LTX-Video", "Lumina 2", "Qwen3-Embedding", "EmbeddingGemma", "E5-
 
 
 @pytest.fixture(scope="module")
-def matrix(repository: Path) -> ModuleType:
-    sys.path.insert(0, str(repository / "scripts"))
-    try:
-        return importlib.import_module("diffusion_matrix")
-    finally:
-        sys.path.pop(0)
+def matrix(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("diffusion_matrix")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import random
-import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -37,12 +36,8 @@ CYCLES = {"hrm_text": 4}
 
 
 @pytest.fixture(scope="module")
-def matrix(repository: Path) -> ModuleType:
-    sys.path.insert(0, str(repository / "scripts"))
-    try:
-        return importlib.import_module("support_matrix")
-    finally:
-        sys.path.pop(0)
+def matrix(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("support_matrix")
 
 
 @pytest.fixture(scope="module")

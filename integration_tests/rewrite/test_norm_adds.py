@@ -4,11 +4,9 @@ green, and what keeps a call from it is counted and said."""
 from __future__ import annotations
 
 import copy
-import importlib
 import pickle
-import sys
 from collections import Counter
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -28,12 +26,8 @@ TYPES = {  # adds behind norms in a layer of the small configuration, and those 
 
 
 @pytest.fixture(scope="module")
-def matrix(repository: Path) -> ModuleType:
-    sys.path.insert(0, str(repository / "scripts"))
-    try:
-        return importlib.import_module("support_matrix")
-    finally:
-        sys.path.pop(0)
+def matrix(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("support_matrix")
 
 
 @pytest.fixture

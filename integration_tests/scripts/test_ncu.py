@@ -50,6 +50,17 @@ def test_kernels_between_markers_belong_to_one_call(profile_counts):
     assert {row["provider"] for row in rows if row["dtype"] == "fp32"} == {"naive", "eager", "ours"}
 
 
+def test_a_profile_is_told_with_latency_rates_and_metrics(profile_counts):
+    counts = dict.fromkeys(profile_counts.METRICS, 7.0)
+    call = {"op": "rms_norm", "dtype": "fp32", "m": 1, "n": 2048, "provider": "naive", "kernels": 3, "counts": counts}
+    line = profile_counts.line_of({**call, "us": 6.0, "dram_percent": 0.5})
+    # 3 * 4 * 2048 bytes and 5 * 2048 operations in 6 microseconds.
+    assert line.startswith("rms_norm fp32 1x2048 naive: 3 kernels; 6.00 us, DRAM at 0.5 %, 4.10 GB/s, 1.71 GFLOPS; ")
+    assert line.endswith("bank conflicts 7")
+    added = profile_counts.line_of({**call, "op": "fused_add_rms_norm", "us": 6.0, "dram_percent": 0.5})
+    assert "GB/s" not in added
+
+
 @pytest.mark.parametrize("architecture", ["sm_89", "sm_90", "sm_100", "sm_120"])
 def test_the_naive_kernels_compile(script, architecture):
     naive = script("benchlib.naive")

@@ -17,7 +17,8 @@ def seeds(script):
 def shown(repository) -> dict[str, dict]:
     """The records that the page names, in its order."""
     page = (repository / "docs" / "seeds.md").read_text()
-    names = dict.fromkeys(re.findall(r"`records/([\w./-]+\.json)`", page))
+    (runs,) = re.findall(r"^Runs are those of (.*?)\.\n\n", page, flags=re.DOTALL | re.MULTILINE)
+    names = re.findall(r"`records/([\w./-]+\.json)`", runs)
     return {name: json.loads((repository / "records" / name).read_text()) for name in names}
 
 
@@ -55,12 +56,12 @@ def test_what_ran_is_what_the_record_has_tests_of(seeds):
     }
     text = seeds.targets_text([{**record, "files": listed}])
     read = "compiled, read"
-    assert cells(text, "rms_norm") == [read, read, "ran", read, read, read, "ran", "compiled", "ran"]
-    assert cells(text, "rms_norm_gated") == [*[read] * 6, "compiled", "compiled", "ran"]  # not in the record
+    assert cells(text, "rms_norm") == [read, read, "ran", read, read, read, "compiled", "ran", "compiled", "ran"]
+    assert cells(text, "rms_norm_gated") == [*[read] * 6, *["compiled"] * 3, "ran"]  # not in the record
     assert cells(text, "rms_norm_quantised")[3:6] == ["no"] * 3
     tests = {"failed": 1, "failures": ["a::b"]}
     failed = seeds.targets_text([{**record, "files": listed, "tests": tests}])
-    assert cells(failed, "rms_norm") == [*[read] * 6, "compiled", "compiled", "ran"]
+    assert cells(failed, "rms_norm") == [*[read] * 6, *["compiled"] * 3, "ran"]
     explained = {**tests, "explained": {"a::b": "the test is wrong"}}
     assert seeds.targets_text([{**record, "files": listed, "tests": explained}]) == text
 
@@ -81,9 +82,23 @@ def test_latency_bandwidth_and_rate_of_the_naive_kernels(seeds):
 
 
 def test_flashinfer_is_held_against_ours_of_one_run(seeds):
-    shape = {"op": "fused_add_rms_norm", "dtype": "bf16", "m": 4096, "n": 20480, "variant": ""}
-    kernel = {**shape, "mode": "kernel", "us": {"ours": 100.0}}
+    shape = {"op": "fused_add_rms_norm", "dtype": "bf16", "m": 4096, "n": 16384, "variant": ""}
+    kernel = {**shape, "mode": "kernel", "us": {"ours": 100.0, "theirs": 101.0}}
     cold = {**shape, "mode": "cold", "us": {"ours": 110.0, "flashinfer_cuda": 132.0}}
-    text = seeds.published_text({"kernels": [kernel, cold], "device": {"name": "test data"}})
-    row = cells(text, "20480")
-    assert row == ["100.00", "-", "-", "115.74", "-", "1.200", "-", "1.024"]
+    record = {"kernels": [kernel, cold], "device": {"name": "NVIDIA H200"}}
+    quoted = ["135.23", "133.98", "0.991"]
+    assert cells(seeds.published_text(record), "16384") == ["100.00", "101.00", "1.200", *quoted, "1.352"]
+    assert cells(seeds.published_text(record), "1024")[:3] == ["-", "-", "-"]
+    another = {**record, "device": {"name": "test data"}}
+    assert seeds.published_text(another) == seeds.MISSING
+
+
+def test_published_rows_of_other_gpus_stand_there_to_the_last(seeds):
+    """Beside ours of a GPU that has none: FlashInfer's column and the speed-up, and no ratio between two GPUs."""
+    shape = {"op": "fused_add_rms_norm", "dtype": "bf16", "m": 4096, "n": 32768, "variant": ""}
+    record = {"kernels": [{**shape, "mode": "kernel", "us": {"ours": 350.0}}], "device": {"name": "test data"}}
+    b200, h20 = seeds.other_gpus_text(record).split("**H20**")
+    assert cells(b200, "32768") == ["350.00", "-", "182.34", "225.41", "1.236"]
+    assert len(b200.split("\n| ")) == 2 + 20
+    assert len(h20.split("\n| ")) == 2 + 16
+    assert seeds.other_gpus_text({**record, "kernels": []}) == seeds.MISSING

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,19 @@ from filelock import FileLock
 sys.path.insert(0, str(Path(__file__).parent))  # modules here: test folders are not packages
 
 pytest.register_assert_rewrite("lowered_layers")
+
+
+@pytest.fixture
+def told(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """What the plugin's log says, each line once."""
+    from rmsnorm_patch.vllm_plugin import log
+    from rmsnorm_patch.vllm_plugin.passes import norm_quantised
+
+    norm_quantised._TOLD.clear()
+    log.warn_once.cache_clear()
+    logging.getLogger("vllm").propagate = True
+    caplog.set_level(logging.INFO, logger=log.logger.name)
+    return lambda: [record.getMessage() for record in caplog.records if record.name == log.logger.name]
 
 
 @pytest.fixture(scope="session")

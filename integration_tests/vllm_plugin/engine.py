@@ -110,7 +110,8 @@ def change_norms(model: torch.nn.Module, how: str) -> None:
             parameter.data = parameter.data.flip(0)
 
 
-def main(request: dict[str, Any]) -> dict[str, Any]:
+def stand_in(request: dict[str, Any]) -> None:
+    """What the request wants otherwise than this machine has it, before vLLM's engine is imported."""
     os.environ.update(request.get("variables", {}))
     import vllm
 
@@ -129,11 +130,13 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     if request.get("whole_compiler"):
         whole_compiler.install()
         fp8_products.install()
-    from vllm import LLM, SamplingParams
+
+
+def settings_of(request: dict[str, Any]) -> dict[str, Any]:
     from vllm.engine.arg_utils import EngineArgs
 
     known = {each.name for each in dataclasses.fields(EngineArgs)}
-    settings = {
+    return {
         "max_model_len": 128,
         "max_num_seqs": 4,
         "max_num_batched_tokens": 128,
@@ -145,6 +148,13 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         **request.get("engine", {}),
         **{name: value for name, value in request.get("where_known", {}).items() if name in known},
     }
+
+
+def main(request: dict[str, Any]) -> dict[str, Any]:
+    stand_in(request)
+    from vllm import LLM, SamplingParams
+
+    settings = settings_of(request)
     llm = LLM(model=request["model"], enforce_eager=request["enforce_eager"], **settings)
     sampling = SamplingParams(temperature=0, max_tokens=request["max_tokens"], ignore_eos=True, logprobs=1)
     prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]

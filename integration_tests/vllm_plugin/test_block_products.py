@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -132,15 +131,6 @@ def test_a_product_that_rounds_its_scales_otherwise_stays_what_it_was() -> None:
     assert same(made.run(), before)
     assert len(CALLS) == 2
     assert sum(block_rows.NAME in target for target in made.targets()) == 1
-
-
-@pytest.fixture
-def told(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-    norm_quantised._TOLD.clear()
-    log.warn_once.cache_clear()
-    logging.getLogger("vllm").propagate = True
-    caplog.set_level(logging.INFO, logger=log.logger.name)
-    return lambda: [record.getMessage() for record in caplog.records if record.name == log.logger.name]
 
 
 def test_a_line_for_each_site(told: Callable[[], list[str]]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +27,6 @@ from quantised_graphs import (
 )
 
 from rmsnorm_patch.numerics.quantisation import QuantSpec, rms_norm_quantised
-from rmsnorm_patch.vllm_plugin import log
 from rmsnorm_patch.vllm_plugin.decision import SPECS
 from rmsnorm_patch.vllm_plugin.passes import norm_quantised
 
@@ -154,16 +152,6 @@ def test_two_products_that_quantise_alike_read_the_same_rows() -> None:
     assert [op["both"] for op in made.quantised()] == [False]
     assert same(made.run(), before)
     assert not any("_C." in target for target in made.targets())
-
-
-@pytest.fixture
-def told(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-    """What the log says, each line once."""
-    norm_quantised._TOLD.clear()
-    log.warn_once.cache_clear()
-    logging.getLogger("vllm").propagate = True
-    caplog.set_level(logging.INFO, logger=log.logger.name)
-    return lambda: [record.getMessage() for record in caplog.records if record.name == log.logger.name]
 
 
 def _op(name: str, *rest: Any, dtype: torch.dtype = torch.float8_e4m3fn, scales: int = 1) -> Reader:

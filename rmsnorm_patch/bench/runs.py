@@ -111,6 +111,13 @@ def _row(item: Todo, present: list[providers.Provider], replays: int) -> Row:
     return {**row, "roofline_us": None if bound is None else round(bound, 4)}
 
 
+def checked(rows: Iterable[Row]) -> str:
+    """A line that counts results: those that were right and are timed, and those without a figure."""
+    rows = list(rows)
+    right, missing = (sum(len(row[key]) for row in rows) for key in ("us", "failed"))
+    return f"held against fp64 before they were timed: {right} results right, {missing} without a figure"
+
+
 def summary(rows: Iterable[Row]) -> list[str]:
     """A line for each op, mode and dtype: the best peer's time over ours."""
     groups: dict[tuple[str, str, str], list[float]] = {}

@@ -366,7 +366,7 @@ def cache_show(as_json: Json = False) -> None:
         listed = [{"key": e.key, "size_bytes": e.size, "state": e.state, "meta": e.meta} for e in entries]
         out.document({"directory": str(cache.directory()), "kernels": listed})
         if not as_json:
-            out.console.print(f"{cache.directory()}: {len(entries)} kernels")
+            out.console.print(f"{cache.directory()}: {len(entries)} compiled")
             for entry in entries:
                 out.console.print(f"  {entry.key}  {entry.size:>8} B  {entry.state}  {entry.meta}", markup=False)
 
@@ -400,7 +400,7 @@ def cache_clear(as_json: Json = False) -> None:
         removed = cache.clear()
         out.document({"removed": removed})
         if not as_json:
-            out.console.print(f"removed {removed} kernels from {cache.directory()}")
+            out.console.print(f"{removed} removed from {cache.directory()}")
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:

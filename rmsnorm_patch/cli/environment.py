@@ -41,25 +41,82 @@ def _check_launcher() -> None:
         raise UnsupportedInput(launcher.VARIABLE, repr(value), supported, "set it to one of these, or unset it")
 
 
-VARIABLES: dict[str, Callable[[], object]] = {
-    dispatch.BACKEND_VARIABLE: dispatch.requested_backend,
-    ops.COMPILE_VARIABLE: lambda: ops.compile_form("cpu"),
-    cache.DIRECTORY_VARIABLE: cache.directory,
-    cache.TIMEOUT_VARIABLE: cache.lock_timeout,
-    launch_mode.VARIABLE: launch_mode.read,
-    launcher.VARIABLE: _check_launcher,
-    settings.VARIABLE: settings.read,
-    settings.LINEAR_VARIABLE: settings.read_linear,
-    settings.QUANTISED_VARIABLE: settings.read_quantised,
-    settings.SILU_QUANTISED_VARIABLE: settings.read_silu_quantised,
-    settings.BLOCKS_VARIABLE: settings.read_blocks,
-    settings.NORM_ADD_VARIABLE: settings.read_norm_add,
-    settings.NUMERICS_VARIABLE: settings.read_numerics,
-    settings.RELEASE_VARIABLE: settings.read_tried,
-    settings.TRACE_VARIABLE: lambda: None,
-    sglang_plugin.VARIABLE: sglang_plugin.read,
+@dataclass(frozen=True)
+class Variable:
+    """check: raises for a value that means nothing. page: of the documentation, with more."""
+
+    check: Callable[[], object]
+    meaning: str
+    page: str = ""
+
+
+VARIABLES = {
+    dispatch.BACKEND_VARIABLE: Variable(
+        dispatch.requested_backend,
+        "in place of `auto`, on a CPU too: `reference`, `triton` (there with `TRITON_INTERPRET=1`) or `cuda`",
+    ),
+    ops.COMPILE_VARIABLE: Variable(
+        lambda: ops.compile_form("cpu"),
+        "in graphs of `torch.compile`: `op` (our kernels) or `decomposed` (the arithmetic, a patched model's default)",
+        "huggingface.md#compiled-models",
+    ),
+    cache.DIRECTORY_VARIABLE: Variable(
+        cache.directory, "where compiled kernels are kept; must belong to you and be writable by nobody else"
+    ),
+    cache.TIMEOUT_VARIABLE: Variable(
+        cache.lock_timeout, "seconds to wait for another process that compiles the same kernel; 120 by default"
+    ),
+    launch_mode.VARIABLE: Variable(
+        launch_mode.read,
+        "`auto` or `off`: whether kernels start before the one in front has ended (sm_90 and newer)",
+    ),
+    launcher.VARIABLE: Variable(_check_launcher, "`auto`, `c` or `python`: how kernels are started"),
+    settings.VARIABLE: Variable(settings.read, "the route in vLLM: `auto`, `ir`, `oot` or `off`", "vllm.md"),
+    settings.LINEAR_VARIABLE: Variable(
+        settings.read_linear,
+        "how far norms take over products: `auto`, `reorder` or `off`",
+        "vllm.md#products-that-come-in-parts",
+    ),
+    settings.QUANTISED_VARIABLE: Variable(
+        settings.read_quantised,
+        "engines whose products quantise their rows: `auto` serves them, `off` leaves them",
+        "vllm_quantised.md",
+    ),
+    settings.SILU_QUANTISED_VARIABLE: Variable(
+        settings.read_silu_quantised,
+        "silu_and_mul in front of a quantised product: `auto` writes rows of FP8 per token, `on` all, `off` none",
+        "vllm_quantised.md#silu_and_mul-in-front-of-the-last-product",
+    ),
+    settings.BLOCKS_VARIABLE: Variable(
+        settings.read_blocks,
+        "FP8 products that quantise blocks themselves: `auto` lets norms do it, `off` leaves their engines to vLLM",
+        "vllm_quantised.md#blocks-for-flashinfer-and-deepgemm",
+    ),
+    settings.NORM_ADD_VARIABLE: Variable(
+        settings.read_norm_add,
+        "norms and the adds behind them: `auto` joins them, `off` leaves them",
+        "vllm.md#choose-turn-off",
+    ),
+    settings.NUMERICS_VARIABLE: Variable(
+        settings.read_numerics, "whose numerics norms have in vLLM: `engine` or `huggingface`", "vllm_numerics.md"
+    ),
+    settings.RELEASE_VARIABLE: Variable(
+        settings.read_tried,
+        "a vLLM release that was not run, to be served all the same: `0.34`",
+        "vllm.md#versions",
+    ),
+    settings.TRACE_VARIABLE: Variable(
+        lambda: None,
+        "a folder: each process of an engine writes there which of our ops it called",
+        "vllm.md#is-it-on",
+    ),
+    sglang_plugin.VARIABLE: Variable(
+        sglang_plugin.read,
+        "`off`: SGLang keeps its own norms; `auto`. Of a plugin that is not installed yet",
+        "other_frameworks.md#sglang",
+    ),
 }
-"""Every variable that the package reads -> what raises for a value that means nothing."""
+"""Every variable that the package reads."""
 
 
 @dataclass(frozen=True)
@@ -231,7 +288,7 @@ def variable_fault(name: str) -> str:
         near = difflib.get_close_matches(name.removeprefix(PREFIX), ends, n=1)
         return "unknown, nothing reads it" + (f"; did you mean {PREFIX}{near[0]}?" if near else "")
     try:
-        VARIABLES[name]()
+        VARIABLES[name].check()
     except RMSNormPatchError as error:
         return str(error)
     return ""
@@ -282,6 +339,7 @@ def report(engine_arguments: Sequence[str] = ()) -> Environment:
 
         versions["rmsnorm_patch"] = __version__
     devices, vllm = tuple(map(_device, [torch.device("cpu"), *gpus])), _vllm()
+    versions["vllm"] = vllm.version  # its wheel for the CPU has another name
     return Environment(
         outlook=outlook(devices, vllm),
         python=platform.python_version(),

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import typer
+from rich.console import Console
 from rich.table import Table
 
 from ..bench.rows import Row, best_peer, gain, ours, share
@@ -73,13 +74,22 @@ def run(
                 if rows_file is not None:
                     rows_file.write_text(json.dumps(rows, indent=1))
                 step(f"{row['op']} {row['mode']} {row['m']} x {row['n']}")
+    out.document({**_machine(), "summary": runs.summary(rows), "rows": rows})
     if plot is not None:
         plots.times(rows, plot)
-    out.document({**_machine(), "summary": runs.summary(rows), "rows": rows})
     if not out.as_json:
-        out.console.print(kernel_table(rows))
-        for line in (*_failures(rows), *runs.summary(rows)):
-            out.console.print(line, markup=False, highlight=False)
+        tell(out.console, rows, plot)
+
+
+def tell(console: Console, rows: Sequence[Row], plot: Path | None) -> None:
+    """What was right, the times, what has none and why, and where the plot is."""
+    from ..bench import runs
+
+    console.print(runs.checked(rows), markup=False, highlight=False)
+    console.print(kernel_table(rows))
+    drawn = [] if plot is None else [f"drawn: {plot}"]
+    for line in (*_failures(rows), *runs.summary(rows), *drawn):
+        console.print(line, markup=False, highlight=False)
 
 
 def _warm(out: Output, request: Request, jobs: int) -> None:

@@ -30,13 +30,15 @@ class BackendName(str, Enum):
 
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder with config.json and *.safetensors.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout and nothing else.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, the rest on stderr.")]
 DtypeOption = Annotated[
     str,
     typer.Option("--dtype", parser=dtype_name, metavar="DTYPE", help="float32, bfloat16, float16; auto: as saved."),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N; auto prefers a GPU.")]
-BackendOption = Annotated[BackendName, typer.Option("--backend", help="auto: chosen per call by device and shape.")]
+BackendOption = Annotated[
+    BackendName, typer.Option("--backend", help="reference, triton or cuda; auto: by device and shape.")
+]
 Include = Annotated[list[str] | None, typer.Option("--include", help="Pattern on norm paths; may be repeated.")]
 Exclude = Annotated[list[str] | None, typer.Option("--exclude", help="Pattern on norm paths; may be repeated.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let the checkpoint's own Python code run.")]

@@ -29,6 +29,16 @@ from ..errors import (
 from .folder import BrokenCheckpoint
 
 FAILED, USAGE, UNSUPPORTED, DAMAGED, UNUSABLE, NOTHING_PROVED = 1, 2, 3, 4, 5, 6
+STATUSES = {
+    0: "done",
+    FAILED: "a proof failed, a text differs, or a cached kernel is damaged; nothing else",
+    USAGE: "wrong usage, or no folder with a model",
+    UNSUPPORTED: "a model that cannot be patched, or cannot do what the command needs",
+    DAMAGED: "a damaged checkpoint, or files that do not belong together",
+    UNUSABLE: "kernels, their cache, memory or a disk cannot be used here, or an unforeseen error",
+    NOTHING_PROVED: "nothing was proved: NaN or Inf in the logits, no position that counts, no norm that ran",
+}
+"""What each exit status means."""
 INTERRUPTED, CLOSED_PIPE = 130, 141
 """What a shell reports for a program that SIGINT and SIGPIPE ended."""
 

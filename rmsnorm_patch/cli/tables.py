@@ -67,7 +67,7 @@ def environment_tables(env: Environment) -> list[Table | Text]:
         ("versions", ", ".join(versions)),
         *([("not installed", ", ".join(missing))] if missing else []),
         ("kernel sources", env.kernels),
-        ("kernel cache", f"{env.cache.directory} ({env.cache.artefacts} kernels, {env.cache.state})"),
+        ("kernel cache", f"{env.cache.directory} ({env.cache.artefacts} compiled, {env.cache.state})"),
         ("kernel launches", env.launches),
         ("vLLM's plugin", _plugin(env)),
     ]

@@ -22,7 +22,7 @@ from .options import check_options
 from .recorded import check_recording, compare_logits, record_logits
 from .replica import replica
 from .report import FlowProof, GreedyProof, LogitProof, Proof, versions
-from .runs import FORWARD, GREEDY, Inputs, Run, can_generate, checked, device_of, dtype_of, normalise
+from .runs import FORWARD, GREEDY, Inputs, Run, can_generate, checked, device_name, dtype_of, normalise
 from .sites import SiteWatcher
 
 Reference = Literal["auto", "wide", "original"]
@@ -203,7 +203,7 @@ class _Work:
             model_class=type(self.model).__name__,
             source=source or str(getattr(getattr(self.model, "config", None), "_name_or_path", "") or ""),
             dtype=str(dtype_of(self.model)).removeprefix("torch."),
-            device=_device_name(self.model),
+            device=device_name(self.model),
             backend=self.plan.backend,
             seed=self.seed,
             versions=versions(),
@@ -387,11 +387,6 @@ def _with_files(
     if compare is not None:
         notes.append(compare_logits(model, compare).explain())
     return replace(proof, notes=tuple(notes))
-
-
-def _device_name(model: nn.Module) -> str:
-    device = device_of(model)
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def _embedding(model: nn.Module) -> nn.Module | None:

@@ -18,7 +18,7 @@ from . import flow, logits, wide
 from .options import check_path
 from .replica import replica
 from .report import versions
-from .runs import FORWARD, Inputs, Run, checked, device_of, dtype_of, normalise
+from .runs import FORWARD, Inputs, Run, checked, device_name, dtype_of, normalise
 
 FORMAT = "rmsnorm_patch logits 1"
 _VOLATILE = ("_name_or_path", "transformers_version", "_attn_implementation", "dtype", "torch_dtype", "use_cache")
@@ -91,7 +91,7 @@ def record_logits(model: nn.Module, inputs: Inputs, path: str | Path) -> None:
         "config_digest": config_digest(model),
         "weights_digest": weights_digest(model),
         "dtype": str(dtype_of(model)).removeprefix("torch."),
-        "device": _device(model),
+        "device": device_name(model),
         "own_error": repr(own),
         **versions(),
     }
@@ -209,11 +209,6 @@ def _own_error(model: nn.Module, runs: list[Run], outputs: list[torch.Tensor]) -
     return logits.errors(
         actual, [logits.rows(out, run.inputs) for out, run in zip(reference, runs, strict=True)]
     ).typical(experts)
-
-
-def _device(model: nn.Module) -> str:
-    device = device_of(model)
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def _load(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:

@@ -143,6 +143,12 @@ def device_of(model: nn.Module) -> torch.device:
     return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
 
 
+def device_name(model: nn.Module) -> str:
+    """The GPU's name, or "cpu"."""
+    device = device_of(model)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
 def dtype_of(model: nn.Module) -> torch.dtype:
     """The dtype of most of the model's floating-point parameters. (Those of a byte an element are quantised: the model
     computes in another dtype than theirs.)"""
