@@ -38,8 +38,9 @@ def bench(
     torch._dynamo.reset()
 
 
-MARKS = {"compiled": [pytest.mark.slow, pytest.mark.long], "compiled reduce-overhead with ops": pytest.mark.slow}
-"""Both flags together ask what each asks: the short form has no run with the first alone."""
+LONG = [pytest.mark.slow, pytest.mark.long]
+MARKS = {"compiled": LONG, "compiled reduce-overhead with ops": LONG}
+"""The short form of both is `test_norms_that_take_over_products_in_captured_graphs`."""
 
 FEW = ("--layers", "1", "--variants", "stock", "patched")
 """Each variant is compiled for each work, and once more to be checked."""
@@ -134,7 +135,7 @@ def test_norms_that_take_over_products_in_captured_graphs(bench: Bench, tmp_path
     bench("--batch", "2", *asked, "--json", str(target))
     (row,) = json.loads(target.read_text())
     assert list(row["tokens_per_s"]) == ["stock", "joined"]
-    assert row["work"] == "decode 2"
+    assert (row["work"], row["mode"]) == ("decode 2", "compiled reduce-overhead with ops")
     assert 0 < row["logit_error"]["joined"] != row["logit_error"]["stock"]
 
 
