@@ -89,9 +89,11 @@ def main() -> None:
     threads = os.listdir("/proc/self/task")
     if len(threads) > 1:
         sys.exit(f"{len(threads)} threads after the imports: a fork would leave a lock that nobody opens")
-    # What was imported stays: a child need not look through it, nor copy its pages, at each collection and at its end.
+    # What was imported stays: a child need not look through it, nor copy its pages, at each collection. A compiler's
+    # many objects mostly go without one.
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 20, 100)
     answer(os.getpid())
     for line in sys.stdin:
         request = json.loads(line)

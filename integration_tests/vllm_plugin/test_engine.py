@@ -87,18 +87,26 @@ def test_opaque_ops_in_the_compiled_graph_keep_the_tokens(name: str, run_engine:
     assert {(line["sum"], line["round_before_weight"]) for line in patched["trace"]} == {("fp32", "none")}
 
 
+PARALLEL = {"engine": {"tensor_parallel_size": 2}}
+
+
 def test_every_worker_of_a_parallel_engine_loads_the_plugin(run_engine: Any) -> None:
-    """Tensor parallel 2: two processes, each with one line in the log and its own calls; the tokens are stock's. vLLM
-    starts them as interpreters; stock's, of which only the tokens are asked, are forks."""
-    parallel = {"engine": {"tensor_parallel_size": 2}}
-    stock = run_engine(DATA / "tiny-llama", True, "off", forked_workers=True, **parallel)
-    patched = run_engine(DATA / "tiny-llama", True, "auto", **parallel)
-    assert stock["workers"] == {}
+    """Tensor parallel 2: two processes, which vLLM starts as interpreters, each with one line in the log and its own
+    calls; the tokens are those of one process."""
+    patched = run_engine(DATA / "tiny-llama", True, "auto", **PARALLEL)
     assert len(patched["workers"]) == 2
     for lines in patched["workers"].values():
         calls = Counter(line["op"] for line in lines)
         assert calls["fused_add_rms_norm"] == 2 * LAYERS["tiny-llama"] * calls["rms_norm"] > 0
     assert patched["log"].count("rmsnorm_patch: worker") == 2
+    assert patched["tokens"] == run_engine(DATA / "tiny-llama", True, "off")["tokens"]
+
+
+@pytest.mark.long
+def test_a_parallel_engine_has_the_logprobs_of_stocks(run_engine: Any) -> None:
+    stock = run_engine(DATA / "tiny-llama", True, "off", forked_workers=True, **PARALLEL)
+    patched = run_engine(DATA / "tiny-llama", True, "auto", **PARALLEL)
+    assert stock["workers"] == {}
     assert (patched["tokens"], patched["logprobs"]) == (stock["tokens"], stock["logprobs"])
 
 
