@@ -127,6 +127,18 @@ def test_what_around_a_call_forbids_it():
         assert guards.servable(x, weight)
 
 
+def test_no_modes_are_listed_where_there_is_none(monkeypatch):
+    """Every call of a patched norm asks, and a list of modes costs more than their number."""
+
+    def never():
+        raise AssertionError("there is no mode")
+
+    monkeypatch.setattr(guards, "function_mode_watches", never)
+    assert guards.servable(_x(), _weight())
+    with torch.device("cpu"), pytest.raises(AssertionError):
+        guards.servable(_x(), _weight())
+
+
 def test_a_compiled_region_is_served_with_grad_mode_on_where_no_gradient_is_wanted():
     x, weight = _x(), _weight()
     assert torch.is_grad_enabled()

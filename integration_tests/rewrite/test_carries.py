@@ -186,6 +186,19 @@ def test_steps_are_those_that_were_given(receiver: bool, through: bool) -> None:
     assert link.loop is (None if through else Runner.forward.__code__)
 
 
+def test_a_module_in_between_that_has_changed_is_named_before_the_caller() -> None:
+    runner, x = Runner().eval(), torch.randn(3, 8)
+    rmsnorm_patch.apply(runner, backend="reference")
+    given = step(runner, passages=(Passage.through(runner.last, True),))
+    link = handover.HandOvers([given], Runner).link(given)
+    with torch.no_grad():
+        why = layer_calls.why_kept(runner.layer, link, runner.norm, x, x)
+        assert why == "the layer was not called by the loop that was read"
+        runner.last.forward = lambda x: x
+        why = layer_calls.why_kept(runner.layer, link, runner.norm, x, x)
+        assert why.startswith("a module was hooked, wrapped, moved or put between")
+
+
 @pytest.mark.parametrize("gone", ["layer", "norm", "last", "places"])
 def test_a_step_goes_with_each_of_its_modules(gone: str) -> None:
     runner, elsewhere = Runner(), Runner()

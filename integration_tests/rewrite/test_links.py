@@ -28,6 +28,7 @@ def link_of(untaken: int) -> handover.Link:
 def test_a_new_link_has_given_nothing_and_is_in_vain_of_nothing() -> None:
     link = handover.Link()
     assert (link.given, link.untaken, link.skipped, link.shape) == (0, 0, 0, None)
+    assert (link.depth, link.caller) == (0, 0), "no stack was walked"
 
 
 def test_a_link_rests_after_so_many_in_vain_and_not_before() -> None:
@@ -138,3 +139,30 @@ def test_a_layer_at_the_bottom_of_a_threads_stack_is_called_by_no_loop(small_mod
         time.sleep(0.01)
     assert link.given == 0
     assert counts.apart.counts() == {"the layer was not called by the loop that was read": 1}
+
+
+def test_a_layer_whose_norm_is_gone_adds() -> None:
+    layer, a, b = nn.Identity(), torch.randn(3, 8), torch.randn(3, 8)
+    for state in ({}, {handover.LINK: handover.Link()}):
+        layer.__dict__[STATE] = state
+        with torch.no_grad():
+            total = layer_calls.tail(layer, a, b)
+        assert torch.equal(total, a + b)
+        assert handover.CARRIED not in total.__dict__
+
+
+def test_nothing_is_handed_over_while_gradients_are_on(small_model: Callable[..., nn.Module]) -> None:
+    """Even where no tensor asks for one: the norm would not take it."""
+    model, tokens = ready(small_model)
+    model.requires_grad_(False)
+    layer, reader = model.model.layers[:2]
+    link, counts = layer.__dict__[STATE][handover.LINK], reader.input_layernorm.__dict__[STATE][CALLS]
+    assert torch.is_grad_enabled()
+    model(tokens)
+    assert link.given == 0
+    assert counts.apart.counts() == {"a gradient may be wanted": 1}
+    reader.input_layernorm.register_forward_hook(lambda *_: None)
+    with torch.no_grad():
+        model(tokens)
+    hooked = "the norm has hooks or a forward of its own: it is called as a module"
+    assert counts.apart.counts() == {"a gradient may be wanted": 1, hooked: 1}

@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 
 import rmsnorm_patch
+from rmsnorm_patch.ops import dispatch
 from rmsnorm_patch.patch_state import STATE
 from rmsnorm_patch.rewrite import layer_calls, observe
 from rmsnorm_patch.rewrite.counts import CALLS
@@ -72,6 +73,28 @@ def test_the_ops_of_a_class_are_bound_for_its_backend(backend: str) -> None:
         [None] * 3 if backend == "reference" else [(kernel.spec.variant, backend)] * 3
     )
     assert kernel.on_cpu is (backend == "triton")
+    assert (kernel.plain.op, kernel.plain.backend) == ("rms_norm", backend)
+
+
+@pytest.mark.parametrize("compiled", ["model", "joined"])
+def test_whose_graphs_have_adds_and_norms_apart(compiled: str) -> None:
+    model = Model(True).eval()
+    rmsnorm_patch.apply(model, compiled=compiled)
+    kernel = layer_calls.kernel_of(model.norm)
+    assert kernel is not None
+    assert kernel.joined is (compiled == "joined")
+
+
+def test_a_class_of_auto_leaves_a_cpu_to_the_model_where_it_is_unpickled_under_a_variable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The ops that are bound then would take another backend."""
+    norm, _ = patched("auto")
+    monkeypatch.setenv(dispatch.BACKEND_VARIABLE, "triton")
+    kernel, x = layer_calls.NormKernel(type(norm)), torch.randn(3, 8)
+    assert kernel.fused is not None
+    assert kernel.fused.backend_for(x, norm.weight, x) == "triton"
+    assert kernel.backend(x, norm.weight, x) == "reference"
 
 
 @pytest.mark.parametrize(("backend", "serves"), [("triton", True), ("auto", False), ("reference", False)])
@@ -82,12 +105,12 @@ def test_who_computes_on_a_cpu(backend: str, serves: bool) -> None:
     assert kernel.backend(x, norm.weight, x) == ("triton" if serves else "reference")
 
 
-def test_which_dtypes_an_add_may_have() -> None:
+def test_which_dtypes_an_add_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
     _, kernel = patched("triton")
     halves, wide, double = (torch.randn(3, 8).to(dtype) for dtype in (torch.bfloat16, torch.float32, torch.float64))
     assert [kernel.adds(wide, b) for b in (wide, halves, double)] == [True, True, False]
     assert kernel.adds(halves, wide)
-    kernel.mixes = False  # as it is of the CUDA backend
+    monkeypatch.setattr(kernel, "mixes", False)  # as it is of the CUDA backend
     assert [kernel.adds(wide, b) for b in (wide, halves, double)] == [True, False, False]
 
 
