@@ -10,7 +10,8 @@
     python scripts/mutants.py merge triton there.json           adds what a run elsewhere kept with --resume there.json
 
 How each fault ended is kept in `records/mutants/ends`: a later run asks what is new, changed or was not run; with
-`--survivors` what no test saw, too; with `--fresh` all. `records/mutants/<suite>.json` has counts and each survivor.
+`--survivors` what no test saw, too; with `--fresh` all. The test that saw a fault is kept with it, and asked first the
+next time, as it is of faults that stand near. `records/mutants/<suite>.json` has counts and each survivor.
 One that is no fault stands in `scripts/mutation/equivalent.toml` with the reason. Exit status 1: another one survived.
 """
 
@@ -23,6 +24,7 @@ import random
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,41 +84,42 @@ SUITES = {
         (
             "rewrite/test_reasons.py",
             "rewrite/test_eps.py",
-            "rewrite/test_mixed_dtypes.py",
+            "rewrite/test_links.py",
+            "rewrite/test_carries.py",
+            "rewrite/test_norm_forwards.py",
             "adversarial/test_patching_training.py",
             "pairs/test_layer_forms.py",
-            "rewrite/test_links.py",
-            "rewrite/test_native_norms.py",
-            "rewrite/test_status.py",
-            "rewrite/test_native.py",
+            "pairs/test_rewritten_layers.py",
+            "pairs/test_query_key_forms.py",
             "rewrite/test_native_take.py",
-            "rewrite/test_native_norm_adds.py",
-            "rewrite/test_native_query_key.py",
             "rewrite/test_native_through.py",
-            "rewrite/test_norm_forwards.py",
+            "rewrite/test_mixed_dtypes.py",
+            "rewrite/test_native_norms.py",
+            "rewrite/test_native_norm_adds.py",
+            "rewrite/test_native.py",
+            "rewrite/test_status.py",
+            "rewrite/test_native_query_key.py",
+            "adversarial/test_patching_life_cycle.py",
             "proof/test_hand_overs_not_taken.py",
             "adversarial/test_patching_held_forwards.py",
-            "adversarial/test_patching_life_cycle.py",
-            "adversarial/test_patching_aliasing.py",
+            "proof/test_rewrite_mutants.py",
             "rewrite/test_handover.py",
             "rewrite/test_handover_links.py",
-            "rewrite/test_gated_norms.py",
+            "adversarial/test_patching_aliasing.py",
+            "pairs/test_query_key.py",
             "adversarial/test_patching_guards.py",
             "rewrite/test_pair_bits.py",
-            "rewrite/test_norm_adds.py",
-            "pairs/test_rewritten_layers.py",
             "pairs/test_through.py",
-            "pairs/test_query_key.py",
-            "pairs/test_query_key_forms.py",
+            "rewrite/test_norm_adds.py",
+            "rewrite/test_gated_norms.py",
             "adversarial/test_patching_compile.py",
-            "proof/test_rewrite_mutants.py",
         ),
         own={
             "attributes.py": ("rewrite/test_eps.py", "rewrite/test_reasons.py"),
             "guise.py": ("rewrite/test_norm_forwards.py", "rewrite/test_gated_norms.py"),
-            "guards.py": ("adversarial/test_patching_guards.py", "rewrite/test_gated_norms.py"),
-            "handover.py": ("rewrite/test_links.py", "rewrite/test_handover.py"),
-            "norms.py": ("rewrite/test_norm_forwards.py", "rewrite/test_native_norms.py", "rewrite/test_status.py"),
+            "guards.py": ("adversarial/test_patching_guards.py",),
+            "handover.py": ("rewrite/test_carries.py", "rewrite/test_links.py", "rewrite/test_handover.py"),
+            "norms.py": ("rewrite/test_norm_forwards.py", "rewrite/test_status.py", "rewrite/test_native_norms.py"),
         },
     ),
     "cuda": Suite(("kernels/cuda/*.cu", "kernels/cuda/*.cuh")),
@@ -151,15 +154,21 @@ def run_python(todo: list[Fault], outcomes: Outcomes, args: argparse.Namespace, 
         if left_out and not args.leave_out_red:
             raise SystemExit(f"mutants: red without a fault: {left_out}; MUTANTS_LOG=FILE shows why")
         outcomes.left_out = sorted({*outcomes.left_out, *left_out})
-    work = [
-        in_python.Asked(fault, [test for test in asked(fault.file) if test not in left_out], left_out) for fault in todo
-    ]
-    able = [each for each in work if each.tests]
-    for number, (each, answer) in enumerate(in_python.ends(ROOT, able, args.workers, args.seconds, stop), 1):
+    tests = {fault.file: [test for test in asked(fault.file) if test not in left_out] for fault in todo}
+    able = [fault for fault in todo if tests[fault.file]]
+
+    def work() -> Iterator[in_python.Asked]:
+        """Each when its turn comes, so that it is asked first what the ones before it died of."""
+        for fault in able:
+            first = [test for test in outcomes.likely(fault) if test not in left_out]
+            yield in_python.Asked(fault, tests[fault.file], left_out, first=first)
+
+    for number, (each, answer) in enumerate(in_python.ends(ROOT, work(), args.workers, args.seconds, stop), 1):
         assert each.fault is not None
-        outcomes.note(each.fault, answer.end)
-        by = f" by {answer.red[0]}" if answer.red else ""
-        print(f"{number}/{len(able)} {answer.end}{by} in {answer.seconds:.0f} s: {each.fault.named()}", flush=True)
+        by = answer.red[0] if answer.red and "::" in answer.red[0] else ""
+        outcomes.note(each.fault, answer.end, by)
+        told = f"{answer.end} by {by}" if by else answer.end
+        print(f"{number}/{len(able)} {told} in {answer.seconds:.0f} s: {each.fault.named()}", flush=True)
 
 
 def _red(files: list[str], args: argparse.Namespace, stop: float) -> list[str]:

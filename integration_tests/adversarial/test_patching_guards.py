@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn as nn
 from torch._subclasses import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rmsnorm_patch.rewrite import guards
@@ -18,6 +19,11 @@ from rmsnorm_patch.rewrite import guards
 
 class Seen(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+class Watching(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         return func(*args, **(kwargs or {}))
 
 
@@ -66,6 +72,7 @@ def test_what_a_kernel_may_serve(x, weight):
         (_x(), nn.Parameter(torch.empty(0), requires_grad=False), r"weight of shape \(0,\)"),
         (_x(), torch.rand(8, device="meta"), "weight on meta, input on cpu"),
         (torch.rand(3, 8, device="meta"), torch.rand(8, device="meta"), "input on meta"),
+        (torch.rand(3, 8, device="meta"), None, "input on meta"),
         (_x().as_subclass(Sub), _weight(), "input is a Sub"),
         (_x(), torch.rand(8).as_subclass(Sub), "weight is a Sub"),
         (_x().to_sparse(), _weight(), "layout"),
@@ -89,6 +96,7 @@ def test_what_around_a_call_forbids_it():
     assert not guards.servable(_x().requires_grad_(), weight)
     assert not guards.servable(_x().requires_grad_(), None)
     assert guards.servable(x, None)
+    assert guards.reason(x, None) == guards.reason(x, weight) == ""
     with torch.no_grad():
         assert guards.servable(x, wanted)
         assert guards.servable(_x().requires_grad_(), None)
@@ -99,7 +107,11 @@ def test_what_around_a_call_forbids_it():
             assert not guards.servable(x, weight)
             assert not guards.servable(x, None)
             assert guards.reason(x, weight) == "a torch dispatch mode is active"
+        with Watching():
+            assert not guards.servable(x, weight)
+            assert guards.reason(x, weight) == "a torch function mode is active"
         with torch.autocast("cpu", torch.bfloat16):
+            assert not guards.traceable(x, weight)
             assert not guards.servable(x, weight)
             assert not guards.servable(x, None)
             assert guards.reason(x, weight) == "autocast is active"
@@ -113,6 +125,18 @@ def test_what_around_a_call_forbids_it():
         torch.jit.trace(lambda t: (answers.append(guards.servable(t, weight)), t + 1)[1], (x,), check_trace=False)
         assert answers == [False]
         assert guards.servable(x, weight)
+
+
+def test_no_modes_are_listed_where_there_is_none(monkeypatch):
+    """Every call of a patched norm asks, and a list of modes costs more than their number."""
+
+    def never():
+        raise AssertionError("there is no mode")
+
+    monkeypatch.setattr(guards, "function_mode_watches", never)
+    assert guards.servable(_x(), _weight())
+    with torch.device("cpu"), pytest.raises(AssertionError):
+        guards.servable(_x(), _weight())
 
 
 def test_a_compiled_region_is_served_with_grad_mode_on_where_no_gradient_is_wanted():
@@ -134,6 +158,28 @@ def test_a_gate_forbids_a_kernel_only_where_its_gradient_is_wanted():
     with torch.no_grad():
         assert guards.gate_fits(x, gate)
         assert guards.gate_reason(x, gate) == ""
+
+
+@pytest.mark.parametrize(
+    "gate",
+    [
+        _x().as_subclass(Sub),
+        _x(torch.float64),
+        torch.randn(1, 8),
+        torch.randn(3, 8, device="meta"),
+        _x().to_sparse(),
+    ],
+)
+def test_each_difference_of_a_gate_alone_forbids_a_kernel_and_is_named(gate):
+    x = _x()
+    assert torch.is_grad_enabled()
+    assert not guards.gate_fits(x, gate)
+    assert guards.gate_reason(x, gate).startswith(f"gate is a {type(gate).__name__} {gate.dtype} ")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_gate_of_another_served_dtype_fits(dtype):
+    assert guards.gate_fits(_x(torch.bfloat16), _x(dtype))
 
 
 INTERPRETED = """

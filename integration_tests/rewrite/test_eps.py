@@ -8,6 +8,7 @@ import torch.nn as nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import rmsnorm_patch
+from rmsnorm_patch.rewrite.attributes import Attributes
 
 
 class ConstantRMSNorm(nn.Module):
@@ -56,3 +57,15 @@ def test_modules_that_differ_in_its_value_share_a_class() -> None:
     model = Layer(LlamaRMSNorm(64, eps=1e-6), LlamaRMSNorm(64, eps=0.25)).eval()
     rmsnorm_patch.apply(model)
     assert type(model.first_norm) is type(model.second_norm)
+
+
+@pytest.mark.parametrize("eps", ["eps", None])
+@pytest.mark.parametrize("constant", [0.0, 2.5e-6, None])
+def test_none_is_the_epsilon_of_fp32(eps: str | None, constant: float | None) -> None:
+    """In an attribute, whatever the class was read with, or in the code; a number there is that of the code."""
+    attributes, norm = Attributes("weight", eps, constant), LlamaRMSNorm(64)
+    norm.eps = None
+    of_none = torch.finfo(torch.float32).eps
+    assert attributes.eps_of(norm) == (constant if eps is None and constant is not None else of_none)
+    norm.eps = 0.25
+    assert (attributes.eps_of(norm) == 0.25) is (eps is not None)

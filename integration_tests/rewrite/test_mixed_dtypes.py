@@ -69,14 +69,17 @@ def test_the_taken_tensor_names_who_made_it(mamba: nn.Module) -> None:
     assert [event.backend for event in taken] == [event.backend for event in made] == ["triton"] * len(made)
 
 
-def test_what_triton_made_is_not_called_cudas(mamba: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU launcher.c takes what rides on a sum, whoever made it."""
+@pytest.mark.parametrize(("backend", "told"), [("triton", "triton"), ("cuda", "cuda"), ("", "triton")])
+def test_what_one_backend_made_is_not_called_anothers(
+    mamba: nn.Module, monkeypatch: pytest.MonkeyPatch, backend: str, told: str
+) -> None:
+    """On a GPU launcher.c takes what rides on a sum, whoever made it; its own sums name nobody."""
     norm, total, normed = mamba.backbone.norm_f, torch.randn(2, 32), torch.randn(2, 32)
     kernel = layer_calls.kernel_of(norm)
     link = handover.Link(norm)
-    handover.put(normed, total, norm, norm.weight, kernel.eps_of(norm), kernel, link, "triton")
+    handover.put(normed, total, norm, norm.weight, kernel.eps_of(norm), kernel, link, backend)
     monkeypatch.setattr(layer_calls.native, "take", lambda norm, x: x.__dict__.pop(handover.CARRIED).normed)
     events: list[observe.Event] = []
     with torch.no_grad(), observe.observing(events.append):
         assert layer_calls.entry(norm, total) is normed
-    assert [(event.kind, event.backend) for event in events] == [("taken", "triton")]
+    assert [(event.kind, event.backend) for event in events] == [("taken", told)]

@@ -37,6 +37,16 @@ def carried(patched):
         yield norm, x, normed
 
 
+def test_each_hand_over_in_c_is_counted_once(patched) -> None:
+    model, _ = patched
+    link = model.model.layers[0].__dict__["_rmsnorm_patch"][handover.LINK]
+    with torch.no_grad():
+        settle(model)
+        for given in (2, 3):
+            model(TOKENS)
+            assert link.given == given
+
+
 def test_take_gives_what_rides_there_once(carried) -> None:
     norm, x, normed = carried
     link = x.__dict__[handover.CARRIED].link

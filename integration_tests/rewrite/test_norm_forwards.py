@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 
@@ -13,10 +14,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import rmsnorm_patch
 from rmsnorm_patch import ops
+from rmsnorm_patch.numerics.gating import GateSpec
+from rmsnorm_patch.numerics.spec import LLAMA
 from rmsnorm_patch.patch_state import STATE
-from rmsnorm_patch.rewrite import guards, guise
+from rmsnorm_patch.rewrite import guards, guise, layer_calls, native, norms, observe
 from rmsnorm_patch.rewrite.counts import CALLS
 from rmsnorm_patch.rewrite.guise import MORE_ARGUMENTS
+from rmsnorm_patch.scan.plan import NormSite
 
 
 class Extra(nn.Module):
@@ -127,6 +131,104 @@ def test_each_reason_alone_sends_a_call_to_the_original(monkeypatch: pytest.Monk
         norm.__dict__["weight"] = torch.ones(32)
 
     assert because(take_away) == {"the norm's weight is not a parameter or buffer of its own": 1}
+
+
+def told(norm: nn.Module, x: torch.Tensor) -> tuple[observe.Event, torch.Tensor]:
+    """The event of one call, and what it gave."""
+    events: list[observe.Event] = []
+    with torch.no_grad(), observe.observing(events.append):
+        normed = norm(x)
+    (event,) = events
+    assert (event.kind, event.norm, event.total) == ("norm", norm, None)
+    assert event.operands[0] is x
+    assert event.normed is normed
+    return event, normed
+
+
+@pytest.mark.parametrize("backend", ["triton", "auto", "reference"])
+def test_each_way_of_a_norm_alone_is_counted_and_told(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    ops.forget()
+    x, norm = torch.randn(3, 32), Extra()
+    expected = norm(x)
+    counts = patched(norm, backend).__dict__[STATE][CALLS]
+    served = backend == "triton"
+    for count in (1, 2):
+        event, normed = told(norm, x)
+        assert (event.backend, event.reason) == ("triton" if served else "reference", "")
+        torch.testing.assert_close(normed, expected)
+        assert (counts.alone, counts.reference, counts.fallen_back.counts()) == (
+            count * served,
+            count * (not served),
+            {},
+        )
+    if served:
+        norm.eps = 1
+        event, _ = told(norm, x)
+        assert (event.backend, event.reason) == ("original", "eps is a int, no float")
+
+
+def test_the_originals_own_forward_on_the_module_makes_room() -> None:
+    """accelerate's hooks leave one there when they are taken off."""
+    norm, x = Extra(), torch.randn(3, 32)
+    norm.forward = norm.forward
+    assert "forward" in norm.__dict__
+    expected = norm(x)
+    patched(norm)
+    with torch.no_grad():
+        assert torch.equal(norm(x), expected)
+    assert norm.__dict__[STATE][CALLS].reference == 1
+
+
+def test_only_a_class_derived_from_the_patched_one_has_its_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FSDP2 and parametrisations derive one, module by module. What is held beyond a revert is the original."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    ops.forget()
+    norm, x = patched(Extra(), "triton"), torch.randn(3, 32)
+    of_patched = type(norm)
+    counts = norm.__dict__[STATE][CALLS]
+    norm.__class__ = type("Sharded", (of_patched,), {})
+    with torch.no_grad():
+        served = norm(x)
+        assert counts.alone == 1
+        norm.__class__ = Extra
+        assert torch.equal(of_patched.forward(norm, x), norm(x))
+        torch.testing.assert_close(served, norm(x))
+    assert (counts.alone, counts.reference, counts.fallen_back.counts()) == (1, 0, {})
+
+
+def test_the_first_call_on_a_device_lets_the_c_functions_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The op has a table of theirs from then on."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    ops.forget()
+    norm, x, table = patched(Extra(), "triton"), torch.randn(3, 32), object()
+    run = type(norm)._rmsnorm_patch_run
+    enrolled: list[tuple[object, ...]] = []
+    monkeypatch.setattr(native, "enroll_alone", lambda *given: enrolled.append(given))
+    with torch.no_grad():
+        norm(x)
+        assert not enrolled
+        monkeypatch.setattr(run, "table", table)
+        norm(x)
+    assert enrolled == [(type(norm), layer_calls.kernel_of(norm), table)]
+
+
+def test_what_a_class_is_specialised_on() -> None:
+    """An eps that an attribute has is none of it, and a gated norm is not joined."""
+    spec = dataclasses.replace(LLAMA, eps=2.5e-6)
+    site = NormSite("norm", "Extra", spec, "fuse", "", eps_attribute="eps", weight_attribute="weight")
+    for compiled in ("model", "joined"):
+        key = norms.key_of(site, "auto", compiled)
+        assert key == (spec.variant, "weight", "eps", "auto", None, compiled)
+    constant = dataclasses.replace(site, eps_attribute=None)
+    assert norms.key_of(constant, "triton").spec is spec
+    gated = dataclasses.replace(site, gating=GateSpec("silu", "norm_first"))
+    assert norms.key_of(gated, "auto", "joined").compiled == "model"
+
+
+def test_no_later_kernelize_puts_a_kernel_over_a_patched_class() -> None:
+    norm = patched(Extra())
+    assert type(norm).kernel_condition(norm) is False
 
 
 def targets(norm: nn.Module, x: torch.Tensor) -> list[str]:

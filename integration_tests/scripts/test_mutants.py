@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -187,7 +189,8 @@ print(*sorted(noted), sep=chr(10))
 
 
 def test_tests_see_the_fault_and_nobody_else_does(repository: Path, tmp_path: Path):
-    """A fault of the rewrite layer in a program of its own: one that kills, one that does not, and the right source."""
+    """A fault of the rewrite layer in a program of its own: one that kills, one that does not, and the right source. A
+    test that is asked first is one of those asked; one that is no longer there kills nothing."""
     test = tmp_path / "test_it.py"
     test.write_text(
         "from rmsnorm_patch.rewrite import handover\n\ndef test_it():\n    assert handover.MAX_UNTAKEN == 64\n"
@@ -209,34 +212,65 @@ work.append(in_python.Asked(None, [test]))
 answers = [answer for _, answer in in_python.ends(root, work, 1, 120)]
 without = in_python.Asked(work[0].fault, [test], left_out=answers[0].red)
 answers += [answer for _, answer in in_python.ends(root, [without], 1, 120)]
+other = Path(test).with_name("test_other.py")
+other.write_text("def test_other(): pass")
+for fault, first in ((work[0].fault, "test_it"), (None, "test_it"), (work[0].fault, "test_that_was")):
+    asked = in_python.Asked(fault, [str(other)], first=[f"{test}::{first}"])
+    answers += [answer for _, answer in in_python.ends(root, [asked], 1, 120)]
 print(*(f"{answer.end} {len(answer.red)} {answer.passed}" for answer in answers), sep=chr(10))
 print(list(in_python.ends(root, work, 2, 120, stop=0.0)))
 """
     words = [sys.executable, "-c", program, repository, test]
     done = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["killed 1 0", "survived 0 1", "survived 0 1", "survived 0 0", "[]"]
+    told = ["killed 1 0", "survived 0 1", "survived 0 1", "survived 0 0"]
+    first = ["killed 1 0", "survived 0 1", "survived 0 1"]
+    assert done.stdout.splitlines() == [*told, *first, "[]"]
     assert "MAX_UNTAKEN = 64" in (repository / "rmsnorm_patch/rewrite/handover.py").read_text()
 
 
-def test_hung_children_and_what_they_started_are_ended(repository: Path, tmp_path: Path):
-    test = tmp_path / "test_it.py"
-    test.write_text(
-        "import subprocess, sys, time\n\ndef test_it():\n"
-        "    child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
-        f"    open({str(tmp_path / 'pid')!r}, 'w').write(str(child.pid))\n    time.sleep(600)\n"
-    )
-    program = """
+WAITING = """
 import sys, time
 from pathlib import Path
 sys.path[:0] = [sys.argv[1] + "/scripts"]
 from mutation import in_python
-print([answer.end for _, answer in in_python.ends(Path(sys.argv[1]), [in_python.Asked(None, [sys.argv[2]])], 1, 20)])
+work, seconds = [in_python.Asked(None, [sys.argv[2]])], float(sys.argv[3])
+print([answer.end for _, answer in in_python.ends(Path(sys.argv[1]), work, 1, seconds)])
 """
-    words = [sys.executable, "-c", program, repository, test]
-    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=True)
+
+
+def waiting(repository: Path, tmp_path: Path, seconds: int) -> list[str]:
+    """A program that runs one test, which starts a process and waits for it."""
+    test = tmp_path / "test_it.py"
+    test.write_text(
+        "import os, subprocess, sys, time\n\ndef test_it():\n"
+        "    child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        f"    open({str(tmp_path / 'new')!r}, 'w').write(str(child.pid))\n"
+        f"    os.replace({str(tmp_path / 'new')!r}, {str(tmp_path / 'pid')!r})\n    time.sleep(600)\n"
+    )
+    return [sys.executable, "-c", WAITING, str(repository), str(test), str(seconds)]
+
+
+def runs(pid: str) -> bool:
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "Z (zombie)" not in status.read_text()
+
+
+def test_hung_children_and_what_they_started_are_ended(repository: Path, tmp_path: Path):
+    done = subprocess.run(waiting(repository, tmp_path, 20), capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "['hung']"
-    status = Path(f"/proc/{(tmp_path / 'pid').read_text()}/status")
-    assert not status.exists() or "Z (zombie)" in status.read_text()
+    assert not runs((tmp_path / "pid").read_text())
+
+
+def test_a_run_that_is_ended_leaves_no_process(repository: Path, tmp_path: Path):
+    with subprocess.Popen(waiting(repository, tmp_path, 1200), stdout=subprocess.PIPE, text=True) as program:
+        while not (tmp_path / "pid").exists():
+            assert program.poll() is None
+            time.sleep(0.05)
+        pid = (tmp_path / "pid").read_text()
+        assert runs(pid)
+        program.terminate()
+        assert program.wait() == 128 + signal.SIGTERM
+    assert not runs(pid)
 
 
 def test_outcomes_are_resumed_and_merged(mutants, script, tmp_path):
@@ -266,3 +300,25 @@ def test_outcomes_are_resumed_and_merged(mutants, script, tmp_path):
     assert [late.of(fault) for fault in (first, third)] == ["survived", None]
     with pytest.raises(SystemExit, match="not of cuda"):
         outcomes.Outcomes(mutants.ROOT, "cuda", mutants.faults("cuda")).take(tmp_path / "here")
+
+
+def test_what_saw_a_fault_or_its_nearest_is_asked_first_next_time(mutants, script, tmp_path):
+    """In a file that has changed since, too."""
+    outcomes = script("mutation.outcomes")
+    faults = mutants.faults("layer_calls")
+    of_one = [fault for fault in faults if fault.file == faults[0].file]
+    here = outcomes.Outcomes(mutants.ROOT, "layer_calls", faults, tmp_path / "here")
+    here.note(of_one[0], "killed", "a.py::first")
+    here.note(of_one[1], "killed")
+    here.note(of_one[4], "killed", "a.py::fifth")
+    here.note(of_one[5], "killed", "a.py::fifth")
+    here.note(faults[-1], "killed", "a.py::elsewhere")
+    held = (tmp_path / "here").read_text()
+    (tmp_path / "here").write_text(held.replace(here._sources[faults[0].file], "0" * 64))
+    again = outcomes.Outcomes(mutants.ROOT, "layer_calls", faults)
+    again.take(tmp_path / "here")
+    assert again.of(of_one[0]) is None
+    assert again.likely(of_one[0]) == ["a.py::first", "a.py::fifth"]
+    assert again.likely(of_one[0], 1) == ["a.py::first"]
+    assert again.likely(of_one[5]) == again.likely(of_one[8]) == ["a.py::fifth", "a.py::first"]
+    assert again.likely(faults[-1]) == ["a.py::elsewhere"]

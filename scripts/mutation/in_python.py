@@ -42,12 +42,13 @@ def import_heavy() -> None:
 @dataclass(frozen=True)
 class Asked:
     """One child's work. tests: files, the likeliest to go red first. left_out: tests that are not run. to_the_end: go
-    on behind a red test."""
+    on behind a red test. first: ids of tests that are asked before any file is collected; unknown ids ask nothing."""
 
     fault: Fault | None
     tests: Sequence[str]
     left_out: Sequence[str] = ()
     to_the_end: bool = False
+    first: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,10 @@ def ends(
     root: Path, work: Iterable[Asked], workers: int, seconds: float, stop: float = float("inf")
 ) -> Iterator[tuple[Asked, Answer]]:
     """Each piece of work and how it ended, `workers` at a time. seconds: of one child. stop: monotonic time at which
-    what still runs is killed and gets no answer."""
+    what still runs is killed and gets no answer, as it is by SIGTERM."""
     waiting, running = iter(work), [_Child() for _ in range(workers)]
     folder = Path(tempfile.mkdtemp(prefix="mutants-"))
+    before = signal.signal(signal.SIGTERM, _leave)
     try:
         exhausted = False
         while time.monotonic() < stop:
@@ -88,6 +90,11 @@ def ends(
         for child in running:
             child.kill()
         shutil.rmtree(folder, ignore_errors=True)
+        signal.signal(signal.SIGTERM, before)
+
+
+def _leave(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
 
 
 class _Child:
@@ -152,6 +159,7 @@ class _Report:
 def _become(root: Path, asked: Asked, folder: Path) -> None:
     """Of the child: never returns."""
     os.setpgid(0, 0)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.chdir(root)
     log = os.open(os.environ.get("MUTANTS_LOG", os.devnull), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1), os.dup2(log, 2)
@@ -161,15 +169,28 @@ def _become(root: Path, asked: Asked, folder: Path) -> None:
     tempfile.tempdir = None
     if asked.fault is not None:
         put(root / asked.fault.file, asked.fault.applied((root / asked.fault.file).read_text()))
+    report = folder / "report.json"
+    apart = os.fork() if asked.first else 0  # what a test leaves behind in its process is seen by no other run
+    if apart:
+        _, how = os.waitpid(apart, 0)
+        if how or not report.exists() or json.loads(report.read_text())["red"]:
+            os._exit(0)
+        report.unlink()
+    tests = asked.first if asked.first and not apart else asked.tests
+    with contextlib.suppress(BaseException):
+        report.write_text(json.dumps(_asked(tests, asked)))
+    os._exit(0)
+
+
+def _asked(tests: Sequence[str], asked: Asked) -> dict[str, Any]:
+    """Run tests in this process: what they came to."""
     import pytest
 
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not gpu and not long"]
     options += [f"--deselect={name}" for name in asked.left_out] + ([] if asked.to_the_end else ["-x"])
     report = _Report()
-    with contextlib.suppress(BaseException):
-        status = int(pytest.main([*options, *asked.tests], plugins=[report]))
-        (folder / "report.json").write_text(json.dumps({"status": status, **vars(report)}))
-    os._exit(0)
+    status = int(pytest.main([*options, *tests], plugins=[report]))
+    return {"status": status, **vars(report)}
 
 
 def put(path: Path, text: str) -> None:
