@@ -48,7 +48,8 @@ from .expressions import is_projection, only_shapes
 from .recompile import Rewritten, compiled, substitute
 from .rotation import Rotation, confirm, rotation_behind
 from .source import ForwardSource, NoSource, read_forward
-from .trace import holds, trace_reached, written_by
+from .sums import written_by
+from .trace import holds, trace_reached
 
 HELPERS = ("together", "query_key", "rotated")
 """Names of the functions that a rewritten forward calls; who compiles it hands them over."""
