@@ -224,6 +224,103 @@ def test_last_norms(runner: type[nn.Module], x: torch.Tensor) -> None:
     patched_counts(model, x)
 
 
+class Holder(nn.Module):
+    """Without a forward: it only holds modules."""
+
+    def __init__(self, **modules: nn.Module) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+
+class HeldLayers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        made = Model(Function)
+        self.backbone = Holder(layers=made.layers, norm=made.norm)
+        self.eval()
+
+    def forward(self, x):
+        for layer in self.backbone.layers:
+            x = layer(x)
+        return self.backbone.norm(x)
+
+
+class Stages(Runner):
+    def __init__(self) -> None:
+        super().__init__()
+        first, second, third = self.layers
+        parts = [Holder(blocks=nn.ModuleList(blocks)) for blocks in ([first, second], [third])]
+        self.layers = nn.ModuleList(parts)
+
+    def forward(self, x):
+        for stage in self.layers:
+            for block in stage.blocks:
+                x = block(x)
+        return self.norm(x)
+
+
+class StagesByIndex(Stages):
+    def forward(self, x):
+        for at in range(len(self.layers)):
+            for number in range(len(self.layers[at].blocks)):
+                x = self.layers[at].blocks[number](x)
+        return self.norm(x)
+
+
+class HeldNorms(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = Holder(first=self.norm1, second=self.norm2)
+        del self.norm1, self.norm2
+
+    def forward(self, x):
+        x = x + self.mixer(self.norms.first(x))
+        return x + self.mlp(self.norms.second(x))
+
+
+HELD = {
+    HeldLayers: {"in_layer/fuse": 3, "cross_layer/fuse": 2, "final/leave": 1},
+    Stages: {"in_layer/fuse": 3, "cross_layer/fuse": 2, "final/fuse": 1},
+    StagesByIndex: {"in_layer/fuse": 3, "cross_layer/fuse": 2, "final/fuse": 1},
+    HeldNorms: {"in_layer/leave": 3, "cross_layer/leave": 2, "final/fuse": 1},
+}
+
+
+@pytest.mark.parametrize("made", HELD, ids=lambda made: made.__name__)
+def test_modules_in_one_that_has_no_forward(made: type[nn.Module], x: torch.Tensor) -> None:
+    model = Model(made) if issubclass(made, Base) else made()
+    counts = rmsnorm_patch.plan(model).counts()
+    assert {name: count for name, count in counts.items() if not name.startswith("norm")} == HELD[made]
+    handed_over = HELD[made].get("cross_layer/fuse", 0) + HELD[made].get("final/fuse", 0)
+    assert patched_counts(model, x)["taken/reference"] == handed_over
+
+
+class Doubling(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x).mul_(2.0)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("made", [HeldLayers, Stages])
+def test_a_held_layer_that_is_wrapped_after_apply(made: type[nn.Module], x: torch.Tensor, mode) -> None:
+    def wrap(model: nn.Module) -> None:
+        blocks = model.backbone.layers if made is HeldLayers else model.layers[0].blocks
+        blocks[1] = Doubling(blocks[1])
+
+    model, other = made(), made()
+    rmsnorm_patch.apply(model, backend="reference")
+    with mode():
+        model(x.clone())
+        for each in (model, other):
+            wrap(each)
+        assert torch.equal(model(x.clone()), other(x.clone()))
+
+
 class Decorated(Base):
     @torch.no_grad()
     def forward(self, x):

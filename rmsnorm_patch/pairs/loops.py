@@ -58,7 +58,9 @@ class LayerLoop:
 
 def layer_loops(parent: nn.Module, cls: type) -> list[LayerLoop]:
     """The loops in the forward of `parent`, whose unpatched class is `cls`."""
-    if not any(isinstance(child, (nn.ModuleList, nn.ModuleDict, nn.Sequential)) for child in parent.children()):
+    if not any(
+        isinstance(child, nn.Sequential) or type(child).forward is nn.Module.forward for child in parent.children()
+    ):
         return []
     try:
         source = read_forward(cls)

@@ -20,8 +20,6 @@ from .source import NoSource, read_forward
 from .trace import COPIED, SECOND, CallOrder, trace_calls
 from .writes import Between
 
-CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-
 _SEVERAL = "its sum may be read by different norms"
 _INDIRECT = "the layer is called by another function than the forward that was read"
 _UNREAD = "the loop that runs the layer was not read for this norm"
@@ -65,7 +63,8 @@ class PlannedStep:
 def is_container(module: nn.Module) -> bool:
     """Whether it only holds modules, or runs them in turn: it has no forward of its own."""
     cls = original_class(type(module))
-    return issubclass(cls, CONTAINERS) and cls.forward in (nn.ModuleList.forward, nn.Sequential.forward)
+    in_turn = issubclass(cls, nn.Sequential) and cls.forward is nn.Sequential.forward
+    return in_turn or cls.forward is nn.Module.forward  # type: ignore[attr-defined]
 
 
 def is_sequence(module: nn.Module) -> bool:

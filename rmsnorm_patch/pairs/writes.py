@@ -35,6 +35,7 @@ _COMPUTING_NOTHING = frozenset(
 )
 """Packages whose own functions write to no tensor but through torch's operations."""
 _VALUES = (torch.Tensor, list, tuple, dict, set, str)
+_LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 _DEPTH = 6
 _UNKNOWN = object()
 
@@ -114,7 +115,9 @@ class Between:
         if isinstance(found, nn.Module):
             return self._in_forward(found, depth + 1)
         if isinstance(found, _Children):
-            return next((writer for child in found if (writer := self._in_forward(child, depth + 1))), "")
+            modules = [child for child in found if isinstance(child, nn.Module)]
+            others = "" if len(modules) == len(found) else written
+            return others or next((writer for each in modules if (writer := self._in_forward(each, depth + 1))), "")
         if isinstance(found, MethodType) and isinstance(found.__func__, FunctionType):
             return self._in_function(found.__func__, found.__self__, depth + 1)
         if isinstance(found, FunctionType):
@@ -164,14 +167,18 @@ class _Names:
     def _attribute(self, node: ast.Attribute) -> Any:
         of = self.value(node.value)
         try:
+            if isinstance(of, _Children):
+                return _Children(getattr(each, node.attr) for each in of) or _UNKNOWN
             return _UNKNOWN if of is _UNKNOWN else getattr(of, node.attr)
         except Exception:  # the model's own properties: whatever they raise, the value is unknown
             return _UNKNOWN
 
 
 def _modules_in(value: Any) -> _Children:
-    is_list = isinstance(value, (nn.ModuleList, nn.ModuleDict, nn.Sequential))
-    return value if isinstance(value, _Children) else _Children(value.children() if is_list else ())
+    """What a list of modules holds, or each of several lists; what is one of several modules stays so."""
+    several = value if isinstance(value, _Children) else (value,) if isinstance(value, _LISTS) else ()
+    held = (tuple(each.children()) if isinstance(each, _LISTS) else (each,) for each in several)
+    return _Children(module for modules in held for module in modules)
 
 
 def _defined_in(function: FunctionType) -> str:
