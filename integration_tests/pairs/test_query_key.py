@@ -210,3 +210,16 @@ def test_an_eps_changed_after_apply_is_read(qwen3) -> None:
     patched = outputs(qwen3)
     rmsnorm_patch.revert(qwen3)
     assert same(patched, outputs(qwen3))
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3_text", "exaone4", "hunyuan_v1_dense"])
+def test_a_dtype_that_no_kernel_takes(small_model, kind: str, backend) -> None:
+    """The plan says so; the model is patched with its own arithmetic."""
+    model = small_model(kind, torch.float64, num_hidden_layers=3, **FORMS[kind])
+    before = outputs(model)
+    sites = rmsnorm_patch.apply(model, backend=backend).plan.query_key
+    assert sites
+    assert {site.action for site in sites} == {"leave"}
+    assert {site.reason for site in sites} == {"weights of float64: no kernel takes that"}
+    assert same(before, outputs(model))

@@ -74,6 +74,9 @@ KINDS = {
     "WeakKeyDictionary({LlamaDecoderLayer: 1})": "FOUND",
     "WeakSet([LlamaDecoderLayer])": "FOUND",
     "{'llama': {LlamaDecoderLayer: 1}}": "FOUND['llama']",
+    "{**dict.fromkeys(range(20)), LlamaDecoderLayer: 1}": "FOUND",
+    "{*range(20), LlamaDecoderLayer}": "FOUND",
+    "{**dict.fromkeys(range(200)), 'llama': {**dict.fromkeys('abcdefghi'), LlamaDecoderLayer: 1}}": "FOUND['llama']",
 }
 
 
@@ -121,6 +124,18 @@ def test_what_is_registered_after_the_module_was_read_is_seen(small_model, libra
     rmsnorm_patch.apply(model)
     layer = type(model.model.layers[0])
     assert (blocks.LATE[layer], blocks.NEW[layer]) == (1, 2)
+
+
+def test_a_class_that_joins_a_table_of_others_is_seen(small_model, library):
+    blocks = library("joined_library", "TABLE = {'name': 1}\nNAMES = {'name'}\n")
+    model = small_model("llama")
+    assert not _notes(rmsnorm_patch.plan(model), "joined_library")
+    blocks.TABLE[LlamaDecoderLayer] = 1
+    blocks.NAMES.add(LlamaRMSNorm)
+    assert len(_notes(rmsnorm_patch.plan(model), "joined_library")) == 2
+    rmsnorm_patch.apply(model)
+    assert type(model.model.layers[0]) in blocks.TABLE
+    assert type(model.model.norm) in blocks.NAMES
 
 
 def test_an_entry_of_the_patched_class_itself_is_kept(small_model, library):

@@ -151,47 +151,6 @@ def assigned_names(statements: list[ast.stmt]) -> set[str]:
     return names
 
 
-def possible_pairs(tree: ast.FunctionDef, norms: frozenset[str]) -> list[tuple[ast.AST, str]]:
-    """(an add, the norm that may read it) in any form and on any path: what to name where no trace can tell."""
-    self_name = next((a.arg for a in (*tree.args.posonlyargs, *tree.args.args)), "")
-    sums: dict[str, ast.AST] = {}
-    found: dict[str, ast.AST] = {}
-
-    def add_in(value: ast.AST) -> ast.AST | None:
-        if isinstance(value, ast.Name):
-            return sums.get(value.id)
-        if isinstance(value, (ast.NamedExpr, ast.Starred)):
-            return add_in(value.value)
-        if isinstance(value, (ast.Tuple, ast.List, ast.IfExp)):
-            return next((add for child in ast.iter_child_nodes(value) if (add := add_in(child)) is not None), None)
-        name = getattr(value.func, "attr", getattr(value.func, "id", "")) if isinstance(value, ast.Call) else ""
-        binary = isinstance(value, ast.BinOp) and isinstance(value.op, ast.Add)
-        return value if binary or name in ("add", "add_", "__add__", "__iadd__") else None
-
-    nodes = [node for node in ast.walk(tree) if isinstance(node, (ast.stmt, ast.expr))]
-    nodes.sort(key=lambda n: (n.end_lineno, n.end_col_offset, -n.lineno, -n.col_offset))  # as they are finished
-    turns = 2 if any(isinstance(node, (ast.For, ast.While)) for node in nodes) else 1
-    for _ in range(turns):
-        for node in nodes:
-            if isinstance(node, (ast.Assign, ast.AnnAssign, ast.NamedExpr)) and node.value is not None:
-                add = add_in(node.value)
-                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-                names = assigned_names([ast.Expr(target) for target in targets])
-                sums.update({} if add is None else dict.fromkeys(names, add))
-            elif isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Add) and isinstance(node.target, ast.Name):
-                sums[node.target.id] = node
-            elif isinstance(node, ast.Call):
-                if isinstance(node.func, ast.Attribute) and node.func.attr in ("add_", "__iadd__"):
-                    # `x.add_(y)`, `torch.Tensor.add_(x, y)`
-                    for written in (node.func.value, *node.args[: len(node.args) > 1]):
-                        if isinstance(written, ast.Name):
-                            sums[written.id] = node
-                argument, attribute = _only_argument(node), self_attribute(node.func, self_name)
-                if argument is not None and attribute in norms and (add := add_in(argument)) is not None:
-                    found.setdefault(attribute or "", add)
-    return [(add, attribute) for attribute, add in found.items()]
-
-
 def _only_argument(call: ast.Call) -> ast.expr | None:
     """What a call with one argument is given."""
     given = [*call.args, *(keyword.value for keyword in call.keywords if keyword.arg is not None)]

@@ -11,11 +11,12 @@ import torch.nn as nn
 
 from ..patch_state import foreign, original_class
 from ..scan.plan import Action, NormSite, PairSite
-from .dataflow import Add, Flow, NormCall, analyse, possible_pairs
+from .dataflow import Add, Flow, NormCall, analyse
+from .guesses import may_return_a_sum, possible_entries, possible_pairs
 from .norm_add import NormAdd, norm_adds
 from .recompile import HELPERS, LayerKey, rewrite
 from .source import ForwardSource, NoSource, read_forward
-from .trace import SELDOM, Pair, Trace, holds, trace_layer
+from .trace import ALONE, Pair, Trace, holds, trace_layer
 
 
 def _uncalled(*operands: object) -> None:
@@ -69,6 +70,15 @@ class Layer:
             return None
         return next((call for call in self.flow.entries if call.attr == self.trace.entry), None)
 
+    def possible_entries(self) -> list[NormSite]:
+        """The norms that may read its argument, where no trace tells."""
+        norms = [call.attr for call in self.flow.entries] or possible_entries(self.source.tree, frozenset(self.below))
+        return [self.below[path] for path in norms]
+
+    def may_return_a_sum(self) -> bool:
+        """The same for its last add."""
+        return self.flow.tail is not None or may_return_a_sum(self.source.tree)
+
     def confirm(self) -> None:
         """Ask the trace; where it and the source do not name the same pairs, `reason` says so."""
         obstacle = foreign(self.module)
@@ -93,7 +103,7 @@ class Layer:
         for pair in sorted(() if self.trace is None else self.trace.pairs):
             if not any(pair.norm == attr and holds(node, pair.line) for node, attr in known):
                 why = f"a trace of its forward found a pair at line {pair.line} that its source does not show"
-                yield pair, pair.how if pair.how == SELDOM else f"{why}: {pair.how}" if pair.how else why
+                yield pair, pair.how if pair.how in ALONE else f"{why}: {pair.how}" if pair.how else why
 
     def _added(self, made: NormAdd) -> bool:
         pairs = () if self.trace is None else self.trace.norm_adds
@@ -114,7 +124,9 @@ def read_layer(path: str, module: nn.Module, below: dict[str, NormSite]) -> Laye
     if not obstacle:
         layer.confirm()
     shown = flow.in_layer or flow.refused or added or flow.tail is not None or flow.entries
-    guessed = layer.trace is None and possible_pairs(source.tree, frozenset(norms))
+    guessed = layer.trace is None and (
+        possible_pairs(source.tree, frozenset(below)) or layer.possible_entries() or layer.may_return_a_sum()
+    )
     traced = layer.trace is not None and (layer.trace.pairs or layer.trace.norm_adds)
     return layer if shown or guessed or traced else None
 
@@ -132,10 +144,9 @@ def in_layer_sites(layer: Layer) -> Iterator[PairSite]:
         yield PairSite("in_layer", layer.path, layer.norm_path(attr), "leave", why, layer.source.where(node))
     if layer.trace is None:
         known = {norm.attr for _, norm in layer.flow.in_layer} | {attr for _, attr, _ in layer.flow.refused}
-        for node, attr in possible_pairs(layer.source.tree, layer.norm_attributes - known):
-            yield PairSite(
-                "in_layer", layer.path, layer.norm_path(attr), "leave", layer.reason, layer.source.where(node)
-            )
+        for node, path in possible_pairs(layer.source.tree, frozenset(layer.below) - known):
+            site = layer.below[path]
+            yield PairSite("in_layer", layer.path, site.path, "leave", layer.reason, layer.source.where(node))
     for pair, why in layer.unshown():
         where = layer.source.at(pair.line)
         yield PairSite("in_layer", layer.path, layer.below[pair.norm].path, "leave", why, where)

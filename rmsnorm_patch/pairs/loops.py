@@ -31,7 +31,8 @@ class LoopCode:
     layers: the expression that it runs over. index: (a variable, what it counts) where `layers` is one layer's
     expression, by that variable; else None. state: the name that carries the hidden states. passive: nothing in the
     body but the call can touch them. final: the attribute of the norm that reads them after the loop, or "".
-    final_passive: nothing runs between the last call and it.
+    final_passive: nothing runs between the last call and it. called: how the layer is written. body, after: the
+    statements of the loop, and those behind it up to the norm's.
     """
 
     layers: ast.expr
@@ -40,21 +41,26 @@ class LoopCode:
     passive: bool
     final: str
     final_passive: bool
+    called: frozenset[str]
+    body: tuple[ast.stmt, ...]
+    after: tuple[ast.stmt, ...]
 
 
 @dataclass(frozen=True)
 class LayerLoop:
-    """`modules` in the order in which they run; the rest as in LoopCode."""
+    """`modules` in the order in which they run, and the norm behind them; the rest is in `code`, of `source`."""
 
     modules: tuple[nn.Module, ...]
-    passive: bool
     final: nn.Module | None
-    final_passive: bool
+    code: LoopCode
+    source: ForwardSource
 
 
 def layer_loops(parent: nn.Module, cls: type) -> list[LayerLoop]:
     """The loops in the forward of `parent`, whose unpatched class is `cls`."""
-    if not any(isinstance(child, (nn.ModuleList, nn.ModuleDict, nn.Sequential)) for child in parent.children()):
+    if not any(
+        isinstance(child, nn.Sequential) or type(child).forward is nn.Module.forward for child in parent.children()
+    ):
         return []
     try:
         source = read_forward(cls)
@@ -65,7 +71,7 @@ def layer_loops(parent: nn.Module, cls: type) -> list[LayerLoop]:
         modules = _modules(code, parent, source)
         if modules:
             final = parent._modules.get(code.final) if code.final else None
-            found.append(LayerLoop(modules, code.passive, final, code.final_passive))
+            found.append(LayerLoop(modules, final, code, source))
     return found
 
 
@@ -79,9 +85,12 @@ def loops_of(source: ForwardSource) -> list[LoopCode]:
                 for layer, expression, index in _candidates(statement):
                     body = _read_body(statement, layer)
                     if body is not None:
-                        state, passive = body
-                        final, quiet = _final_norm(block[at + 1 :], state, self_name)
-                        found.append(LoopCode(expression, index, state, passive, final, quiet and passive))
+                        behind = tuple(block[at + 1 :])
+                        final, quiet, last = _final_norm(behind, body.state, self_name)
+                        called, after = frozenset((layer, *body.names)), behind[: last + 1]
+                        state, passive = body.state, body.passive
+                        ends = final, quiet and passive, called, tuple(statement.body), after
+                        found.append(LoopCode(expression, index, state, passive, *ends))
     return found
 
 
@@ -152,22 +161,22 @@ def _evaluate(expression: ast.expr, source: ForwardSource, names: dict[str, Any]
     return eval(code, {"__builtins__": {}, **_FUNCTIONS}, names)
 
 
-def _read_body(loop: ast.For, layer: str) -> tuple[str, bool] | None:
-    """(name of the hidden states, passive) where each turn hands the layer's result to the next one."""
+def _read_body(loop: ast.For, layer: str) -> _Body | None:
+    """What was read where each turn hands the layer's result to the next one."""
     reader = _Body(layer)
     reader.block(loop.body)
-    if reader.state is None or reader.results.get(reader.state) not in ("first", "output"):
-        return None
-    return reader.state, reader.passive
+    return reader if reader.state and reader.results.get(reader.state) in ("first", "output") else None
 
 
 class _Body:
     """Follows `x = layer(x, ...)`, `x, ... = layer(x)`, `out = layer(x); x = out[0]` through one turn of the loop.
-    layer: how it is written, a name or `self.layers[i]`; a name that it is assigned to stands for it too."""
+    layer: how it is written, a name or `self.layers[i]`; a name that it is assigned to (`names`) stands for it too.
+    state: the name of the hidden states."""
 
     def __init__(self, layer: str) -> None:
         self.layer = layer
-        self.state: str | None = None
+        self.names: set[str] = set()
+        self.state = ""
         self.results: dict[str, str] = {}
         self.passive = True
 
@@ -206,6 +215,7 @@ class _Body:
         kind = self._kind(value)
         if isinstance(target, ast.Name):
             self.results[target.id] = kind
+            self.names.update([target.id] if kind == "layer" else [])
         elif isinstance(target, ast.Tuple) and target.elts and isinstance(target.elts[0], ast.Name):
             self._forget([ast.Expr(target)])
             self.results[target.elts[0].id] = "first" if kind == "output" else ""
@@ -233,12 +243,12 @@ class _Body:
         return isinstance(node, (ast.Name, ast.Subscript)) and ast.unparse(node) == self.layer
 
     @staticmethod
-    def _argument(call: ast.Call) -> str | None:
+    def _argument(call: ast.Call) -> str:
         given = call.args[0] if call.args else None
         for keyword in call.keywords:
             if given is None and keyword.arg in ("hidden_states", "x", "hidden_state"):
                 given = keyword.value
-        return given.id if isinstance(given, ast.Name) else None
+        return given.id if isinstance(given, ast.Name) else ""
 
     def _forget(self, statements: list[Any]) -> None:
         for name in assigned_names(statements):
@@ -256,18 +266,18 @@ def _harmless(expression: ast.expr) -> bool:
     return not any(isinstance(node, _CODE) for node in ast.walk(expression))
 
 
-def _final_norm(statements: list[ast.stmt], state: str, self_name: str) -> tuple[str, bool]:
-    """(attribute of the first module called on `state` alone, nothing ran before it)."""
+def _final_norm(statements: tuple[ast.stmt, ...], state: str, self_name: str) -> tuple[str, bool, int]:
+    """(attribute of the first module called on `state` alone, nothing ran before it, which statement calls it)."""
     passive = True
-    for statement in statements:
+    for at, statement in enumerate(statements):
         for node in ast.walk(statement):
             if isinstance(node, ast.Call) and len(node.args) == 1 and not node.keywords:
                 attribute = self_attribute(node.func, self_name)
                 given = node.args[0]
                 if attribute and isinstance(given, ast.Name) and given.id == state:
                     direct = isinstance(statement, (ast.Assign, ast.Return)) and statement.value is node
-                    return attribute, passive and direct
+                    return attribute, passive and direct, at
         if state in assigned_names([statement]):
-            return "", False
+            break
         passive = passive and is_passive(statement)
-    return "", False
+    return "", False, -1

@@ -3,6 +3,8 @@ from a trace of it (`trace`), and through the modules that only pass a sum on (a
 
 from __future__ import annotations
 
+import ast
+from collections import ChainMap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -15,9 +17,8 @@ from .dataflow import runs_first
 from .layer import Layer
 from .loops import LayerLoop, layer_loops
 from .source import NoSource, read_forward
-from .trace import COPIED, CallOrder, trace_calls
-
-CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+from .trace import COPIED, SECOND, CallOrder, trace_calls
+from .writes import Between
 
 _SEVERAL = "its sum may be read by different norms"
 _INDIRECT = "the layer is called by another function than the forward that was read"
@@ -62,7 +63,8 @@ class PlannedStep:
 def is_container(module: nn.Module) -> bool:
     """Whether it only holds modules, or runs them in turn: it has no forward of its own."""
     cls = original_class(type(module))
-    return issubclass(cls, CONTAINERS) and cls.forward in (nn.ModuleList.forward, nn.Sequential.forward)
+    in_turn = issubclass(cls, nn.Sequential) and cls.forward is nn.Sequential.forward
+    return in_turn or cls.forward is nn.Module.forward  # type: ignore[attr-defined]
 
 
 def is_sequence(module: nn.Module) -> bool:
@@ -93,8 +95,8 @@ class Ends(NamedTuple):
     def of(cls, layer: Layer) -> Ends:
         """What the layer's trace says of both ends."""
         if layer.trace is None:
-            site = next((layer.norms[call.attr] for call in layer.flow.entries), None)
-            tail = None if layer.flow.tail is None else layer
+            site = next(iter(layer.possible_entries()), None)
+            tail = layer if layer.may_return_a_sum() else None
             return cls(tail, site, receiver=layer, why=layer.reason, closed=layer.reason)
         entry = layer.below.get(layer.trace.entry) or layer.below.get(layer.trace.copied)
         copied = layer.trace.entry not in layer.below and entry is not None
@@ -112,7 +114,10 @@ class Order:
         self.paths = paths
         self.layers = {id(layer.module): layer for layer in layers}
         self.sites = sites
+        self.at = {site.path: site for site in sites.values()}
+        self.second = dict(_seconds(layer) for layer in self.layers.values())
         self.ends = {key: Ends.of(layer) for key, layer in self.layers.items()}
+        self.between = Between(ChainMap[int, object](self.ends, self.sites))  # type: ignore[arg-type]
         self.steps: list[PlannedStep] = []
         self.apart: list[PairSite] = []
 
@@ -154,6 +159,11 @@ class Order:
             else:
                 several = "its sum may be read by different norms: more than one loop runs it"
                 apart += [step.left(several) for step in same]
+        handed = [*((step.kind, step.layer.path, step.site) for step in steps)]
+        handed += [(pair.kind, pair.layer, self.at[pair.norm]) for pair in apart]
+        for kind, layer, site in handed:
+            others = self.second.get(site.path, ()) if kind == "cross_layer" else ()
+            apart += [PairSite(kind, layer, other.path, "leave", SECOND) for other in others]
         return steps, apart
 
     def _read_loop(self, parent: nn.Module, loop: LayerLoop) -> None:
@@ -164,17 +174,20 @@ class Order:
             step = self._step(parent, module, reader) if reader is loop.final or id(reader) not in self.sites else None
             if step is None:
                 continue
-            why = self._no_tail(step, module, reader, loop.modules)
+            step = replace(step, passive=_is_passive(step, loop))
+            why = self._no_tail(step, module, reader, loop.modules) or self._writer_between(step, loop)
             if why:
                 self.apart.append(step.left(why))
             else:
-                self.steps.append(replace(step, passive=_is_passive(step, loop)))
+                self.steps.append(step)
 
     def _close(self, parent: nn.Module) -> None:
         """The ends of a module that runs layers in a loop, so that pairs with norms and sums outside have a line. None
         of them is handed over: the link of a layer in the loop asks for the loop's frame alone."""
         try:
-            calls = trace_calls(parent, original_class(type(parent)), read_forward(original_class(type(parent))))
+            calls = trace_calls(
+                parent, original_class(type(parent)), read_forward(original_class(type(parent))), self.sites
+            )
         except NoSource:
             return
         for module, reader in (*calls.passes, *calls.seldom):
@@ -191,7 +204,7 @@ class Order:
         try:
             if foreign(parent) is not None:
                 return
-            calls = trace_calls(parent, cls, read_forward(cls))
+            calls = trace_calls(parent, cls, read_forward(cls), self.sites)
         except NoSource:
             return
         for module in calls.first.union(*calls.passes, *calls.seldom, {module for _, module in calls.sums}):
@@ -234,7 +247,7 @@ class Order:
             direct = module not in calls.indirect
             step = self._step(parent, module, reader) if direct and not others else None
             if step is not None:
-                why = self._no_tail(step, module, reader, ())
+                why = self._no_tail(step, module, reader, ()) or self._writer_between(step, None)
                 if not why:
                     self.steps.append(step)
                 elif step.layer.trace is not None and step.layer.trace.tail:
@@ -272,9 +285,35 @@ class Order:
             return "the loop runs it more than once"
         if layer.flow.tail is not None and layer.flow.tail.shared:
             return layer.flow.tail.shared
+        if not layer.source.passes_results:
+            return "a decorator around its forward may see and change what it returns"
         if layer.live_tail() is None:
             return "what it returns is not the sum of its last add alone"
         return self.ends.get(id(module), _NOTHING).why or self.ends.get(id(reader), _NOTHING).closed
+
+    def _writer_between(self, step: PlannedStep, loop: LayerLoop | None) -> str:
+        """What between the add and the norm of `step` keeps the one from computing what the other would, in words, or
+        ""."""
+        if step.passive:
+            return ""
+        layer, entry = step.layer, None if step.receiver is None else step.receiver.live_entry()
+        read = self.between
+        found = ""
+        if not layer.flow.tail_passive and (tail := layer.live_tail()) is not None:
+            found = read.writer_in(_behind(layer.source.tree, tail.node), layer.source.function, layer.module)
+        for module in (*step.leaves, *step.enters):
+            found = found or read.writer_in_forward(module, decorated=True)
+        found = found or (read.writer_in_forward(step.parent) if loop is None else "")
+        if loop is not None:
+            nodes = (*loop.code.body, *(loop.code.after if step.receiver is None else ()))
+            found = found or read.writer_in(nodes, loop.source.function, step.parent, loop.code.called)
+        if step.receiver is not None and entry is not None:
+            source = step.receiver.source
+            found = found or read.writer_around(source.wrappers)
+            early = _in_front(source.tree, entry.node)
+            found = found or read.writer_in(early, source.function, step.receiver.module)
+        what = "may write to the sum, and no version would show it, or change how the norm computes"
+        return found and f"between the layer and the norm, {found} {what}"
 
     def _list_apart(self, module: nn.Module, reader: nn.Module, why: str) -> None:
         """The line of a pair that no step and no other line has."""
@@ -309,6 +348,16 @@ class Order:
                 self.apart.append(PairSite("in_layer", path, site.path, "leave", _ELSEWHERE, code.at(line)))
 
 
+def _seconds(layer: Layer) -> tuple[str, list[NormSite]]:
+    """The path of the norm that reads the layer's argument, and the norms that read it after that one."""
+    if layer.trace is None:
+        entries = layer.possible_entries()
+    else:
+        paths = (layer.trace.entry or layer.trace.copied, *layer.trace.others)
+        entries = [layer.below[path] for path in paths if path]
+    return (entries[0].path if entries else ""), entries[1:]
+
+
 def _passes(loop: LayerLoop) -> Iterator[tuple[nn.Module, nn.Module]]:
     """(a module that the loop runs, the one that reads its result)."""
     after = [*loop.modules[1:], *([] if loop.final is None else [loop.final])]
@@ -321,9 +370,22 @@ def _is_passive(step: PlannedStep, loop: LayerLoop) -> bool:
     if step.leaves or step.enters or not (step.layer.flow.tail_passive and step.layer.source.passes_results):
         return False
     if step.receiver is None:
-        return loop.final_passive
+        return loop.code.final_passive
     source, entry = step.receiver.source, step.receiver.live_entry()
-    return loop.passive and entry is not None and runs_first(source.tree, entry) and source.passes_results
+    return loop.code.passive and entry is not None and runs_first(source.tree, entry) and source.passes_results
+
+
+def _behind(tree: ast.FunctionDef, last: ast.AST) -> Iterator[ast.expr]:
+    """The expressions that are written behind `last`."""
+    end = last.end_lineno, last.end_col_offset  # type: ignore[attr-defined]
+    return (n for n in ast.walk(tree) if isinstance(n, ast.expr) and (n.lineno, n.col_offset) >= end)
+
+
+def _in_front(tree: ast.FunctionDef, first: ast.AST) -> Iterator[ast.expr]:
+    """The expressions of the body that end in front of `first`."""
+    start = first.lineno, first.col_offset  # type: ignore[attr-defined]
+    expressions = (node for statement in tree.body for node in ast.walk(statement) if isinstance(node, ast.expr))
+    return (n for n in expressions if (n.end_lineno or 0, n.end_col_offset or 0) <= start)
 
 
 def _children(module: nn.Module) -> Iterator[nn.Module]:

@@ -41,6 +41,7 @@ import torch.nn as nn
 
 from ..backends.cuda.schedules import no_kernel, schedules
 from ..backends.names import Backend
+from ..numerics.spec import SUPPORTED_DTYPES
 from ..patch_state import foreign, original_class
 from ..scan.plan import Action, NormSite, QueryKeySite
 from .dataflow import NormCall, analyse, assigned_names, is_passive
@@ -48,7 +49,8 @@ from .expressions import is_projection, only_shapes
 from .recompile import Rewritten, compiled, substitute
 from .rotation import Rotation, confirm, rotation_behind
 from .source import ForwardSource, NoSource, read_forward
-from .trace import holds, trace_reached, written_by
+from .sums import written_by
+from .trace import holds, trace_reached
 
 HELPERS = ("together", "query_key", "rotated")
 """Names of the functions that a rewritten forward calls; who compiles it hands them over."""
@@ -150,6 +152,8 @@ class Attention:
         n, other, dtype = query.hidden_size, key.hidden_size, getattr(torch, query.weight_dtype or "bfloat16")
         if n is None or other is None:  # weightless norms: the call shows it
             return ""
+        if dtype not in SUPPORTED_DTYPES:
+            return f"weights of {query.weight_dtype}: no kernel takes that"
         if n != other:
             return f"rows of {n} and of {other}: one launch takes rows of one length"
         return "" if schedules(OP, dtype, n, _OLDEST) else f"rows of {n}: {no_kernel(OP, dtype, n, _OLDEST)}"

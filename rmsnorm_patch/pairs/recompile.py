@@ -121,6 +121,7 @@ def compiled(
 ) -> Rewritten:
     """`tree`, the changed forward of `source`, under the decorators of `source`. helpers: what it calls as
     `_rmsnorm_<name>`. Raises NoSource."""
+    _check_names_are_its_own(tree)
     _ask_class(tree)
     patched = types.CellType()
 
@@ -133,6 +134,18 @@ def compiled(
     made = _compile(tree, source.function, called)
     namespace = {"forward": _decorate(made, source), "_rmsnorm_patch_forward": made}
     return Rewritten(namespace, functools.partial(setattr, patched, "cell_contents"))
+
+
+_ASKING = ("currentframe", "dir", "eval", "exec", "locals", "vars", "_getframe")
+"""Functions that show a forward the names of its variables, to which a rewritten one adds some."""
+
+
+def _check_names_are_its_own(tree: ast.FunctionDef) -> None:
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+        of_an_object = name in ("dir", "vars") and (call.args or isinstance(call.func, ast.Attribute))
+        if name in _ASKING and not of_an_object:
+            raise NoSource(f"it may ask for its own variables by {name}(), line {call.lineno}")
 
 
 def _ask_class(tree: ast.FunctionDef) -> None:

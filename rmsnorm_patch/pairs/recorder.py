@@ -7,8 +7,8 @@ import functools
 import inspect
 import operator
 import sys
-from collections.abc import Iterator
-from types import CodeType
+from collections.abc import Container, Iterator
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -21,23 +21,48 @@ EVERYWHERE = "everywhere"
 
 
 class Recorder(GraphAppendingTracer):
-    """Records nodes and the line of the forward that each comes from. norms: id of a module -> its path."""
+    """Records nodes and the line of the forward that each comes from. norms: id of a module -> its path. watched: ids
+    of the norms whose forward may be called as a function. weights_read: path of a norm whose tensors the forward
+    itself reads -> the line."""
 
-    def __init__(self, code: CodeType, norms: dict[int, str]) -> None:
+    def __init__(self, code: CodeType, norms: dict[int, str], watched: Container[int] = ()) -> None:
         super().__init__(torch.fx.Graph())
         self.code = code
         self.norms = norms
+        self.watched = watched or norms
+        self.weights_read: dict[str, int] = {}
 
     def proxy(self, node: torch.fx.Node) -> Proxy:
         return _Value(node, self)
 
     def create_node(self, *arguments: Any, **named: Any) -> torch.fx.Node:
         node = super().create_node(*arguments, **named)
-        frame = sys._getframe()
-        while frame is not None and frame.f_code is not self.code:
-            frame = frame.f_back  # type: ignore[assignment]
-        node.meta["line"] = 0 if frame is None else frame.f_lineno
+        node.meta["line"], inside = self._place()
+        if inside is not None:
+            node.meta["inside"] = inside
         return node
+
+    def reads(self, module: nn.Module) -> None:
+        """Somebody reads a tensor of `module`."""
+        line, inside = self._place()
+        if inside is not module and id(module) in self.norms:
+            self.weights_read.setdefault(self.norms[id(module)], line)
+
+    def _place(self) -> tuple[int, nn.Module | None]:
+        """The line of the forward that runs now, and the norm whose own code it has called as a function."""
+        frame: FrameType | None = sys._getframe(2)
+        inside = None
+        while frame is not None and frame.f_code is not self.code:
+            inside = self._norm_running_in(frame) or inside
+            frame = frame.f_back
+        return (0 if frame is None else frame.f_lineno), inside
+
+    def _norm_running_in(self, frame: FrameType) -> nn.Module | None:
+        """The norm whose own method `frame` is: `LlamaRMSNorm.forward(self.norm, x)` is no call of the module."""
+        first = frame.f_locals.get(frame.f_code.co_varnames[0]) if frame.f_code.co_argcount else None
+        module = first.__dict__["_module"] if type(first) is Leaf else first
+        is_norm = isinstance(module, nn.Module) and id(module) in self.watched
+        return module if is_norm and frame.f_globals is not globals() else None
 
     def create_arg(self, value: Any) -> Any:
         if isinstance(value, Proxy):
@@ -104,6 +129,10 @@ class Leaf:
             return functools.reduce(lambda state, child: child(state), self, arguments[0])
         return self._called(sys._getframe(1).f_code, arguments, named)
 
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        """As `self.norm.forward(x)`, or `type(self.norm).forward(self.norm, x)`."""
+        return self._called(sys._getframe(1).f_code, arguments, named)
+
     def _has_norms(self) -> bool:
         """Whether it runs norms of the traced layer: then what they read is wanted, and not what it reads itself."""
         own_forward = type(self._module).forward is not nn.Sequential.forward
@@ -134,9 +163,9 @@ class Leaf:
         if name in ("values", "children", "items", "named_children"):
             named = [(key, self._wrapped(key, child)) for key, child in self._module._modules.items()]
             return lambda: iter([child for _, child in named] if name in ("values", "children") else named)
-        if name == "forward":
-            return lambda *given, **named: self._called(sys._getframe(1).f_code, given, named)
         value = getattr(self._module, name)
+        if isinstance(value, torch.Tensor):
+            self._recorder.reads(self._module)
         if inspect.ismethod(value) and value.__self__ is self._module:
             return functools.partial(self._run, value)
         return self._wrapped(name, value)

@@ -23,7 +23,8 @@ from ..numerics import rotation
 from .dataflow import NormCall, assigned_names, is_passive
 from .expressions import moves_nothing, reads_attributes
 from .source import ForwardSource, parse
-from .trace import holds, written_by
+from .sums import written_by
+from .trace import holds
 
 _PROBE = (2, 3, 16)
 """Batch, length and N of the probes; the symbols have this N too."""

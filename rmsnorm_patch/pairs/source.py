@@ -10,6 +10,7 @@ import inspect
 import textwrap
 import types
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +67,23 @@ class NoSource(Exception):
 
 def read_forward(cls: type) -> ForwardSource:
     """The forward that instances of `cls` run, inherited or not. Raises NoSource."""
+    *around, function = _chain(cls)
+    wrappers = tuple(w for w in around if not any(_is_made_by(hook, w) for hook in _hooks(cls)))
+    return ForwardSource(function, wrappers, parse(function))
+
+
+def rewrapping_hooks(cls: type) -> list[types.FunctionType]:
+    """Each `__init_subclass__` of `cls` that put a wrapper around its forward: a new subclass gets one of its own
+    (`GradientCheckpointingLayer`)."""
+    try:
+        around = _chain(cls)[:-1]
+    except NoSource:
+        return []
+    return [hook for hook in _hooks(cls) if any(_is_made_by(hook, wrapper) for wrapper in around)]
+
+
+def _chain(cls: type) -> list[types.FunctionType]:
+    """The forward of `cls` and what its decorators wrap, outermost first. Raises NoSource."""
     outermost = getattr(cls, "forward", None)
     if not isinstance(outermost, types.FunctionType):
         raise NoSource(f"{cls.__qualname__}.forward is {type(outermost).__name__}, not a Python function")
@@ -74,20 +92,18 @@ def read_forward(cls: type) -> ForwardSource:
         if inner in chain:
             raise NoSource(f"{cls.__qualname__}.forward: its decorators wrap each other in a circle")
         chain.append(inner)
-    function = chain[-1]
-    wrappers = tuple(w for w in chain[:-1] if not _rewrapped_by_subclassing(cls, w))
-    return ForwardSource(function, wrappers, parse(function))
+    return chain
 
 
-def _rewrapped_by_subclassing(cls: type, wrapper: types.FunctionType) -> bool:
-    """True where an `__init_subclass__` of `cls` made the wrapper: a new subclass gets its own
-    (`GradientCheckpointingLayer`)."""
+def _hooks(cls: type) -> Iterator[types.FunctionType]:
     for base in cls.__mro__:
-        hook = vars(base).get("__init_subclass__")
-        code = getattr(getattr(hook, "__func__", None), "__code__", None)
-        if code is not None and wrapper.__code__ in code.co_consts:
-            return True
-    return False
+        hook = getattr(vars(base).get("__init_subclass__"), "__func__", None)
+        if isinstance(hook, types.FunctionType):
+            yield hook
+
+
+def _is_made_by(hook: types.FunctionType, wrapper: types.FunctionType) -> bool:
+    return wrapper.__code__ in hook.__code__.co_consts
 
 
 def parse(function: types.FunctionType) -> ast.FunctionDef:

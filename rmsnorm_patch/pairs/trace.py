@@ -12,6 +12,7 @@ import ast
 import copy
 import inspect
 import operator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -23,18 +24,17 @@ from torch.fx.proxy import Proxy
 
 from .recorder import EVERYWHERE, Leaf, Recorder, ShapeRecorder
 from .source import ForwardSource, NoSource
+from .sums import added, copied_from, how_added, how_copied, is_add, is_copy, written_by
 
 _CONTAINERS = (dict, list, set)
-_ADDS = (operator.add, operator.iadd, torch.add)
-_COPIES = frozenset(
-    "bfloat16 clone contiguous detach double float half reshape to type type_as view view_as".split()  # noqa: SIM905
-)
-"""Methods whose result holds what the tensor held, in other memory, dtype or shape, or is the tensor itself."""
-_ATEN_ADDS = (torch.ops.aten.add, torch.ops.aten.add_)
-_ADD_METHODS = ("add", "add_", "__add__", "__radd__", "__iadd__")
 COPIED = "the norm reads a copy of its sum"
 NAMED = "the norm reads it under a name in what the layer returns"
 SELDOM = "it runs only where an optional argument is given"
+SECOND = "another norm reads the same sum first"
+UNUSED = "its forward reads the norm's weight, and does not call the norm"
+ALONE = (SELDOM, SECOND, UNUSED)
+"""What says by itself why a pair is left."""
+INSIDE = "the norm's forward is called as a function"
 _MASKS = "transformers.masking_utils"
 """Its functions make attention masks. They branch on values, and no hidden state comes out of them."""
 
@@ -54,6 +54,7 @@ class Trace:
 
     tail: line of the add whose sum was returned as the hidden state; 0 where it was none.
     entry: path of the norm that reads the layer's argument; "" where none does. copied: the same for a copy of it.
+    others: the norms that read the argument, or a copy of it, after that.
     norm_adds: adds of what a norm computed, and that norm.
     """
 
@@ -62,6 +63,7 @@ class Trace:
     entry: str
     copied: str = ""
     norm_adds: frozenset[Pair] = frozenset()
+    others: tuple[str, ...] = ()
 
 
 class CallOrder(NamedTuple):
@@ -100,16 +102,16 @@ def trace_layer(module: nn.Module, cls: type, source: ForwardSource, norms: froz
     return replace(usual, pairs=usual.pairs | {pair._replace(how=pair.how or SELDOM) for pair in seldom})
 
 
-def trace_calls(module: nn.Module, cls: type, source: ForwardSource) -> CallOrder:
-    """Run the forward of `module` on proxies, without its optional arguments and with them. Raises NoSource where it
-    can be run in neither way."""
+def trace_calls(module: nn.Module, cls: type, source: ForwardSource, norms: Container[int]) -> CallOrder:
+    """Run the forward of `module` on proxies, without its optional arguments and with them. norms: ids of the model's.
+    Raises NoSource where it can be run in neither way."""
     first, last, indirect, apart, sums = set(), set(), set(), set(), set()
     tail = 0
     runs: list[set[tuple[nn.Module, nn.Module]]] = []
     failed: list[NoSource] = []
     for optional in (False, True):
         try:
-            recorder, argument, returned = _run(module, cls, source, {}, optional)
+            recorder, argument, returned = _run(module, cls, source, {}, optional, norms)
         except NoSource as reason:
             failed.append(reason)
             continue
@@ -118,23 +120,28 @@ def trace_calls(module: nn.Module, cls: type, source: ForwardSource) -> CallOrde
         if isinstance(returned, Proxy):
             if (producer := _producer(returned.node)) is not None:
                 last.add(producer)
-            tail = tail or (returned.node.meta["line"] if _is_add(returned.node) else 0)
+            tail = tail or (returned.node.meta["line"] if is_add(returned.node) else 0)
         for node in recorder.graph.nodes:
             if node.op == "call_module":
                 if not node.meta["direct"]:
                     indirect.add(node.meta["module"])
                 given = next(iter((*node.args, *node.kwargs.values())), None)
-                producer = _producer(given)
+                is_copied = isinstance(given, torch.fx.Node) and is_copy(given)
+                producer = None if is_copied else _producer(given)
                 if producer is not None:
                     passes.add((producer, node.meta["module"]))
                 elif given is argument.node:
                     first.add(node.meta["module"])
                 elif isinstance(given, torch.fx.Node):
-                    value = _copied_from(given)
+                    value = copied_from(given)
                     if (producer := _producer(value, by_name=True)) is not None:
                         apart.add((producer, node.meta["module"], NAMED if value is given else COPIED))
-                    elif _is_add(value):
+                    elif is_add(value):
                         sums.add((value.meta["line"], node.meta["module"]))
+            elif (inside := node.meta.get("inside")) is not None:
+                outside = _from_outside(node, inside)
+                producers = (_producer(copied_from(given), by_name=True) for given in outside)
+                apart.update((producer, inside, INSIDE) for producer in producers if producer is not None)
     if not runs:
         raise failed[0]
     usual, seldom = frozenset(runs[-1]), frozenset(runs[0] - runs[-1])
@@ -176,10 +183,15 @@ def _producer(node: Any, by_name: bool = False) -> nn.Module | None:
 
 
 def _run(
-    module: nn.Module, cls: type, source: ForwardSource, norms: dict[int, str], optional: bool
+    module: nn.Module,
+    cls: type,
+    source: ForwardSource,
+    norms: dict[int, str],
+    optional: bool,
+    watched: Container[int] = (),
 ) -> tuple[Recorder, Proxy, Any]:
     """What was recorded, the hidden states given and those returned. optional: give arguments that are None else."""
-    recorder = Recorder(source.function.__code__, norms)
+    recorder = Recorder(source.function.__code__, norms, watched)
     arguments, named = _arguments(recorder, source, optional)
     try:
         returned = _without_masks(source.function, recorder)(_stand_in(recorder, module, cls), *arguments, **named)
@@ -271,85 +283,64 @@ def _read(recorder: Recorder, argument: Proxy, returned: Any, norms: frozenset[s
         """The value that `node`'s tensor has the numbers of, and how they came there, or ""."""
         found, how = value(node), ""
         while isinstance(found, torch.fx.Node):
-            if _is_copy(found):
-                found, how = value(found.args[0]), f"the norm reads it through .{found.target}"
+            if is_copy(found):
+                found, how = value(found.args[0]), how_copied(found)
             elif found.target is operator.setitem and found.args[1] == EVERYWHERE:
                 found, how = value(found.args[2]), "it is written into another tensor"
             else:
                 break
         return found, how
 
-    readers: dict[Any, Pair] = {}
-    copied = ""
+    readers: dict[Any, dict[str, Pair]] = {}
     norm_adds: set[Pair] = set()
     for node in recorder.graph.nodes:
-        given = [*node.args, *node.kwargs.values()]
-        if _is_add(node):
-            for norm in map(value, _operands(node)):
+        if is_add(node):
+            for norm in map(value, added(node)):
                 if norm.op == "call_module" and norm.target in norms:
                     shared = "something else reads the norm's result" if len(norm.users) > 1 else ""
-                    norm_adds.add(Pair(node.meta["line"], norm.target, shared or _how(node)))
-        if node.op == "call_module" and node.target in norms and len(given) == 1:
-            read, how = source_of(given[0])
+                    norm_adds.add(Pair(node.meta["line"], norm.target, shared or how_added(node)))
+        for path, given in _given_to_norms(recorder, node):
+            read, how = source_of(given)
             line = read.meta["line"] if isinstance(read, torch.fx.Node) else 0
-            readers.setdefault(read, Pair(line, node.target, how))
-            if how and read is argument.node:
-                copied = copied or node.target
+            pair = Pair(line, path, how or (INSIDE if node.op != "call_module" else ""))
+            readers.setdefault(read, {}).setdefault(path, pair)
         target = written_by(node)
         if target is not None:
             tensors[node] = tensors.get(target, target)
             written[tensors[node]] = node
-    pairs = {pair._replace(how=pair.how or _how(node)) for node, pair in readers.items() if _is_add(node)}
-    last = value(returned.node) if isinstance(returned, Proxy) else None
-    tail = last.meta["line"] if last is not None and _is_add(last) else 0
-    first = readers.get(argument.node)
-    entry = first.norm if first is not None and not first.how else ""
-    return Trace(frozenset(pairs), tail, entry, "" if entry else copied, frozenset(norm_adds))
+    pairs: set[Pair] = set()
+    for node, found in readers.items():
+        if is_add(node):
+            first, *more = found.values()
+            pairs.add(first._replace(how=first.how or how_added(node)))
+            pairs.update(pair._replace(how=SECOND) for pair in more)
+    called = {path for found in readers.values() for path in found}
+    unused = recorder.weights_read.keys() - called
+    pairs.update(Pair(recorder.weights_read[path], path, UNUSED) for path in unused)
+    last = source_of(returned.node)[0] if isinstance(returned, Proxy) else None
+    tail = last.meta["line"] if last is not None and is_add(last) else 0
+    of_argument = [*readers.get(argument.node, {}).values()]
+    entry = next((pair.norm for pair in of_argument[:1] if pair.how in ("", INSIDE)), "")
+    copied = "" if entry else next((pair.norm for pair in of_argument if pair.how not in ("", INSIDE)), "")
+    others = tuple(pair.norm for pair in of_argument if pair.norm not in (entry, copied))
+    return Trace(frozenset(pairs), tail, entry, copied, frozenset(norm_adds), others)
 
 
-def _is_copy(node: torch.fx.Node) -> bool:
-    return node.op == "call_method" and node.target in _COPIES and isinstance(node.args[0], torch.fx.Node)
+def _given_to_norms(recorder: Recorder, node: torch.fx.Node) -> Iterator[tuple[str, torch.fx.Node]]:
+    """(a norm's path, what it is given), where `node` is a call of it, or the first step of its forward that reads
+    something from outside."""
+    if node.op == "call_module":
+        arguments = [*node.args, *node.kwargs.values()]
+        norm = recorder.norms.get(id(node.meta["module"]))
+        if norm is not None and len(arguments) == 1:
+            yield norm, arguments[0]  # type: ignore[misc]
+    elif (inside := node.meta.get("inside")) is not None:
+        yield from ((recorder.norms[id(inside)], given) for given in _from_outside(node, inside))
 
 
-def _copied_from(node: torch.fx.Node) -> torch.fx.Node:
-    while _is_copy(node):
-        node = node.args[0]  # type: ignore[assignment]
-    return node
-
-
-def _is_add(node: Any) -> bool:
-    if not isinstance(node, torch.fx.Node):
-        return False
-    if node.op == "call_function":
-        named = node.target in _ADDS or getattr(node.target, "overloadpacket", node.target) in _ATEN_ADDS
-    else:
-        named = node.op == "call_method" and node.target in _ADD_METHODS
-    return named and len(_operands(node)) == 2 and all(isinstance(side, torch.fx.Node) for side in _operands(node))
-
-
-def _operands(node: torch.fx.Node) -> list[Any]:
-    named = [node.kwargs[name] for name in ("self", "input", "other") if name in node.kwargs]
-    return [*node.args[:2], *named][:2]
-
-
-def written_by(node: torch.fx.Node) -> torch.fx.Node | None:
-    """What an operation in place writes to."""
-    if isinstance(out := node.kwargs.get("out"), torch.fx.Node):
-        return out
-    method = node.op == "call_method" and isinstance(node.target, str) and node.target.endswith("_")
-    method = method and (node.target == "__iadd__" or not str(node.target).startswith("__"))
-    first = node.args[0] if node.args else None
-    operation = getattr(node.target, "overloadpacket", node.target) is torch.ops.aten.add_
-    writes = method or operation or node.target in (operator.iadd, operator.setitem)
-    return first if writes and isinstance(first, torch.fx.Node) else None
-
-
-def _how(node: torch.fx.Node) -> str:
-    if "alpha" in node.kwargs or len(node.args) > 2:
-        return "it scales what it adds (alpha)"
-    if "out" in node.kwargs:
-        return "it writes to a given tensor (out)"
-    return f"it is written as a method call (.{node.target})" if node.op == "call_method" else ""
+def _from_outside(node: torch.fx.Node, inside: nn.Module) -> list[torch.fx.Node]:
+    """What `node`, a step of the forward of `inside`, reads that this forward has not made."""
+    return [given for given in node.all_input_nodes if given.meta.get("inside") is not inside]
 
 
 def holds(node: ast.AST, line: int) -> bool:

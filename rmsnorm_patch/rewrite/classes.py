@@ -11,6 +11,7 @@ A class is built by a factory from (original class, key). The key is plain data,
 from __future__ import annotations
 
 import copyreg
+from abc import ABCMeta
 from collections.abc import Callable, Hashable, Mapping
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ import torch.nn as nn
 
 from .. import patch_state
 from ..locks import Lock
+from ..pairs.source import rewrapping_hooks
 from ..patch_state import is_patched
 from . import registries
 
@@ -69,13 +71,28 @@ def patched_class(original: type, role: str, key: Hashable) -> type:
             _rmsnorm_patch_role=role,
             _rmsnorm_patch_key=key,
         )
-        patched = type(original)(original.__name__, (original,), namespace)
+        patched = _subclass(original, namespace)
         type.__setattr__(patched, "__reduce_ex__", _reduce_ex_of(patched))
         body.made(patched)
         patch_state.FORWARDS[patched.forward] = original  # type: ignore[attr-defined]
         _CLASSES[(original, role, key)] = patched
     registries.enter([patched])  # also where a patched model is unpickled, which no `apply` sees
     return patched
+
+
+def _subclass(original: type, namespace: dict[str, Any]) -> type:
+    """A subclass of which nobody hears. A base class or a metaclass may register each class as it is made, by its
+    name: who builds another model from that register would get a patched one."""
+    kind = type(original)
+    maker = ABCMeta if issubclass(kind, ABCMeta) else type
+    try:
+        made: type = maker.__new__(kind, original.__name__, (nn.Module,), namespace)
+        made.__bases__ = (original,)
+    except TypeError:  # instances of `original` have slots
+        return kind(original.__name__, (original,), namespace)
+    for hook in rewrapping_hooks(original):
+        hook(made)
+    return made
 
 
 def _reduce_ex_of(patched: type) -> Callable[[Any, Any], Any]:

@@ -87,8 +87,9 @@ class NormKernel:
         self.weight_of, self.eps_of = self.attributes.weight_of, self.attributes.eps_of
 
     def serves(self, x: torch.Tensor) -> bool:
-        """False where the reference backend is what there is for this tensor: `a + b` and then `original`."""
-        return self.fused is not None and (x.is_cuda or self.on_cpu)
+        """False where the reference backend is what there is for this tensor: `a + b` and then `original`. For what is
+        no tensor (the 0 to which a first layer adds) the guards say what becomes of it."""
+        return self.fused is not None and (self.on_cpu or getattr(x, "is_cuda", True) is True)
 
     def adds(self, a: torch.Tensor, b: torch.Tensor) -> bool:
         """Whether `fused` takes operands of these dtypes."""

@@ -16,8 +16,9 @@ import torch.nn as nn
 from .. import ops
 from ..backends.names import Backend
 from ..errors import PatchConflict
-from ..patch_state import STATE, is_patched, running_now
+from ..patch_state import STATE, is_patched, running_now, unpatched_class
 from ..scan.plan import NormSite
+from ..scan.subject import attributes_named_by, is_plain
 from . import gated, guards, inductor, instance_forward, layer_calls, native, observe
 from .attributes import NormKey
 from .classes import Body, patched_class, register_factory
@@ -53,6 +54,7 @@ def body(original: type[nn.Module], key: NormKey) -> Body:
     else:
         forward, belongs_to, run = gated.forward_of(original, key)
     namespace = {
+        **_watching(original, key),
         "forward": forward,
         # A later `kernelize` would put its kernel over this class, instance by instance.
         "kernel_condition": staticmethod(lambda module: False),
@@ -66,6 +68,51 @@ def body(original: type[nn.Module], key: NormKey) -> Body:
             layer_calls.register(cls)
 
     return Body(namespace, made)
+
+
+def _watching(original: type[nn.Module], key: NormKey) -> dict[str, Any]:
+    """Methods that tell when a module gets another value of what its forward reads beside weight and eps (a flag, a
+    helper, a bias that was None): what it computes then was not probed, and it has its own class again. Nothing is
+    asked at a call."""
+    read = attributes_named_by(original) - {key.weight_attribute, key.eps_attribute}
+
+    def __setattr__(self, name, value):  # type: ignore[no-untyped-def]
+        if name in read and not _is_same(getattr(self, name, _ABSENT), value):
+            _let_go(self)
+        original.__setattr__(self, name, value)
+
+    def __delattr__(self, name):  # type: ignore[no-untyped-def]
+        if name in read:
+            _let_go(self)
+        original.__delattr__(self, name)
+
+    def register_parameter(self, name, param):  # type: ignore[no-untyped-def]
+        if name in read and param is not None:
+            _let_go(self)
+        original.register_parameter(self, name, param)
+
+    def register_buffer(self, name, tensor, persistent=True):  # type: ignore[no-untyped-def]
+        if name in read and tensor is not None:
+            _let_go(self)
+        original.register_buffer(self, name, tensor, persistent)
+
+    return {each.__name__: each for each in (__setattr__, __delattr__, register_parameter, register_buffer)}
+
+
+_ABSENT = object()
+
+
+def _is_same(before: Any, value: Any) -> bool:
+    return value is before or (type(value) is type(before) and is_plain(value) and bool(value == before))
+
+
+def _let_go(module: nn.Module) -> None:
+    """Give `module` its own class back, as `revert` does."""
+    patched = type(module)
+    unpatched = unpatched_class(patched)
+    instance_forward.release(module, patched, unpatched)
+    module.__class__ = unpatched
+    module.__dict__.pop(STATE, None)
 
 
 def install(

@@ -14,7 +14,6 @@ import sys
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator
 from importlib import import_module
-from itertools import islice
 from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
@@ -28,8 +27,6 @@ _FILLED_AT_FIRST_USE = (("diffusers", "diffusers.hooks._helpers", "TransformerBl
 _KEYED = (dict, set, WeakKeyDictionary, WeakSet)
 _LISTS = (tuple, list, frozenset, MappingProxyType)
 _KINDS = (*_KEYED, *_LISTS)
-_READ_OF_EACH = 8
-_READ_INSIDE = 64
 _DEFINED_IN_PYTHON = 1 << 9
 """Py_TPFLAGS_HEAPTYPE."""
 
@@ -42,11 +39,17 @@ class Named(NamedTuple):
 
 
 class _Walked(NamedTuple):
-    """What a module held when it had this many globals."""
+    """What a module held when it had this many globals. others: its dicts and sets without a class, by name, and how
+    long they were."""
 
     module: ModuleType
     globals: int
     containers: tuple[Named, ...]
+    others: tuple[tuple[str, int], ...]
+
+    def is_current(self, module: ModuleType, space: dict[str, Any]) -> bool:
+        same = self.module is module and self.globals == len(space)
+        return same and all(_length(space.get(name)) == length for name, length in self.others)
 
 
 _walked: dict[str, _Walked] = {}
@@ -128,12 +131,10 @@ def _mentions(container: Any, cls: type) -> bool:
     if not issubclass(type(container), (*_LISTS, dict)):
         return False
     whole = issubclass(type(container), _LISTS)
-    if not whole and not any(type(item) is tuple for item in islice(dict.__iter__(container), _READ_OF_EACH)):
+    items = list(container if whole else dict.__iter__(container))
+    if not whole and tuple not in set(map(type, items)):
         return False
-    return any(
-        (whole and item is cls) or (type(item) is tuple and any(part is cls for part in item))
-        for item in list(container)
-    )
+    return any((whole and item is cls) or (type(item) is tuple and any(part is cls for part in item)) for item in items)
 
 
 def _was_made_of(cls: type, value: Any) -> bool:
@@ -163,8 +164,8 @@ def _fill(classes: Iterable[type]) -> None:
 
 
 def _containers() -> list[Named]:
-    """Every container of classes in the loaded modules. Modules are read once, and again when their globals are more
-    or fewer than they were: reading all takes far longer than a plan."""
+    """Every container of classes in the loaded modules. Modules are read once, and again when their globals, or a table
+    among these, are more or fewer than they were: reading all takes far longer than a plan."""
     for name in _walked.keys() - sys.modules.keys():
         del _walked[name]
     for name, module in list(sys.modules.items()):
@@ -174,8 +175,11 @@ def _containers() -> list[Named]:
         before = _walked.get(name)
         if name.partition(".")[0] == __name__.partition(".")[0]:
             continue
-        if before is None or before.module is not module or before.globals != len(space):
-            _walked[name] = _Walked(module, len(space), tuple(_containers_of(name, space)))
+        if before is None or not before.is_current(module, space):
+            found = tuple(_containers_of(name, space))
+            known = {id(named.container) for named in found}
+            lengths = ((key, _length(value)) for key, value in list(space.items()) if id(value) not in known)
+            _walked[name] = _Walked(module, len(space), found, tuple(each for each in lengths if each[1] >= 0))
     return [named for walked in _walked.values() for named in walked.containers]
 
 
@@ -215,21 +219,35 @@ def _inside(name: str, value: Any, depth: int = 0) -> Iterator[Named]:
     if _may_hold_classes(value):
         yield Named(name, value)
     elif depth < 2 and issubclass(kind, (dict, list, tuple)):
-        held = dict.items(value) if issubclass(kind, dict) else enumerate(value)
-        for key, inner in list(islice(held, _READ_INSIDE)):
+        held = dict.items(value) if issubclass(kind, dict) else enumerate(_own_iterator(value))
+        for key, inner in list(held):
             if issubclass(type(inner), _KINDS):
                 shown = repr(key) if type(key) in (str, int) else "..."
                 yield from _inside(f"{name}[{shown}]", inner, depth + 1)
 
 
 def _may_hold_classes(value: Any) -> bool:
-    """An empty dict or set may be filled later. What begins with other things, a table of strings, is not read on."""
+    """An empty dict or set may be filled later."""
+    items = list(_own_iterator(value))
+    if not items:
+        return issubclass(type(value), _KEYED)
+    kinds = set(map(type, items))
+    if any(issubclass(kind, type) for kind in kinds):
+        return True
+    return tuple in kinds and any(type(item) is tuple and any(map(_is_class, item)) for item in items)
+
+
+def _own_iterator(value: Any) -> Iterator[Any]:
+    """Over what a container holds, past the methods of a library's own subclass: some import what they look up."""
     kind = type(value)
     own = next((base for base in (dict, set, list, tuple, frozenset) if issubclass(kind, base)), kind)
-    first = list(islice(own.__iter__(value), _READ_OF_EACH))
-    if not first:
-        return issubclass(kind, _KEYED)
-    return any(_is_class(item) or (type(item) is tuple and any(map(_is_class, item))) for item in first)
+    return own.__iter__(value)  # type: ignore[no-any-return]
+
+
+def _length(value: Any) -> int:
+    """How many a dict or set holds; -1 for anything else."""
+    kind = type(value)
+    return dict.__len__(value) if issubclass(kind, dict) else set.__len__(value) if issubclass(kind, set) else -1
 
 
 def _is_class(value: Any) -> bool:

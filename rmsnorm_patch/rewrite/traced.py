@@ -32,6 +32,7 @@ def in_layer(norm: nn.Module, kernel: Any, a: torch.Tensor, b: torch.Tensor) -> 
         kernel is not None
         and kernel.fused is not None
         and not kernel.joined
+        and type(a) is torch.Tensor
         and (kernel.on_cpu or a.device.type == "cuda")
         and keeps_op(a.device.type)
         and not (norm._forward_hooks or norm._forward_pre_hooks or norm.training)

@@ -52,11 +52,11 @@ class Subject:
     @property
     def key(self) -> Hashable | None:
         """Equal keys compute alike; None where an attribute is not plain data and nothing can be said."""
-        if not all(_is_plain(value) for value in self.attributes.values()):
+        if not all(is_plain(value) for value in self.attributes.values()):
             return None
         named = {name for code in self.codes for name in code.co_names}
         inherited = {name: getattr(self.cls, name, None) for name in named}
-        read = {name: value for name, value in inherited.items() if _is_plain(value)} | self.attributes
+        read = {name: value for name, value in inherited.items() if is_plain(value)} | self.attributes
         values = tuple((name, type(value), value) for name, value in sorted(read.items()))
         return self.weight_attribute, self.weight_is_parameter, self.columns, values, self.codes, self.gated
 
@@ -64,7 +64,7 @@ class Subject:
         instance = object.__new__(self.cls)  # FSDP's classes override __new__ to build another
         nn.Module.__init__(instance)
         for name, value in self.attributes.items():
-            instance.__dict__[name] = value if _is_plain(value) else _copied(name, value)
+            instance.__dict__[name] = value if is_plain(value) else _copied(name, value)
         if self.weight_attribute is not None and weight is not None:
             if self.weight_is_parameter:
                 instance._parameters[self.weight_attribute] = nn.Parameter(weight, requires_grad=False)
@@ -107,7 +107,7 @@ def examine(module: nn.Module, gated: bool = False) -> Subject:
     absent = (*module._parameters.items(), *module._buffers.items())
     attributes.update((name, None) for name, value in absent if value is None)
     for name, value in attributes.items():
-        if not _is_plain(value) and _holds_tensors(value, depth=4):
+        if not is_plain(value) and _holds_tensors(value, depth=4):
             raise Rejected(f"its forward reads {name!r}, which holds tensors or modules")
     return Subject(
         cls=cls,
@@ -219,6 +219,11 @@ def _codes_of(value: object) -> Iterator[types.CodeType]:
         value = getattr(value, "__wrapped__", None)
 
 
+def attributes_named_by(cls: type[nn.Module]) -> frozenset[str]:
+    """What the forward of `cls` may read of a module, by name."""
+    return frozenset(_names_in(reachable_codes(cls))) - _MODULE_INTERNALS
+
+
 def _names_in(codes: tuple[types.CodeType, ...]) -> set[str]:
     names: set[str] = set()
     for code in codes:
@@ -248,8 +253,8 @@ def _instance_forward_note(module: nn.Module) -> str:
     return ", ".join(notes)
 
 
-def _is_plain(value: object) -> bool:
-    return isinstance(value, _PLAIN) or (type(value) is tuple and all(_is_plain(item) for item in value))
+def is_plain(value: object) -> bool:
+    return isinstance(value, _PLAIN) or (type(value) is tuple and all(is_plain(item) for item in value))
 
 
 def _copied(name: str, value: object) -> object:

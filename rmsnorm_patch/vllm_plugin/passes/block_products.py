@@ -37,7 +37,7 @@ from ..log import warn_once
 from ..settings import VARIABLE
 from . import block_rows, norm_quantised
 from .managed import ManagedPass, Surroundings
-from .norms_in_graphs import erase_unread, norm_of
+from .norms_in_graphs import erase_unread, keep_place, norm_of
 from .quantisations import views_to
 
 OP = "block_product"
@@ -109,7 +109,8 @@ def _part(graph: fx.Graph, node: fx.Node) -> fx.Node:
         rows, scales = block_rows.insert(graph, given["input"], power_of_two)
         op = getattr(torch.ops.rmsnorm_patch, OP).default
         product = graph.call_function(op, (rows, scales, given["weight"], given["weight_scale"], power_of_two))
-    product.meta = {name: node.meta[name] for name in ("val", "nn_module_stack") if name in node.meta}
+    product.meta["val"] = node.meta["val"]
+    keep_place(product, node)
     # By place: the compiler copies what does not lie so. What `node` has of these is of other arguments.
     vals = (getattr(argument, "meta", {}).get("val") for argument in product.args)
     product.meta["eager_input_vals"] = tuple(vals), {}

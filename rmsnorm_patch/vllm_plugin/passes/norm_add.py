@@ -30,6 +30,7 @@ from .norms_in_graphs import (
     Positions,
     erase_unread,
     is_the_only_name,
+    keep_place,
     may_be_a_view,
     norm_of,
     path_of,
@@ -289,8 +290,7 @@ def _insert(graph: fx.Graph, site: Site) -> tuple[fx.Node, fx.Node]:
     name = norm_add_op.NORM_ADD if site.following is None else norm_add_op.NORM_ADD_NORM
     op = getattr(torch.ops.rmsnorm_patch, name).default
     node = graph.call_function(op, tuple(arguments[argument.name] for argument in op._schema.arguments))
-    if stack := site.norm.node.meta.get("nn_module_stack"):
-        node.meta["nn_module_stack"] = stack
+    keep_place(node, site.norm.node)
     x = given["x"].meta["val"]
     if site.following is None:
         node.meta["val"] = x.new_empty(x.shape)

@@ -26,7 +26,16 @@ from ...numerics.spec import NormSpec
 from .. import trial
 from . import block_rows, quantisations, quantised_arithmetic
 from .managed import ManagedPass
-from .norms_in_graphs import Norm, Positions, erase_unread, is_the_only_name, norm_of, tell_once, unpacked
+from .norms_in_graphs import (
+    Norm,
+    Positions,
+    erase_unread,
+    is_the_only_name,
+    keep_place,
+    norm_of,
+    tell_once,
+    unpacked,
+)
 from .quantisations import Quantisation
 
 aten = torch.ops.aten
@@ -169,8 +178,7 @@ def _insert(graph: fx.Graph, norm: Norm, quantiser: Quantisation) -> tuple[fx.No
         values = *values, norm.arguments["residual"].meta["val"]
     else:
         node = graph.call_function(op, tuple(arguments[argument.name] for argument in op._schema.arguments))
-    if stack := norm.node.meta.get("nn_module_stack"):  # no more: some of it belongs to the norm's own arguments
-        node.meta["nn_module_stack"] = stack
+    keep_place(node, norm.node)
     return node, unpacked(graph, node, values)
 
 

@@ -130,6 +130,13 @@ def place_in_model(*nodes: fx.Node) -> str:
     return ""
 
 
+def keep_place(node: fx.Node, replaced: fx.Node) -> None:
+    """Let `node` stand in the module of the one that it replaces. No more of what is known of that one is taken over:
+    some of it belongs to its own arguments."""
+    if stack := replaced.meta.get("nn_module_stack"):
+        node.meta["nn_module_stack"] = stack
+
+
 def tell_once(told: set[tuple[Any, ...]], norm: Norm, what: str, *once: Any) -> None:
     """One line in the log, unless it is among the `told`; where something is to be told `once`, only for the first norm
     of these columns that has it."""

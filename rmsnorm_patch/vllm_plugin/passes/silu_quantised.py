@@ -26,7 +26,7 @@ from ..settings import SILU_QUANTISED_VARIABLE
 from . import quantisations
 from .managed import ManagedPass
 from .norm_quantised import quantisations_of, read_instead
-from .norms_in_graphs import Positions, erase_unread, place_in_model, unpacked
+from .norms_in_graphs import Positions, erase_unread, keep_place, place_in_model, unpacked
 from .quantisations import Quantisation, WritingCall
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -237,8 +237,7 @@ def _insert(graph: fx.Graph, product: SiluProduct, quantiser: Quantisation) -> t
     node = graph.call_function(
         op, (product.x, quantiser.given, spec.scheme, *silu_op.silu_args(product.silu, spec), "auto", True)
     )
-    if stack := product.node.meta.get("nn_module_stack"):
-        node.meta["nn_module_stack"] = stack
+    keep_place(node, product.node)
     rows, scales = unpacked(graph, node, silu_kernel.new_results(product.x.meta["val"], spec))
     return rows, scales
 
