@@ -122,6 +122,26 @@ class InAnArgument(Runner):
         return self.norm(x)
 
 
+def of_variables(every: bool = False):
+    step = double
+    if every:
+        other = double
+
+    class Closure(Runner):
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x)
+                step(x)
+                if x is None:
+                    other(x)
+            return self.norm(x)
+
+    return Closure
+
+
+Closure = of_variables()
+
+
 class AtTheEndOfALayer(Runner):
     class layer(Base):
         def forward(self, x):
@@ -200,6 +220,7 @@ WRITERS = {
     InAMethod: "`x.data`",
     InAModule: "`x.data`",
     InAnArgument: "`step(...)`",
+    Closure: "`x.data`",
     AtTheEndOfALayer: "`x.data`",
     AtTheBeginningOfALayer: "`x.data`",
     WithoutALoop: "`x.data`",

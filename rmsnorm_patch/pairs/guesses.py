@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 
 from .dataflow import assigned_names, self_attribute
@@ -13,19 +14,22 @@ _TAKING = ("sub", "sub_", "subtract", "subtract_", "rsub", "__sub__", "__rsub__"
 _WRITING = ("add_", "__iadd__", "sub_", "subtract_", "__isub__")
 
 
-def possible_pairs(tree: ast.FunctionDef, norms: frozenset[str]) -> list[tuple[ast.AST, str]]:
+@functools.lru_cache(maxsize=256)
+def possible_pairs(tree: ast.FunctionDef, norms: frozenset[str]) -> tuple[tuple[ast.AST, str], ...]:
     """(an add, the norm that may read it). norms: paths below the module."""
-    return _Guesses(tree, norms).found()
+    return tuple(_Guesses(tree, norms).found())
 
 
-def possible_entries(tree: ast.FunctionDef, norms: frozenset[str]) -> list[str]:
+@functools.lru_cache(maxsize=256)
+def possible_entries(tree: ast.FunctionDef, norms: frozenset[str]) -> tuple[str, ...]:
     """The norms that may read the forward's first argument, in their order."""
     guesses = _Guesses(tree, norms)
     arguments = [*tree.args.posonlyargs, *tree.args.args][1:2]
     guesses.sums.update((argument.arg, argument) for argument in arguments)
-    return [norm for add, norm in guesses.found() if add in arguments]
+    return tuple(norm for add, norm in guesses.found() if add in arguments)
 
 
+@functools.lru_cache(maxsize=256)
 def may_return_a_sum(tree: ast.FunctionDef) -> bool:
     """Whether the forward may return what it added last, or that in front of a tuple."""
     guesses = _Guesses(tree, frozenset())

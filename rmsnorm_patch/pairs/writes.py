@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import ast
 import builtins
-import inspect
+import contextlib
+from collections import ChainMap
 from collections.abc import Container, Iterable
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 import torch.nn as nn
 
 from ..patch_state import original_class
-from .source import RENAMING, NoSource, parse, read_forward
+from .source import RENAMING, ForwardSource, NoSource, parse, read_forward
 
 _UNCOUNTED = frozenset(
     (
@@ -46,6 +47,8 @@ class Between:
     def __init__(self, known: Container[int]) -> None:
         self.known = known
         self._seen: dict[tuple[Any, int], str] = {}
+        self._trees: dict[FunctionType, ast.FunctionDef | None] = {}
+        self._sources: dict[type, ForwardSource | None] = {}
 
     def writer_in(
         self, nodes: Iterable[ast.AST], function: FunctionType, module: nn.Module, called: Container[str] = ()
@@ -71,10 +74,15 @@ class Between:
 
     def _in_forward_of(self, module: nn.Module, depth: int, decorated: bool) -> str:
         cls = original_class(type(module))
-        try:
-            source = read_forward(cls)
-        except NoSource:
+        if cls not in self._sources:
+            try:
+                self._sources[cls] = read_forward(cls)
+            except NoSource:
+                self._sources[cls] = None
+        source = self._sources[cls]
+        if source is None:
             return f"{cls.__name__}.forward, whose code cannot be read"
+        self._trees[source.function] = source.tree
         around = self.writer_around(source.wrappers) if decorated else ""
         return around or self._in_function(source.function, module, depth)
 
@@ -84,14 +92,19 @@ class Between:
         key = function, id(owner)
         if key not in self._seen:
             self._seen[key] = ""  # it may call itself
-            try:
-                tree = parse(function) if depth < _DEPTH else None
-            except NoSource:
-                tree = None
+            tree = self._tree_of(function) if depth < _DEPTH else None
             unread = f"{function.__qualname__}, whose code cannot be read"
             names = _Names(function, owner, [] if tree is None else tree.body)
             self._seen[key] = unread if tree is None else self._in(tree.body, names, (), depth)
         return self._seen[key]
+
+    def _tree_of(self, function: FunctionType) -> ast.FunctionDef | None:
+        if function not in self._trees:
+            try:
+                self._trees[function] = parse(function)
+            except NoSource:
+                self._trees[function] = None
+        return self._trees[function]
 
     def _in(self, nodes: Iterable[ast.AST], names: _Names, called: Container[str], depth: int) -> str:
         for node in (below for each in nodes for below in ast.walk(each)):
@@ -141,8 +154,7 @@ class _Names:
         self.owned = code.co_varnames[0] if code.co_argcount and owner is not None else ""
         self.owner = owner
         self.local = {*code.co_varnames, *code.co_cellvars}
-        known = inspect.getclosurevars(function)
-        self.fixed = {**vars(builtins), **known.globals, **known.nonlocals}
+        self.fixed = ChainMap(_held_by(function), function.__globals__, vars(builtins))
         self.loops: dict[str, _Children] = {}
         for loop in (node for statement in body for node in ast.walk(statement) if isinstance(node, ast.For)):
             over = [_modules_in(self.value(part)) for part in ast.walk(loop.iter) if isinstance(part, ast.expr)]
@@ -172,6 +184,15 @@ class _Names:
             return _UNKNOWN if of is _UNKNOWN else getattr(of, node.attr)
         except Exception:  # the model's own properties: whatever they raise, the value is unknown
             return _UNKNOWN
+
+
+def _held_by(function: FunctionType) -> dict[str, Any]:
+    """The variables of enclosing functions that it reads, those left out that have no value now."""
+    held = {}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):
+            held[name] = cell.cell_contents
+    return held
 
 
 def _modules_in(value: Any) -> _Children:
