@@ -60,7 +60,7 @@ ASSEMBLY = "backends/triton/test_inline_assembly.py"
 NUMERICS = (ASSEMBLY, "backends/triton/test_numerics.py", "backends/triton/test_machine_code.py")
 QUANTISED = (ASSEMBLY, "backends/triton/test_quantised.py")
 ADDED = (ASSEMBLY, "backends/triton/test_norm_add.py", "fused/test_norm_add.py")
-SILU = ("backends/triton/test_silu.py",)
+SILU = ("backends/triton/test_silu.py", ASSEMBLY)
 GATED = (ASSEMBLY, "backends/triton/test_gated.py", "fused/test_gated_norm.py")
 SUITES = {
     "triton": Suite(

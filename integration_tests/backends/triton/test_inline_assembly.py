@@ -19,6 +19,7 @@ from rmsnorm_patch.backends.triton.backend import Layout, Target
 from rmsnorm_patch.fused.gated_norm import op as gated
 from rmsnorm_patch.fused.norm_add.op import bind_norm_add, bind_norm_add_norm
 from rmsnorm_patch.fused.norm_quantised.op import quant_args
+from rmsnorm_patch.fused.silu_quantised.op import silu_args
 from rmsnorm_patch.numerics import reference
 from rmsnorm_patch.numerics.gating import GateSpec
 from rmsnorm_patch.numerics.quantisation import QuantSpec
@@ -124,6 +125,14 @@ def in_place(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> A
     return x, residual
 
 
+def silu(x: torch.Tensor, *_: torch.Tensor) -> Any:
+    """Of both halves of `x`, but for an odd last column."""
+    quant = QuantSpec("fp8_token")
+    arguments = (x[:, : x.shape[1] // 2 * 2], None, quant.scheme, *silu_args("rounded", quant), "triton")
+    rows, scales = torch.ops.rmsnorm_patch.silu_and_mul_quantised(*arguments)
+    return rows.view(torch.int8), scales
+
+
 CALLS: dict[str, Callable[..., Any]] = {
     "norm": lambda x, _, weight: ops.bind_rms_norm(LLAMA, "triton")(x, weight, EPS),
     "fused": lambda x, residual, weight: ops.bind_fused_add_rms_norm(GEMMA, "triton")(x, residual, weight, EPS),
@@ -138,6 +147,7 @@ CALLS: dict[str, Callable[..., Any]] = {
         FP32_WEIGHT_MULTIPLY, GateSpec("silu", "gate_first"), "triton"
     )(x, gate, weight, EPS),
     "quantised": quantised,
+    "silu": silu,
 }  # fmt: skip
 
 
@@ -179,6 +189,8 @@ def test_nothing_is_read_or_written_outside(name: str, n: int, said: list[Said])
     """Neither behind the last row, where a program has more rows than there are, nor behind the last column."""
     if name == "add, norm" and n > 128:
         pytest.skip("not served by one Triton kernel")
+    if name == "silu" and n in (100, 5125, 40001):
+        pytest.skip("halves that are less aligned than their length allows are copied, and the copy is read")
     operands = rand(3, n), rand(3, n + 1)[:, 1:].clone(), rand(n)
     found = CALLS[name](*operands)
     tensors = (*operands, *((found,) if isinstance(found, torch.Tensor) else found))
