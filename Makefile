@@ -64,6 +64,7 @@ test-long: $(CHECKPOINT) $(VLLM_VENV)/.installed
 # a time, beside the pairs. Folders that do not belong here are left out by name: pytest's first process, which runs no
 # test, would import what the folders that it is told of need.
 ASKED_ONCE := $(addprefix integration_tests/,pairs/test_spellings.py pairs/test_spellings_of_loops.py \
+	pairs/test_lines_of_unusual_code.py pairs/test_unseen_writes.py pairs/test_unusual_forwards.py \
 	rewrite/test_fused_kernels.py rewrite/test_inductor.py)
 OF_VLLM := $(addprefix integration_tests/,conftest.py quantised_models.py vllm_plugin rewrite pairs)
 test-vllm: $(VLLM_VENV)/.installed
