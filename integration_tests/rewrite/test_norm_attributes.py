@@ -121,6 +121,19 @@ def test_what_its_code_does_not_read_leaves_it_patched() -> None:
         assert torch.equal(again(x), model(x))
 
 
+def test_a_flag_whose_classs_value_shows_again(interpreter, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FlaggedRMSNorm, "zero_centered", True, raising=False)
+    model, x = Layer(), torch.randn(3, WIDTH)
+    changed = copy.deepcopy(model)
+    del changed.norm1.zero_centered
+    rmsnorm_patch.apply(model, backend="triton")
+    del model.norm1.zero_centered
+    assert type(model.norm1) is FlaggedRMSNorm
+    rmsnorm_patch.revert(model)
+    with torch.no_grad():
+        assert torch.equal(model(x), changed(x))
+
+
 def test_a_flag_of_a_norm_with_a_parametrised_weight() -> None:
     """Whose class somebody derived from the patched one."""
 
