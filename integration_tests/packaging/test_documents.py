@@ -12,12 +12,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from typer.main import get_command
 
 import rmsnorm_patch
 from rmsnorm_patch import errors
 from rmsnorm_patch.cli import output
-from rmsnorm_patch.cli.app import app
 from rmsnorm_patch.cli.environment import VARIABLES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,19 +42,6 @@ def test_links_and_paths_lead_somewhere(page: Path) -> None:
         assert (ROOT / path).exists(), path
 
 
-def leaves() -> dict[str, Any]:
-    """Every command by its full name, "cache show" for example."""
-    found, groups = {}, [("", get_command(app))]
-    while groups:
-        prefix, group = groups.pop()
-        for name, command in group.commands.items():  # type: ignore[attr-defined]
-            if hasattr(command, "commands"):
-                groups.append((f"{name} ", command))
-            else:
-                found[prefix + name] = command
-    return found
-
-
 def options(command: Any) -> set[str]:
     shown = [parameter for parameter in command.params if not getattr(parameter, "hidden", False)]
     return {option for parameter in shown for option in parameter.opts if option.startswith("--")}
@@ -68,11 +53,11 @@ def rows(text: str, head: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()[2:]]
 
 
-def test_the_reference_has_every_command_and_option() -> None:
+def test_the_reference_has_every_command_and_option(script: Callable[[str], ModuleType]) -> None:
     shared = {name: set(re.findall(r"--[a-z-]+", name)) for name, *_ in rows(REFERENCE, "option")}
     everywhere = set().union(*shared.values())
     own = {re.sub(r"`rmsnorm-patch ([a-z -]*[a-z]).*", r"\1", row[0]): row[2] for row in rows(REFERENCE, "command")}
-    commands = leaves()
+    commands = script("reference").commands()
     assert set(own) == set(commands)
     for name, command in commands.items():
         assert set(re.findall(r"--[a-z-]+", own[name])) == options(command) - everywhere, name
@@ -93,8 +78,9 @@ def test_the_tables_of_the_reference_are_those_of_the_program(script: Callable[[
         script("reference").page(REFERENCE.replace("<!-- errors:", "<!-- other:"))
 
 
-def test_commands_in_the_pages_exist() -> None:
-    names = set(leaves()) | {name.split()[0] for name in leaves()}
+def test_commands_in_the_pages_exist(script: Callable[[str], ModuleType]) -> None:
+    commands = script("reference").commands()
+    names = {*commands, *(name.split()[0] for name in commands)}
     for page in PAGES:
         for name in re.findall(r"`(?:\.venv/bin/)?rmsnorm-patch ([a-z][a-z-]*)", page.read_text()):
             assert name in names, (page.name, name)

@@ -22,11 +22,12 @@ pytest.register_assert_rewrite("lowered_layers")
 
 @pytest.fixture
 def told(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-    """What the plugin's log says, each line once."""
+    """What the plugin's log says, each line once; no pass has told anything before."""
     from rmsnorm_patch.vllm_plugin import log
-    from rmsnorm_patch.vllm_plugin.passes import norm_quantised
+    from rmsnorm_patch.vllm_plugin.passes import norm_add, norm_quantised, silu_quantised
 
-    norm_quantised._TOLD.clear()
+    for one in (norm_add, norm_quantised, silu_quantised):
+        one._TOLD.clear()
     log.warn_once.cache_clear()
     logging.getLogger("vllm").propagate = True
     caplog.set_level(logging.INFO, logger=log.logger.name)

@@ -3,7 +3,6 @@ vLLM."""
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +32,6 @@ from norm_add_graphs import (
 from quantised_graphs import BF16, INDUCTOR, STORED, Made, N, norm
 
 from rmsnorm_patch.numerics.spec import NormSpec
-from rmsnorm_patch.vllm_plugin import log
 from rmsnorm_patch.vllm_plugin.decision import SPECS
 from rmsnorm_patch.vllm_plugin.passes import norm_add
 
@@ -234,16 +232,6 @@ def _fused_with_itself(normed: Any, weight: Any) -> Any:
 
 def _doubled(normed: Any) -> Any:
     return (normed + normed,)
-
-
-@pytest.fixture
-def told(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-    """What the log says, each line once."""
-    norm_add._TOLD.clear()
-    log.warn_once.cache_clear()
-    logging.getLogger("vllm").propagate = True
-    caplog.set_level(logging.INFO, logger=log.logger.name)
-    return lambda: [record.getMessage() for record in caplog.records if record.name == log.logger.name]
 
 
 @pytest.mark.parametrize("name", LEFT)

@@ -159,7 +159,7 @@ class Order:
             else:
                 several = "its sum may be read by different norms: more than one loop runs it"
                 apart += [step.left(several) for step in same]
-        handed = [*((step.kind, step.layer.path, step.site) for step in steps)]
+        handed = [(step.kind, step.layer.path, step.site) for step in steps]
         handed += [(pair.kind, pair.layer, self.at[pair.norm]) for pair in apart]
         for kind, layer, site in handed:
             others = self.second.get(site.path, ()) if kind == "cross_layer" else ()
@@ -184,10 +184,9 @@ class Order:
     def _close(self, parent: nn.Module) -> None:
         """The ends of a module that runs layers in a loop, so that pairs with norms and sums outside have a line. None
         of them is handed over: the link of a layer in the loop asks for the loop's frame alone."""
+        cls = original_class(type(parent))
         try:
-            calls = trace_calls(
-                parent, original_class(type(parent)), read_forward(original_class(type(parent))), self.sites
-            )
+            calls = trace_calls(parent, cls, read_forward(cls), self.sites)
         except NoSource:
             return
         for module, reader in (*calls.passes, *calls.seldom):

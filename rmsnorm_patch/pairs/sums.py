@@ -16,8 +16,8 @@ from torch.nn.modules.dropout import _DropoutNd
 _ADDS = (operator.add, operator.iadd, torch.add)
 _ATEN_ADDS = (torch.ops.aten.add, torch.ops.aten.add_)
 _ADD_METHODS = ("add", "add_", "__add__", "__radd__", "__iadd__")
-_DIFFERENCES = frozenset(("sub", "isub", "subtract"))
 _FROM_THE_RIGHT = "rsub"
+_DIFFERENCES = frozenset(("sub", "isub", "subtract", _FROM_THE_RIGHT))
 ADD_MORE = frozenset("addbmm addcdiv addcmul addmm addmv addr baddbmm lerp".split())  # noqa: SIM905
 """Names of operations that add what they compute to an operand."""
 _OVER_A_STACK = frozenset(("mean", "sum"))
@@ -41,7 +41,7 @@ def is_add(node: Any) -> bool:
     name = _name(node)
     if _is_written_as_add(node):
         return _adds_nodes(_operands(node))
-    if name in _DIFFERENCES or name == _FROM_THE_RIGHT:
+    if name in _DIFFERENCES:
         left, right = [*_operands(node), None, None][:2]
         taken = left if name == _FROM_THE_RIGHT else right
         return _adds_nodes([left, right]) and (_is_negative(node.kwargs.get("alpha", 1)) or _is_negated(taken))
@@ -55,8 +55,7 @@ def how_added(node: torch.fx.Node) -> str:
     """What makes an add more than `a + b`, or ""."""
     if not _is_written_as_add(node):
         name = _name(node)
-        is_difference = name in _DIFFERENCES or name == _FROM_THE_RIGHT
-        return "it is written as a difference" if is_difference else f"it is part of another operation ({name})"
+        return "it is written as a difference" if name in _DIFFERENCES else f"it is part of another operation ({name})"
     if "alpha" in node.kwargs or len(node.args) > 2:
         return "it scales what it adds (alpha)"
     if "out" in node.kwargs:

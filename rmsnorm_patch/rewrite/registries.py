@@ -131,7 +131,7 @@ def _mentions(container: Any, cls: type) -> bool:
     if not issubclass(type(container), (*_LISTS, dict)):
         return False
     whole = issubclass(type(container), _LISTS)
-    items = list(container if whole else dict.__iter__(container))
+    items = list(_own_iterator(container))
     if not whole and tuple not in set(map(type, items)):
         return False
     return any((whole and item is cls) or (type(item) is tuple and any(part is cls for part in item)) for item in items)
