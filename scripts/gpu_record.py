@@ -3,6 +3,7 @@
     python scripts/gpu_record.py run --record records/nvidia-h200.json     # on a machine with a GPU
     python scripts/gpu_record.py run --parts kernels --suite decode qk --warm-jobs 14
     python scripts/gpu_record.py run --parts vllm --vllm-json vllm.json    # rows of scripts/bench_vllm.py
+    python scripts/gpu_record.py run --parts vllm --vllm-json vllm2.json --start 2    # other engines, started anew
     python scripts/gpu_record.py merge A.json B.json --record R.json       # parts that ran side by side on two GPUs
     python scripts/gpu_record.py explain --record R.json --test NAME --because "what showed it to be the test's own"
     python scripts/gpu_record.py check                                     # anywhere: non-zero when a record is stale
@@ -159,6 +160,7 @@ KEYS = {
     "kernels": ("op", "mode", "dtype", "m", "n", "variant"),
     "hf": ("model", "layers", "work", "mode"),
     "vllm": ("shape", "variant", "process", "case"),
+    "vllm_starts": ("shape", "variant", "process", "case", "start"),
     "jit": ("what", "op", "n"),
     "profile": ("op", "dtype", "m", "n", "provider"),
     "sanitizer": ("tool",),
@@ -171,7 +173,7 @@ SECTIONS = {"kernel_time": "kernels"}
 TESTS = {"tests": kernel_tests, "engine_tests": engine_tests}
 """Parts that are counts of tests."""
 
-PARTS = (*TESTS, "kernels", "kernel_time", *(section for section in KEYS if section != "kernels"))
+PARTS = (*TESTS, "kernels", "kernel_time", *(section for section in KEYS if section not in ("kernels", "vllm_starts")))
 
 
 def _measure(part: str, args: argparse.Namespace) -> list[dict]:
@@ -212,8 +214,10 @@ def write(args: argparse.Namespace) -> None:
         if part in TESTS:
             record[part] = TESTS[part](args.workers)
         else:
-            section = SECTIONS.get(part, part)
-            record[section] = _replace(record[section], _measure(part, args), KEYS[section])
+            section, rows = SECTIONS.get(part, part), _measure(part, args)
+            if part == "vllm" and args.start:
+                section, rows = "vllm_starts", [{**row, "start": args.start} for row in rows]
+            record[section] = _replace(record.get(section, []), rows, KEYS[section])
         if part == "vllm":
             measured = json.loads(args.vllm_json.read_text())
             record["versions"] = {**measured.get("versions", {}), **record["versions"]}
@@ -221,7 +225,7 @@ def write(args: argparse.Namespace) -> None:
         if digest() != record["digest"]:
             raise SystemExit(f"{path}: kernels or launch code changed while {part} ran; its rows are not written")
         path.write_text(json.dumps(record, indent=1) + "\n")
-        held = {name: len(record[name]) for name in KEYS}
+        held = {name: len(record.get(name, ())) for name in KEYS}
         print(f"{path}: {part} written; tests {totals(record['tests'])}, rows {held}", flush=True)
 
 
@@ -238,7 +242,7 @@ def merge(args: argparse.Namespace) -> None:
         first = {
             **first,
             **{part: other[part] or first[part] for part in TESTS},
-            **{section: _replace(first[section], other[section], key) for section, key in KEYS.items()},
+            **{section: _replace(first.get(section, []), other.get(section, []), key) for section, key in KEYS.items()},
             "versions": {**first["versions"], **other["versions"]},
             "kernels_of_a_step": {**first.get("kernels_of_a_step", {}), **other.get("kernels_of_a_step", {})},
         }
@@ -357,6 +361,7 @@ def parsed() -> argparse.Namespace:
     run.add_argument("--seconds", type=float, default=3600, help="limit of the kernels' timing, and of each sanitizer")
     run.add_argument("--hf", nargs="+", default=HF, help="runs of scripts/bench_hf.py, the arguments of each a string")
     run.add_argument("--vllm-json", type=Path, help="what scripts/bench_vllm.py wrote")
+    run.add_argument("--start", type=int, help="from 2: these engines were started anew, and stand beside earlier ones")
     run.add_argument(
         "--tool", nargs="+", choices=sanitizer.TOOLS, default=list(sanitizer.TOOLS), help="of compute-sanitizer"
     )
@@ -375,6 +380,8 @@ def parsed() -> argparse.Namespace:
         args.parts = args.parts or [part for part in PARTS if part != "vllm" or args.vllm_json]
         if "vllm" in args.parts and not args.vllm_json:
             parser.error("--parts vllm: give the file of scripts/bench_vllm.py as --vllm-json")
+        if args.start is not None and args.start < 2:
+            parser.error(f"--start {args.start}: the first start has no number, give 2 or more")
     return args
 
 

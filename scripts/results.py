@@ -19,6 +19,7 @@ from pathlib import Path
 from benchlib import aims
 from benchlib.aims_tables import aims_table, quantised_aims
 from benchlib.pages import MISSING, figure, table, wrapped
+from benchlib.starts import starts_text
 from benchlib.vllm_engine import RECORDED
 
 from rmsnorm_patch.bench import plots
@@ -188,6 +189,7 @@ def engines_text(records: Records) -> str:
         "each engine in its own, or all in one with one set of weights, so that they lie at one place in memory.\n\n"
         + (f"{before}\n\n" if before else "")
         + "\n".join(f"{_source(name, record)}:\n\n{vllm_table(record)}" for name, record in shown.items())
+        + "".join(starts_text(record) for record in shown.values())
     )
 
 

@@ -268,6 +268,14 @@ def test_parts_of_one_record_and_of_another_code(gpu_record, tmp_path, monkeypat
     monkeypatch.setattr(gpu_record, "device", lambda: {"name": "test data, no GPU"})
     rows = {r["case"]: r["tokens_per_s"] for r in json.loads(path.read_text())["vllm"]}
     assert rows == {"prefill": 1.0, "decode-1": 2.0}
+    measured.write_text(json.dumps({"digest": gpu_record.digest(), "rows": [{**row, "tokens_per_s": 3.0}]}))
+    for start in ("2", "3", "3"):
+        run("--start", start)
+    anew = [(r["start"], r["tokens_per_s"]) for r in json.loads(path.read_text())["vllm_starts"]]
+    assert anew == [(2, 3.0), (3, 3.0)]
+    assert {r["case"]: r["tokens_per_s"] for r in json.loads(path.read_text())["vllm"]} == rows
+    with pytest.raises(SystemExit):
+        run("--start", "1")
     measured.write_text(json.dumps({"digest": "0" * 64, "rows": [row]}))
     with pytest.raises(SystemExit, match="measured with code 000000000000"):
         run()

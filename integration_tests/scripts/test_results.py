@@ -287,6 +287,25 @@ def test_figures_of_another_gpu_stand_beside_the_aims(script, record):
     assert "| another GPU | open |" in given
 
 
+def test_engines_that_were_started_twice_are_judged_over_their_starts(script, record):
+    """The first start's "ir" is what "ir-off" is now, and its "ir-blocks" what "ir" is."""
+
+    def start(variant: str, step: float, rate: float, **more: int) -> list[dict]:
+        works = {"decode-1": {"step_us": step}, "prefill": {"tokens_per_s": rate}}
+        return [{**engine("llama-8b-block", variant, case), **what, **more} for case, what in works.items()]
+
+    record["vllm"] = [*start("stock", 100.0, 50.0), *start("ir", 101.0, 50.0), *start("ir-blocks", 98.0, 52.0)]
+    assert "Several starts" not in script("results").engines_page({"a.json": record})
+    record["vllm_starts"] = [
+        row
+        for number, step, rate in ((2, 97.0, 50.0), (3, 99.0, 49.0))
+        for row in (*start("stock", 100.0, 50.0, start=number), *start("ir", step, rate, start=number))
+    ]
+    text = script("results").engines_page({"a.json": record})
+    assert "| llama-8b-block | ir | decode-1 | -2.0 | -3.0 | -1.0 | -2.0 |" in text
+    assert "| llama-8b-block | ir | prefill | -3.8 | +0.0 | +2.0 | +0.0 |" in text
+
+
 def test_engines_of_before_are_told_what_they_are_now(script, repository):
     """A record names them by the defaults of its day."""
     record = json.loads((repository / "records" / "nvidia-h100-80gb-hbm3.json").read_text())
