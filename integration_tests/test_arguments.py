@@ -174,6 +174,12 @@ def test_every_option_of_a_proof_stands_in_the_table() -> None:
     assert set(options) == set(PROOF_OPTIONS)
 
 
+@pytest.mark.parametrize("verify", [None, False])
+def test_no_proof_is_asked_for(models, verify: bool | None) -> None:
+    report = rmsnorm_patch.apply(copy.deepcopy(models[False]), verify=verify)
+    assert report.proof is None
+
+
 def test_inputs_that_the_model_refuses_leave_it_as_it_was(models) -> None:
     model = copy.deepcopy(models[False])
     with pytest.raises(UnsupportedInput, match="the unpatched model raises"):

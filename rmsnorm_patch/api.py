@@ -79,9 +79,11 @@ def apply(
 
     Applied again with the same settings it changes nothing; where modules were replaced or wrapped in the meantime it
     patches what is there now. verify: inputs as `rmsnorm_patch.verify` takes them; the model is then proved right
-    after patching, and restored if the proof fails or proves nothing. verify_options go to `verify`.
+    after patching, and restored if the proof fails or proves nothing. None and False: no proof. verify_options go to
+    `verify`.
     Raises what `plan` raises; UnsupportedModel where no norm is left to fuse; VerificationFailed, NothingProved.
     """
+    verify = None if verify is False else verify
     _check_options(verify, verify_options)
     settings = _settings(model, include, exclude, backend, compiled)
     with LOCK:
