@@ -37,6 +37,8 @@ from benchlib.stamp import stamp  # noqa: E402
 from benchlib.trees import Tree  # noqa: E402
 
 from rmsnorm_patch.backends.cuda import cache  # noqa: E402
+from rmsnorm_patch.bench import cases  # noqa: E402
+from rmsnorm_patch.bench.rows import PAIR  # noqa: E402
 from rmsnorm_patch.bench.versions import versions  # noqa: E402
 from rmsnorm_patch.numerics.contract import PLAIN_OPS  # noqa: E402
 
@@ -44,15 +46,17 @@ RECORDS = ROOT / "records" / "launches"
 PAGE = ROOT / "docs" / "decisions" / "launch.md"
 BEGIN, END = "<!-- written by scripts/compare_launches.py -->", "<!-- end -->"
 
-SHAPES = ("1x2048", "1x4096", "8x4096", "64x4096", "4096x4096", "4096x8192")
+OPS = (*PLAIN_OPS, PAIR)
+"""The pair, whose launch Python makes, has no form for the CPU."""
+SHAPES = dict.fromkeys(PLAIN_OPS, ("1x2048", "1x4096", "8x4096", "64x4096", "4096x4096", "4096x8192"))
+SHAPES[PAIR] = ("1x128", "64x128", "4096x128")
 HOST_ROWS = 64
 """A call's host work is the same for any number of rows; up to here the device keeps up with it."""
 HOST_CALLS = 200
 GRAPH_LAUNCHES = {True: 400, False: 20}
 """Of a graph, for few rows and for many: it takes half a millisecond or more."""
-EPS = 1e-6
 FORMS = ("bound", "op")
-"""What patched models and eager code hold (`ops.bind_*`), and what graphs hold (`torch.ops`)."""
+"""What patched models and eager code hold (`bind_*`), and what graphs hold (`torch.ops`)."""
 LIMIT = 0.005
 """What a ratio may differ from 1."""
 LIBRARY = re.compile(r"rmsnorm_patch\S*launcher")
@@ -61,35 +65,38 @@ Call = Callable[[], Any]
 Sample = TypeVar("Sample")
 
 
-def operands(op: str, m: int, n: int, device: str) -> tuple[torch.Tensor, ...]:
-    """x, the residual where the op adds one, and the weight, a parameter as models have it; bf16."""
-    generator = torch.Generator().manual_seed(m + n)
-    rows = [torch.randn(m, n, generator=generator) for _ in range(1 + PLAIN_OPS[op].fused_add)]
-    weight = torch.rand(n, generator=generator) + 0.5
-    *rows, weight = (tensor.to(device, torch.bfloat16) for tensor in (*rows, weight))
-    return (*rows, torch.nn.Parameter(weight, requires_grad=False))
+def operands(op: str, m: int, n: int) -> tuple[torch.Tensor, ...]:
+    """bf16 rows and weights, which are parameters as models have them."""
+    case = cases.Case(op, "hot", torch.bfloat16, m, n)
+    return (*cases.operands(case, 1)[0], *cases.weights_of(case))
+
+
+def forms_of(op: str) -> tuple[str, ...]:
+    return FORMS[:1] if op == PAIR else FORMS
 
 
 def function(tree: Tree, op: str, form: str) -> Callable[..., Any]:
     """f(*operands, eps) of a tree, with the numerics of Llama."""
-    if form == "bound":
-        bind: Callable[..., Any] = getattr(tree.module("ops"), f"bind_{op}")
-        return bind(tree.module("numerics.spec", "semantics").NormSpec())
-    return getattr(getattr(torch.ops, tree.package), op).default  # type: ignore[no-any-return]
+    if form == "op":
+        return getattr(getattr(torch.ops, tree.package), op).default  # type: ignore[no-any-return]
+    place = tree.module("fused.query_key_norm.kernel", "cuda_pair") if op == PAIR else tree.module("ops")
+    bind: Callable[..., Any] = getattr(place, f"bind_{op}")
+    return bind(tree.module("numerics.spec", "semantics").NormSpec())
 
 
 def results(op: str, called: Callable[..., Any], given: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
     """What a call gives, as the integers that its bits are."""
-    own = [tensor.clone() for tensor in given]
-    made = called(*own, EPS)
-    made = own[:-1] if PLAIN_OPS[op].in_place else made if isinstance(made, tuple) else (made,)
+    in_place = op != PAIR and PLAIN_OPS[op].in_place
+    own = [tensor.clone() for tensor in given] if in_place else list(given)
+    made = called(*own, cases.EPS)
+    made = own[:-1] if in_place else made if isinstance(made, tuple) else (made,)
     return [tensor.view(torch.int16) for tensor in made]
 
 
 def differing(compared: list[Tree], op: str, given: tuple[torch.Tensor, ...]) -> dict[str, int]:
-    """Elements of each tree's results that are not the first one's, over both forms of the call."""
+    """Elements of each tree's results that are not the first one's, over all forms of the call."""
     found = dict.fromkeys((tree.name for tree in compared[1:]), 0)
-    for form in FORMS:
+    for form in forms_of(op):
         want, *others = (results(op, function(tree, op, form), given) for tree in compared)
         for name, got in zip(found, others, strict=True):
             found[name] += sum(int((a != b).sum()) for a, b in zip(want, got, strict=True))
@@ -185,19 +192,19 @@ def gpu_times(calls: Mapping[str, Call], launches: int, rounds: int) -> dict[str
 
 def rows_of(compared: list[Tree], op: str, m: int, n: int, args: argparse.Namespace, device: str) -> list[dict]:
     """What differs, then what was timed."""
-    given = operands(op, m, n, device)
+    given = operands(op, m, n)
     found: list[dict[str, Any]] = [{"what": "bits", "differing": differing(compared, op, given)}]
 
     def calls(form: str) -> dict[str, Call]:
         def call_of(called: Callable[..., Any]) -> Call:
-            return lambda: called(*given, EPS)
+            return lambda: called(*given, cases.EPS)
 
         return {tree.name: call_of(function(tree, op, form)) for tree in compared}
 
     if device == "cuda":
         found.append({"what": "gpu", **gpu_times(calls("bound"), GRAPH_LAUNCHES[m <= HOST_ROWS], args.rounds)})
     if m <= HOST_ROWS:
-        found += [{"what": f"host {form}", **host_times(calls(form), args.host_rounds)} for form in FORMS]
+        found += [{"what": f"host {form}", **host_times(calls(form), args.host_rounds)} for form in forms_of(op)]
     return [{"op": op, "m": m, "n": n, **row} for row in found]
 
 
@@ -229,7 +236,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         launcher = check_launchers(compared) if device == "cuda" else "none"
         rows: list[dict] = []
         for op in args.op:
-            for shape in args.shapes:
+            if op == PAIR and device == "cpu":
+                continue
+            for shape in args.shapes or SHAPES[op]:
                 m, n = map(int, shape.split("x"))
                 rows += rows_of(compared, op, m, n, args, device)
     found = {
@@ -320,8 +329,8 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     running = parts.add_parser("run", help="compare and time")
     running.add_argument("--old", type=Path, required=True, metavar="FOLDER", help="an exported commit, or a checkout")
     running.add_argument("--also", type=_named_folder, nargs="+", default=[], metavar="NAME=FOLDER")
-    running.add_argument("--op", nargs="+", choices=list(PLAIN_OPS), default=list(PLAIN_OPS))
-    running.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="ROWSxCOLUMNS")
+    running.add_argument("--op", nargs="+", choices=OPS, default=list(OPS))
+    running.add_argument("--shapes", nargs="+", metavar="ROWSxCOLUMNS")
     running.add_argument("--rounds", type=int, default=80, help="on the GPU")
     running.add_argument("--host-rounds", type=int, default=60)
     running.add_argument("--json", type=Path)
