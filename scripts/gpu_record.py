@@ -46,20 +46,20 @@ HF = [
 ]
 
 
-def covered_files() -> list[Path]:
+def covered_files(root: Path) -> list[Path]:
     suffixes = (".py", ".cu", ".cuh", ".c", ".h", ".toml", ".json")
-    folders = (ROOT / "kernels", *(ROOT / "rmsnorm_patch" / name for name in LAUNCH_CODE))
+    folders = (root / "kernels", *(root / "rmsnorm_patch" / name for name in LAUNCH_CODE))
     return sorted(p for folder in folders for p in folder.rglob("*") if p.is_file() and p.suffix in suffixes)
 
 
-def contents_of(paths: list[Path]) -> dict[str, str]:
-    """The sha256 of each file by its path in the checkout."""
-    return {path.relative_to(ROOT).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+def contents_of(paths: list[Path], root: Path) -> dict[str, str]:
+    """The sha256 of each file by its path in the checkout `root`."""
+    return {path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
-def files() -> dict[str, str]:
-    """`contents_of` the covered files."""
-    return contents_of(covered_files())
+def files(root: Path | None = None) -> dict[str, str]:
+    """`contents_of` the covered files of a checkout, of this one by default."""
+    return contents_of(covered_files(root or ROOT), root or ROOT)
 
 
 def digest_of(listed: dict[str, str]) -> str:
@@ -71,14 +71,14 @@ def digest_of(listed: dict[str, str]) -> str:
     return total.hexdigest()
 
 
-def digest() -> str:
-    """The name of this version of the kernels and launch code."""
-    return digest_of(files())
+def digest(root: Path | None = None) -> str:
+    """The name of a checkout's version of the kernels and launch code."""
+    return digest_of(files(root))
 
 
 def plugin_files() -> dict[str, str]:
     """`contents_of` the vLLM plugin."""
-    return contents_of(sorted((ROOT / "rmsnorm_patch" / "vllm_plugin").rglob("*.py")))
+    return contents_of(sorted((ROOT / "rmsnorm_patch" / "vllm_plugin").rglob("*.py")), ROOT)
 
 
 def device() -> dict[str, object]:
