@@ -3,6 +3,7 @@
 #   make test    check and run every test, those of the vLLM plugin in an environment of their own
 #   make test-long   what does not fit into that: endurance, all families
 #   make dist    source archive and wheel in dist/, the same bytes each time
+#   make release   the same, once its metadata lacks nothing
 #   make kernel-folder   a folder that Hugging Face's `kernels` loads, in dist/rmsnorm-patch
 #   make format  Python, C and CUDA sources as they are kept;  make check  whether they are, lint and types (seconds)
 # PYTHON, VENV, TORCH and PIP_ARGS can be set on the command line, e.g. `make test PYTHON=python3.12 VENV=/tmp/v`.
@@ -33,7 +34,7 @@ export CI ?= true
 # Tests start many processes: each would compile the package's sources anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-here test-long test-vllm test-vllm-told format check lint types record dist kernel-folder env train clean
+.PHONY: demo test test-here test-long test-vllm test-vllm-told format check lint types record dist release kernel-folder env train clean
 
 demo: $(INSTALLED)
 	$(BIN)/python scripts/demo.py
@@ -99,6 +100,11 @@ dist: $(INSTALLED)
 	SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct)} \
 		$(BIN)/python -m build --no-isolation --outdir dist .
 	cd dist && sha256sum *.tar.gz *.whl | tee SHA256SUMS
+
+# Addresses and a date are a person's to fill in: without them nothing is built.
+release: $(INSTALLED)
+	$(BIN)/python scripts/release.py
+	$(MAKE) --no-print-directory dist
 
 FOLDER ?= dist/rmsnorm-patch
 

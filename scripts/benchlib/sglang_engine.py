@@ -27,7 +27,8 @@ SECONDS = 900
 
 
 def answer(job: dict[str, Any], patched: bool, folder: Path) -> tuple[dict[str, Any], str]:
-    """Start an engine in `folder`; (its answer, its log). RuntimeError with the log's end where it fails.
+    """Start an engine in `folder`; (its answer, its log). RuntimeError with the log's end where it fails. The log is
+    `folder`/engine.log, with the time of each line, also of an engine that somebody ends.
 
     job: {"engine": further arguments of `sglang.Engine`, "prompts": token ids, "new_tokens": of each, "steps": {batch:
     tokens of a round}, "rounds": count}. The answer: {"tokens", "logprobs": of each prompt, "step_ms": {batch: [one for
@@ -42,8 +43,10 @@ def answer(job: dict[str, Any], patched: bool, folder: Path) -> tuple[dict[str, 
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
     environment["RMSNORM_PATCH_SGLANG"] = "auto" if patched else "off"
     words = [sys.executable, __file__, str(folder), json.dumps(job)]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False)
-    log = done.stdout + done.stderr
+    path = folder / "engine.log"
+    with path.open("w") as file:
+        done = subprocess.run(words, env=environment, stdout=file, stderr=file, timeout=SECONDS, check=False)
+    log = path.read_text(errors="replace")
     if done.returncode:
         raise RuntimeError(f"the engine ended with {done.returncode}: {log[-6000:]}")
     return json.loads((folder / "out.json").read_text()), log
