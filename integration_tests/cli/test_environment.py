@@ -42,8 +42,16 @@ def test_the_outlook_follows_the_devices() -> None:
     def vllm(version: str | None, route: str = "none") -> environment.VllmState:
         return environment.VllmState(version, "rmsnorm_patch.vllm_plugin:register", None, route, "its reason")
 
-    def row(work: str, *devices: environment.DeviceState, engine: environment.VllmState | None = None) -> str:
-        return dict(environment.outlook(devices, engine or vllm(None)))[work]
+    def sglang(version: str | None, served: bool = False, point: str = "a:point") -> environment.SglangState:
+        return environment.SglangState(version, point, None, served, "its reason")
+
+    def row(
+        work: str,
+        *devices: environment.DeviceState,
+        engine: environment.VllmState | None = None,
+        other: environment.SglangState | None = None,
+    ) -> str:
+        return dict(environment.outlook(devices, engine or vllm(None), other or sglang(None)))[work]
 
     assert "not faster" in row("models on a name", device("cpu", "reference"))
     assert "CUDA kernels" in row("models on cuda:0 (a name)", device("cuda:0", "cuda"))
@@ -52,6 +60,19 @@ def test_the_outlook_follows_the_devices() -> None:
     assert row("vLLM") == "not installed"
     assert row("vLLM", engine=vllm("0.26.0")) == "nothing: its reason"
     assert row("vLLM", engine=vllm("0.26.0", "ir")) == "its norms are served, route ir"
+    assert row("SGLang") == "not installed"
+    assert row("SGLang", other=sglang("0.5.23")) == "nothing: its reason"
+    assert row("SGLang", other=sglang("0.5.23", True, "")) == "nothing: the plugin is not registered"
+    assert row("SGLang", other=sglang("0.5.23", True)) == "its norms are served its reason"
+
+
+def test_env_says_what_sglang_gets(command) -> None:
+    found = command("env", "--json").document["sglang"]
+    if found["version"] is None:
+        assert (found["served"], found["reason"]) == (False, "SGLang is not installed")
+    shown = command("env").stdout
+    assert "SGLang's plugin" in shown
+    assert re.search(r"^SGLang +not installed", shown, flags=re.MULTILINE) or found["version"]
 
 
 def test_a_vllm_of_another_name_is_not_called_missing(command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
 
 from rmsnorm_patch import UnsupportedInput
+from rmsnorm_patch.backends.rule_table import tomllib
 from rmsnorm_patch.compat import sglang_plugin
 from rmsnorm_patch.numerics import reference
 from rmsnorm_patch.ops import dispatch
@@ -164,11 +168,80 @@ def test_what_a_compiler_traces_is_sglang_s(name: str) -> None:
     assert not results(torch.compile(hook, backend="eager", fullgraph=True), tensors)[0].any()
 
 
-def test_without_a_device_nothing_is_hooked() -> None:
-    if torch.cuda.is_available():
+def test_the_entry_point_is_what_sglang_calls(repository: Path) -> None:
+    """SGLang loads each entry point of the group, and calls it without an argument."""
+    project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
+    (named,) = project["entry-points"][sglang_plugin.GROUP].items()
+    assert metadata.EntryPoint(*named, sglang_plugin.GROUP).load() is sglang_plugin.register
+    inspect.signature(sglang_plugin.register).bind()
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [("off", "RMSNORM_PATCH_SGLANG=off"), ("auto", "no NVIDIA GPU"), ("of", "UnsupportedInput: RMSNORM_PATCH_SGLANG")],
+)
+def test_what_is_not_served_is_not_touched(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, value: str, said: str
+) -> None:
+    if value == "auto" and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    assert sglang_plugin.register() is None
+    monkeypatch.setenv(sglang_plugin.VARIABLE, value)
+    with caplog.at_level(logging.INFO, logger=sglang_plugin.logger.name):
+        assert sglang_plugin.register() is None
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith(f"rmsnorm_patch: SGLang keeps its own norms: {said}")
     assert "sglang" not in sys.modules
+
+
+@pytest.fixture
+def sglang_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What `describe` looks at of an installed SGLang: its metadata, and the file that has the hooks."""
+    info, plugins = tmp_path / "sglang-0.5.23.dist-info", tmp_path / "sglang" / "srt" / "plugins"
+    for folder in (info, plugins):
+        folder.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sglang\nVersion: 0.5.23\n")
+    (tmp_path / "sglang" / "__init__.py").write_text("raise RuntimeError('imported')\n")
+    (plugins / "hook_registry.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    return plugins
+
+
+@pytest.mark.usefixtures("sglang_installed")
+@pytest.mark.parametrize(
+    ("value", "gpu", "plugins", "said"),
+    [
+        ("auto", True, None, ""),
+        ("auto", True, "others, rmsnorm_patch", ""),
+        ("auto", True, "others", "SGLANG_PLUGINS does not name rmsnorm_patch"),
+        ("auto", False, None, "no NVIDIA GPU"),
+        ("off", True, None, "RMSNORM_PATCH_SGLANG=off"),
+        ("maybe", True, None, "RMSNORM_PATCH_SGLANG: got 'maybe'"),
+    ],
+)
+def test_an_installation_is_described(
+    monkeypatch: pytest.MonkeyPatch, value: str, gpu: bool, plugins: str | None, said: str
+) -> None:
+    monkeypatch.setenv(sglang_plugin.VARIABLE, value)
+    monkeypatch.setattr(torch.version, "cuda", "13.0" if gpu else None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.delenv("SGLANG_PLUGINS", raising=False)
+    if plugins is not None:
+        monkeypatch.setenv("SGLANG_PLUGINS", plugins)
+    found = sglang_plugin.describe()
+    assert (found.version, found.served) == ("0.5.23", not said)
+    assert said in found.reason
+    assert "sglang" not in sys.modules
+
+
+def test_a_release_without_hooks_is_described(sglang_installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    (sglang_installed / "hook_registry.py").unlink()
+    assert sglang_plugin.describe() == sglang_plugin.Outlook("0.5.23", False, "SGLang 0.5.23 has no hooks for plugins")
+
+
+def test_no_sglang_is_described() -> None:
+    assert sglang_plugin.describe() == sglang_plugin.Outlook(None, False, "SGLang is not installed")
 
 
 def test_a_value_that_means_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,7 +76,26 @@ def test_wheel_holds_the_package_and_its_kernels_only(wheel: Path, repository: P
     assert metadata["Requires-Python"] == ">=3.10"
     assert any(name.endswith("/licenses/LICENSE") for name in names)
     assert "rmsnorm-patch = rmsnorm_patch.cli:main" in entries
-    assert "sglang" not in entries  # until an engine of SGLang has run with the plugin on a GPU
+
+
+def test_engines_find_their_plugins(installed: tuple[str, Path], tmp_path: Path) -> None:
+    """Each group is read as its engine reads it: every entry point is loaded, and called without an argument."""
+    code = """
+import json, sys
+from importlib.metadata import entry_points
+found = {}
+for group in ("vllm.general_plugins", "sglang.srt.plugins"):
+    for point in entry_points(group=group):
+        if point.dist.name == "rmsnorm_patch":
+            found[group] = point.name, point.value, point.load()()
+print(json.dumps([found, sorted({"vllm", "sglang"} & set(sys.modules))]))
+"""
+    found, imported = json.loads(run(installed[1], "-c", code, cwd=tmp_path))
+    assert found == {
+        "vllm.general_plugins": ["rmsnorm_patch", "rmsnorm_patch.vllm_plugin:register", None],
+        "sglang.srt.plugins": ["rmsnorm_patch", "rmsnorm_patch.compat.sglang_plugin:register", None],
+    }
+    assert imported == []
 
 
 def test_installed_package_finds_its_kernels(installed: tuple[str, Path], repository: Path, tmp_path: Path) -> None:

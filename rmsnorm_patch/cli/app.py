@@ -84,7 +84,7 @@ def _load(
 
 @app.command()
 def env(vllm_model: VllmModel = None, vllm_arg: VllmArguments = None, as_json: Json = False) -> None:
-    """Show versions, devices, which backends run on them and why not, the kernel cache and the vLLM plugin."""
+    """Show versions, devices, which backends run on them and why not, the kernel cache and the plugins."""
     with output(as_json) as out:
         from . import environment
         from .tables import environment_tables

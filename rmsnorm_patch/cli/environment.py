@@ -26,7 +26,17 @@ from ..numerics.spec import LLAMA
 from ..ops import dispatch
 from ..vllm_plugin import settings
 
-PACKAGES = ("rmsnorm_patch", "torch", "transformers", "triton", "nvidia-cuda-nvrtc", "accelerate", "kernels", "vllm")
+PACKAGES = (
+    "rmsnorm_patch",
+    "torch",
+    "transformers",
+    "triton",
+    "nvidia-cuda-nvrtc",
+    "accelerate",
+    "kernels",
+    "vllm",
+    "sglang",
+)
 PROBED_HIDDEN_SIZE = 4096
 ENGINE_SECONDS = 300
 
@@ -112,7 +122,7 @@ VARIABLES = {
     ),
     sglang_plugin.VARIABLE: Variable(
         sglang_plugin.read,
-        "`off`: SGLang keeps its own norms; `auto`. Of a plugin that is not installed yet",
+        "norms of SGLang's engines: `auto` serves them, `off` leaves them to SGLang",
         "other_frameworks.md#sglang",
     ),
 }
@@ -166,6 +176,18 @@ class VllmState:
 
 
 @dataclass(frozen=True)
+class SglangState:
+    """version: None = not installed. entry_point: our plugin as SGLang will find it, "" where it is not registered.
+    served: whether an engine started now would ask our kernels; reason: why, or why not."""
+
+    version: str | None
+    entry_point: str
+    allowed_plugins: str | None
+    served: bool
+    reason: str
+
+
+@dataclass(frozen=True)
 class EngineState:
     """What `vllm serve MODEL` with `arguments` would do. norms: (path, class, columns, what serves it) of each norm;
     error: why the engine cannot be configured here, then the rest is empty."""
@@ -193,6 +215,7 @@ class Environment:
     kernels: str
     cache: CacheState
     vllm: VllmState
+    sglang: SglangState
     variables: dict[str, str]
     variable_faults: dict[str, str]
     launches: str = ""
@@ -260,11 +283,23 @@ def _cache() -> CacheState:
 
 
 def _vllm() -> VllmState:
-    ours = [p.value for p in metadata.entry_points(group="vllm.general_plugins") if p.value.startswith("rmsnorm_patch")]
     plugin = vllm_plugin.describe()
-    entry_point = ", ".join(sorted(set(ours)))
+    entry_point = _entry_point("vllm.general_plugins")
     allowed = os.environ.get("VLLM_PLUGINS")
     return VllmState(plugin.version, entry_point, allowed, plugin.route, plugin.reason, plugin.numerics)
+
+
+def _sglang() -> SglangState:
+    plugin = sglang_plugin.describe()
+    entry_point = _entry_point(sglang_plugin.GROUP)
+    allowed = os.environ.get("SGLANG_PLUGINS")
+    return SglangState(plugin.version, entry_point, allowed, plugin.served, plugin.reason)
+
+
+def _entry_point(group: str) -> str:
+    """Our plugin of this group as an engine will find it; "" where it is not registered."""
+    ours = {point.value for point in metadata.entry_points(group=group) if point.value.startswith("rmsnorm_patch")}
+    return ", ".join(sorted(ours))
 
 
 def engine(arguments: Sequence[str]) -> EngineState:
@@ -294,7 +329,7 @@ def variable_fault(name: str) -> str:
     return ""
 
 
-def outlook(devices: Sequence[DeviceState], vllm: VllmState) -> tuple[tuple[str, str], ...]:
+def outlook(devices: Sequence[DeviceState], vllm: VllmState, sglang: SglangState) -> tuple[tuple[str, str], ...]:
     """(kind of work, what it gets) on these devices: the answer in words, before the tables that say why."""
     rows = []
     for device in devices:
@@ -308,6 +343,12 @@ def outlook(devices: Sequence[DeviceState], vllm: VllmState) -> tuple[tuple[str,
         rows.append(("vLLM", f"nothing: {vllm.reason if vllm.entry_point else 'the plugin is not registered'}"))
     else:
         rows.append(("vLLM", f"its norms are served, route {vllm.route}"))
+    if sglang.version is None:
+        rows.append(("SGLang", "not installed"))
+    elif not sglang.served or not sglang.entry_point:
+        rows.append(("SGLang", f"nothing: {sglang.reason if sglang.entry_point else 'the plugin is not registered'}"))
+    else:
+        rows.append(("SGLang", f"its norms are served {sglang.reason}"))
     return tuple(rows)
 
 
@@ -338,10 +379,10 @@ def report(engine_arguments: Sequence[str] = ()) -> Environment:
         from .. import __version__
 
         versions["rmsnorm_patch"] = __version__
-    devices, vllm = tuple(map(_device, [torch.device("cpu"), *gpus])), _vllm()
+    devices, vllm, sglang = tuple(map(_device, [torch.device("cpu"), *gpus])), _vllm(), _sglang()
     versions["vllm"] = vllm.version  # its wheel for the CPU has another name
     return Environment(
-        outlook=outlook(devices, vllm),
+        outlook=outlook(devices, vllm, sglang),
         python=platform.python_version(),
         system=platform.platform(),
         versions=versions,
@@ -349,6 +390,7 @@ def report(engine_arguments: Sequence[str] = ()) -> Environment:
         kernels=kernels,
         cache=_cache(),
         vllm=vllm,
+        sglang=sglang,
         variables=variables,
         variable_faults={name: fault for name in variables if (fault := variable_fault(name))},
         launches=launch_mode.describe(),

@@ -70,6 +70,7 @@ def environment_tables(env: Environment) -> list[Table | Text]:
         ("kernel cache", f"{env.cache.directory} ({env.cache.artefacts} compiled, {env.cache.state})"),
         ("kernel launches", env.launches),
         ("vLLM's plugin", _plugin(env)),
+        ("SGLang's plugin", env.sglang.entry_point or "not registered"),
     ]
     table = _section("places and settings", places)
     for name, value in env.variables.items():

@@ -1,9 +1,8 @@
-"""SGLang plugin: in an engine that loads it, our kernels stand in for SGLang's four norm functions.
+"""SGLang plugin: installed beside SGLang, our kernels stand in for its four norm functions.
 
-SGLang calls `register` in each of its processes through the entry point group `sglang.srt.plugins`. The package has no
-such entry point until an engine has run with it on a GPU. SGLang puts the hooks in place afterwards: in its norm
-module, and wherever the functions were imported to. SGLang's layers keep their own checks, so that a norm they compute
-otherwise (batch-invariant, quantised, of another width) never comes here.
+SGLang calls `register` in each of its processes through the entry point group `sglang.srt.plugins`. It puts the hooks
+in place afterwards: in its norm module, and wherever the functions were imported to. SGLang's layers keep their own
+checks, so that a norm they compute otherwise (batch-invariant, quantised, of another width) never comes here.
 
 A kernel serves once it has agreed with SGLang's own function on rows of the shape at hand. What it does not serve, and
 what a compiler traces, SGLang's own function computes. RMSNORM_PATCH_SGLANG=off leaves everything to SGLang.
@@ -15,6 +14,9 @@ import inspect
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata, util
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -26,6 +28,7 @@ from ..numerics.spec import GEMMA, NormSpec
 from ..ops import dispatch
 from .sglang import GEMMA_SPEC, SPEC
 
+GROUP = "sglang.srt.plugins"
 VARIABLE = "RMSNORM_PATCH_SGLANG"
 MODULE = "sglang.srt.layers.layernorm"
 FUNCTIONS: dict[str, tuple[str, NormSpec]] = {
@@ -50,6 +53,16 @@ _trusted: dict[Tried, bool] = {}
 logger = logging.getLogger("rmsnorm_patch.sglang")
 
 
+@dataclass(frozen=True)
+class Outlook:
+    """What an engine started now would get. version: SGLang's, None = not installed; reason: why its norms are served,
+    or why not."""
+
+    version: str | None
+    served: bool
+    reason: str
+
+
 def read() -> Literal["auto", "off"]:
     """Whether `RMSNORM_PATCH_SGLANG` lets engines be served; UnsupportedInput for a value that means nothing."""
     value = os.environ.get(VARIABLE, "").strip().lower() or "auto"
@@ -59,13 +72,49 @@ def read() -> Literal["auto", "off"]:
 
 
 def register() -> None:
-    """Entry point. Never raises; does nothing without a CUDA device."""
+    """Entry point. Never raises; imports nothing of SGLang's where it hooks nothing."""
     try:
-        if read() == "off" or torch.version.cuda is None or not torch.cuda.is_available():
-            return
-        _hook_all()
+        if why := _why_not():
+            logger.info("rmsnorm_patch: SGLang keeps its own norms: %s", why)
+        else:
+            _hook_all()
     except Exception as error:
         logger.warning("rmsnorm_patch: SGLang keeps its own norms: %s: %s", type(error).__name__, error)
+
+
+def _why_not() -> str:
+    """Why this process leaves all norms to SGLang; "" if it does not."""
+    if read() == "off":
+        return f"{VARIABLE}=off"
+    return "" if torch.version.cuda and torch.cuda.is_available() else "no NVIDIA GPU"
+
+
+def describe() -> Outlook:
+    """For `rmsnorm-patch env`: what an engine of this installation gets, without importing SGLang."""
+    try:
+        version = metadata.version("sglang")
+    except metadata.PackageNotFoundError:
+        return Outlook(None, False, "SGLang is not installed")
+    try:
+        why = _why_not()
+    except UnsupportedInput as error:
+        why = str(error)
+    if not why and not _has_hooks():
+        why = f"SGLang {version} has no hooks for plugins"
+    if not why and not _is_allowed():
+        why = "SGLANG_PLUGINS does not name rmsnorm_patch"
+    return Outlook(version, not why, why or "where a trial agrees; the scheduler's log names each function")
+
+
+def _has_hooks() -> bool:
+    found = util.find_spec("sglang")
+    folders = (found and found.submodule_search_locations) or ()
+    return any((Path(folder) / "srt" / "plugins" / "hook_registry.py").is_file() for folder in folders)
+
+
+def _is_allowed() -> bool:
+    names = [name.strip() for name in os.environ.get("SGLANG_PLUGINS", "").split(",") if name.strip()]
+    return not names or "rmsnorm_patch" in names
 
 
 def _hook_all() -> None:

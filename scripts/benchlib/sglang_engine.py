@@ -11,8 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 ROOT = Path(__file__).resolve().parents[2]
-ENTRY_POINT = "[sglang.srt.plugins]\nrmsnorm_patch = rmsnorm_patch.compat.sglang_plugin:register\n"
+GROUP = "sglang.srt.plugins"
 ENGINE = {
     "dtype": "bfloat16",
     "attention_backend": "triton",
@@ -35,10 +40,12 @@ def answer(job: dict[str, Any], patched: bool, folder: Path) -> tuple[dict[str, 
     each round]}, "ready_s"}. A round is the time of all new tokens but the first, over their number.
     """
     site = folder / "site"
-    info = site / "rmsnorm_patch-0.dist-info"  # the entry points of a checkout that nobody installed
+    info = site / "rmsnorm_patch-0.dist-info"  # the entry point of a checkout that nobody installed
     info.mkdir(parents=True, exist_ok=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: rmsnorm_patch\nVersion: 0\n")
-    (info / "entry_points.txt").write_text(ENTRY_POINT)
+    points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"][GROUP]
+    lines = [f"[{GROUP}]", *(f"{name} = {value}" for name, value in points.items())]
+    (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
     paths = [str(ROOT), str(site), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
     environment["RMSNORM_PATCH_SGLANG"] = "auto" if patched else "off"
