@@ -25,7 +25,9 @@ LAYERS = 3
 TOKENS = 24
 PROMPTS = [[5, 70, 101, 108, 111], [40, 98, 105, 32, 97, 32, 110], [72, 105]]
 SHAPE = {"hidden_size": 2304, "intermediate_size": 1024, "num_hidden_layers": LAYERS, "head_dim": 64, "pad_token_id": 0}
-KINDS = ("gemma3_text", "glm4", "olmo2")
+STD = {"gemma3_text": 0.005, "glm4": 0.02, "olmo2": 0.02}
+"""Of weights. With larger ones Gemma's tied embeddings give the last token again, for certain, whatever the norms do."""
+KINDS = tuple(STD)
 SUMS = 2 * LAYERS
 """Residual-adds of a forward. Each takes a norm's result."""
 APART = {"gemma3_text": 4 * LAYERS + 1, "glm4": 4 * LAYERS + 1, "olmo2": 2 * LAYERS + 1}
@@ -44,7 +46,7 @@ def engines(
     """`engines("glm4", "auto")`: the answer of integration_tests/vllm_plugin/engine.py."""
     work = tmp_path_factory.mktemp("sandwiches")
     for kind in KINDS:
-        random_checkpoint(work / kind, kind, std=0.02, **SHAPE)
+        random_checkpoint(work / kind, kind, std=STD[kind], **SHAPE)
 
     def run(kind: str, norm_add: str) -> dict[str, Any]:
         request = {
@@ -85,3 +87,4 @@ def test_no_bit_changes(kind: str, engines: Answers) -> None:
     joined, apart = engines(kind, "auto"), engines(kind, "off")
     assert joined["tokens"] == apart["tokens"]
     assert joined["logprobs"] == apart["logprobs"]
+    assert max(map(max, joined["logprobs"])) < -0.5  # no token is certain
