@@ -31,7 +31,7 @@ from .folder import BrokenCheckpoint
 FAILED, USAGE, UNSUPPORTED, DAMAGED, UNUSABLE, NOTHING_PROVED = 1, 2, 3, 4, 5, 6
 STATUSES = {
     0: "done",
-    FAILED: "a proof failed, a text differs, or a cached kernel is damaged; nothing else",
+    FAILED: "a proof failed, a text differs, or a cached kernel is damaged, and nothing else",
     USAGE: "wrong usage, or no folder with a model",
     UNSUPPORTED: "a model that cannot be patched, or cannot do what the command needs",
     DAMAGED: "a damaged checkpoint, or files that do not belong together",
