@@ -18,7 +18,7 @@ from ..numerics.spec import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, T5, NormSpec
 from .diagnose import explain
 from .gated import UNKNOWN, find_gated, takes_gate
 from .plan import NormSite
-from .probe import WEIGHTLESS, Found, find_spec, short, undisturbed
+from .probe import WEIGHTLESS, Found, dtype_name, find_spec, short, undisturbed
 from .subject import Rejected, Subject, examine, own_class, reachable_codes
 
 _NAMED_RMS = re.compile(r"RMS|Rms|rms(?=[nN]orm)|(?<![a-zA-Z])rms(?=_|$)")
@@ -232,7 +232,7 @@ def _site(module: nn.Module, paths: list[str], match: Match) -> NormSite:
         action="leave" if match.spec is None else "fuse",
         reason=match.reason,
         hidden_size=match.hidden_size,
-        weight_dtype=None if weight is None else str(weight.dtype).removeprefix("torch."),
+        weight_dtype=None if weight is None else dtype_name(weight.dtype),
         eps_attribute=match.eps_attribute,
         shared_paths=tuple(paths[1:]),
         weight_attribute=match.weight_attribute,

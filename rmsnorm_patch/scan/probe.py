@@ -305,6 +305,10 @@ def eps_constants(subject: Subject) -> list[float]:
     return [*sorted(constants), 0.0]
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def short(error: BaseException) -> str:
     first_line = next(iter(str(error).strip().splitlines()), "")
     return f"{type(error).__name__}: {first_line[:120]}"
