@@ -16,6 +16,7 @@ import torch.nn as nn
 from ..errors import NothingProved, UnsupportedInput, UnsupportedModel, VerificationFailed
 from ..rewrite import applied_report, observe
 from ..scan.plan import NormSite, Plan
+from ..scan.probe import dtype_name
 from . import driven, flow, logits, memory, wide
 from .calls import judge as judge_calls
 from .options import check_options
@@ -202,7 +203,7 @@ class _Work:
         return Proof(
             model_class=type(self.model).__name__,
             source=source or str(getattr(getattr(self.model, "config", None), "_name_or_path", "") or ""),
-            dtype=str(dtype_of(self.model)).removeprefix("torch."),
+            dtype=dtype_name(dtype_of(self.model)),
             device=device_name(self.model),
             backend=self.plan.backend,
             seed=self.seed,
@@ -366,7 +367,7 @@ class _Work:
             positions([out[0] for out in seen.patched[: len(runs)]]),
             None if seen.wide is None else positions(seen.wide),
             None if seen.permitted is None else positions(seen.permitted),
-            "original" if seen.wide is None else str(wide.wide_dtype(self.model)).removeprefix("torch."),
+            "original" if seen.wide is None else dtype_name(wide.wide_dtype(self.model)),
             logits.routes_to_experts(self.model),
         )
 

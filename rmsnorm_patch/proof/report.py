@@ -14,6 +14,7 @@ import torch
 
 from ..numerics.tolerances import SiteTolerance, scale_bias
 from ..page import page, summarised
+from ..scan.probe import dtype_name
 from .difference import FAR, HUGE, Difference
 
 Verdict = Literal["proved", "failed", "nothing proved"]
@@ -72,7 +73,7 @@ class Measurement:
         return cls(
             name=name,
             backend=backend,
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=dtype_name(dtype),
             elements=difference.elements,
             max_ulp=difference.max_ulp,
             allowed_ulp=tolerance.max_ulp,

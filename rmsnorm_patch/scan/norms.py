@@ -15,6 +15,7 @@ import torch.nn as nn
 from ..errors import UnsupportedModel
 from ..numerics.gating import GateSpec
 from ..numerics.spec import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, T5, NormSpec
+from ..patch_state import check_module
 from .diagnose import explain
 from .gated import UNKNOWN, find_gated, takes_gate
 from .plan import NormSite
@@ -167,9 +168,7 @@ def scan_norms(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[
     Raises `UnsupportedModel` for an object that is no module, a model without any RMSNorm, and a pattern that matches
     no norm.
     """
-    if not isinstance(model, nn.Module):
-        got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
-        raise UnsupportedModel("model", got, "a torch.nn.Module", "pass the model object itself (pipeline.model, say)")
+    check_module(model)
     shared: Cache = {}
     sites = []
     for module, paths in _modules_with_paths(model):

@@ -56,8 +56,8 @@ def quantised_aims(record: Row) -> str:
         return MISSING
     said, note = _said_of(record, "results_h200_quantised.md")
     text = (
-        f"{note}Figures are computed from the record. The worst shape counts, against the peers that have a figure there. "
-        "Open: not measured, or no peer has a figure."
+        f"{note}Figures are computed from the record. The worst shape counts, against the peers that have a figure "
+        "there. Open: not measured, or no peer has a figure."
     )
     return f"{text}{_given_up(record)}\n\n{_tables(record, aims.quantised(record), said)}"
 
@@ -65,9 +65,9 @@ def quantised_aims(record: Row) -> str:
 def aims_table(record: Row) -> str:
     said, note = _said_of(record, "results_h200.md")
     text = (
-        f"{note}Figures are computed from the record. `ours` is the better of the functional and the in-place form, since "
-        "peers have one or the other. The best peer is the best at that shape. Open: not measured, not against every "
-        "peer, or in rounds that overlap."
+        f"{note}Figures are computed from the record. `ours` is the better of the functional and the in-place form, "
+        "since peers have one or the other. The best peer is the best at that shape. Open: not measured, not against "
+        "every peer, or in rounds that overlap."
     )
     return f"{text}{_given_up(record)}\n\n{_tables(record, aims.of(record), said)}"
 
