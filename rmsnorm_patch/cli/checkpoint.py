@@ -51,7 +51,7 @@ class Checkpoint:
     @property
     def generates(self) -> bool:
         """Whether the model continues a prompt."""
-        return inputs.vocabulary_of(self.model) is not None and inputs.can_generate(self.model)
+        return inputs.vocabulary_of(self.model) is not None and inputs.generates(self.model)
 
     def inputs(self, prompt: str | None, warn: Callable[[str], None]) -> dict[str, torch.Tensor]:
         """What the model is run on: the prompt, and whatever else it takes; see `model_inputs` and `encode`."""
