@@ -65,11 +65,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What was imported and collected stays to the end: no collection of garbage need look through it. Models are many
-    objects that mostly go without one: it comes less often than Python would have it."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 100)
+    _module("garbage", DATA.parent / "vllm_plugin" / "garbage.py").keep_what_is_there()
 
 
 @pytest.fixture(scope="session")

@@ -290,7 +290,7 @@ def page() -> str:
         *faults(read),
         "- *In flight*: bytes of x and residual that one multiprocessor has asked for at a time.",
         "",
-        "Only sm_90 was measured (`records/README.md`, `docs/decisions/kernels.md`).",
+        "Only sm_90 was measured ([records](../records/README.md), [decisions](decisions/kernels.md)).",
         *rows,
     ]
     return "\n".join(lines) + "\n"

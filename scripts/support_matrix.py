@@ -36,6 +36,20 @@ PAGE = ROOT / "docs" / "support_matrix.md"
 LARGEST = 30_000_000
 """Parameters; a type that stays larger after its sizes are cut is listed as not built."""
 PAIR_KINDS = ("in_layer", "cross_layer", "final", "norm_add")
+COUNTED = {
+    "types": "there are",
+    "built": "were built",
+    "with RMSNorm": "have an RMSNorm",
+    "norms fused": "have norms that are fused",
+    "in_layer": "have adds fused with the norm behind them in one layer (in-layer)",
+    "cross_layer": "have last adds fused with the next layer's norm (cross-layer)",
+    "final": "have the last add fused with the final norm (final)",
+    "norm_add": "have norms fused with the add behind them: sandwich layouts (norm then add)",
+    "norm_add left": "have adds behind norms that are left",
+    "query_key": "have the norms of queries and keys in one launch (q with k)",
+    "rotation": "have their rotation in it too (rotated)",
+}
+"""What `totals` counts, in the page's words."""
 
 
 @dataclass
@@ -172,12 +186,9 @@ def page(rows: list[Row]) -> str:
         "one choose) was run, patched with the reference backend, run again and reverted. Columns count sites of the "
         "plan. Same bits: logits and hidden states of all three runs are equal, bit for bit.",
         "",
-        f"{counted['types']} types; {counted['built']} built; {counted['with RMSNorm']} have an RMSNorm; "
-        f"{counted['norms fused']} have norms that are fused, {counted['in_layer']} in-layer pairs, "
-        f"{counted['cross_layer']} cross-layer pairs, {counted['final']} the last add with the final norm; "
-        f"{counted['norm_add']} norms with the add behind them (sandwich layouts; {counted['norm_add left']} has such "
-        f"adds left too), {counted['query_key']} the norms of queries and keys in one launch, "
-        f"{counted['rotation']} of these with their rotation.",
+        "| types | which |",
+        "|--:|---|",
+        *(f"| {counted[kind]} | {which} |" for kind, which in COUNTED.items()),
         "",
         "| type | norms fused | left | in-layer | left | cross-layer | final | norm then add | left | q with k | left "
         "| rotated | same bits | left because |",

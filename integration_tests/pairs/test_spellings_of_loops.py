@@ -78,10 +78,69 @@ class OverDictionary(Runner):
         return self.norm(x)
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize(
-    "runner", [OverSequential, ByIndex, ByIndexBackwards, Enumerated, Zipped, OverDictionary], ids=lambda r: r.__name__
+class ScaledSequence(nn.Sequential):
+    def forward(self, x, scale=2.0):
+        for layer in self:
+            x = layer(x) * scale
+        return x
+
+
+class ScaledList(nn.ModuleList):
+    forward = ScaledSequence.forward
+
+
+class ScaledDictionary(nn.ModuleDict):
+    def forward(self, x, scale=2.0):
+        for layer in self.values():
+            x = layer(x) * scale
+        return x
+
+
+class OverScaledSequence(Runner):
+    """Its children have a forward of their own, which this loop does not call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = ScaledSequence(*self.layers)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm(x)
+
+
+class OverScaledList(OverScaledSequence):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = ScaledList(self.layers)
+
+
+class OverScaledDictionary(Runner):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = ScaledDictionary({f"l{at}": layer for at, layer in enumerate(self.layers)})
+
+    def forward(self, x):
+        for layer in self.layers.values():
+            x = layer(x)
+        return self.norm(x)
+
+
+class OtherNameOfSelf(Runner):
+    def forward(this, x):
+        for layer in this.layers:
+            x = layer(x)
+        return this.norm(x)
+
+
+LOOPS = (
+    *(OverSequential, ByIndex, ByIndexBackwards, Enumerated, Zipped, OverDictionary),
+    *(OverScaledSequence, OverScaledList, OverScaledDictionary, OtherNameOfSelf),
 )
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("runner", LOOPS, ids=lambda r: r.__name__)
 def test_loops(runner: type[nn.Module], x: torch.Tensor, mode) -> None:
     with mode():
         ran = patched_counts(runner(), x)

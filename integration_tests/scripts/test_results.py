@@ -310,10 +310,10 @@ def test_engines_of_before_are_told_what_they_are_now(script, repository):
     """A record names them by the defaults of its day."""
     record = json.loads((repository / "records" / "nvidia-h100-80gb-hbm3.json").read_text())
     page = " ".join(script("results").engines_page({"a.json": record}).split())
-    assert '"ir-blocks" is what "ir" is now, and the "ir" beside it what is "ir-blocks-off".' in page
-    assert '"ir-silu" is what "ir" is now, and the "ir" beside it what is "ir-silu-off".' in page
+    assert 'In this record "ir-blocks" is what is called "ir" now; its "ir" is "ir-blocks-off" now.' in page
+    assert 'In this record "ir-silu" is what is called "ir" now; its "ir" is "ir-silu-off" now.' in page
     record["vllm"] = [row for row in record["vllm"] if row["variant"] in ("stock", "ir")]
-    assert "is now" not in script("results").engines_page({"a.json": record})
+    assert "In this record" not in script("results").engines_page({"a.json": record})
 
 
 @pytest.mark.parametrize("name", ["results", "results_h200"])

@@ -11,7 +11,6 @@ imported: each child loads the plugin anew.
 from __future__ import annotations
 
 import atexit
-import gc
 import importlib
 import json
 import os
@@ -20,6 +19,8 @@ import sys
 import threading
 import types
 from typing import Any, NoReturn
+
+from garbage import keep_what_is_there
 
 IMPORTED = (
     *("vllm", "vllm.entrypoints.llm", "vllm.v1.engine.llm_engine", "vllm.v1.worker.cpu_worker"),
@@ -89,11 +90,7 @@ def main() -> None:
     threads = os.listdir("/proc/self/task")
     if len(threads) > 1:
         sys.exit(f"{len(threads)} threads after the imports: a fork would leave a lock that nobody opens")
-    # What was imported stays: a child need not look through it, nor copy its pages, at each collection. A compiler's
-    # many objects mostly go without one.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 100)
+    keep_what_is_there()
     answer(os.getpid())
     for line in sys.stdin:
         request = json.loads(line)

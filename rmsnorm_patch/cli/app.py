@@ -1,9 +1,5 @@
 """`rmsnorm-patch`: the API on a checkpoint folder, for people and, with --json, for programs.
 
-Exit status: 0 done; 1 a proof failed or a text differs; 2 wrong usage, no such folder; 3 a model that cannot be
-patched; 4 a damaged checkpoint; 5 kernels, their cache, memory or a disk cannot be used here, or an unforeseen error;
-6 nothing was proved.
-
 Nothing here reaches the network, and code that a checkpoint brings runs only with --trust-remote-code. With --json,
 stdout holds one JSON document; tables, progress and warnings go to stderr.
 """
@@ -40,14 +36,15 @@ from .options import (
     VllmArguments,
     VllmModel,
 )
-from .output import FAILED, NOTHING_PROVED, Output, described_error, finish, output
+from .output import FAILED, NOTHING_PROVED, STATUSES, Output, described_error, finish, output
 from .recordings import check_files, page_written
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
 
+_HELP = f"{__doc__}\nExit status: {'; '.join(f'{status} {meaning}' for status, meaning in STATUSES.items())}."
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__, rich_markup_mode=None
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=_HELP, rich_markup_mode=None
 )
 cache_app = typer.Typer(no_args_is_help=True, help="Look at, check or empty the cache of compiled kernels.")
 app.add_typer(cache_app, name="cache")
@@ -260,7 +257,7 @@ def bench(
 @app.command("bench-kernels")
 def bench_kernels(
     suite: Annotated[list[str] | None, typer.Option("--suite", help="A named set of cases; may be repeated.")] = None,
-    op: Annotated[str, typer.Option("--op", help="fused_add_rms_norm, rms_norm, rms_norm_pair, ....")] = "",
+    op: Annotated[str, typer.Option("--op", help="fused_add_rms_norm, rms_norm, rms_norm_pair and others.")] = "",
     mode: Annotated[str, typer.Option("--mode", help="cold, hot, chain or host.")] = "cold",
     dtype: Annotated[str, typer.Option("--row-dtype", help="bf16, fp16 or fp32.")] = "bf16",
     variant: Annotated[str, typer.Option("--variant", help="Other numerics, for our kernels alone.")] = "",

@@ -33,8 +33,6 @@ AUTO_CLASSES = (
     "AutoModel",
 )
 """Tried in this order for a folder whose config.json names no class that is known here."""
-
-
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 
 
@@ -53,7 +51,7 @@ class Checkpoint:
     @property
     def generates(self) -> bool:
         """Whether the model continues a prompt."""
-        return inputs.vocabulary_of(self.model) is not None and bool(getattr(self.model, "can_generate", bool)())
+        return inputs.vocabulary_of(self.model) is not None and inputs.generates(self.model)
 
     def inputs(self, prompt: str | None, warn: Callable[[str], None]) -> dict[str, torch.Tensor]:
         """What the model is run on: the prompt, and whatever else it takes; see `model_inputs` and `encode`."""

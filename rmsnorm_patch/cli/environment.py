@@ -39,8 +39,6 @@ PACKAGES = (
 )
 PROBED_HIDDEN_SIZE = 4096
 ENGINE_SECONDS = 300
-
-
 PREFIX = "RMSNORM_PATCH_"
 
 
@@ -336,7 +334,8 @@ def outlook(devices: Sequence[DeviceState], vllm: VllmState, sglang: SglangState
         name = device.name if device.device == "cpu" else f"{device.device} ({device.name})"
         rows.append((f"models on {name}", _served(device)))
     rows.append(("training, autocast", "the model's own arithmetic"))
-    rows.append(("torch.compile", f"the model's own arithmetic, unless {ops.COMPILE_VARIABLE}=op"))
+    asked = f"{ops.COMPILE_VARIABLE}=op or apply(compiled='joined')"
+    rows.append(("torch.compile", f"the model's own arithmetic, unless {asked} asks for more"))
     if vllm.version is None:
         rows.append(("vLLM", "not installed"))
     elif vllm.route == "none" or not vllm.entry_point:

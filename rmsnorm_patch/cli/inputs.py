@@ -102,18 +102,19 @@ def _text_inputs(model: Any, names: set[str], ids: torch.Tensor) -> dict[str, to
     if not getattr(model.config, "is_encoder_decoder", False) or "decoder_input_ids" not in names:
         return {"input_ids": ids}
     text = model.config.get_text_config(decoder=True)
-    start = getattr(model.generation_config, "decoder_start_token_id", None) if _generates(model) else None
+    start = getattr(model.generation_config, "decoder_start_token_id", None) if generates(model) else None
     known = (start, getattr(text, "decoder_start_token_id", None), getattr(text, "bos_token_id", None), 0)
     first = torch.full((1, 1), int(next(value for value in known if value is not None)), device=ids.device)
     following = ids[:, : DECODER_IDS - 1] % int(getattr(text, "vocab_size", 2))
     inputs = {"input_ids": ids, "decoder_input_ids": torch.cat([first, following], dim=1)}
-    if _generates(model) or _runs(model, inputs):
+    if generates(model) or _runs(model, inputs):
         return inputs
     end = torch.full((1, 1), int(getattr(model.config, "eos_token_id", None) or 0), device=ids.device)
     return {"input_ids": torch.cat([torch.where(ids == end, ids + 1, ids), end], dim=1)}  # classified by its last token
 
 
-def _generates(model: Any) -> bool:
+def generates(model: Any) -> bool:
+    """What the model says of itself, if anything."""
     return bool(getattr(model, "can_generate", bool)())
 
 

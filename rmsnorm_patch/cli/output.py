@@ -31,7 +31,7 @@ from .folder import BrokenCheckpoint
 FAILED, USAGE, UNSUPPORTED, DAMAGED, UNUSABLE, NOTHING_PROVED = 1, 2, 3, 4, 5, 6
 STATUSES = {
     0: "done",
-    FAILED: "a proof failed, a text differs, or a cached kernel is damaged; nothing else",
+    FAILED: "a proof failed, a text differs, or a cached kernel is damaged, and nothing else",
     USAGE: "wrong usage, or no folder with a model",
     UNSUPPORTED: "a model that cannot be patched, or cannot do what the command needs",
     DAMAGED: "a damaged checkpoint, or files that do not belong together",
@@ -47,8 +47,7 @@ UNFORESEEN = "rmsnorm_patch itself"
 _CommandError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 """Wrong usage. typer carries its own click since 0.26 and exports no base class; older ones use the package's."""
 
-
-_STATUS: tuple[tuple[type[Exception], int], ...] = (
+_STATUS_OF: tuple[tuple[type[Exception], int], ...] = (
     (NothingProved, NOTHING_PROVED),
     (VerificationFailed, FAILED),
     (BrokenCheckpoint, DAMAGED),
@@ -56,6 +55,7 @@ _STATUS: tuple[tuple[type[Exception], int], ...] = (
     (UnsupportedModel, UNSUPPORTED),
     (PatchConflict, UNSUPPORTED),
 )
+"""Kinds of errors, a kind in front of what it derives from, and their statuses; of any other UNUSABLE."""
 
 
 class _Console(Console):
@@ -172,7 +172,7 @@ def described_error(error: BaseException) -> tuple[int, dict[str, str]]:
     """(exit status, what the document says) of an exception."""
     kind = type(error).__name__
     if isinstance(error, RMSNormPatchError):
-        status = next((number for cause, number in _STATUS if isinstance(error, cause)), UNUSABLE)
+        status = next((number for cause, number in _STATUS_OF if isinstance(error, cause)), UNUSABLE)
         words = {"site": error.site, "got": error.got, "supported": error.supported, "next_step": error.next_step}
         return status, {"type": kind, **words}
     if isinstance(error, _CommandError):

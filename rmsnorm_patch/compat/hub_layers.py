@@ -21,25 +21,22 @@ from .. import ops
 from ..fused.gated_norm import op as gated_norm
 from ..ops import dispatch
 from ..rewrite import guards
+from ..rewrite.attributes import Attributes
 from ..scan.norms import infer_gated, infer_spec
-
-_EPS_OF_NONE = torch.finfo(torch.float32).eps
 
 
 class Served(NamedTuple):
     """How the calls of one module are served.
 
     cls: its class when it was probed. run: the bound op, or None where nothing serves it, and `reason` says why.
-    weight, eps: names of attributes, read anew at each call; None for none, and for an eps that is a constant.
-    automatic: whether CPU tensors stay with the class's forward.
+    attributes: where it has weight and eps, which are read anew at each call. automatic: whether CPU tensors stay with
+    the class's forward.
     """
 
     cls: type[nn.Module]
     run: Any
     reason: str
-    weight: str | None = None
-    eps: str | None = None
-    implied_eps: float = 0.0
+    attributes: Attributes | None = None
     automatic: bool = True
 
 
@@ -64,14 +61,14 @@ def _find(module: nn.Module, gated: bool) -> Served:
     spec = match.spec
     if spec is None:
         return Served(cls, None, match.reason)
-    implied = _EPS_OF_NONE if spec.eps is None else spec.eps
     variant = spec.variant if match.eps_attribute is not None else spec
     run: Any
     if match.gating is None:
         run = ops.bind_rms_norm(variant, backend)
     else:
         run = gated_norm.bind(variant, match.gating, backend)
-    return Served(cls, run, match.reason, match.weight_attribute, match.eps_attribute, implied, backend == "auto")
+    attributes = Attributes(match.weight_attribute, match.eps_attribute, spec.eps)
+    return Served(cls, run, match.reason, attributes, backend == "auto")
 
 
 def rms_norm(module: nn.Module, hidden_states: Any) -> Any:
@@ -103,14 +100,10 @@ def rms_norm_gated(module: nn.Module, hidden_states: Any, gate: Any = None) -> A
 
 def _weight_and_eps(module: nn.Module, known: Served, x: Any) -> tuple[torch.Tensor | None, float] | None:
     """Of a call that a kernel serves; None where the class's own forward should run."""
-    if known.run is None or type(x) is not torch.Tensor or (known.automatic and not x.is_cuda):
+    attributes = known.attributes
+    if attributes is None or type(x) is not torch.Tensor or (known.automatic and not x.is_cuda):
         return None
-    weight = None if known.weight is None else module._parameters.get(known.weight, module._buffers.get(known.weight))
-    if (weight is None) is not (known.weight is None):
-        return None
-    eps = known.implied_eps if known.eps is None else getattr(module, known.eps)
-    if eps is None:
-        eps = _EPS_OF_NONE
-    if type(eps) is not float or not guards.servable(x, weight):
+    weight, eps = attributes.weight_of(module), attributes.eps_of(module)
+    if not attributes.fits(weight) or type(eps) is not float or not guards.servable(x, weight):
         return None
     return weight, eps

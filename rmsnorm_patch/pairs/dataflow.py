@@ -134,6 +134,11 @@ def _only_names(node: ast.expr) -> bool:
     return isinstance(node, (ast.Name, ast.Constant))
 
 
+def own_name(tree: ast.FunctionDef) -> str:
+    """What a method calls its object, "self" for example; "" where it takes no argument."""
+    return next((argument.arg for argument in (*tree.args.posonlyargs, *tree.args.args)), "")
+
+
 def self_attribute(node: ast.AST, self_name: str) -> str | None:
     """ "x" for the expression `self.x`."""
     if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == self_name:
@@ -172,7 +177,7 @@ class _Reader:
         self.tree = tree
         self.norm_attributes = norm_attributes
         self.sums = sums
-        self.self_name = arguments[0].arg if arguments else ""
+        self.self_name = own_name(tree)
         self.environment: dict[str, Value] = {a.arg: Value("other") for a in arguments[1:]}
         self.parameter = Value("param")
         if len(arguments) > 1:

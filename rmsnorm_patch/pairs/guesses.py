@@ -6,7 +6,7 @@ import ast
 import functools
 from collections.abc import Iterator
 
-from .dataflow import assigned_names, self_attribute
+from .dataflow import assigned_names, own_name, self_attribute
 from .sums import ADD_MORE, COPIES
 
 _ADDING = ("add", "add_", "__add__", "__radd__", "__iadd__")
@@ -44,7 +44,7 @@ class _Guesses:
         self.tree = tree
         self.norms = norms
         self.roots = {path.partition(".")[0] for path in norms}
-        self.self_name = next((a.arg for a in (*tree.args.posonlyargs, *tree.args.args)), "")
+        self.self_name = own_name(tree)
         self.sums: dict[str, ast.AST] = {}
         self.aliases: dict[str, frozenset[str]] = {}
 

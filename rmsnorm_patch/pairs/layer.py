@@ -14,16 +14,11 @@ from ..scan.plan import Action, NormSite, PairSite
 from .dataflow import Add, Flow, NormCall, analyse
 from .guesses import may_return_a_sum, possible_entries, possible_pairs
 from .norm_add import NormAdd, norm_adds
-from .recompile import HELPERS, LayerKey, rewrite
+from .recompile import HELPERS, LayerKey, rewrite, uncalled
 from .source import ForwardSource, NoSource, read_forward
 from .trace import ALONE, Pair, Trace, holds, trace_layer
 
-
-def _uncalled(*operands: object) -> None:
-    """Stands in a forward that is compiled only to see whether it can be."""
-
-
-_UNCALLED = dict.fromkeys(HELPERS, _uncalled)
+_UNCALLED = dict.fromkeys(HELPERS, uncalled)
 
 
 @dataclass

@@ -13,8 +13,9 @@ import torch.nn as nn
 
 from ..backends.names import Backend
 from ..scan.plan import NormSite, PairSite, QueryKeySite
+from .containers import is_container
 from .layer import Layer, decide, in_layer_sites, read_layer
-from .order import Order, PlannedStep, is_container
+from .order import Order, PlannedStep
 from .query_key import Attention, read_attention
 from .source import NoSource
 

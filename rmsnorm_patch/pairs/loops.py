@@ -14,7 +14,8 @@ from typing import Any
 
 import torch.nn as nn
 
-from .dataflow import assigned_names, is_passive, self_attribute
+from .containers import may_be_looped_over
+from .dataflow import assigned_names, is_passive, own_name, self_attribute
 from .source import ForwardSource, NoSource, read_forward
 
 _SEQUENCE = (
@@ -58,9 +59,7 @@ class LayerLoop:
 
 def layer_loops(parent: nn.Module, cls: type) -> list[LayerLoop]:
     """The loops in the forward of `parent`, whose unpatched class is `cls`."""
-    if not any(
-        isinstance(child, nn.Sequential) or type(child).forward is nn.Module.forward for child in parent.children()
-    ):
+    if not any(map(may_be_looped_over, parent.children())):
         return []
     try:
         source = read_forward(cls)
@@ -77,7 +76,7 @@ def layer_loops(parent: nn.Module, cls: type) -> list[LayerLoop]:
 
 def loops_of(source: ForwardSource) -> list[LoopCode]:
     """Each `for` of a forward that runs layers one after another over one state."""
-    self_name = source.tree.args.args[0].arg if source.tree.args.args else "self"
+    self_name = own_name(source.tree)
     found = []
     for block in _blocks(source.tree):
         for at, statement in enumerate(block):
@@ -139,14 +138,14 @@ def _elements(target: ast.expr, iterable: ast.expr) -> list[tuple[str, ast.expr]
 def _modules(code: LoopCode, parent: nn.Module, source: ForwardSource) -> tuple[nn.Module, ...]:
     """The modules that the loop runs over; () where its expressions are more than attributes, slices and calls of
     _FUNCTIONS."""
+    own = {own_name(source.tree): parent}
     try:
         if code.index is None:
-            modules = tuple(_evaluate(code.layers, source, {"self": parent}))
+            modules = tuple(_evaluate(code.layers, source, own))
         else:
             variable, counted = code.index
             modules = tuple(
-                _evaluate(code.layers, source, {"self": parent, variable: at})
-                for at in _evaluate(counted, source, {"self": parent})
+                _evaluate(code.layers, source, {**own, variable: at}) for at in _evaluate(counted, source, own)
             )
     except Exception:  # the model's own attributes: whatever they raise, the order is unknown
         return ()

@@ -13,6 +13,7 @@ import torch.nn as nn
 
 from ..patch_state import foreign, original_class
 from ..scan.plan import NormSite, PairKind, PairSite
+from .containers import is_container, is_sequence
 from .dataflow import runs_first
 from .layer import Layer
 from .loops import LayerLoop, layer_loops
@@ -58,17 +59,6 @@ class PlannedStep:
     def left(self, why: str) -> PairSite:
         """What the plan says where this is not done."""
         return PairSite(self.kind, self.layer.path, self.site.path, "leave", why)
-
-
-def is_container(module: nn.Module) -> bool:
-    """Whether it only holds modules, or runs them in turn: it has no forward of its own."""
-    cls = original_class(type(module))
-    in_turn = issubclass(cls, nn.Sequential) and cls.forward is nn.Sequential.forward
-    return in_turn or cls.forward is nn.Module.forward  # type: ignore[attr-defined]
-
-
-def is_sequence(module: nn.Module) -> bool:
-    return isinstance(module, nn.Sequential) and is_container(module)
 
 
 class Ends(NamedTuple):

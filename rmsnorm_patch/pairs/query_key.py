@@ -44,9 +44,9 @@ from ..backends.names import Backend
 from ..numerics.spec import SUPPORTED_DTYPES
 from ..patch_state import foreign, original_class
 from ..scan.plan import Action, NormSite, QueryKeySite
-from .dataflow import NormCall, analyse, assigned_names, is_passive
+from .dataflow import NormCall, analyse, assigned_names, is_passive, own_name
 from .expressions import is_projection, only_shapes
-from .recompile import Rewritten, compiled, substitute
+from .recompile import Rewritten, compiled, substitute, uncalled
 from .rotation import Rotation, confirm, rotation_behind
 from .source import ForwardSource, NoSource, read_forward
 from .sums import written_by
@@ -202,14 +202,10 @@ def _read_class(cls: type, forward: object, norms: frozenset[str]) -> tuple[Forw
     rotated = tuple(rank for rank in ranks if isinstance(found[rank].rotation, Rotation))
     key = AttentionKey(tuple(norms), ranks, "", rotated)
     try:
-        rewrite_attention(source, key, cls, dict.fromkeys(HELPERS, _uncalled))
+        rewrite_attention(source, key, cls, dict.fromkeys(HELPERS, uncalled))
     except (NoSource, SyntaxError) as error:
         return source, found, f"its forward cannot be rewritten: {error}"
     return source, found, ""
-
-
-def _uncalled(*operands: object) -> None:
-    """Stands in a forward that is compiled only to see whether it can be."""
 
 
 # what the source shows
@@ -219,7 +215,7 @@ def find(source: ForwardSource, tree: ast.FunctionDef, norms: frozenset[str]) ->
     """The norm calls of `tree` that belong together, and those that look as if they did, with why they do not."""
     calls = analyse(tree, norms, source.sums).norms
     used: NormCall | None = None
-    self_name = next((a.arg for a in (*tree.args.posonlyargs, *tree.args.args)), "")
+    self_name = own_name(tree)
     for query, key in itertools.pairwise(calls):
         if query is used:
             continue
@@ -387,8 +383,7 @@ def _fuse_rotated(tree: ast.FunctionDef, each: Together, rotation: Rotation) -> 
 
 
 def _norms(tree: ast.FunctionDef, each: Together) -> str:
-    self_name = (*tree.args.posonlyargs, *tree.args.args)[0].arg
-    return ", ".join(f'{self_name}._modules["{call.attr}"]' for call in (each.query, each.key))
+    return ", ".join(f'{own_name(tree)}._modules["{call.attr}"]' for call in (each.query, each.key))
 
 
 def _rows_of(each: Together) -> list[ast.stmt]:

@@ -29,7 +29,6 @@ layer's class has now.
 """
 
 from __future__ import annotations
-import __future__
 
 import ast
 import copy
@@ -42,11 +41,10 @@ import torch.nn as nn
 
 from ..patch_state import running_now, unhooked
 from . import questions
-from .dataflow import Add, NormCall, analyse
+from .dataflow import Add, NormCall, analyse, own_name
 from .norm_add import NormAdd, norm_adds
-from .source import ForwardSource, NoSource, read_forward
+from .source import FUTURE_FLAGS, ForwardSource, NoSource, read_forward
 
-_FUTURE_FLAGS = sum({getattr(__future__, name).compiler_flag for name in __future__.all_feature_names})
 HELPERS = ("in_layer", "tail", "entry", "norm_add", "norm_add_norm", "norm_add_tail")
 """Names of the functions that a rewritten forward calls; who compiles it hands them over."""
 
@@ -79,6 +77,10 @@ def layer_key(
     """Raises NoSource."""
     ranks, added = tuple(sorted(in_layer)), tuple(sorted(norm_adds))
     return LayerKey(tuple(sorted(norms)), ranks, tail, tuple(sorted(entries)), read_forward(cls).digest, added)
+
+
+def uncalled(*operands: object) -> None:
+    """Stands for a helper in a forward that is compiled only to see whether it can be."""
 
 
 class Rewritten(NamedTuple):
@@ -177,7 +179,7 @@ def _ask_class(tree: ast.FunctionDef) -> None:
 
 
 def _self(tree: ast.FunctionDef) -> ast.expr:
-    return ast.Name((*tree.args.posonlyargs, *tree.args.args)[0].arg, ast.Load())
+    return ast.Name(own_name(tree), ast.Load())
 
 
 def _module(tree: ast.FunctionDef, norm: NormCall) -> ast.expr:
@@ -341,7 +343,7 @@ def _compile(
     assert isinstance(scope, ast.FunctionDef)
     scope.body[0].body = [tree]  # type: ignore[attr-defined]
     module = ast.fix_missing_locations(ast.Module([scope], []))
-    flags = code.co_flags & _FUTURE_FLAGS
+    flags = code.co_flags & FUTURE_FLAGS
     compiled = compile(module, code.co_filename, "exec", flags=flags, dont_inherit=True)
     made = _code_below(_code_below(_code_below(compiled)), code.co_name)
     missing = [name for name in made.co_freevars if name not in cells]

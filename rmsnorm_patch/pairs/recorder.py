@@ -16,6 +16,8 @@ import torch.fx
 import torch.nn as nn
 from torch.fx.proxy import GraphAppendingTracer, Proxy
 
+from .containers import is_sequence
+
 EVERYWHERE = "everywhere"
 """Stands for the index of `x[:] = ...`, which writes the whole tensor."""
 
@@ -125,7 +127,7 @@ class Leaf:
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         if self._may_add(arguments):
             return self._run(self._module.forward, *arguments, **named)
-        if isinstance(self._module, nn.Sequential) and self._has_norms() and len(arguments) == 1 and not named:
+        if is_sequence(self._module) and self._has_norms() and len(arguments) == 1 and not named:
             return functools.reduce(lambda state, child: child(state), self, arguments[0])
         return self._called(sys._getframe(1).f_code, arguments, named)
 
@@ -135,8 +137,7 @@ class Leaf:
 
     def _has_norms(self) -> bool:
         """Whether it runs norms of the traced layer: then what they read is wanted, and not what it reads itself."""
-        own_forward = type(self._module).forward is not nn.Sequential.forward
-        return not own_forward and any(id(child) in self._recorder.norms for child in self._module.children())
+        return any(id(child) in self._recorder.norms for child in self._module.children())
 
     def _may_add(self, arguments: tuple[Any, ...]) -> bool:
         """Whether the module may add two hidden states for its caller: it has no weights and no children."""

@@ -20,6 +20,7 @@ import torch
 import torch.fx
 
 from ..numerics import rotation
+from ..scan.probe import same_bits
 from .dataflow import NormCall, assigned_names, is_passive
 from .expressions import moves_nothing, reads_attributes
 from .source import ForwardSource, parse
@@ -321,13 +322,6 @@ def _why_other_bits(function: FunctionType) -> str:
         q, k = q.transpose(1, 2), k.transpose(1, 2)
         for got, x in zip(function(q, k, cos, sin), (q, k), strict=True):
             want = rotation.rotate(x, cos, sin)
-            if got.dtype != want.dtype or got.stride() != want.stride() or not _same_bits(got, want):
+            if got.stride() != want.stride() or not same_bits(got, want):
                 return f"its bits are others in {str(dtype).removeprefix('torch.')}"
     return ""
-
-
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Equal, zeros with their signs, one NaN as good as another."""
-    integer = torch.int32 if one.dtype == torch.float32 else torch.int16
-    both = (one.isnan() & other.isnan()) | (one.contiguous().view(integer) == other.contiguous().view(integer))
-    return bool(both.all())

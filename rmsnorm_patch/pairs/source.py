@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-_FUTURE_FLAGS = sum({getattr(__future__, name).compiler_flag for name in __future__.all_feature_names})
-
+FUTURE_FLAGS = sum({getattr(__future__, name).compiler_flag for name in __future__.all_feature_names})
+"""Of `from __future__ import ...`, which a function compiled anew must keep."""
 
 RENAMING = ("transformers.utils.deprecation",)
 """Modules whose decorators only rename arguments (transformers 5.24 has one around most layers' forward)."""
@@ -41,11 +41,8 @@ class ForwardSource:
     @property
     def sums(self) -> frozenset[str]:
         """How `torch.add` is written in this function: by a module's global name that no local one hides."""
-        named, bound = (
-            self.function.__globals__,
-            {*self.function.__code__.co_varnames, *self.function.__code__.co_cellvars},
-        )
-        read = set(self.function.__code__.co_names) - bound
+        code, named = self.function.__code__, self.function.__globals__
+        read = set(code.co_names) - {*code.co_varnames, *code.co_cellvars}
         found = {name for name in read if named.get(name) is torch.add}
         return frozenset(found | {f"{name}.add" for name in read if named.get(name) is torch})
 
@@ -125,7 +122,7 @@ def _check_is_the_running_code(function: types.FunctionType) -> None:
     """A file edited after its import, or code that an import hook rewrote, would give another function."""
     code = function.__code__
     lines, _ = inspect.findsource(function)
-    written = _functions_in("".join(lines), code.co_filename, code.co_flags & _FUTURE_FLAGS)
+    written = _functions_in("".join(lines), code.co_filename, code.co_flags & FUTURE_FLAGS)
     if not any(candidate == code for candidate in written.get((code.co_name, code.co_firstlineno), ())):
         raise NoSource(f"{function.__qualname__}: the source on disk is not the code that runs")
 

@@ -20,6 +20,7 @@ import torch
 import torch.nn as nn
 
 from ..patch_state import original_class
+from .containers import LISTS
 from .source import RENAMING, ForwardSource, NoSource, parse, read_forward
 
 _UNCOUNTED = frozenset(
@@ -36,7 +37,6 @@ _COMPUTING_NOTHING = frozenset(
 )
 """Packages whose own functions write to no tensor but through torch's operations."""
 _VALUES = (torch.Tensor, list, tuple, dict, set, str)
-_LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 _DEPTH = 6
 _UNKNOWN = object()
 
@@ -197,8 +197,8 @@ def _held_by(function: FunctionType) -> dict[str, Any]:
 
 def _modules_in(value: Any) -> _Children:
     """What a list of modules holds, or each of several lists; what is one of several modules stays so."""
-    several = value if isinstance(value, _Children) else (value,) if isinstance(value, _LISTS) else ()
-    held = (tuple(each.children()) if isinstance(each, _LISTS) else (each,) for each in several)
+    several = value if isinstance(value, _Children) else (value,) if isinstance(value, LISTS) else ()
+    held = (tuple(each.children()) if isinstance(each, LISTS) else (each,) for each in several)
     return _Children(module for modules in held for module in modules)
 
 

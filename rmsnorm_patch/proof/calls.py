@@ -1,4 +1,4 @@
-"""Layer 3: the fused calls that ran, against the plan and the original model's own norm calls."""
+"""The fifth judgement: the fused calls that ran, against the plan and the original model's own norm calls."""
 
 from __future__ import annotations
 

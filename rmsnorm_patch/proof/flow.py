@@ -1,9 +1,9 @@
-"""Layer 1b: the original model in lockstep with the patched run.
+"""The second judgement, the data flow: the original model in lockstep with the patched run.
 
 The patched run is recorded at every norm: a digest of the norm's input, and its output. Then the original model runs
 with its norms made to return those outputs. All other code is the same code on the same bits, so every norm must meet
-the recorded input and the run must end in the recorded result, bit for bit. What the per-site layer says of each
-norm and what this says of everything between them is, together, the whole model.
+the recorded input and the run must end in the recorded result, bit for bit. What the judgement of sites says of
+each norm and what this says of everything between them is, together, the whole model.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Layer 2: logits against a wider run, and greedy tokens."""
+"""The third and the fourth judgement: logits against a wider run, and greedy tokens."""
 
 from __future__ import annotations
 
@@ -84,7 +84,6 @@ def judge(
     permitted: Sequence[torch.Tensor] | None,
     reference: str,
     experts: bool,
-    note: str,
 ) -> LogitProof:
     """All arguments are lists of [positions, vocabulary]; `wide` None means that `permitted` is the yardstick."""
     whole = list(zip(original, patched, strict=True))
@@ -123,7 +122,6 @@ def judge(
         bit_identical=all(not bit_mismatches(a, b) for a, b in whole),
         nonfinite_mismatches=sum(int((torch.isfinite(a) != torch.isfinite(b)).sum()) for a, b in whole),
         experts=experts,
-        note=note,
         undefined=sum(int((~rows).sum()) for rows in defined),
     )
 

@@ -1,4 +1,4 @@
-"""`verify`: run the patched and the original model on the same inputs and judge all layers."""
+"""`verify`: run the patched and the original model on the same inputs, and make all five judgements."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch.nn as nn
 from ..errors import NothingProved, UnsupportedInput, UnsupportedModel, VerificationFailed
 from ..rewrite import applied_report, observe
 from ..scan.plan import NormSite, Plan
+from ..scan.probe import dtype_name
 from . import driven, flow, logits, memory, wide
 from .calls import judge as judge_calls
 from .options import check_options
@@ -64,7 +65,7 @@ def verify(
     record, compare: safetensors file to write this model's logits to, or to hold them against (`record_logits`,
         `compare_logits`), once the proof is green.
     save_failure: safetensors file for the failing rows of the worst site, written only when the proof is red.
-    space: bytes of norm outputs kept (on the CPU) for the data-flow layer; a longer input is shortened for it.
+    space: bytes of norm outputs kept (on the CPU) for the judgement of data flow; a longer input is shortened for it.
     source, arguments: checkpoint folder or name and further words, for the command that repeats the proof.
     progress: called with what the proof will take in memory, then with each step's number and name; by default they are
         logged (INFO).
@@ -202,7 +203,7 @@ class _Work:
         return Proof(
             model_class=type(self.model).__name__,
             source=source or str(getattr(getattr(self.model, "config", None), "_name_or_path", "") or ""),
-            dtype=str(dtype_of(self.model)).removeprefix("torch."),
+            dtype=dtype_name(dtype_of(self.model)),
             device=device_name(self.model),
             backend=self.plan.backend,
             seed=self.seed,
@@ -343,7 +344,7 @@ class _Work:
 
     def _flow(self) -> FlowProof:
         """The original in lockstep with each tape."""
-        calls, first, site, reproducible, note = 0, "", "", True, ""
+        calls, first, site, reproducible = 0, "", "", True
         original = replica(self.model, patched=False)
         norms = self._norms(original)
         for run, tape in self.seen.tapes:
@@ -354,7 +355,7 @@ class _Work:
                 first, site = f"{run.name}: {done.first_difference}", done.site
                 reproducible = flow.reproducible(replica(self.model, patched=False), run)
         names = tuple(run.name for run, _ in self.seen.tapes)
-        return FlowProof(calls, names, first, site, reproducible, note)
+        return FlowProof(calls, names, first, site, reproducible)
 
     def _judge_logits(self, runs: list[Run]) -> LogitProof | None:
         def positions(outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -366,9 +367,8 @@ class _Work:
             positions([out[0] for out in seen.patched[: len(runs)]]),
             None if seen.wide is None else positions(seen.wide),
             None if seen.permitted is None else positions(seen.permitted),
-            "original" if seen.wide is None else str(wide.wide_dtype(self.model)).removeprefix("torch."),
+            "original" if seen.wide is None else dtype_name(wide.wide_dtype(self.model)),
             logits.routes_to_experts(self.model),
-            "",
         )
 
     def _judge_greedy(self, run: Run | None, logit_proof: LogitProof | None) -> GreedyProof | None:

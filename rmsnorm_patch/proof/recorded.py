@@ -14,6 +14,7 @@ import torch.nn as nn
 from ..errors import NothingProved, UnsupportedInput, UnsupportedModel, VerificationFailed
 from ..numerics.tolerances import LOGIT_ERROR_RATIO
 from ..patch_state import check_module
+from ..scan.probe import dtype_name
 from . import flow, logits, wide
 from .options import check_path
 from .replica import replica
@@ -90,7 +91,7 @@ def record_logits(model: nn.Module, inputs: Inputs, path: str | Path) -> None:
         "model_class": type(model).__name__,
         "config_digest": config_digest(model),
         "weights_digest": weights_digest(model),
-        "dtype": str(dtype_of(model)).removeprefix("torch."),
+        "dtype": dtype_name(dtype_of(model)),
         "device": device_name(model),
         "own_error": repr(own),
         **versions(),
@@ -238,7 +239,7 @@ def _load(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
 def _check_model(model: nn.Module, path: str | Path, described: dict[str, str]) -> None:
     ours = {
         "model_class": type(model).__name__,
-        "dtype": str(dtype_of(model)).removeprefix("torch."),
+        "dtype": dtype_name(dtype_of(model)),
         "config_digest": config_digest(model),
         "weights_digest": weights_digest(model),
     }

@@ -26,6 +26,7 @@ from .. import rewrite
 from ..errors import PatchConflict, UnsupportedModel
 from ..patch_state import is_patched
 from ..rewrite.counts import Calls
+from ..rewrite.registries import DEFINED_IN_PYTHON
 
 SHARED_BUFFER = 16 << 20
 _DEPTH = 12
@@ -254,7 +255,7 @@ def _attributes(value: Any) -> list[tuple[str, Any]]:
     kind = type(value)
     if isinstance(value, (torch.Tensor, type, types.ModuleType)) or hasattr(kind, "__del__"):
         return []
-    if kind.__new__ not in (object.__new__, dict.__new__) or not kind.__flags__ & _HEAP_TYPE:
+    if kind.__new__ not in (object.__new__, dict.__new__) or not kind.__flags__ & DEFINED_IN_PYTHON:
         return []
     attributes = list(getattr(value, "__dict__", {}).items())
     for base in kind.__mro__:
@@ -270,10 +271,6 @@ def _globals(function: types.FunctionType) -> list[tuple[str, Any]]:
     read = ((name, function.__globals__.get(name)) for name in function.__code__.co_names)
     kinds = (types.MethodType, functools.partial, nn.Module)
     return [(name, item) for name, item in read if isinstance(item, kinds)]
-
-
-_HEAP_TYPE = 1 << 9
-"""Py_TPFLAGS_HEAPTYPE: the class was made by a class statement."""
 
 
 def _contents(cell: types.CellType) -> tuple[Any, ...]:

@@ -14,6 +14,7 @@ import torch
 
 from ..numerics.tolerances import SiteTolerance, scale_bias
 from ..page import page, summarised
+from ..scan.probe import dtype_name
 from .difference import FAR, HUGE, Difference
 
 Verdict = Literal["proved", "failed", "nothing proved"]
@@ -72,7 +73,7 @@ class Measurement:
         return cls(
             name=name,
             backend=backend,
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=dtype_name(dtype),
             elements=difference.elements,
             max_ulp=difference.max_ulp,
             allowed_ulp=tolerance.max_ulp,
@@ -128,12 +129,12 @@ class SiteProof:
 
 @dataclass(frozen=True)
 class FlowProof:
-    """Layer 1b, the data flow between the sites: the original model, its norms made to return what the patched run's
+    """The data flow between the sites: the original model, its norms made to return what the patched run's
     norms returned, must meet bit-equal inputs at every norm and end in bit-equal outputs.
 
     That leaves a wrong rewrite (a sum not written, a stale or swapped value, a norm left out) nowhere to hide: there is
     no tolerance. calls: norm calls compared. first_difference: "" or the first place that differs, in words.
-    reproducible: False where the original model does not reproduce itself bit for bit, which voids this layer.
+    reproducible: False where the original model does not reproduce itself bit for bit, which voids this judgement.
     """
 
     calls: int
@@ -141,7 +142,6 @@ class FlowProof:
     first_difference: str
     site: str
     reproducible: bool
-    note: str = ""
 
     @property
     def passed(self) -> bool:
@@ -150,7 +150,7 @@ class FlowProof:
 
 @dataclass(frozen=True)
 class FiredProof:
-    """Layer 3: what ran, against what the plan and a count of the original model's norm calls say must run.
+    """What ran, against what the plan and a count of the original model's norm calls say must run.
 
     expected: calls of planned norms in the original run. fused: of those, calls that ran patched code. pairs_expected,
     pairs_fused: calls whose residual-add the plan puts into the norm's call, and those for which it happened.
@@ -179,7 +179,7 @@ class FiredProof:
 
 @dataclass(frozen=True)
 class LogitProof:
-    """Layer 2, teacher-forced.
+    """The logits, teacher-forced.
 
     reference: "float32"/"float64" = a run of the same weights in that dtype; "original" = no wider run, the yardstick
         is then the original under permitted rounding (every norm's output off by the per-site tolerance).
@@ -206,7 +206,6 @@ class LogitProof:
     bit_identical: bool
     nonfinite_mismatches: int
     experts: bool
-    note: str = ""
     undefined: int = 0
 
     @property
@@ -278,8 +277,8 @@ class Proof:
     @property
     def verdict(self) -> Verdict:
         """ "failed": something is red. "nothing proved": nothing is, and nothing could have been (`proves_nothing`)."""
-        layers = [layer for layer in (self.flow, self.logits, self.greedy) if layer is not None]
-        red = not all(judged.passed for judged in (*self.sites, *layers))
+        others = [judged for judged in (self.flow, self.logits, self.greedy) if judged is not None]
+        red = not all(judged.passed for judged in (*self.sites, *others))
         if red or (not self.fired.passed and (self.fired.expected or self.fired.missing)):
             return "failed"
         return "nothing proved" if self.proves_nothing else "proved"
@@ -308,7 +307,7 @@ class Proof:
         return next((p.site for p in (self.flow, self.fired) if not p.passed), "")
 
     def verdicts(self) -> tuple[str, ...]:
-        """One line per layer, each starting with "ok", "RED", or "--" where it could not have been red."""
+        """One line per judgement, each starting with "ok", "RED", or "--" where it could not have been red."""
         return tuple(f"{_MARKS[passed]} {text}" for passed, text in self._lines())
 
     def explain(self) -> str:

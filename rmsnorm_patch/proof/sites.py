@@ -1,4 +1,4 @@
-"""Layer 1, per site: every fused call is judged while it happens, against the original class on the same operands.
+"""The first judgement, of sites: each fused call, while it happens, against the original class on the same operands.
 
 Judging inside the call has three merits: the norm's weights are there (an offloaded module has them only then), the
 operands are the real ones, and no tensor has to be kept: beside one call's temporaries, a site costs a checksum per

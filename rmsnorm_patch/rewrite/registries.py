@@ -27,8 +27,8 @@ _FILLED_AT_FIRST_USE = (("diffusers", "diffusers.hooks._helpers", "TransformerBl
 _KEYED = (dict, set, WeakKeyDictionary, WeakSet)
 _LISTS = (tuple, list, frozenset, MappingProxyType)
 _KINDS = (*_KEYED, *_LISTS)
-_DEFINED_IN_PYTHON = 1 << 9
-"""Py_TPFLAGS_HEAPTYPE."""
+DEFINED_IN_PYTHON = 1 << 9
+"""Py_TPFLAGS_HEAPTYPE: the class was made by a class statement."""
 
 
 class Named(NamedTuple):
@@ -201,7 +201,7 @@ def _containers_of(name: str, space: dict[str, Any]) -> Iterator[Named]:
 def _attributes(name: str, value: Any) -> Iterator[Named]:
     """The containers that an object holds: a registry is often one. Nothing of its own runs."""
     kind = type(value)
-    if not kind.__flags__ & _DEFINED_IN_PYTHON or issubclass(kind, (ModuleType, type)):
+    if not kind.__flags__ & DEFINED_IN_PYTHON or issubclass(kind, (ModuleType, type)):
         return
     try:
         held = object.__getattribute__(value, "__dict__")

@@ -19,6 +19,7 @@ from ..numerics.contract import FUNCTIONAL, FUSED_ADD, RMS_NORM
 from ..ops import dispatch
 from ..scan.dtypes import run_without_memory
 from ..scan.plan import NormSite, Plan, QueryKeySite
+from ..scan.probe import dtype_name
 from ..scan.subject import Rejected
 from . import observe
 
@@ -82,11 +83,13 @@ def _prepare_two(model: nn.Module, both: QueryKeySite, plan: Plan, dtype: torch.
     if pair.why_apart(x, x, weight, weight):
         return
     pair.prepare(x, weight)
-    yield Prepared(pair.op, weight.numel(), _name(dtype), _name(weight.dtype), "cuda", str(weight.device))
+    yield Prepared(pair.op, weight.numel(), dtype_name(dtype), dtype_name(weight.dtype), "cuda", str(weight.device))
     row, angle = x[None, None], x[None]
     if both.rotation == "fuse" and not rotated.why_apart(row, row, weight, weight, angle, angle, 2):
         rotated.prepare(x, weight)
-        yield Prepared(rotated.op, weight.numel(), _name(dtype), _name(weight.dtype), "cuda", str(weight.device))
+        yield Prepared(
+            rotated.op, weight.numel(), dtype_name(dtype), dtype_name(weight.dtype), "cuda", str(weight.device)
+        )
 
 
 def _operands(model: nn.Module) -> dict[str, set[tuple[torch.dtype, torch.dtype]]]:
@@ -132,8 +135,8 @@ def _prepare_site(
         backend = behind.backend_for(x, weight)
     else:
         backend = ops.bind(op, site.spec, plan.backend).backend_for(x, weight, residual)
-    named = None if residual_dtype is None else _name(residual_dtype)
-    prepared = Prepared(op, n, _name(dtype), _name(weight.dtype), backend, str(weight.device), named)
+    named = None if residual_dtype is None else dtype_name(residual_dtype)
+    prepared = Prepared(op, n, dtype_name(dtype), dtype_name(weight.dtype), backend, str(weight.device), named)
     if backend == "reference" or (backend == "cuda" and residual_dtype not in (None, dtype)):
         return None  # CUDA's kernels add one dtype: where they are asked for, such an add stays a call of its own
     if prepared not in done and behind is not None:
@@ -151,7 +154,9 @@ def _prepare_gated(
     assert site.gating is not None
     run = gated_norm.bind(site.spec, site.gating, plan.backend)
     backend = run.backend_for(x, x, weight)
-    prepared = Prepared(gated_norm.NAME, x.shape[-1], _name(x.dtype), _name(weight.dtype), backend, str(x.device))
+    prepared = Prepared(
+        gated_norm.NAME, x.shape[-1], dtype_name(x.dtype), dtype_name(weight.dtype), backend, str(x.device)
+    )
     if backend == "reference":
         return None
     if prepared not in done:
@@ -166,7 +171,3 @@ def _common_dtype(model: nn.Module) -> torch.dtype:
         if parameter.is_floating_point():
             sizes[parameter.dtype] += parameter.numel()
     return sizes.most_common(1)[0][0] if sizes else torch.get_default_dtype()
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -16,6 +16,7 @@ from .probe import (
     Probe,
     candidate_specs,
     check_behaviour,
+    dtype_name,
     eps_attributes,
     expected,
     probe_cases,
@@ -155,9 +156,9 @@ def _count(got: torch.Tensor, want: torch.Tensor) -> str:
 def _half_precision_reason(subject: Subject, columns: int, eps_attribute: str | None) -> str:
     """fp32 agrees: name the first dtype pair that no spec explains."""
     for case in probe_cases(columns):
-        pair = f"{_name(case.x.dtype)} input"
+        pair = f"{dtype_name(case.x.dtype)} input"
         if subject.weight_attribute:
-            pair += f" with {_name(case.weight.dtype)} weight"
+            pair += f" with {dtype_name(case.weight.dtype)} weight"
         try:
             got = run(subject, case, eps_attribute)
         except Exception as error:
@@ -173,7 +174,3 @@ def _half_precision_reason(subject: Subject, columns: int, eps_attribute: str | 
                 return f"{reason} (seen for a {pair})"
         return f"for a {pair} it rounds where no known RMSNorm does"
     return "it rounds like one RMSNorm for some dtype pairs and like another for others"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

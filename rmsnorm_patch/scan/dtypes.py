@@ -2,8 +2,8 @@
 
 transformers keeps some modules of a half precision model in float32 (`wo` of T5). What reaches a norm then depends on
 the model's code: a residual stream becomes float32, a router's result is cast back. Kernels take a float32 input with a
-half precision weight, but not one half type with the other. So a copy of the model without
-memory runs on the meta device, and each norm's input is looked at. The model itself is neither called nor changed.
+half precision weight, but not one half type with the other. So a copy of the model without memory runs on the meta
+device, and each norm's input is looked at. The model itself is neither called nor changed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch.nn as nn
 
 from ..numerics.spec import SUPPORTED_DTYPES
 from .plan import NormSite
-from .probe import short, undisturbed
+from .probe import dtype_name, short, undisturbed
 from .subject import Rejected
 
 _HALF = ("float16", "bfloat16")
@@ -44,7 +44,7 @@ def expect(model: nn.Module, sites: tuple[NormSite, ...]) -> tuple[tuple[NormSit
 
 
 def _without_kernels(site: NormSite) -> NormSite:
-    if site.action != "fuse" or site.weight_dtype is None or site.weight_dtype in map(_name, SUPPORTED_DTYPES):
+    if site.action != "fuse" or site.weight_dtype is None or site.weight_dtype in map(dtype_name, SUPPORTED_DTYPES):
         return site
     return replace(site, falls_back=f"its weight is {site.weight_dtype}, and no kernel takes that")
 
@@ -52,7 +52,7 @@ def _without_kernels(site: NormSite) -> NormSite:
 def _judged(site: NormSite, inputs: Iterable[torch.dtype], other: str) -> NormSite:
     """inputs: dtypes that `site` was called with. A kernel takes a half precision weight with an input of its dtype or
     of float32."""
-    names = tuple(sorted({_name(dtype) for dtype in inputs}))
+    names = tuple(sorted({dtype_name(dtype) for dtype in inputs}))
     site = replace(site, inputs=names)
     refused = [name for name in names if name not in (site.weight_dtype, "float32")]
     if not refused:
@@ -68,7 +68,7 @@ def _modules_of_other_dtype(model: nn.Module, norms: set[str | None]) -> Iterato
         matrices = [p for p in module._parameters.values() if p is not None and p.dim() > 1]
         if any(p.element_size() == 1 for p in matrices):
             continue
-        if any(p.is_floating_point() and _name(p.dtype) not in norms for p in matrices):
+        if any(p.is_floating_point() and dtype_name(p.dtype) not in norms for p in matrices):
             yield path
 
 
@@ -129,7 +129,3 @@ def _without_memory(model: nn.Module) -> dict[int, Any]:
         empty = torch.empty_like(tensor, device="meta", requires_grad=False)
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if type(tensor) is nn.Parameter else empty
     return memo
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

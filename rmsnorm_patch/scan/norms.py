@@ -15,10 +15,11 @@ import torch.nn as nn
 from ..errors import UnsupportedModel
 from ..numerics.gating import GateSpec
 from ..numerics.spec import FP32_WEIGHT_MULTIPLY, GEMMA, LLAMA, T5, NormSpec
+from ..patch_state import check_module
 from .diagnose import explain
 from .gated import UNKNOWN, find_gated, takes_gate
 from .plan import NormSite
-from .probe import WEIGHTLESS, Found, find_spec, short, undisturbed
+from .probe import WEIGHTLESS, Found, dtype_name, find_spec, short, undisturbed
 from .subject import Rejected, Subject, examine, own_class, reachable_codes
 
 _NAMED_RMS = re.compile(r"RMS|Rms|rms(?=[nN]orm)|(?<![a-zA-Z])rms(?=_|$)")
@@ -167,9 +168,7 @@ def scan_norms(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[
     Raises `UnsupportedModel` for an object that is no module, a model without any RMSNorm, and a pattern that matches
     no norm.
     """
-    if not isinstance(model, nn.Module):
-        got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
-        raise UnsupportedModel("model", got, "a torch.nn.Module", "pass the model object itself (pipeline.model, say)")
+    check_module(model)
     shared: Cache = {}
     sites = []
     for module, paths in _modules_with_paths(model):
@@ -232,7 +231,7 @@ def _site(module: nn.Module, paths: list[str], match: Match) -> NormSite:
         action="leave" if match.spec is None else "fuse",
         reason=match.reason,
         hidden_size=match.hidden_size,
-        weight_dtype=None if weight is None else str(weight.dtype).removeprefix("torch."),
+        weight_dtype=None if weight is None else dtype_name(weight.dtype),
         eps_attribute=match.eps_attribute,
         shared_paths=tuple(paths[1:]),
         weight_attribute=match.weight_attribute,

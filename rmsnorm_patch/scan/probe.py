@@ -33,7 +33,7 @@ from ..numerics.spec import (
     WEIGHT_OFFSETS,
     NormSpec,
 )
-from .subject import Rejected, Subject, class_forward
+from .subject import Rejected, Subject, uncompiled_forward
 
 WEIGHTLESS = NormSpec(round_before_weight="none", has_weight=False, output="input")
 """Without a weight the rounding axes collapse: one rounding, to x.dtype."""
@@ -127,7 +127,7 @@ def run(subject: Subject, case: Probe, eps_attribute: str | None, eps: Any = ...
     if eps_attribute is not None:
         twin.__dict__[eps_attribute] = case.eps if eps is ... else eps
     twin.__dict__.update(state)
-    return class_forward(subject.cls)(twin, case.x.clone())
+    return uncompiled_forward(subject.cls)(twin, case.x.clone())
 
 
 def expected(case: Probe, spec: NormSpec, eps: float | None = None) -> torch.Tensor:
@@ -239,7 +239,7 @@ def _check_own_eps(subject: Subject, columns: int, eps_attribute: str, spec: Nor
 def check_behaviour(subject: Subject, columns: int, gate: torch.Tensor | None = None) -> None:
     """Raises `Rejected` for a forward that is more than a function of its input's rows. gate: of a gated norm's."""
     case = probe_cases(columns)[0]
-    forward = class_forward(subject.cls)
+    forward = uncompiled_forward(subject.cls)
     if gate is not None:
         gated = forward
 
@@ -303,6 +303,10 @@ def eps_attributes(subject: Subject) -> list[str]:
 def eps_constants(subject: Subject) -> list[float]:
     constants = {c for code in subject.codes for c in code.co_consts if type(c) is float and 0.0 < c < 0.1}
     return [*sorted(constants), 0.0]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def short(error: BaseException) -> str:

@@ -232,7 +232,7 @@ def _names_in(codes: tuple[types.CodeType, ...]) -> set[str]:
     return names
 
 
-def class_forward(cls: type[nn.Module]) -> Callable[..., Any]:
+def uncompiled_forward(cls: type[nn.Module]) -> Callable[..., Any]:
     """The class's own forward, from under `torch.compile` (which would compile each probe)."""
     forward = cls.forward
     return getattr(forward, "_torchdynamo_orig_callable", forward)

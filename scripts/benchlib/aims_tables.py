@@ -21,8 +21,8 @@ def _said_of(record: Row, page: str) -> tuple[dict[bool | None, str], str]:
     if aims.set_for(record):
         return SAID, ""
     return BESIDE, (
-        f"The aims were set for one {aims.GPU}, and [its page]({page}#aims) judges them. Here stand the figures "
-        "of this GPU beside them. "
+        f"The aims were set for one {aims.GPU}, and [its page]({page}#aims) judges them. The figures here are of this "
+        "GPU. "
     )
 
 
@@ -42,10 +42,10 @@ def _tables(record: Row, found: Iterable[Aim], said: dict[bool | None, str]) -> 
     ]
     if limited:
         parts.append(
-            "What is known of the retired ones. The limit is of this record. An aim counts as missed again where its "
+            "What is known of the retired aims. The limit is of this record. An aim counts as missed again where its "
             "figure is worse than what is held instead, or its limit reaches it.\n"
             if held
-            else "What is known of those below. The limit is of this record.\n"
+            else 'What is known of the aims that are marked "below". The limit is of this record.\n'
         )
         parts.append(table(["work", *(["held instead"] if held else []), "limit that was measured", "because"], rows))
     return "\n".join(parts)
@@ -56,8 +56,8 @@ def quantised_aims(record: Row) -> str:
         return MISSING
     said, note = _said_of(record, "results_h200_quantised.md")
     text = (
-        f"{note}Computed from the record; the worst shape counts, against the peers that have a figure there. Open: "
-        "not measured, or no peer has a figure."
+        f"{note}Figures are computed from the record. The worst shape counts, against the peers that have a figure "
+        "there. Open: not measured, or no peer has a figure."
     )
     return f"{text}{_given_up(record)}\n\n{_tables(record, aims.quantised(record), said)}"
 
@@ -65,9 +65,9 @@ def quantised_aims(record: Row) -> str:
 def aims_table(record: Row) -> str:
     said, note = _said_of(record, "results_h200.md")
     text = (
-        f"{note}Computed from the record. `ours` is the better of the functional and the in-place form, as the peers' "
-        "own forms differ; the best peer is the best at that shape. Open: not measured, not against every peer, or in "
-        "rounds that overlap."
+        f"{note}Figures are computed from the record. `ours` is the better of the functional and the in-place form, "
+        "since peers have one or the other. The best peer is the best at that shape. Open: not measured, not against "
+        "every peer, or in rounds that overlap."
     )
     return f"{text}{_given_up(record)}\n\n{_tables(record, aims.of(record), said)}"
 
