@@ -95,12 +95,8 @@ def device() -> dict[str, object]:
 
 
 def kernel_tests(workers: int) -> dict[str, object]:
-    """Counts of the GPU tests but vLLM's; with several workers, those that hold a time to a limit run last, alone."""
-    words = ["integration_tests/gpu", *(f"--ignore={path}" for path in _engine_tests())]
-    if not _spread(workers):
-        return run_tests(words)
-    beside = run_tests([*words, "-n", str(workers), "--dist", "worksteal", "-m", "not timed"])
-    return merged([beside, run_tests([*words, "-m", "timed"])])
+    """Counts of the GPU tests but vLLM's."""
+    return _beside(["integration_tests/gpu", *(f"--ignore={path}" for path in _engine_tests())], workers, "worksteal")
 
 
 def engine_tests(workers: int) -> dict[str, object]:
@@ -108,13 +104,15 @@ def engine_tests(workers: int) -> dict[str, object]:
 
     Those that share engines are of one group, which a worker takes whole.
     """
-    words = [str(path) for path in _engine_tests()]
-    spread = ["-n", str(workers), "--dist", "loadgroup"] if _spread(workers) else []
-    return {**run_tests([*words, *spread]), "files": plugin_files()}
+    return {**_beside([str(path) for path in _engine_tests()], workers, "loadgroup"), "files": plugin_files()}
 
 
-def _spread(workers: int) -> bool:
-    return workers > 1 and importlib.util.find_spec("xdist") is not None
+def _beside(words: list[str], workers: int, spread: str) -> dict[str, object]:
+    """Tests side by side where there are several workers; those marked `alone` then run last, by themselves."""
+    if workers < 2 or importlib.util.find_spec("xdist") is None:
+        return run_tests(words)
+    beside = run_tests([*words, "-n", str(workers), "--dist", spread, "-m", "not alone"])
+    return merged([beside, run_tests([*words, "-m", "alone"])])
 
 
 def _engine_tests() -> list[Path]:

@@ -19,7 +19,7 @@ from rmsnorm_patch.backends.cuda import cache, launcher
 
 sys.path.insert(0, str(Path(__file__).parent))  # modules here: test folders are not packages
 
-pytest.register_assert_rewrite("bad_input", "launches")
+pytest.register_assert_rewrite("bad_input", "launches", "vllm_engines")
 
 KEPT = 1 << 28  # bytes that a process may hold between tests; the allocator would keep what the largest test took
 LARGEST = 24 << 30  # bytes of the tests with more than 2**31 elements, their results and references included

@@ -41,7 +41,7 @@ def bench(repository: Path, cwd: Path, *words: str) -> subprocess.CompletedProce
     )
 
 
-@pytest.mark.timed
+@pytest.mark.alone
 def test_kernels_are_timed_beside_peers_and_drawn(repository: Path, tmp_path: Path) -> None:
     (tmp_path / "others.py").write_text(PROVIDERS)
     plot, rows = tmp_path / "times.svg", tmp_path / "rows.json"

@@ -195,7 +195,7 @@ def test_ptx_for_a_newer_device_runs_here(monkeypatch, tmp_path):
     assert any(f".target sm_{max(older)}".encode() in code for code in built)
 
 
-@pytest.mark.timed
+@pytest.mark.alone
 def test_disk_cache_serves_a_new_process(tmp_path):
     script = """
 import json, sys, time, torch

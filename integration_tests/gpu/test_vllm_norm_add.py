@@ -26,7 +26,7 @@ TOKENS = 24
 PROMPTS = [[5, 70, 101, 108, 111], [40, 98, 105, 32, 97, 32, 110], [72, 105]]
 SHAPE = {"hidden_size": 2304, "intermediate_size": 1024, "num_hidden_layers": LAYERS, "head_dim": 64, "pad_token_id": 0}
 STD = {"gemma3_text": 0.005, "glm4": 0.02, "olmo2": 0.02}
-"""Of weights. With larger ones Gemma's tied embeddings give the last token again, for certain, whatever the norms do."""
+"""Of weights. With larger ones Gemma's tied embeddings give the last token again, for certain, whatever norms do."""
 KINDS = tuple(STD)
 SUMS = 2 * LAYERS
 """Residual-adds of a forward. Each takes a norm's result."""

@@ -117,7 +117,7 @@ def test_runs_of_tests_are_counted_together(gpu_record):
 
 
 @pytest.mark.parametrize("workers", [0, 4])
-def test_tests_that_hold_a_time_run_last_and_those_of_engines_apart(gpu_record, monkeypatch, workers):
+def test_tests_that_want_the_device_run_last_and_those_of_engines_apart(gpu_record, monkeypatch, workers):
     runs = []
 
     def run(words):
@@ -127,14 +127,15 @@ def test_tests_that_hold_a_time_run_last_and_those_of_engines_apart(gpu_record, 
     monkeypatch.setattr(gpu_record, "run_tests", run)
     assert gpu_record.kernel_tests(workers)["passed"] == (110 if workers else 10)
     assert all(f"--ignore={path}" in words for words in runs for path in gpu_record._engine_tests())
-    assert [words[-2:] for words in runs] == ([["-m", "not timed"], ["-m", "timed"]] if workers else [runs[0][-2:]])
+    last = [["-m", "not alone"], ["-m", "alone"]]
+    assert [words[-2:] for words in runs] == (last if workers else [runs[0][-2:]])
     runs.clear()
     found = gpu_record.engine_tests(workers)
-    assert found["passed"] == 10
+    assert found["passed"] == (110 if workers else 10)
     assert "rmsnorm_patch/vllm_plugin/hooks.py" in found["files"]
-    (words,) = runs
-    assert set(words) >= {str(path) for path in gpu_record._engine_tests()}
-    assert ("loadgroup" in words) == bool(workers)
+    assert all(set(words) >= {str(path) for path in gpu_record._engine_tests()} for words in runs)
+    assert [words[-2:] for words in runs] == (last if workers else [runs[0][-2:]])
+    assert ["loadgroup" in words for words in runs] == ([True, False] if workers else [False])
 
 
 def test_a_failure_of_engines_with_this_plugin_is_a_problem(gpu_record, record):
