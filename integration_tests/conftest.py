@@ -84,7 +84,8 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def random_checkpoint() -> Callable[..., Path]:
     """`random_checkpoint(folder, "qwen3", std=0.2, head_dim=32)`: a small random bf16 model that an engine can serve,
-    with the shipped tokenizer. std: of all weights but the norms'. Further arguments are config fields."""
+    with the shipped tokenizer. std: of all weights but the norms'. Further arguments are config fields. A model that is
+    certain of its tokens is refused: equal logprobs would say nothing of its norms."""
 
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -98,6 +99,9 @@ def random_checkpoint() -> Callable[..., Path]:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.uniform_(0.5, 1.5) if "norm" in name else parameter.normal_(std=std)
+            logits = model.eval()(input_ids=torch.tensor([[5, 70, 101, 108, 111]])).logits
+        surest = logits.float().log_softmax(-1).amax(-1).mean().item()
+        assert surest < -0.3, f"{model_type}, std {std}: a token's logprob is {surest:.2f}; take a smaller std"
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(DATA / "tiny-llama").save_pretrained(folder)
         return folder
