@@ -29,7 +29,6 @@ _KEYED = (dict, set, WeakKeyDictionary, WeakSet)
 _LISTS = (tuple, list, frozenset, MappingProxyType)
 _KINDS = (*_KEYED, *_LISTS)
 _PLAIN = (dict, set, tuple, list, frozenset)
-_MAPPINGS = (dict, WeakKeyDictionary)
 _READ_THROUGH = (*_LISTS, dict)
 _DEFINED_IN_PYTHON = 1 << 9
 """Py_TPFLAGS_HEAPTYPE."""
@@ -51,8 +50,8 @@ class _Walked(NamedTuple):
     containers: tuple[Named, ...]
     others: tuple[tuple[str, int], ...]
 
-    def is_current(self, module: ModuleType, space: dict[str, Any]) -> bool:
-        if self.module is not module or self.globals != len(space):
+    def is_current(self, module: ModuleType) -> bool:
+        if self.module is not module or self.globals != len(space := vars(module)):
             return False
         for name, length in self.others:  # some thousand in all modules, at each plan
             value = space.get(name)
@@ -124,14 +123,11 @@ def _registering(classes: Collection[type], known: Iterable[Named]) -> dict[type
     """The registries that have each of `classes` as a key or element."""
     found: dict[type, list[Named]] = {cls: [] for cls in classes}
     for named in known:
-        container = named.container
-        contains = _contains(type(container))
+        contains = _contains(type(named.container))
         if contains is None:
             continue
         for cls in classes:
-            if contains(container, cls) and not (
-                issubclass(type(container), _MAPPINGS) and _was_made_of(cls, _value(container, cls))
-            ):
+            if contains(named.container, cls) and not _is_memory(named.container, cls):
                 found[cls].append(named)
     return found
 
@@ -164,13 +160,16 @@ def _contains(kind: type) -> Callable[[Any, type], bool] | None:
     return operator.contains if issubclass(kind, (WeakKeyDictionary, WeakSet)) else None
 
 
-def _value(registry: Any, cls: type) -> Any:
-    return dict.__getitem__(registry, cls) if issubclass(type(registry), dict) else registry[cls]
-
-
-def _was_made_of(cls: type, value: Any) -> bool:
-    """Whether `value` is a class that a program derived from `cls`, as FSDP2 does: then the dict is its memory of what
-    it made, and a patched class must get one of its own. A class that can be imported was written."""
+def _is_memory(registry: Any, cls: type) -> bool:
+    """Whether it has a class for `cls` that a program derived from it, as FSDP2 does: then the dict is its memory of
+    what it made, and a patched class must get one of its own. A class that can be imported was written."""
+    kind = type(registry)
+    if issubclass(kind, dict):
+        value = dict.__getitem__(registry, cls)
+    elif issubclass(kind, WeakKeyDictionary):
+        value = registry[cls]
+    else:
+        return False
     if not (_is_class(value) and issubclass(value, cls)):
         return False
     found: Any = sys.modules.get(value.__module__)
@@ -201,11 +200,11 @@ def _containers() -> list[Named]:
         del _walked[name]
     own = __name__.partition(".")[0]
     for name, module in list(sys.modules.items()):
-        space = getattr(module, "__dict__", None)
-        if type(space) is not dict or (name.startswith(own) and name.partition(".")[0] == own):
-            continue
         before = _walked.get(name)
-        if before is None or not before.is_current(module, space):
+        if before is not None and before.is_current(module):
+            continue
+        space = getattr(module, "__dict__", None)
+        if type(space) is dict and name.partition(".")[0] != own:
             found = tuple(_containers_of(name, space))
             known = {id(named.container) for named in found}
             lengths = ((key, _length(value)) for key, value in list(space.items()) if id(value) not in known)
