@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,8 +18,6 @@ from filelock import FileLock
 sys.path.insert(0, str(Path(__file__).parent))  # modules here: test folders are not packages
 
 pytest.register_assert_rewrite("lowered_layers")
-
-TRAINED = Path(__file__).resolve().parent.parent / "data" / "tiny-llama"
 
 
 @pytest.fixture
@@ -78,7 +75,9 @@ def run_program(starter: Any) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def checkpoints(work: Path, random_checkpoint: Callable[..., Path]) -> Callable[[str], Path]:
+def checkpoints(
+    work: Path, random_checkpoint: Callable[..., Path], first_layers: Callable[..., Path], tiny_llama: Path
+) -> Callable[[str], Path]:
     """`checkpoints("qwen3")`: a folder with a random two-layer model of that type, made once; "shallow-llama": with the
     first two layers of the trained one, for engines that compile."""
 
@@ -88,22 +87,10 @@ def checkpoints(work: Path, random_checkpoint: Callable[..., Path]) -> Callable[
             if folder.exists():
                 return folder
             if model_type == "shallow-llama":
-                return _first_layers(TRAINED, folder, 2)
+                return first_layers(tiny_llama, folder, 2)
             return random_checkpoint(folder, model_type, std=0.2, head_dim=32)
 
     return make
-
-
-def _first_layers(source: Path, folder: Path, count: int) -> Path:
-    from safetensors.torch import load_file, save_file  # not in pytest's first process: it imports torch
-
-    shutil.copytree(source, folder)
-    config = json.loads((source / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": count}))
-    further = tuple(f"model.layers.{i}." for i in range(count, config["num_hidden_layers"]))
-    kept = {name: w for name, w in load_file(source / "model.safetensors").items() if not name.startswith(further)}
-    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 Run = Callable[..., dict[str, Any]]

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # test folders are not packages
 
 
 @pytest.fixture(autouse=True)
-def triton_cache(shared_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is answered from an earlier run, and what one worker compiled is read by the other."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(shared_folder / "triton"))
+def triton_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one worker compiled is read by the other, and stays with the environment: Triton finds it by the kernel's
+    text, what that calls, its own release and the options."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(Path(sys.prefix, "compiled_triton")))
