@@ -198,18 +198,23 @@ def _containers() -> list[Named]:
     among these, are more or fewer than they were: reading all takes far longer than a plan."""
     for name in _walked.keys() - sys.modules.keys():
         del _walked[name]
-    own = __name__.partition(".")[0]
     for name, module in list(sys.modules.items()):
         before = _walked.get(name)
         if before is not None and before.is_current(module):
             continue
         space = getattr(module, "__dict__", None)
-        if type(space) is dict and name.partition(".")[0] != own:
+        if type(space) is dict and not _is_ours(name):
             found = tuple(_containers_of(name, space))
             known = {id(named.container) for named in found}
             lengths = ((key, _length(value)) for key, value in list(space.items()) if id(value) not in known)
             _walked[name] = _Walked(module, len(space), found, tuple(each for each in lengths if each[1] >= 0))
     return [named for walked in _walked.values() for named in walked.containers]
+
+
+def _is_ours(module: str) -> bool:
+    """Of this package, or of a copy that the `kernels` library loaded: "_rmsnorm_patch_<what it was built for>"."""
+    own, top = (name.partition(".")[0] for name in (__name__, module))
+    return top == own or top.startswith(f"_{own}_")
 
 
 def _containers_of(name: str, space: dict[str, Any]) -> Iterator[Named]:
