@@ -17,7 +17,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-KEPT = Path(sys.prefix, "compiled_cpp")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `kept`: test folders are not packages
+from kept import kept_folder
 
 
 @cache
@@ -41,11 +42,11 @@ def key_of(words: list[str]) -> str:
     return total.hexdigest()
 
 
-def install(folder: Path = KEPT) -> None:
-    """folder: where results are kept, shared by all engines."""
+def install() -> None:
+    """In this process; all of them share what was compiled."""
     from torch._inductor import cpp_builder
 
-    compile_now = cpp_builder._run_compile_cmd
+    compile_now, folder = cpp_builder._run_compile_cmd, kept_folder("cpp")
 
     def compile_once(command: str, cwd: str) -> None:
         words = shlex.split(command)
@@ -57,5 +58,4 @@ def install(folder: Path = KEPT) -> None:
                 kept.with_suffix(".new").rename(kept)
         shutil.copy(kept, output)
 
-    folder.mkdir(parents=True, exist_ok=True)
     cpp_builder._run_compile_cmd = compile_once

@@ -30,6 +30,9 @@ kernel_table = importlib.util.module_from_spec(_SPEC)
 sys.modules["kernel_table"] = kernel_table
 _SPEC.loader.exec_module(kernel_table)
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # `kept`: test folders are not packages
+from kept import kept_folder  # noqa: E402
+
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 FUSED, PLAIN, PARTIALS = "fused_add_rms_norm", "rms_norm", "rms_norm_partials"
 ADDING = (FUSED, PARTIALS, norm_add_kernel.OP)
@@ -45,16 +48,14 @@ def drawn(form, choices, *of):
 
 
 _KNOWN: dict[jit.Build, object] = {}
-KEPT = Path(sys.prefix, "compiled_cuda")
 _compile_now = nvrtc.compile_source
 
 
 def compile_source(name: str, source: str, headers: dict[str, str], options: tuple[str, ...]) -> bytes:
     """As NVRTC's, which is asked once for each text: what it made stays with the environment, for all workers."""
     asked = repr((nvrtc.version(), name, source, sorted(headers.items()), options))
-    kept = KEPT / hashlib.sha256(asked.encode()).hexdigest()
+    kept = kept_folder("cuda") / hashlib.sha256(asked.encode()).hexdigest()
     if not kept.exists():
-        KEPT.mkdir(exist_ok=True)
         made = kept.with_suffix(f".{os.getpid()}")
         made.write_bytes(_compile_now(name, source, headers, options))
         made.rename(kept)
