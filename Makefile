@@ -67,7 +67,7 @@ test-long: $(CHECKPOINT) $(VLLM_VENV)/.installed
 ASKED_ONCE := $(addprefix integration_tests/,pairs/test_spellings.py pairs/test_spellings_of_loops.py \
 	pairs/test_lines_of_unusual_code.py pairs/test_unseen_writes.py pairs/test_unusual_forwards.py \
 	rewrite/test_fused_kernels.py rewrite/test_inductor.py)
-OF_VLLM := $(addprefix integration_tests/,conftest.py quantised_models.py vllm_plugin rewrite pairs)
+OF_VLLM := $(addprefix integration_tests/,conftest.py kept.py quantised_models.py vllm_plugin rewrite pairs)
 test-vllm: $(VLLM_VENV)/.installed
 	$(VLLM_VENV)/bin/python -m pytest -m "not long" integration_tests -p no:cacheprovider $(PYTEST_ARGS) \
 		$(addprefix --ignore=,$(filter-out $(OF_VLLM),$(wildcard integration_tests/*)) $(ASKED_ONCE) \

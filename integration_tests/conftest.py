@@ -10,6 +10,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import gc
 import importlib
 import importlib.util
+import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -109,6 +111,24 @@ def random_checkpoint() -> Callable[..., Path]:
     return save
 
 
+@pytest.fixture(scope="session")
+def first_layers() -> Callable[[Path, Path, int], Path]:
+    """`first_layers(checkpoint, folder, 2)`: a model of the first layers of another, for tests that take a while for
+    each layer."""
+    from safetensors.torch import load_file, save_file
+
+    def save(source: Path, folder: Path, count: int) -> Path:
+        shutil.copytree(source, folder)
+        config = json.loads((source / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": count}))
+        further = tuple(f"model.layers.{i}." for i in range(count, config["num_hidden_layers"]))
+        kept = {name: w for name, w in load_file(source / "model.safetensors").items() if not name.startswith(further)}
+        save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    return save
+
+
 @pytest.fixture
 def products_unknown() -> Iterator[None]:
     """What the process knows of split products, before a test and after it: nothing."""
@@ -140,6 +160,15 @@ def collect_garbage() -> Callable[[], None]:
 def vllm_processes() -> ModuleType:
     """vllm_plugin/processes.py: engines and servers as child processes."""
     return _module("vllm_processes", DATA.parent / "vllm_plugin" / "processes.py")
+
+
+@pytest.fixture(scope="session")
+def compiled_cpp() -> None:
+    """Inductor's C++ is compiled once for each source, also where a test turns its caches off."""
+    import torch
+
+    if not torch.cuda.is_available():
+        _module("compiled_cpp", DATA.parent / "vllm_plugin" / "compiled_cpp.py").install()
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 PROGRAM = """
-import os, sys, torch
+import gc, os, sys, torch
+gc.freeze()  # a child would copy what torch made by looking through it
 for name in sys.argv[1:]:
     child = os.fork()
     if not child:

@@ -112,14 +112,35 @@ def test_installed_package_finds_its_kernels(installed: tuple[str, Path], reposi
     assert all((kernels / name).is_file() for name in kernel_files(repository))
 
 
-@pytest.mark.parametrize("place", ["repository", "elsewhere"])
-def test_kernels_library_of_hugging_face_is_not_shadowed(
-    installed: tuple[str, Path], repository: Path, tmp_path: Path, place: str
+LIBRARY = (
+    "import rmsnorm_patch, kernels; from transformers.integrations import hub_kernels; print(kernels.get_kernel)\n"
+)
+
+
+def test_kernels_library_of_hugging_face_is_not_shadowed_in_a_checkout(
+    installed: tuple[str, Path], repository: Path
 ) -> None:
-    code = "import rmsnorm_patch, kernels; from transformers.integrations import hub_kernels; print(kernels.get_kernel)"
-    run(installed[1], "-c", code, cwd=repository if place == "repository" else tmp_path)
+    run(installed[1], "-c", LIBRARY, cwd=repository)
 
 
+WHEEL = pytest.mark.parametrize("installed", ["wheel"], indirect=True)
+"""The environment of a checkout has an editable install, which the other tests run."""
+
+
+@WHEEL
+def test_triton_kernels_load_from_the_wheel_beside_that_library(installed: tuple[str, Path], tmp_path: Path) -> None:
+    """The interpreter runs the kernel file that the install carries."""
+    code = (
+        f"import os; os.environ['TRITON_INTERPRET'] = '1'; import torch; {LIBRARY}"
+        "from rmsnorm_patch import ops; from rmsnorm_patch.numerics.spec import LLAMA\n"
+        "x, w = torch.randn(3, 96), torch.rand(96)\n"
+        "y = ops.bind_rms_norm(LLAMA, 'triton')(x, w, 1e-6)\n"
+        "torch.testing.assert_close(y, torch.nn.functional.rms_norm(x, (96,), w, 1e-6), atol=1e-6, rtol=1e-6)"
+    )
+    run(installed[1], "-c", code, cwd=tmp_path)
+
+
+@WHEEL
 def test_console_script_proves_a_model(installed: tuple[str, Path], tiny_llama: Path, tmp_path: Path) -> None:
     script = installed[1].parent / "rmsnorm-patch"
     proof = json.loads(run(script, "verify", tiny_llama, "--device", "cpu", "--json", cwd=tmp_path))
@@ -131,18 +152,6 @@ def test_env_says_what_this_machine_gets(installed: tuple[str, Path], tmp_path: 
     shown = run(installed[1].parent / "rmsnorm-patch", "env", cwd=tmp_path)
     assert shown.split("\n")[0].strip() == "what this machine gets"
     assert "not faster" in shown
-
-
-def test_triton_kernels_load_from_the_wheel(installed: tuple[str, Path], tmp_path: Path) -> None:
-    """The interpreter runs the kernel file that the install carries."""
-    code = (
-        "import os; os.environ['TRITON_INTERPRET'] = '1'; import torch; from rmsnorm_patch import ops\n"
-        "from rmsnorm_patch.numerics.spec import LLAMA\n"
-        "x, w = torch.randn(3, 96), torch.rand(96)\n"
-        "y = ops.bind_rms_norm(LLAMA, 'triton')(x, w, 1e-6)\n"
-        "torch.testing.assert_close(y, torch.nn.functional.rms_norm(x, (96,), w, 1e-6), atol=1e-6, rtol=1e-6)"
-    )
-    run(installed[1], "-c", code, cwd=tmp_path)
 
 
 def source_archive(repository: Path, folder: Path) -> Path:

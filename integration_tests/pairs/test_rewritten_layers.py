@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import traceback
 
@@ -171,3 +172,18 @@ def test_a_source_edited_after_its_import_is_left_alone(x: torch.Tensor, tmp_pat
         assert torch.equal(layer(x), expected)
     assert [pair.action for pair in plan.fused_pairs()] == ([] if edited else ["fuse"])
     assert not edited or "is not the code that runs" in plan.pairs[0].reason
+
+
+def test_code_that_is_put_under_a_forward_is_read_anew() -> None:
+    """A forward that was read may get another function's code; the tree of the first is not what runs."""
+
+    class Changing(Base):
+        def forward(self, hidden_states):
+            residual = hidden_states
+            hidden_states = self.norm1(hidden_states)
+            return residual + self.mixer(hidden_states)
+
+    before = read_forward(Changing).tree
+    assert read_forward(Changing).tree is before
+    Changing.forward.__code__ = Plain.forward.__code__
+    assert ast.unparse(read_forward(Changing).tree) == ast.unparse(read_forward(Plain).tree)

@@ -17,7 +17,7 @@ from rmsnorm_patch.patch_state import is_patched
 from rmsnorm_patch.proof.replica import replica
 from rmsnorm_patch.rewrite import observe
 
-THREADS = 8
+THREADS, PAUSE = 8, 0.02
 
 
 def forward(model: nn.Module, number: int) -> Callable[[], torch.Tensor]:
@@ -32,7 +32,8 @@ def generation(model: nn.Module, number: int) -> Callable[[], torch.Tensor]:
 
 @contextmanager
 def served(requests: list[Callable[[], torch.Tensor]]) -> Iterator[list[str]]:
-    """Each request again and again in a thread of its own; yields what went wrong. At least one answer of each."""
+    """Each request again and again in a thread of its own; yields what went wrong. At least one answer of each. Between
+    two answers a thread rests: without it a proof waits for the threads most of its time."""
     with torch.inference_mode():
         wanted = [request() for request in requests]
     wrong: list[str] = []
@@ -45,6 +46,7 @@ def served(requests: list[Callable[[], torch.Tensor]]) -> Iterator[list[str]]:
                     if not torch.equal(requests[number](), wanted[number]):
                         wrong.append(f"request {number}, answer {answers[number]}")
                     answers[number] += 1
+                    time.sleep(PAUSE)
         except Exception as error:
             wrong.append(f"request {number}: {type(error).__name__} {error}")
 

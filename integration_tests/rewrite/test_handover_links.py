@@ -121,6 +121,7 @@ def test_deepcopy_of_one_layer_is_one_layer(twins) -> None:
     assert handover.CARRIED not in actual.__dict__
 
 
+@pytest.mark.long
 def test_pickle_in_a_fresh_process(twins, tokens, tmp_path: Path, repository: Path) -> None:
     plain, patched = twins()
     (tmp_path / "model.pickle").write_bytes(pickle.dumps((patched, tokens, logits(plain, tokens))))

@@ -43,7 +43,7 @@ class Layer(nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def outcomes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[captured.Outcome]]:
+def outcomes(monkeypatch: pytest.MonkeyPatch, compiled_cpp: None) -> Iterator[list[captured.Outcome]]:
     """Of each graph, the CPU's too. Nothing comes from a cache, and nothing is left in Inductor's configuration."""
     monkeypatch.setenv("RMSNORM_PATCH_COMPILE", "op")
     told: list[captured.Outcome] = []
@@ -93,7 +93,12 @@ def test_a_captured_graph_has_eager_bits(outcomes: list[captured.Outcome]) -> No
 @pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("model_type", "layers", "alone"), [("llama", 2, 1), pytest.param("qwen3", 1, 3, marks=pytest.mark.long)]
+    ("model_type", "layers", "alone"),
+    [
+        ("llama", 1, 1),
+        pytest.param("llama", 2, 1, marks=pytest.mark.long),
+        pytest.param("qwen3", 1, 3, marks=pytest.mark.long),
+    ],
 )
 def test_every_norm_behind_a_product_of_a_model(
     small_model: Callable[..., PreTrainedModel],

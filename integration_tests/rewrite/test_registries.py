@@ -186,6 +186,13 @@ def test_other_models_have_no_notes(small_model, library):
     assert not _notes(rmsnorm_patch.plan(small_model("qwen3")), "unused_library")
 
 
+def test_what_a_copy_of_this_package_keeps_is_no_registry(small_model, library):
+    """The `kernels` library loads our layers under a name of its own; what that copy knows of a class is its own."""
+    source = f"from weakref import WeakKeyDictionary\n{LIBRARY}BY_CLASS = WeakKeyDictionary({{LlamaRMSNorm: 1}})\n"
+    library("_rmsnorm_patch_cpu_0", source)
+    assert not _notes(rmsnorm_patch.plan(small_model("llama")), "_rmsnorm_patch_cpu_0")
+
+
 def test_a_module_that_is_gone_is_not_kept(small_model, library):
     library("passing_library", LIBRARY)
     model = small_model("llama")

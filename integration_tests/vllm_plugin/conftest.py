@@ -62,21 +62,34 @@ def environment(vllm_processes: Any, cache: Path) -> Callable[..., dict[str, str
 
 
 @pytest.fixture(scope="session")
-def run_program(vllm_processes: Any) -> Iterator[Callable[..., Any]]:
-    """`run_program(["-c", code], env, cwd)`: as `python -c code`, in a fork of a process that has imported vLLM.
-    `vllm_processes.run_program` does it in a new interpreter, where that is what a test asks."""
+def starter(vllm_processes: Any) -> Iterator[Any]:
     with vllm_processes.starter() as starter:
-        yield starter.run
+        yield starter
 
 
 @pytest.fixture(scope="session")
-def checkpoints(work: Path, random_checkpoint: Callable[..., Path]) -> Callable[[str], Path]:
-    """`checkpoints("qwen3")`: a folder with a random two-layer model of that type, made once."""
+def run_program(starter: Any) -> Callable[..., Any]:
+    """`run_program(["-c", code], env, cwd)`: as `python -c code`, in a fork of a process that has imported vLLM.
+    `vllm_processes.run_program` does it in a new interpreter, where that is what a test asks."""
+    return starter.run
+
+
+@pytest.fixture(scope="session")
+def checkpoints(
+    work: Path, random_checkpoint: Callable[..., Path], first_layers: Callable[..., Path], tiny_llama: Path
+) -> Callable[[str], Path]:
+    """`checkpoints("qwen3")`: a folder with a random two-layer model of that type, made once; "shallow-llama": with the
+    first two layers of the trained one, for engines that compile."""
 
     def make(model_type: str) -> Path:
         folder = work / f"random-{model_type}"
         with FileLock(f"{folder}.lock"):
-            return folder if folder.exists() else random_checkpoint(folder, model_type, std=0.2, head_dim=32)
+            if folder.exists():
+                return folder
+            if model_type == "shallow-llama":
+                return first_layers(tiny_llama, folder, 2)
+            std = 0.05 if model_type == "gemma3_text" else 0.2  # its embeddings are the head, and scaled
+            return random_checkpoint(folder, model_type, std=std, head_dim=32)
 
     return make
 

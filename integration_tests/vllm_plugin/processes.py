@@ -55,27 +55,56 @@ def run_program(words: list[str], env: dict[str, str], cwd: Path | None = None, 
 
 
 @dataclass
+class Child:
+    """A fork of the starter's, as a server asks for its process."""
+
+    pid: int
+    answer: Callable[[], int]
+    """Waits for the exit status."""
+    status: int | None = None
+
+    def poll(self) -> int | None:
+        return self.status if Path(f"/proc/{self.pid}").exists() else self.wait()
+
+    def wait(self, timeout: float = 1500) -> int:
+        """Killed behind the timeout."""
+        if self.status is None:
+            late = threading.Timer(timeout, os.killpg, (self.pid, signal.SIGKILL))
+            late.start()
+            try:
+                self.status = self.answer()
+            finally:
+                late.cancel()
+        return self.status
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+
+@dataclass
 class Starter:
     """starter.py: runs what `run_program` runs, in forks of a process that has imported vLLM."""
 
     process: subprocess.Popen[str]
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def run(self, words: list[str], env: dict[str, str], cwd: Path | None = None, timeout: float = 1500) -> Done:
+    @contextmanager
+    def child(self, words: list[str], env: dict[str, str], cwd: Path, stdout: Path, stderr: Path) -> Iterator[Child]:
         """One at a time: a second thread waits."""
-        with self.lock, TemporaryDirectory() as folder:
-            files = {name: str(Path(folder, name)) for name in ("stdout", "stderr")}
-            request = {"words": words, "env": env, "cwd": str(cwd or Path.cwd()), **files}
+        request = {"words": words, "env": env, "cwd": str(cwd), "stdout": str(stdout), "stderr": str(stderr)}
+        with self.lock:
             assert self.process.stdin is not None
             print(json.dumps(request), file=self.process.stdin, flush=True)
-            child = self._answer()
-            late = threading.Timer(timeout, os.killpg, (child, signal.SIGKILL))
-            late.start()
-            try:
-                status = self._answer()
-            finally:
-                late.cancel()
-            told = [Path(name).read_text() if Path(name).exists() else "" for name in files.values()]
+            child = Child(self._answer(), self._answer)
+            yield child
+            child.wait()
+
+    def run(self, words: list[str], env: dict[str, str], cwd: Path | None = None, timeout: float = 1500) -> Done:
+        with TemporaryDirectory() as folder:
+            files = [Path(folder, name) for name in ("stdout", "stderr")]
+            with self.child(words, env, cwd or Path.cwd(), *files) as child:
+                status = child.wait(timeout)
+            told = [file.read_text() if file.exists() else "" for file in files]
         return subprocess.CompletedProcess(words, status, *told)
 
     def _answer(self) -> int:
@@ -115,7 +144,7 @@ def run_engine(
 @dataclass
 class Server:
     url: str
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[str] | Child
     log: Path
     trace: Path
 
@@ -167,29 +196,37 @@ def _wait(server: Server) -> None:
 
 
 @contextmanager
-def serve(model: Path, folder: Path, env: dict[str, str], *more: str) -> Iterator[Server]:
-    """A real `vllm serve` of `model` on loopback, ended by a signal; folder: new, for its log and trace."""
+def _started(words: list[str], env: dict[str, str], folder: Path, starter: Starter | None) -> Iterator[Any]:
+    log = folder / "log"
+    if starter is None:
+        command = [sys.executable, *words]
+        with log.open("w") as told:
+            yield subprocess.Popen(command, env=env, stdout=told, stderr=told, cwd=folder, start_new_session=True)
+    else:
+        with starter.child(words, {**env, "VLLM_WORKER_MULTIPROC_METHOD": "fork"}, folder, log, log) as child:
+            yield child
+
+
+@contextmanager
+def serve(
+    model: Path, folder: Path, env: dict[str, str], *more: str, starter: Starter | None = None
+) -> Iterator[Server]:
+    """A real `vllm serve` of `model` on loopback, ended by a signal; folder: new, for its log and trace. starter: the
+    server is a fork of it, and the engine one of the server."""
     folder.mkdir()
     port = _port()
     arguments = ["serve", str(model), "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "tiny"]
     arguments += ["--max-model-len", "128", "--max-num-seqs", "4", "--max-num-batched-tokens", "128"]
     arguments += ["--dtype", "bfloat16", "--kv-cache-memory-bytes", str(8 << 20), *more]
-    process = subprocess.Popen(
-        [sys.executable, str(HERE / "serve.py"), *arguments],
-        env={**env, "RMSNORM_PATCH_VLLM_TRACE": str(folder / "trace")},
-        stdout=(folder / "log").open("w"),
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=folder,
-        start_new_session=True,
-    )
-    server = Server(f"http://127.0.0.1:{port}", process, folder / "log", folder / "trace")
-    try:
-        _wait(server)
-        yield server
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=300) in (0, -signal.SIGINT, 130)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    own = {**env, "RMSNORM_PATCH_VLLM_TRACE": str(folder / "trace")}
+    with _started([str(HERE / "serve.py"), *arguments], own, folder, starter) as process:
+        server = Server(f"http://127.0.0.1:{port}", process, folder / "log", folder / "trace")
+        try:
+            _wait(server)
+            yield server
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=300) in (0, -signal.SIGINT, 130)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()

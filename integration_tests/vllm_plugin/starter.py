@@ -41,7 +41,10 @@ def become(request: dict[str, Any]) -> None:
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
     for number, (name, flags) in enumerate(
-        [(os.devnull, os.O_RDONLY), *((request[to], os.O_WRONLY | os.O_CREAT) for to in ("stdout", "stderr"))]
+        [
+            (os.devnull, os.O_RDONLY),
+            *((request[to], os.O_WRONLY | os.O_CREAT | os.O_APPEND) for to in ("stdout", "stderr")),
+        ]
     ):
         opened = os.open(name, flags)
         os.dup2(opened, number)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,7 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed in this environment; `make test-vllm` builds one")
 
 HERE = Path(__file__).resolve().parent
-DATA = HERE.parent / "data"
-LAYERS = 4
+LAYERS = 2
 BY_HAND = {"compilation_config": {"pass_config": {"fuse_allreduce_rms": True}}}
 OFF, TAKES = "fuse_allreduce_rms is off for them", "fuse_allreduce_rms was turned on, and takes those behind"
 
@@ -62,17 +62,23 @@ def test_the_default_gives_way_to_norms_that_were_asked_for(
     assert reason in configured[2]
 
 
-def _run(run_engine: Any, **engine: Any) -> dict[str, Any]:
+@pytest.fixture
+def parallel(run_engine: Any, checkpoints: Any) -> Callable[..., dict[str, Any]]:
     """Tensor parallel 2, compiled, with the fusion on by default. The workers are forks: they have the stand-in too."""
     fused = {"whole_compiler": True, "allreduce_fusion": True, "forked_workers": True}
-    parallel = {"engine": {"tensor_parallel_size": 2, **engine}}
-    answer: dict[str, Any] = run_engine(DATA / "tiny-llama", False, "ir", op_form=True, **fused, **parallel)
-    return answer
+    model = checkpoints("shallow-llama")
+
+    def run(**engine: Any) -> dict[str, Any]:
+        asked = {"engine": {"tensor_parallel_size": 2, **engine}}
+        answer: dict[str, Any] = run_engine(model, False, "ir", op_form=True, **fused, **asked)
+        return answer
+
+    return run
 
 
 @pytest.mark.slow
-def test_every_worker_of_a_compiled_parallel_engine_runs_our_ops(run_engine: Any) -> None:
-    answer = _run(run_engine)
+def test_every_worker_of_a_compiled_parallel_engine_runs_our_ops(parallel: Callable[..., dict[str, Any]]) -> None:
+    answer = parallel()
     assert len(answer["workers"]) == 2, answer["log"]
     for lines in answer["workers"].values():
         calls = Counter(line["op"] for line in lines)
@@ -82,9 +88,11 @@ def test_every_worker_of_a_compiled_parallel_engine_runs_our_ops(run_engine: Any
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_a_fusion_that_was_turned_on_takes_every_norm_and_the_log_says_so(run_engine: Any) -> None:
+def test_a_fusion_that_was_turned_on_takes_every_norm_and_the_log_says_so(
+    parallel: Callable[..., dict[str, Any]],
+) -> None:
     """Each norm of a Llama stands behind an all-reduce, the first behind that of the embedding."""
-    answer = _run(run_engine, **BY_HAND)
+    answer = parallel(**BY_HAND)
     assert answer["workers"] == {}
     assert answer["log"].count(TAKES) == 2
-    assert answer["tokens"] == _run(run_engine)["tokens"]
+    assert answer["tokens"] == parallel()["tokens"]

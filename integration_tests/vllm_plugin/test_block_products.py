@@ -84,6 +84,7 @@ def test_no_bit_changes(form: str, m: int, power_of_two: bool) -> None:
     assert norm_quantised.fuse(made.graph) == 0
 
 
+@pytest.mark.usefixtures("compiled_cpp")
 @pytest.mark.parametrize("m", [5, 45])
 def test_the_compilers_code_copies_no_argument(m: int) -> None:
     """It lays arguments out as a node says that they were in the model: those of the parted product are others."""

@@ -13,7 +13,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed in this environment; `
 pytestmark = pytest.mark.slow
 
 DATA = Path(__file__).resolve().parent.parent / "data"
-LAYERS = {"tiny-llama": 4, "tiny-mistral": 4, "qwen3": 2}
+LAYERS = {"tiny-llama": 4, "tiny-mistral": 4, "shallow-llama": 2, "qwen3": 2}
 HEAD_DIM = 32
 LOGPROB_TOLERANCE = 0.05
 """Logprobs of a bf16 model whose norms differ by one rounding: its logits are of the order 10, where bf16 steps by
@@ -29,15 +29,16 @@ def _calls(trace: list[dict[str, Any]], width: int) -> Counter[str]:
 
 
 COUNTED = [
-    *[("tiny-llama", "ir", True), ("tiny-llama", "ir", False), ("tiny-llama", "oot", True)],
-    *[("qwen3", "ir", True), ("qwen3", "ir", False), ("tiny-mistral", "oot", True)],
+    *[("tiny-llama", "ir", True), ("shallow-llama", "ir", False), ("tiny-llama", "oot", True)],
+    *[("qwen3", "ir", True), ("tiny-mistral", "oot", True)],
+    pytest.param("qwen3", "ir", False, marks=pytest.mark.long),
     pytest.param("tiny-llama", "oot", False, marks=pytest.mark.long),
     pytest.param("qwen3", "oot", False, marks=pytest.mark.long),
     pytest.param("tiny-mistral", "ir", False, marks=pytest.mark.long),
 ]
 """The routes share their calls, and mistral its decoder with llama: what takes time is a compiled engine's graph.
-test_whole_compiler.py counts the calls of a compiled engine on route oot. test_explain.py asks the route of the qwen3
-that is long who computes its norms over heads."""
+test_whole_compiler.py counts the calls of a compiled engine on route oot. test_explain.py asks both routes of qwen3 who
+computes its norms over heads, and test_lowering.py sees it in a graph."""
 
 
 @pytest.mark.parametrize(("name", "route", "eager"), COUNTED)
@@ -59,8 +60,7 @@ def test_calls_per_forward(name: str, route: str, eager: bool, run_engine: Any, 
 
 
 COMPARED = [
-    *[("tiny-llama", route, eager) for route, eager in (("ir", True), ("oot", True), ("auto", False))],
-    ("qwen3", "ir", True),
+    *[("tiny-llama", "ir", True), ("tiny-llama", "oot", True), ("shallow-llama", "auto", False), ("qwen3", "ir", True)],
     pytest.param("tiny-llama", "oot", False, marks=pytest.mark.long),
 ]
 
@@ -76,11 +76,11 @@ def test_same_tokens_and_logprobs(name: str, route: str, eager: bool, run_engine
     assert patched["logprobs"] == stock["logprobs"]
 
 
-@pytest.mark.parametrize("name", ["tiny-llama", pytest.param("tiny-mistral", marks=pytest.mark.long)])
-def test_opaque_ops_in_the_compiled_graph_keep_the_tokens(name: str, run_engine: Any) -> None:
+@pytest.mark.parametrize("name", ["shallow-llama", pytest.param("tiny-mistral", marks=pytest.mark.long)])
+def test_opaque_ops_in_the_compiled_graph_keep_the_tokens(name: str, run_engine: Any, checkpoints: Any) -> None:
     """With our op in the compiled graph, as on a GPU, only the order of a row's sum differs from Inductor's."""
-    stock = run_engine(DATA / name, False, "off")
-    patched = run_engine(DATA / name, False, "ir", op_form=True)
+    stock = run_engine(_folder(name, checkpoints), False, "off")
+    patched = run_engine(_folder(name, checkpoints), False, "ir", op_form=True)
     assert patched["tokens"] == stock["tokens"]
     for ours, theirs in zip(patched["logprobs"], stock["logprobs"], strict=True):
         assert ours == pytest.approx(theirs, abs=LOGPROB_TOLERANCE)
@@ -88,12 +88,14 @@ def test_opaque_ops_in_the_compiled_graph_keep_the_tokens(name: str, run_engine:
 
 
 PARALLEL = {"engine": {"tensor_parallel_size": 2}}
+FORKED = {"forked_workers": True}
 
 
-def test_every_worker_of_a_parallel_engine_loads_the_plugin(run_engine: Any) -> None:
-    """Tensor parallel 2: two processes, which vLLM starts as interpreters, each with one line in the log and its own
-    calls; the tokens are those of one process."""
-    patched = run_engine(DATA / "tiny-llama", True, "auto", **PARALLEL)
+@pytest.mark.parametrize("forked", [True, pytest.param(False, marks=pytest.mark.long)], ids=["forks", "interpreters"])
+def test_every_worker_of_a_parallel_engine_loads_the_plugin(forked: bool, run_engine: Any) -> None:
+    """Tensor parallel 2: two processes, each with one line in the log and its own calls; the tokens are those of one
+    process. vLLM starts interpreters; the server's engine is one too, and finds the plugin by its entry point."""
+    patched = run_engine(DATA / "tiny-llama", True, "auto", **(FORKED if forked else {}), **PARALLEL)
     assert len(patched["workers"]) == 2
     for lines in patched["workers"].values():
         calls = Counter(line["op"] for line in lines)
@@ -104,7 +106,7 @@ def test_every_worker_of_a_parallel_engine_loads_the_plugin(run_engine: Any) -> 
 
 @pytest.mark.long
 def test_a_parallel_engine_has_the_logprobs_of_stocks(run_engine: Any) -> None:
-    stock = run_engine(DATA / "tiny-llama", True, "off", forked_workers=True, **PARALLEL)
+    stock = run_engine(DATA / "tiny-llama", True, "off", **FORKED, **PARALLEL)
     patched = run_engine(DATA / "tiny-llama", True, "auto", **PARALLEL)
     assert stock["workers"] == {}
     assert (patched["tokens"], patched["logprobs"]) == (stock["tokens"], stock["logprobs"])

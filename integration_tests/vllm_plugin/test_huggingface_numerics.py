@@ -25,8 +25,7 @@ EAGER = (
     *[(kind, "huggingface", True) for kind in NORMS],
     *[(kind, "engine", True) for kind in ("gemma3_text", "olmo2")],
 )
-"""Type of the model, numerics, enforce_eager. In this order: the backend that serves olmo2 rewrites transformers'
-classes of the process."""
+"""Type of the model, numerics, enforce_eager."""
 BY_CLASS = tuple((kind, "huggingface", True) for kind in ("qwen3", "gemma3_text", "olmo2"))
 COMPILED = (("qwen3", "huggingface", False), ("gemma3_text", "huggingface", False))
 
@@ -50,30 +49,30 @@ def run(
     environment: Callable[..., dict[str, str]],
     run_program: Callable[..., Any],
 ) -> Callable[[tuple[Case, ...], str], tuple[dict[Case, Calls], str]]:
-    """The calls of each engine, and the log: all of them in one child, one after another."""
+    """The calls of each engine, which is a child, and the log of all."""
 
     @cache
     def run_all(wanted: tuple[Case, ...], route: str) -> tuple[dict[Case, Calls], str]:
-        folder = tmp_path_factory.mktemp("operands")
-        files = {case: folder / f"{i}.safetensors" for i, case in enumerate(wanted)}
-        requests = [
-            {
-                "model": str(checkpoints(case[0])),
-                "numerics": case[1],
-                "enforce_eager": case[2],
+        found, log = dict[Case, Calls](), ""
+        for kind, numerics, eager in wanted:
+            folder = tmp_path_factory.mktemp("operands")
+            request = {
+                "model": str(checkpoints(kind)),
+                "numerics": numerics,
+                "enforce_eager": eager,
                 "prompts": PROMPTS,
                 "max_tokens": 4,
-                "file": str(file),
+                "file": str(folder / "calls.safetensors"),
             }
-            for case, file in files.items()
-        ]
-        done = run_program(
-            [str(HERE / "norm_operands.py"), json.dumps(requests), str(folder / "answer.json")],
-            environment(VLLM_ENABLE_V1_MULTIPROCESSING="0", RMSNORM_PATCH_VLLM=route),
-            folder,
-        )
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-        return {case: _calls(file) for case, file in files.items()}, done.stdout + done.stderr
+            done = run_program(
+                [str(HERE / "norm_operands.py"), json.dumps(request)],
+                environment(VLLM_ENABLE_V1_MULTIPROCESSING="0", RMSNORM_PATCH_VLLM=route),
+                folder,
+            )
+            assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+            found[kind, numerics, eager] = _calls(folder / "calls.safetensors")
+            log += done.stdout + done.stderr
+        return found, log
 
     return run_all
 

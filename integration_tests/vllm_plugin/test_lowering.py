@@ -15,9 +15,11 @@ HERE = Path(__file__).resolve().parent
 IMPORTS = f"""
 import sys
 sys.path.insert(0, {str(HERE)!r})
+import compiled_cpp
 import torch
 from rmsnorm_patch import vllm_plugin
 from rmsnorm_patch.vllm_plugin import calls
+compiled_cpp.install()
 vllm_plugin.register()
 from torch._inductor import config as inductor
 from vllm import ir

@@ -419,6 +419,7 @@ def test_a_failure_leaves_a_right_graph_and_one_warning(told: Callable[[], list[
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiled_cpp")
 def test_no_bit_of_the_compilers_code_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which it would if the adds that the compiler fuses were taken."""
     inputs = made_of(_exaone).inputs

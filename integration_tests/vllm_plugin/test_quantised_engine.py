@@ -32,11 +32,12 @@ ROUTES = [("ir", {}), ("oot", {"hide_ir": True})]
 CASES = [
     ("token", *ROUTES[0]),
     ("token", *ROUTES[1]),
-    ("static", *ROUTES[0]),
+    pytest.param("static", *ROUTES[0], marks=pytest.mark.long),
     ("int8", *ROUTES[0]),
     pytest.param("int8", *ROUTES[1], marks=pytest.mark.long),
     ("block", *ROUTES[0]),
 ]
+"""Graphs of static rows are in test_quantised_pass.py."""
 ROWS = {"static": ("fp8_static", "fp32"), "token": ("fp8_token", "fp32"), "block": ("fp8_block", "fp32")}
 ROWS["int8"] = ("int8_token", "rounded")
 LOGPROB_TOLERANCE = 0.3
@@ -92,7 +93,10 @@ def test_every_norm_in_front_of_a_quantisation_writes_its_rows(
     )
 
 
-@pytest.mark.parametrize(("scheme", "value", "setting"), [("token", "fp32", "auto"), ("int8", "rounded", "on")])
+@pytest.mark.parametrize(
+    ("scheme", "value", "setting"),
+    [("token", "fp32", "auto"), pytest.param("int8", "rounded", "on", marks=pytest.mark.long)],
+)
 def test_silu_and_mul_writes_quantised_rows_by_default_or_where_that_is_asked_for(
     scheme: str, value: str, setting: str, quantised: Callable[[str], Path], run_engine: Any
 ) -> None:
@@ -111,16 +115,23 @@ def test_silu_and_mul_writes_quantised_rows_by_default_or_where_that_is_asked_fo
     assert f"writes {ROWS[scheme][0]} rows of its {value} value, in place of" in ours["log"]
 
 
-def test_silu_and_mul_stays_vllms_where_it_was_not_measured_or_is_turned_off(
-    quantised: Callable[[str], Path], run_engine: Any
-) -> None:
-    off = {"RMSNORM_PATCH_VLLM_SILU_QUANTISED": "off"}
+def _silu_stays(answer: dict[str, Any]) -> bool:
+    norms = answer["kernels"]["rmsnorm_patch::rms_norm_quantised"] == answer["forwards"]
+    return norms and not any("silu" in op for op in answer["kernels"])
+
+
+def test_silu_and_mul_stays_vllms_where_it_was_not_measured(quantised: Callable[[str], Path], run_engine: Any) -> None:
     unmeasured = run_engine(quantised("int8"), False, "ir", op_form=True, whole_compiler=True)
-    turned_off = run_engine(quantised("token"), False, "ir", op_form=True, whole_compiler=True, variables=off)
-    for answer in (unmeasured, turned_off):
-        assert answer["kernels"]["rmsnorm_patch::rms_norm_quantised"] == answer["forwards"]
-        assert not any("silu" in op for op in answer["kernels"])
+    assert _silu_stays(unmeasured)
     assert "is left to _C.dynamic_scaled_int8_quant: no engine with int8_token rows was measured" in unmeasured["log"]
+
+
+@pytest.mark.long
+def test_silu_and_mul_stays_vllms_where_that_is_turned_off(quantised: Callable[[str], Path], run_engine: Any) -> None:
+    """`test_decision.py` asks the decision, `test_silu_pass.py` a graph of an engine that serves fewer schemes."""
+    off = {"RMSNORM_PATCH_VLLM_SILU_QUANTISED": "off"}
+    turned_off = run_engine(quantised("token"), False, "ir", op_form=True, whole_compiler=True, variables=off)
+    assert _silu_stays(turned_off)
     assert "silu_and_mul" not in turned_off["log"]
 
 
@@ -194,7 +205,9 @@ def test_norms_stay_vllms_where_quantising_for_whole_products_is_turned_off(
     assert "and RMSNORM_PATCH_VLLM_BLOCKS=off leaves its norms to vLLM" in off["log"]
 
 
+@pytest.mark.long
 def test_a_route_that_is_asked_for_serves_plain_rows_there(opaque: Callable[..., dict[str, Any]]) -> None:
+    """`test_decision.py` and `test_block_products.py` ask the decision and the pass."""
     asked = opaque("ir", "whole")
     norms = {op: count for op, count in asked["kernels"].items() if op.startswith("rmsnorm_patch::")}
     assert norms == {

@@ -10,11 +10,14 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed in this environment; `make test-vllm` builds one")
 pytestmark = pytest.mark.slow
 
-MODEL = Path(__file__).resolve().parent.parent / "data" / "tiny-llama"
+LAYERS = 2
 
 
-def test_serve_with_the_plugin_without_it_and_with_it_again(tmp_path: Path, vllm_processes: Any) -> None:
-    """Three starts share one compile cache: each runs the graph of its own setting."""
+def test_serve_with_the_plugin_without_it_and_with_it_again(
+    tmp_path: Path, vllm_processes: Any, starter: Any, checkpoints: Any
+) -> None:
+    """Three starts share one compile cache: each runs the graph of its own setting. The first server and its engine are
+    interpreters, as from a shell."""
     cache = tmp_path / "cache"
     answers = {}
     for number, route in enumerate(["auto", "off", "auto"]):
@@ -24,7 +27,8 @@ def test_serve_with_the_plugin_without_it_and_with_it_again(tmp_path: Path, vllm
             RMSNORM_PATCH_COMPILE="op",
             RMSNORM_PATCH_VLLM=route,
         )
-        with vllm_processes.serve(MODEL, tmp_path / f"start{number}", env) as server:
+        forked = {"starter": starter} if number else {}
+        with vllm_processes.serve(checkpoints("shallow-llama"), tmp_path / f"start{number}", env, **forked) as server:
             answers[number] = server.texts()
             calls = server.lines()
             log = server.log.read_text()
@@ -34,7 +38,7 @@ def test_serve_with_the_plugin_without_it_and_with_it_again(tmp_path: Path, vllm
             ((worker, lines),) = calls.items()
             assert worker != server.process.pid  # the engine's own process loaded the plugin
             ops = [line["op"] for line in lines]
-            assert ops.count("fused_add_rms_norm") == 8 * ops.count("rms_norm") > 0
+            assert ops.count("fused_add_rms_norm") == 2 * LAYERS * ops.count("rms_norm") > 0
             assert log.count("rmsnorm_patch: worker") == 1
         assert server.is_gone(), "a process of the server outlived it"
     whole, streamed, logprobs = answers[0]

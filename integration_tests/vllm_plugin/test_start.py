@@ -82,7 +82,7 @@ def test_without_ir_only_the_route_that_was_asked_for(
 
 
 PROCESSES = """
-import multiprocessing, torch
+import multiprocessing, sys, torch
 def boom(*args): raise AssertionError("CUDA was initialised")
 def register_here(queue=None):
     torch.cuda._lazy_init = boom
@@ -98,7 +98,7 @@ def register_here(queue=None):
     assert first["rms_norm"].count("rmsnorm_patch") == 1
     queue and queue.put("ok")
 if __name__ == "__main__":
-    for method in ("fork", "spawn"):
+    for method in sys.argv[1:]:
         context = multiprocessing.get_context(method)
         queue = context.Queue()
         process = context.Process(target=register_here, args=(queue,))
@@ -114,15 +114,19 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("route", ["ir", "oot"])
+@pytest.mark.parametrize(
+    ("route", "methods"),
+    [("ir", ["fork", "spawn"]), ("oot", ["fork"]), pytest.param("oot", ["fork", "spawn"], marks=pytest.mark.long)],
+    ids=["ir", "oot", "oot, spawned too"],
+)
 def test_register_twice_forked_and_spawned(
-    route: str, tmp_path: Path, environment: Environment, run_program: Run, vllm_processes: Any
+    route: str, methods: list[str], tmp_path: Path, environment: Environment, run_program: Run, vllm_processes: Any
 ) -> None:
     """With route ir none of the processes has imported vLLM before; with oot all have but the spawned one."""
     script = tmp_path / "processes.py"
     script.write_text(PROCESSES)
     run = vllm_processes.run_program if route == "ir" else run_program
-    done = run([str(script)], environment(RMSNORM_PATCH_VLLM=route))
+    done = run([str(script), *methods], environment(RMSNORM_PATCH_VLLM=route))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "rmsnorm_patch: the vLLM plugin is off" not in done.stderr + done.stdout
 

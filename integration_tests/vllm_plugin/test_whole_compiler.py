@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,14 +9,13 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed in this environment; `make test-vllm` builds one")
 pytestmark = pytest.mark.slow
 
-DATA = Path(__file__).resolve().parent.parent / "data"
-LAYERS = 4
+LAYERS = 2
 
 
-def test_without_ir_an_engine_runs_the_same_ops(run_engine: Any) -> None:
+def test_without_ir_an_engine_runs_the_same_ops(run_engine: Any, checkpoints: Any) -> None:
     """Each product of a layer's output and down projections is joined with its norm; every op, those of torch that
     copy included, runs as often as on route ir."""
-    model = DATA / "tiny-llama"
+    model = checkpoints("shallow-llama")
     ir = run_engine(model, False, "ir", op_form=True, whole_compiler=True)
     oot = run_engine(model, False, "oot", op_form=True, whole_compiler=True, hide_ir=True)
     forwards = ir["forwards"]

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -103,8 +104,20 @@ def _is_made_by(hook: types.FunctionType, wrapper: types.FunctionType) -> bool:
     return wrapper.__code__ in hook.__code__.co_consts
 
 
+_PARSED: WeakKeyDictionary[types.FunctionType, tuple[types.CodeType, ast.FunctionDef]] = WeakKeyDictionary()
+
+
 def parse(function: types.FunctionType) -> ast.FunctionDef:
-    """The syntax tree of a plain function. Raises NoSource unless its source is the code that runs."""
+    """The syntax tree of a plain function, which nobody changes. Raises NoSource unless its source is the code that
+    runs; once it was, it stays so."""
+    code, tree = _PARSED.get(function, (None, None))
+    if tree is None or code is not function.__code__:
+        tree = _parsed(function)
+        _PARSED[function] = (function.__code__, tree)
+    return tree
+
+
+def _parsed(function: types.FunctionType) -> ast.FunctionDef:
     try:
         lines, first = inspect.getsourcelines(function)
         module = ast.parse(textwrap.dedent("".join(lines)))

@@ -10,9 +10,10 @@ modules; the plan names it. So it does with what cannot be written.
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from importlib import import_module
 from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple
@@ -27,6 +28,8 @@ _FILLED_AT_FIRST_USE = (("diffusers", "diffusers.hooks._helpers", "TransformerBl
 _KEYED = (dict, set, WeakKeyDictionary, WeakSet)
 _LISTS = (tuple, list, frozenset, MappingProxyType)
 _KINDS = (*_KEYED, *_LISTS)
+_PLAIN = (dict, set, tuple, list, frozenset)
+_READ_THROUGH = (*_LISTS, dict)
 DEFINED_IN_PYTHON = 1 << 9
 """Py_TPFLAGS_HEAPTYPE: the class was made by a class statement."""
 
@@ -47,9 +50,14 @@ class _Walked(NamedTuple):
     containers: tuple[Named, ...]
     others: tuple[tuple[str, int], ...]
 
-    def is_current(self, module: ModuleType, space: dict[str, Any]) -> bool:
-        same = self.module is module and self.globals == len(space)
-        return same and all(_length(space.get(name)) == length for name, length in self.others)
+    def is_current(self, module: ModuleType) -> bool:
+        if self.module is not module or self.globals != len(space := vars(module)):
+            return False
+        for name, length in self.others:  # some thousand in all modules, at each plan
+            value = space.get(name)
+            if (len(value) if type(value) is dict else _length(value)) != length:
+                return False
+        return True
 
 
 _walked: dict[str, _Walked] = {}
@@ -63,9 +71,9 @@ def enter(classes: Iterable[type]) -> None:
         return
     with _LOCK:
         _fill(patched.values())
-        known = _containers()
+        registered = _registering(dict.fromkeys(patched.values()), _containers())
         for cls, original in patched.items():
-            for _, container in _registering(original, known):
+            for _, container in registered[original]:
                 _enter(container, cls, original)
 
 
@@ -89,57 +97,79 @@ def notes(classes: Iterable[type]) -> tuple[str, ...]:
     with _LOCK:
         _fill(wanted)
         known = _containers()
-        return tuple(dict.fromkeys(note for cls in wanted for note in _notes_of(cls, known)))
+        registered, listed = _registering(wanted, known), _listing(wanted, known)
+        return tuple(dict.fromkeys(note for cls in wanted for note in _notes_of(cls, registered[cls], listed[cls])))
 
 
-def _notes_of(cls: type, known: Collection[Named]) -> Iterator[str]:
-    told: dict[int, str] = {}
-    for name, container in _registering(cls, known):
-        told.setdefault(id(container), name)
-    for name in told.values():
+def _notes_of(cls: type, registered: Iterable[Named], listed: Iterable[Named]) -> Iterator[str]:
+    for name in _names(registered):
         yield f"{name} has an entry for {cls.__name__}; apply enters the patched class beside it"
-    listed: dict[int, str] = {}
-    for name, container in known:
-        if _mentions(container, cls):
-            listed.setdefault(id(container), name)
-    for name in listed.values():
+    for name in _names(listed):
         yield (
             f"{name} lists {cls.__name__}; isinstance finds patched modules in it, code that compares type(module) or "
             "looks it up does not: leave them out with exclude= where it does so"
         )
 
 
-def _registering(cls: type, known: Iterable[Named]) -> Iterator[Named]:
-    """The registries that have `cls` as a key or element."""
+def _names(found: Iterable[Named]) -> Iterable[str]:
+    """Each container's first name."""
+    names: dict[int, str] = {}
+    for name, container in found:
+        names.setdefault(id(container), name)
+    return names.values()
+
+
+def _registering(classes: Collection[type], known: Iterable[Named]) -> dict[type, list[Named]]:
+    """The registries that have each of `classes` as a key or element."""
+    found: dict[type, list[Named]] = {cls: [] for cls in classes}
     for named in known:
-        container = named.container
-        kind = type(container)
-        if issubclass(kind, dict):
-            if dict.__contains__(container, cls) and not _was_made_of(cls, dict.__getitem__(container, cls)):
-                yield named
-        elif issubclass(kind, WeakKeyDictionary):
-            if cls in container and not _was_made_of(cls, container[cls]):
-                yield named
-        elif (issubclass(kind, set) and set.__contains__(container, cls)) or (
-            issubclass(kind, WeakSet) and cls in container
-        ):
-            yield named
+        contains = _contains(type(named.container))
+        if contains is None:
+            continue
+        for cls in classes:
+            if contains(named.container, cls) and not _is_memory(named.container, cls):
+                found[cls].append(named)
+    return found
 
 
-def _mentions(container: Any, cls: type) -> bool:
-    """Whether `cls` stands in a list, in what cannot be written, or in a tuple that is an element or a key."""
-    if not issubclass(type(container), (*_LISTS, dict)):
+def _listing(classes: Collection[type], known: Iterable[Named]) -> dict[type, list[Named]]:
+    """Where each of `classes` stands in a list, in what cannot be written, or in a tuple that is an element or a key.
+    Each container is looked through once: there are thousands, and a plan asks for all."""
+    found: dict[type, list[Named]] = {cls: [] for cls in classes}
+    wanted = {id(cls): cls for cls in classes}
+    for named in known:
+        kind = type(named.container)
+        if kind is not dict and not issubclass(kind, _READ_THROUGH):
+            continue
+        items = _items(named.container)
+        seen = set(map(id, items)) if kind is not dict and issubclass(kind, _LISTS) else set[int]()
+        if tuple in map(type, items):
+            seen.update(id(part) for item in items if type(item) is tuple for part in item)
+        for key in wanted.keys() & seen if seen else ():
+            found[wanted[key]].append(named)
+    return found
+
+
+def _contains(kind: type) -> Callable[[Any, type], bool] | None:
+    """How a registry of this kind is asked for a class; None for what is none. A library's own subclass of dict or set
+    may import what it looks up, so that its methods are not asked."""
+    if kind is dict or issubclass(kind, dict):
+        return dict.__contains__
+    if issubclass(kind, set):
+        return set.__contains__
+    return operator.contains if issubclass(kind, (WeakKeyDictionary, WeakSet)) else None
+
+
+def _is_memory(registry: Any, cls: type) -> bool:
+    """Whether it has a class for `cls` that a program derived from it, as FSDP2 does: then the dict is its memory of
+    what it made, and a patched class must get one of its own. A class that can be imported was written."""
+    kind = type(registry)
+    if issubclass(kind, dict):
+        value = dict.__getitem__(registry, cls)
+    elif issubclass(kind, WeakKeyDictionary):
+        value = registry[cls]
+    else:
         return False
-    whole = issubclass(type(container), _LISTS)
-    items = list(_own_iterator(container))
-    if not whole and tuple not in set(map(type, items)):
-        return False
-    return any((whole and item is cls) or (type(item) is tuple and any(part is cls for part in item)) for item in items)
-
-
-def _was_made_of(cls: type, value: Any) -> bool:
-    """Whether `value` is a class that a program derived from `cls`, as FSDP2 does: then the dict is its memory of what
-    it made, and a patched class must get one of its own. A class that can be imported was written."""
     if not (_is_class(value) and issubclass(value, cls)):
         return False
     found: Any = sys.modules.get(value.__module__)
@@ -169,18 +199,22 @@ def _containers() -> list[Named]:
     for name in _walked.keys() - sys.modules.keys():
         del _walked[name]
     for name, module in list(sys.modules.items()):
-        space = getattr(module, "__dict__", None)
-        if type(space) is not dict:
-            continue
         before = _walked.get(name)
-        if name.partition(".")[0] == __name__.partition(".")[0]:
+        if before is not None and before.is_current(module):
             continue
-        if before is None or not before.is_current(module, space):
+        space = getattr(module, "__dict__", None)
+        if type(space) is dict and not _is_ours(name):
             found = tuple(_containers_of(name, space))
             known = {id(named.container) for named in found}
             lengths = ((key, _length(value)) for key, value in list(space.items()) if id(value) not in known)
             _walked[name] = _Walked(module, len(space), found, tuple(each for each in lengths if each[1] >= 0))
     return [named for walked in _walked.values() for named in walked.containers]
+
+
+def _is_ours(module: str) -> bool:
+    """Of this package, or of a copy that the `kernels` library loaded: "_rmsnorm_patch_<what it was built for>"."""
+    own, top = (name.partition(".")[0] for name in (__name__, module))
+    return top == own or top.startswith(f"_{own}_")
 
 
 def _containers_of(name: str, space: dict[str, Any]) -> Iterator[Named]:
@@ -228,13 +262,17 @@ def _inside(name: str, value: Any, depth: int = 0) -> Iterator[Named]:
 
 def _may_hold_classes(value: Any) -> bool:
     """An empty dict or set may be filled later."""
-    items = list(_own_iterator(value))
+    items = _items(value)
     if not items:
         return issubclass(type(value), _KEYED)
     kinds = set(map(type, items))
     if any(issubclass(kind, type) for kind in kinds):
         return True
     return tuple in kinds and any(type(item) is tuple and any(map(_is_class, item)) for item in items)
+
+
+def _items(value: Any) -> list[Any]:
+    return list(value if type(value) in _PLAIN else _own_iterator(value))
 
 
 def _own_iterator(value: Any) -> Iterator[Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import os
 import random
 import sys
 from collections.abc import Iterable
@@ -28,6 +30,9 @@ kernel_table = importlib.util.module_from_spec(_SPEC)
 sys.modules["kernel_table"] = kernel_table
 _SPEC.loader.exec_module(kernel_table)
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # `kept`: test folders are not packages
+from kept import kept_folder  # noqa: E402
+
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 FUSED, PLAIN, PARTIALS = "fused_add_rms_norm", "rms_norm", "rms_norm_partials"
 ADDING = (FUSED, PARTIALS, norm_add_kernel.OP)
@@ -43,13 +48,27 @@ def drawn(form, choices, *of):
 
 
 _KNOWN: dict[jit.Build, object] = {}
+_compile_now = nvrtc.compile_source
+
+
+def compile_source(name: str, source: str, headers: dict[str, str], options: tuple[str, ...]) -> bytes:
+    """As NVRTC's, which is asked once for each text: what it made stays with the environment, for all workers."""
+    asked = repr((nvrtc.version(), name, source, sorted(headers.items()), options))
+    kept = kept_folder("cuda") / hashlib.sha256(asked.encode()).hexdigest()
+    if not kept.exists():
+        made = kept.with_suffix(f".{os.getpid()}")
+        made.write_bytes(_compile_now(name, source, headers, options))
+        made.rename(kept)
+    return kept.read_bytes()
 
 
 def read(builds: Iterable[jit.Build]):
     """Build -> its machine code. The disassembler takes longer to start than to read hundreds of kernels: a test that
     shares kernels or an architecture with its neighbours asks for theirs too, and they find them here."""
     wanted = list(builds)
-    _KNOWN.update(kernel_table.machine_code(build for build in wanted if build not in _KNOWN))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nvrtc, "compile_source", compile_source)
+        _KNOWN.update(kernel_table.machine_code(build for build in wanted if build not in _KNOWN))
     return {build: _KNOWN[build] for build in wanted}
 
 

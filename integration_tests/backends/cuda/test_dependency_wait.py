@@ -12,12 +12,13 @@ from machine_code import (
     FP32,
     FUSED,
     PARTIALS,
+    compile_source,
     in_parts,
     kernel_table,
     read,
 )  # fmt: skip
 
-from rmsnorm_patch.backends.cuda import jit, nvrtc, schedules
+from rmsnorm_patch.backends.cuda import jit, schedules
 from rmsnorm_patch.fused.gated_norm import kernel as gated_norm_kernel
 from rmsnorm_patch.fused.norm_add import kernel as norm_add_kernel
 from rmsnorm_patch.fused.norm_quantised import kernel as norm_quantised_kernel
@@ -76,7 +77,7 @@ def around_the_wait(build):
     """The kernel's PTX above its dependency wait and below it."""
     text, headers, *_ = jit.source_of(build.config.source)
     options = (f"--gpu-architecture=compute_{build.arch}", *build.options())
-    ptx = nvrtc.compile_source(build.config.source, text, headers, options).decode()
+    ptx = compile_source(build.config.source, text, headers, options).decode()
     above, *below = ptx.split("griddepcontrol.wait;")
     assert len(below) == 1, "every kernel waits, once"
     return above, below[0]
@@ -112,7 +113,7 @@ def test_the_sources_ask_for_two_architectures(repository):
 
 
 @FORMS
-@pytest.mark.parametrize("arch", [90, 100, 103, 120])
+@pytest.mark.parametrize("arch", [90, 100, pytest.param(103, marks=pytest.mark.long), 120])
 def test_no_schedule_reads_anything_before_the_previous_kernel_has_ended(arch, form):
     """Not even the weight: the kernel in front may have written it, and ours may start before that can be seen. The
     short form: one schedule of each kind."""
@@ -125,7 +126,7 @@ def test_no_schedule_reads_anything_before_the_previous_kernel_has_ended(arch, f
     assert seen == kernels_on(arch)
 
 
-@pytest.mark.parametrize("arch", [90, 100, 103, 120])
+@pytest.mark.parametrize("arch", [90, 100, pytest.param(103, marks=pytest.mark.long), 120])
 def test_the_assembler_leaves_every_kind_of_kernel_so(arch):
     """One schedule of every kernel and order of loads, in machine code."""
     kinds = {}

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # test folders are not packages
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]  # test folders are not packages
+from kept import kept_folder  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
-def triton_cache(shared_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is answered from an earlier run, and what one worker compiled is read by the other."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(shared_folder / "triton"))
+def triton_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one worker compiled is read by the other, and stays with the environment: Triton finds it by the kernel's
+    text, what that calls, its own release and the options."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(kept_folder("triton")))

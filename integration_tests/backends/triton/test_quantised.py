@@ -49,8 +49,13 @@ def rows(m: int, n: int, dtype: torch.dtype) -> torch.Tensor:
     return values.to(dtype)
 
 
+SHORT = (64, 200, 384, 1003)
 LENGTHS = [
-    *((name, n) for name in QUANTS for n in (64, 200, 384, 1003)),
+    *(
+        pytest.param(name, n, marks=() if n in (SHORT[number % 4], SHORT[(number + 1) % 4]) else pytest.mark.long)
+        for number, name in enumerate(QUANTS)
+        for n in SHORT
+    ),  # make test: two lengths of each, each length of half of them
     *((name, 32768) for name in ("token native", "block separate")),  # computed twice
     *((name, 65544) for name in ("token", "block")),  # a part is read again too
     ("block", 65536),  # of an fp32 sum alone, and more than the norm does
