@@ -45,8 +45,8 @@ def test_every_norm_is_served(eager: bool, engine: Any) -> None:
 
 @pytest.mark.parametrize("eager", [True, False])
 def test_tokens_are_stocks_with_weights_as_loaded_written_and_replaced(eager: bool, engine: Any) -> None:
-    """Eager, they and the logprobs are stock's to the bit. Each change shows: other logprobs than with the weights before, until
-    those of the checkpoint are back."""
+    """Eager, they and the logprobs are stock's to the bit. Each change shows: other logprobs than with the weights
+    before, until those of the checkpoint are back."""
     stock, patched = engine(eager, "off"), engine(eager, "ir")
     assert (stock["trace"], stock["norms"]) == ([], ["GemmaRMSNorm"])
     pairs = [(stock, patched), *[(stock["after"][change], patched["after"][change]) for change in stock["after"]]]
