@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 from collections.abc import Callable
 from types import CellType, FunctionType, MethodType
 from typing import Any
@@ -41,6 +42,12 @@ def original_class(cls: type) -> type:
     return vars(cls).get("_rmsnorm_patch_original", cls)
 
 
+def runs_what_was_read(cls: type) -> bool:
+    """Whether the class under a patched one, or under a class derived from it, has the forward that it had then."""
+    patched = next(base for base in cls.__mro__ if is_patched(base))
+    return vars(patched)["_rmsnorm_patch_read"] is class_forward(original_class(patched))
+
+
 def running_now(module: nn.Module, original: type, own: Callable[..., Any]) -> Callable[..., Any]:
     """What a forward of a patched class of `original` runs in its place once `module` is no longer of that class.
 
@@ -51,6 +58,27 @@ def running_now(module: nn.Module, original: type, own: Callable[..., Any]) -> C
     if getattr(cls, "_rmsnorm_patch_original", None) is original:
         own = getattr(cls, "_rmsnorm_patch_forward", own)
     return own
+
+
+_inside = threading.local()
+"""Of a thread: `modules`, those whose class's forward `run_class_forward` runs now."""
+
+REPLACED = "its class got another forward since apply"
+
+
+def outside(module: nn.Module) -> bool:
+    """False within `run_class_forward` of this module: what replaced the forward may call that of the patched class."""
+    return module not in getattr(_inside, "modules", ())
+
+
+def run_class_forward(module: nn.Module, original: type, *args: Any, **named: Any) -> Any:
+    """The forward that `original` has now, in place of the one of its patched class, which was made for another."""
+    modules: list[nn.Module] = _inside.__dict__.setdefault("modules", [])
+    modules.append(module)
+    try:
+        return class_forward(original)(module, *args, **named)
+    finally:
+        modules.pop()
 
 
 def unpatched_forward(function: Any) -> Any:

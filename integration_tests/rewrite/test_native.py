@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rmsnorm_patch
+from rmsnorm_patch.patch_state import original_class
 from rmsnorm_patch.rewrite import handover, layer_calls, native, observe
 
 
@@ -43,6 +44,25 @@ def test_no_python_check_runs(patched, monkeypatch) -> None:
         monkeypatch.setattr(layer_calls, "_in_layer", never)
         monkeypatch.setattr(layer_calls, "_tail", never)
         model(TOKENS)
+
+
+@pytest.mark.parametrize("part", ["norm", "layers.1"])
+def test_nothing_is_launched_for_a_class_that_got_another_forward(patched, monkeypatch, part) -> None:
+    model, found = patched
+    with torch.no_grad():
+        settle(model)
+        cls = original_class(type(model.model.get_submodule(part)))
+        before, calls = cls.forward, []
+
+        def counted(self, *args, **named):
+            calls.append(self)
+            return before(self, *args, **named)
+
+        monkeypatch.setattr(cls, "forward", counted)
+        launched = found.launches
+        model(TOKENS)
+    assert found.launches == launched
+    assert len(calls) == (2 * LAYERS + 1 if part == "norm" else LAYERS)
 
 
 def test_the_first_call_on_a_device_lets_the_c_functions_serve(model, monkeypatch) -> None:

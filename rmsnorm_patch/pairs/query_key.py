@@ -52,7 +52,7 @@ from .source import ForwardSource, NoSource, read_forward
 from .sums import written_by
 from .trace import holds, trace_reached
 
-HELPERS = ("together", "query_key", "rotated")
+HELPERS = ("watch", "together", "query_key", "rotated")
 """Names of the functions that a rewritten forward calls; who compiles it hands them over."""
 OP, ROTATED = "rms_norm_pair", "rms_norm_rotated"
 _OLDEST = 80

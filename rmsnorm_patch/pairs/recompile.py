@@ -24,8 +24,8 @@ is exact for some tensors or modules only stands behind a question, with the ori
                                  if unseen(x, right): _n, x = in_layer(self._modules["norm"], x, right)
                                  else:                x += right; _n = self.norm(x)
 
-In front of them stands a question: somebody may hold the bound forward beyond `revert`, which then runs what the
-layer's class has now.
+In front of them stand two questions. Somebody may hold the bound forward beyond `revert`, which then runs what the
+layer's class has now. And somebody may have given the model's own class another forward since.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from typing import Any, NamedTuple
 
 import torch.nn as nn
 
-from ..patch_state import running_now, unhooked
+from ..patch_state import class_forward, outside, run_class_forward, running_now, unhooked
 from . import questions
 from .dataflow import Add, NormCall, analyse, own_name
 from .norm_add import NormAdd, norm_adds
 from .source import FUTURE_FLAGS, ForwardSource, NoSource, read_forward
 
-HELPERS = ("in_layer", "tail", "entry", "norm_add", "norm_add_norm", "norm_add_tail")
+HELPERS = ("watch", "in_layer", "tail", "entry", "norm_add", "norm_add_norm", "norm_add_tail")
 """Names of the functions that a rewritten forward calls; who compiles it hands them over."""
 
 
@@ -133,6 +133,8 @@ def compiled(
     called = {f"_rmsnorm_{name}": types.CellType(helper) for name, helper in helpers.items()}
     called |= {"_rmsnorm_type": types.CellType(type), "_rmsnorm_isinstance": types.CellType(isinstance)}
     called |= {"_rmsnorm_class": patched, "_rmsnorm_now": types.CellType(now)}
+    read = {"original": original, "read": class_forward(original), "outside": outside, "replaced": run_class_forward}
+    called |= {f"_rmsnorm_{name}": types.CellType(value) for name, value in read.items()}
     made = _compile(tree, source.function, called)
     namespace = {"forward": _decorate(made, source), "_rmsnorm_patch_forward": made}
     return Rewritten(namespace, functools.partial(setattr, patched, "cell_contents"))
@@ -152,7 +154,8 @@ def _check_names_are_its_own(tree: ast.FunctionDef) -> None:
 
 def _ask_class(tree: ast.FunctionDef) -> None:
     """First of all: a layer that is no longer of the class that this forward is made for runs the forward that it has
-    now. That one stands below the decorators too, which have run already."""
+    now. That one stands below the decorators too, which have run already. A layer whose own class got another forward
+    since runs that. Then the classes of norms are asked, too."""
     parameters = tree.args
     given = [ast.Name(p.arg, ast.Load()) for p in (*parameters.posonlyargs, *parameters.args)]
     named = [ast.keyword(p.arg, ast.Name(p.arg, ast.Load())) for p in parameters.kwonlyargs]
@@ -161,21 +164,28 @@ def _ask_class(tree: ast.FunctionDef) -> None:
         rest.append(ast.Starred(ast.Name(parameters.vararg.arg, ast.Load()), ast.Load()))
     if parameters.kwarg is not None:
         named.append(ast.keyword(None, ast.Name(parameters.kwarg.arg, ast.Load())))
-    question = ast.parse(
+    questions_asked = ast.parse(
         "if _rmsnorm_type(layer) is not _rmsnorm_class and not _rmsnorm_isinstance(layer, _rmsnorm_class):\n"
-        "    return _rmsnorm_now(layer)"
-    ).body[0]
-    assert isinstance(question, ast.If)
-    for name in ast.walk(question):
-        if isinstance(name, ast.Name) and name.id == "layer":
-            name.id = given[0].id
-    (answer,) = question.body
-    assert isinstance(answer, ast.Return)
-    answer.value = ast.Call(answer.value, [*given, *rest], named)  # type: ignore[arg-type]
+        "    return _rmsnorm_now(layer)\n"
+        "if _rmsnorm_original.forward is not _rmsnorm_read and _rmsnorm_outside(layer):\n"
+        "    return _rmsnorm_replaced\n"
+        "_rmsnorm_watch()"
+    ).body
+    behind: tuple[list[ast.expr], ...] = ([], [ast.Name("_rmsnorm_original", ast.Load())])
+    for question, more in zip(questions_asked, behind, strict=False):
+        assert isinstance(question, ast.If)
+        for name in ast.walk(question):
+            if isinstance(name, ast.Name) and name.id == "layer":
+                name.id = given[0].id
+        (answer,) = question.body
+        assert isinstance(answer, ast.Return)
+        assert answer.value is not None
+        answer.value = ast.Call(answer.value, [given[0], *more, *given[1:], *rest], named)
     documented = ast.get_docstring(tree) is not None and len(tree.body) > 1
-    for node in ast.walk(question):
-        ast.copy_location(node, tree.body[documented])
-    tree.body.insert(documented, ast.fix_missing_locations(question))
+    for statement in questions_asked:
+        for node in ast.walk(statement):
+            ast.copy_location(node, tree.body[documented])
+    tree.body[documented:documented] = map(ast.fix_missing_locations, questions_asked)
 
 
 def _self(tree: ast.FunctionDef) -> ast.expr:

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 
 from ..fused.gated_norm import op
-from ..patch_state import running_now
+from ..patch_state import REPLACED, class_forward, outside, run_class_forward, running_now
 from . import guards, observe
 from .attributes import NormKey
 from .counts import calls_of
@@ -29,6 +29,7 @@ def forward_of(original: type[nn.Module], key: NormKey) -> tuple[FunctionType, C
     assert key.gating is not None
     assert key.eps_attribute is not None
     patched: type = original
+    own = class_forward(original)
     backend = key.backend
     run = op.bind(key.spec, key.gating, backend)
     attributes = key.attributes
@@ -41,13 +42,16 @@ def forward_of(original: type[nn.Module], key: NormKey) -> tuple[FunctionType, C
 
     def forward(self, hidden_states, gate):  # type: ignore[no-untyped-def]
         if type(self) is not patched and not isinstance(self, patched):  # held by somebody beyond `revert`
-            return running_now(self, original, original.forward)(self, hidden_states, gate)
+            return running_now(self, original, own)(self, hidden_states, gate)
         if _is_dynamo_tracing():
             return traced(self, hidden_states, gate)
+        if original.forward is not own and outside(self):
+            calls_of(self).fallen_back.add(REPLACED)
+            return run_class_forward(self, original, hidden_states, gate)
         if type(hidden_states) is not _Tensor or type(gate) is not _Tensor:
             why = NO_GATE if gate is None else f"operands are a {_name(hidden_states)} and a {_name(gate)}"
         elif reference_only or (automatic and not hidden_states.is_cuda):
-            normed = original.forward(self, hidden_states, gate)
+            normed = own(self, hidden_states, gate)
             calls_of(self).reference += 1
             if observe.active:
                 report(self, hidden_states, gate, normed, "reference")
@@ -62,7 +66,7 @@ def forward_of(original: type[nn.Module], key: NormKey) -> tuple[FunctionType, C
                     report(self, hidden_states, gate, normed, run.backend_for(hidden_states, gate, weight))
                 return normed
         calls_of(self).fallen_back.add(why)
-        normed = original.forward(self, hidden_states, gate)
+        normed = own(self, hidden_states, gate)
         if observe.active:
             report(self, hidden_states, gate, normed, "original", why)
         return normed
@@ -79,6 +83,8 @@ def forward_of(original: type[nn.Module], key: NormKey) -> tuple[FunctionType, C
 
     def traced(self, hidden_states, gate):  # type: ignore[no-untyped-def]
         """Inside `torch.compile`: the op where `keeps_op` and a kernel would run, else the original arithmetic."""
+        if original.forward is not own:
+            return original.forward(self, hidden_states, gate)
         kind, weight = hidden_states.device.type, weight_of(self)
         if (
             reference_only
@@ -90,7 +96,7 @@ def forward_of(original: type[nn.Module], key: NormKey) -> tuple[FunctionType, C
             or gate.shape != hidden_states.shape
             or not (guards.traceable(hidden_states, weight) and guards.traceable(gate, None))
         ):
-            return original.forward(self, hidden_states, gate)
+            return own(self, hidden_states, gate)
         return run.traced(hidden_states, gate, weight, getattr(self, eps_name))
 
     def report(self, hidden_states, gate, normed, backend, why=""):  # type: ignore[no-untyped-def]

@@ -21,7 +21,7 @@ from ..fused.norm_add.op import bind_norm_add, bind_norm_add_norm
 from ..numerics.operands import mixes_dtypes
 from ..numerics.spec import SUPPORTED_DTYPES
 from ..pairs.source import RENAMING
-from ..patch_state import STATE, original_class, replaced, unhooked
+from ..patch_state import STATE, class_forward, original_class, replaced, unhooked
 from . import guards, native, observe, traced
 from .attributes import Attributes
 from .counts import CALLS, calls_of
@@ -44,8 +44,8 @@ the decorators that rename arguments around its `forward` in 5.24."""
 class NormKernel:
     """What the pair helpers need to know of one patched norm class.
 
-    cls: that class. original: the norm's own forward. fused: the bound op, or None for the reference backend, which is
-    `a + b` and then `original`. on_cpu: whether CPU tensors go to `fused` too (a backend that was forced). mixes:
+    cls: that class. unpatched: the class under it. original: the forward that `unpatched` had when this was made.
+    fused: the bound op, or None for the reference backend, which is `a + b` and then `original`. on_cpu: whether CPU tensors go to `fused` too (a backend that was forced). mixes:
     whether it adds tensors of two dtypes, as Triton does.
     attributes: where a module has its weight and eps; weight_of, eps_of: its methods. plain: the bound op of the norm
     alone.
@@ -66,13 +66,15 @@ class NormKernel:
         "original",
         "plain",
         "spec",
+        "unpatched",
         "weight_of",
     )
 
     def __init__(self, cls: type) -> None:
         key: Any = cls._rmsnorm_patch_key  # type: ignore[attr-defined]
         self.cls = cls
-        self.original: Callable[..., torch.Tensor] = original_class(cls).forward  # type: ignore[attr-defined]
+        self.unpatched = original_class(cls)
+        self.original: Callable[..., torch.Tensor] = class_forward(self.unpatched)
         self.spec = key.spec
         self.plain = ops.bind_rms_norm(key.spec, key.backend)
         self.fused = self.norm_add = self.norm_add_norm = None
@@ -116,18 +118,40 @@ class NormKernel:
 
 
 _KERNELS: dict[type, NormKernel] = {}
+_watched: tuple[NormKernel, ...] = ()
+"""Its values, for those who go through them while another thread makes a class."""
 
 
 def register(cls: type) -> None:
     """Make the kernel of a patched norm class; called once, when the class is made. (Made at a first call, it would
     change a dictionary inside a traced region: every graph was compiled twice.)"""
+    global _watched
     if cls.__call__ is nn.Module.__call__:
         _KERNELS[cls] = NormKernel(cls)
+        _watched = tuple(_KERNELS.values())
 
 
 def kernel_of(norm: nn.Module) -> NormKernel | None:
-    """The kernel of a patched norm; None for any other module."""
-    return _KERNELS.get(norm.__class__)
+    """The kernel of a patched norm; None for any other module, and where its class got another forward since."""
+    kernel = _KERNELS.get(norm.__class__)
+    return None if kernel is None or class_forward(kernel.unpatched) is not kernel.original else kernel
+
+
+def unpatched_reason(norm: nn.Module) -> str:
+    """Why `kernel_of` gives None."""
+    if type(norm) in _KERNELS:
+        return f"the norm's own class, {type(norm).__name__}, got another forward since apply"
+    return f"the norm is a {type(norm).__name__} that is not patched"
+
+
+def watch() -> None:
+    """First in a rewritten forward: the C functions, which do not ask, serve no norm whose class got another forward.
+    They serve it again once it has its own back, from the first call on that the guards in Python let through."""
+    if _is_tracing():
+        return
+    for kernel in _watched:
+        if class_forward(kernel.unpatched) is not kernel.original:
+            native.forget(kernel.cls)
 
 
 def in_layer(norm: nn.Module, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -180,7 +204,7 @@ def entry(norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
 
 def _in_layer(norm: nn.Module, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`in_layer` with every check in Python."""
-    kernel = _KERNELS.get(norm.__class__)
+    kernel = kernel_of(norm)
     if kernel is not None and unhooked(norm):
         if not kernel.serves(a):
             return _in_layer_reference(norm, kernel, a, b)
@@ -230,7 +254,7 @@ def link_of(layer: nn.Module) -> tuple[Link | None, nn.Module | None]:
 
 def why_kept(layer: nn.Module, link: Link, norm: nn.Module, a: torch.Tensor, b: torch.Tensor) -> str:
     """Why nothing is handed over now, or "". Called by what the helper calls that the layer's forward calls."""
-    kernel = _KERNELS.get(norm.__class__)
+    kernel = kernel_of(norm)
     if kernel is None or _is_grad_enabled() or not unhooked(norm):
         return "a gradient may be wanted" if _is_grad_enabled() else why_not(norm, kernel, a, b)
     if link.untaken >= MAX_UNTAKEN and link.rests(getattr(a, "shape", None)):
@@ -246,7 +270,7 @@ def why_kept(layer: nn.Module, link: Link, norm: nn.Module, a: torch.Tensor, b: 
 
 def hand_over(link: Link, norm: nn.Module, kept: str, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a + b, with the result of `norm` riding on it unless it is `kept` for that reason."""
-    kernel, done = _KERNELS.get(norm.__class__), None
+    kernel, done = kernel_of(norm), None
     if kernel is not None and not kept:
         weight, eps = kernel.weight_of(norm), kernel.eps_of(norm)
         done = kernel.run(norm, a, b, weight, eps)
@@ -320,7 +344,7 @@ def pair_servable(kernel: NormKernel, a: torch.Tensor, b: torch.Tensor, weight: 
 def why_not(norm: nn.Module, kernel: NormKernel | None, a: torch.Tensor, b: torch.Tensor) -> str:
     """Why an add and its norm are not one call here, in words."""
     if kernel is None:
-        return f"the norm is a {type(norm).__name__} that is not patched"
+        return unpatched_reason(norm)
     if not unhooked(norm):
         return "the norm has hooks or a forward of its own: it is called as a module"
     if norm.training:

@@ -21,6 +21,7 @@ from .places import Index, Passage, between, index_of
 
 ROLE = "layer"
 _HELPERS: dict[str, Callable[..., Any]] = {
+    "watch": layer_calls.watch,
     "in_layer": layer_calls.in_layer,
     "tail": layer_calls.tail,
     "entry": layer_calls.entry,

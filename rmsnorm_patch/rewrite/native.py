@@ -85,6 +85,12 @@ def enroll_rotated(cls: type, kernel: Any, table: object) -> None:
     _enroll(_rotated, cls, kernel, table)
 
 
+def forget(cls: type) -> None:
+    """Let the C functions serve norms of `cls` no longer, until it is enrolled again."""
+    for classes in (_classes, _alone, _norm_add, _norm_add_norm, _query_key, _rotated):
+        classes.pop(cls, None)
+
+
 def _enroll(classes: dict[type, Any], cls: type, kernel: Any, table: object) -> None:
     global in_layer, hand_over, take, alone, norm_add, norm_add_norm, norm_hand_over, query_key, rotated
     pairs = None if cls in classes else launcher.functions().pairs

@@ -16,7 +16,16 @@ import torch.nn as nn
 from .. import ops
 from ..backends.names import Backend
 from ..errors import PatchConflict
-from ..patch_state import STATE, is_patched, running_now, unpatched_class
+from ..patch_state import (
+    REPLACED,
+    STATE,
+    class_forward,
+    is_patched,
+    outside,
+    run_class_forward,
+    running_now,
+    unpatched_class,
+)
 from ..scan.plan import NormSite
 from ..scan.subject import attributes_named_by, is_plain
 from . import gated, guards, inductor, instance_forward, layer_calls, native, observe
@@ -135,6 +144,7 @@ def _forward_of(original: type[nn.Module], key: NormKey) -> tuple[FunctionType, 
     Longer than a screen: what a call reads are variables around it, which cost no look-up.
     """
     patched: type = original
+    own = class_forward(original)
     run = ops.bind_rms_norm(key.spec, key.backend)
     attributes = key.attributes
     weight_of, eps_of, fits = attributes.weight_of, attributes.eps_of, attributes.fits
@@ -148,9 +158,12 @@ def _forward_of(original: type[nn.Module], key: NormKey) -> tuple[FunctionType, 
 
     def forward(self, hidden_states):  # type: ignore[no-untyped-def]
         if type(self) is not patched and not isinstance(self, patched):  # held by somebody beyond `revert`
-            return running_now(self, original, original.forward)(self, hidden_states)
+            return running_now(self, original, own)(self, hidden_states)
         if _is_dynamo_tracing():
             return traced(self, hidden_states)
+        if original.forward is not own and outside(self):
+            calls_of(self).fallen_back.add(REPLACED)
+            return run_class_forward(self, original, hidden_states)
         normed = native.alone(self, hidden_states)
         if normed is not None:
             try:  # noqa: SIM105 - suppress() costs more than the count
@@ -162,13 +175,13 @@ def _forward_of(original: type[nn.Module], key: NormKey) -> tuple[FunctionType, 
             return normed
         if type(hidden_states) is not _Tensor:  # a subclass, or no tensor at all (`torch.fx` traces with proxies)
             calls_of(self).fallen_back.add(f"input is a {type(hidden_states).__name__}")
-            return original.forward(self, hidden_states)
+            return own(self, hidden_states)
         if not _is_grad_enabled():
             handed_over = take(self, hidden_states)
             if handed_over is not None:
                 return handed_over
         if reference_only or (automatic and not hidden_states.is_cuda):
-            normed = original.forward(self, hidden_states)
+            normed = own(self, hidden_states)
             calls_of(self).reference += 1
             if observe.active:
                 report(self, hidden_states, normed, "reference")
@@ -187,7 +200,7 @@ def _forward_of(original: type[nn.Module], key: NormKey) -> tuple[FunctionType, 
         why = guards.TRAINING if self.training else guards.reason(hidden_states, weight)
         why = why or guards.eps_reason(eps) or attributes.missing()
         calls_of(self).fallen_back.add(why)
-        normed = original.forward(self, hidden_states)
+        normed = own(self, hidden_states)
         if observe.active:
             report(self, hidden_states, normed, "original", why)
         return normed
@@ -195,15 +208,17 @@ def _forward_of(original: type[nn.Module], key: NormKey) -> tuple[FunctionType, 
     def traced(self, hidden_states):  # type: ignore[no-untyped-def]
         """Inside `torch.compile`: the op where `keeps_op` and a kernel would run, one that Inductor's pass may join
         where that was asked for, else the original arithmetic."""
+        if original.forward is not own:
+            return original.forward(self, hidden_states)
         kind = hidden_states.device.type
         joinable = inductor.joins(compiled, kind)
         if not joinable and (reference_only or (automatic and kind != "cuda") or not keeps_op(kind)):
-            return original.forward(self, hidden_states)
+            return own(self, hidden_states)
         weight = weight_of(self)
         if fits(weight) and not self.training and guards.traceable(hidden_states, weight):
             compute = joinable_run if joinable else run
             return compute(hidden_states, weight, eps_of(self))
-        return original.forward(self, hidden_states)
+        return own(self, hidden_states)
 
     def joinable_run(x, weight, eps):  # type: ignore[no-untyped-def]
         return torch.ops.rmsnorm_patch.joinable_rms_norm.default(x, weight, eps, *arguments)

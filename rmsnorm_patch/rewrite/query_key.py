@@ -27,7 +27,7 @@ from . import guards, instance_forward, native, observe
 from .classes import Body, patched_class, register_factory
 from .counts import CALLS, calls_of
 from .journal import Journal
-from .layer_calls import NormKernel, kernel_of
+from .layer_calls import NormKernel, kernel_of, unpatched_reason, watch
 
 ROLE = "attention"
 
@@ -45,7 +45,8 @@ def attention_factory(original: type, key: AttentionKey) -> Body:
         return Body({}, lambda cls: None)
     for name in rotations_of(source, key):  # another process may have judged them, which made the key
         why_other(source.function.__globals__.get(name))
-    helpers: dict[str, Callable[..., Any]] = {"together": together, "query_key": query_key, "rotated": rotated}
+    helpers: dict[str, Callable[..., Any]] = {"watch": watch, "together": together, "query_key": query_key}
+    helpers["rotated"] = rotated
     return Body(*rewrite_attention(source, key, original, helpers))
 
 
@@ -130,7 +131,7 @@ def _both_norms_for(
     settings: list[Any] = []
     for norm, kernel, x in ((query_norm, first, query), (key_norm, second, key)):
         if kernel is None:
-            return f"a norm is a {type(norm).__name__} that is not patched", None
+            return unpatched_reason(norm), None
         weight, eps = kernel.weight_of(norm), kernel.eps_of(norm)
         why = guards.TRAINING if norm.training else guards.reason(x, weight) or guards.eps_reason(eps)
         if not why and not kernel.attributes.fits(weight):

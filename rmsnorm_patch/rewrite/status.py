@@ -11,7 +11,7 @@ from typing import Any
 import torch.nn as nn
 
 from ..page import folded, numbered, page, summarised
-from ..patch_state import STATE, derives_from_patched, original_class
+from ..patch_state import STATE, derives_from_patched, original_class, runs_what_was_read
 from . import LOCK, applied_report
 from .counts import CALLS, Calls
 from .handover import LINK, MAX_UNTAKEN, Link
@@ -222,6 +222,10 @@ def _replaced(modules: list[tuple[str, nn.Module]]) -> Iterator[str]:
             if standing is None or not _is_ours(standing):
                 what = "is gone" if standing is None else f"is a {type(standing).__name__} that is not patched"
                 yield f"{path or '(root)'} {what}; it was patched by apply, which can be called again"
+    for path, module in modules:
+        if _is_ours(module) and not runs_what_was_read(type(module)):
+            name = original_class(type(module)).__name__
+            yield f"{path or '(root)'} runs the forward that {name} got since apply; after revert, apply reads that one"
 
 
 def _resting(modules: list[tuple[str, nn.Module]]) -> Iterator[str]:
