@@ -45,8 +45,9 @@ class NormKernel:
     """What the pair helpers need to know of one patched norm class.
 
     cls: that class. unpatched: the class under it. original: the forward that `unpatched` had when this was made.
-    fused: the bound op, or None for the reference backend, which is `a + b` and then `original`. on_cpu: whether CPU tensors go to `fused` too (a backend that was forced). mixes:
-    whether it adds tensors of two dtypes, as Triton does.
+    fused: the bound op, or None for the reference backend, which is `a + b` and then `original`.
+    on_cpu: whether CPU tensors go to `fused` too (a backend that was forced). mixes: whether it adds tensors of two
+    dtypes, as Triton does.
     attributes: where a module has its weight and eps; weight_of, eps_of: its methods. plain: the bound op of the norm
     alone.
     norm_add, norm_add_norm: those of an add behind the norm, without and with the norm of the sum; None as `fused`.
