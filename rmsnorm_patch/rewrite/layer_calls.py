@@ -119,8 +119,8 @@ class NormKernel:
 
 
 _KERNELS: dict[type, NormKernel] = {}
-_watched: tuple[NormKernel, ...] = ()
-"""Its values, for those who go through them while another thread makes a class."""
+_watched: tuple[tuple[Any, Callable[..., Any], type], ...] = ()
+"""(the class under a patched norm class, the forward that it had, the patched class) of all of them."""
 
 
 def register(cls: type) -> None:
@@ -129,7 +129,7 @@ def register(cls: type) -> None:
     global _watched
     if cls.__call__ is nn.Module.__call__:
         _KERNELS[cls] = NormKernel(cls)
-        _watched = tuple(_KERNELS.values())
+        _watched = tuple((kernel.unpatched, kernel.original, kernel.cls) for kernel in _KERNELS.values())
 
 
 def kernel_of(norm: nn.Module) -> NormKernel | None:
@@ -150,9 +150,9 @@ def watch() -> None:
     They serve it again once it has its own back, from the first call on that the guards in Python let through."""
     if _is_tracing():
         return
-    for kernel in _watched:
-        if class_forward(kernel.unpatched) is not kernel.original:
-            native.forget(kernel.cls)
+    for unpatched, original, cls in _watched:
+        if unpatched.forward is not original:
+            native.forget(cls)
 
 
 def in_layer(norm: nn.Module, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
