@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
@@ -42,10 +42,25 @@ def original_class(cls: type) -> type:
     return vars(cls).get("_rmsnorm_patch_original", cls)
 
 
+Read = tuple[tuple[str, Any], ...]
+"""(name, function) of what a patched class was made for: the forward of the class under it, and what that one calls."""
+
+
+def read_of(cls: type, helpers: Iterable[str] = ()) -> Read:
+    return tuple((name, getattr(cls, name)) for name in ("forward", *helpers))
+
+
+def is_as_read(cls: type, read: Read) -> bool:
+    for name, function in read:  # noqa: SIM110 - a generator costs a hot call more
+        if getattr(cls, name, None) is not function:
+            return False
+    return True
+
+
 def runs_what_was_read(cls: type) -> bool:
-    """Whether the class under a patched one, or under a class derived from it, has the forward that it had then."""
+    """Whether the class under a patched one, or under a class derived from it, has the functions that it had then."""
     patched = next(base for base in cls.__mro__ if is_patched(base))
-    return vars(patched)["_rmsnorm_patch_read"] is class_forward(original_class(patched))
+    return is_as_read(original_class(patched), vars(patched)["_rmsnorm_patch_read"])
 
 
 def running_now(module: nn.Module, original: type, own: Callable[..., Any]) -> Callable[..., Any]:
@@ -63,7 +78,7 @@ def running_now(module: nn.Module, original: type, own: Callable[..., Any]) -> C
 _inside = threading.local()
 """Of a thread: `modules`, those whose class's forward `run_class_forward` runs now."""
 
-REPLACED = "its class got another forward since apply"
+REPLACED = "its class got another function since apply"
 
 
 def outside(module: nn.Module) -> bool:

@@ -70,6 +70,23 @@ def test_patched_modules_run_the_forward_that_their_class_got(
         assert torch.equal(model(TOKENS).logits, before)
 
 
+def test_a_helper_that_the_class_of_norms_got_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = model_of("gemma2")
+    model = copy.deepcopy(stock)
+    rmsnorm_patch.apply(model)
+    with torch.no_grad():
+        before = model(TOKENS).logits
+        cls: Any = original_class(type(model.model.norm))
+        helper = cls._norm
+        monkeypatch.setattr(cls, "_norm", lambda self, x: helper(self, x) + 0.5)
+        wanted = stock(TOKENS).logits
+        assert not torch.equal(wanted, before)
+        assert torch.equal(model(TOKENS).logits, wanted)
+        assert any("got since apply" in note for note in rmsnorm_patch.status(model).notes)
+        monkeypatch.undo()
+        assert torch.equal(model(TOKENS).logits, before)
+
+
 def test_speed_comes_back_with_the_forward_and_the_status_says_what_runs(
     replaced: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,9 +103,9 @@ def test_speed_comes_back_with_the_forward_and_the_status_says_what_runs(
     replaced(original_class(type(model.model.norm)))
     assert handed_over() == 0
     status = rmsnorm_patch.status(model)
-    assert status.why()["its class got another forward since apply"]
+    assert status.why()["its class got another function since apply"]
     (note,) = [note for note in status.notes if note.startswith("model.norm ")]
-    assert note == "model.norm runs the forward that LlamaRMSNorm got since apply; after revert, apply reads that one"
+    assert note == "model.norm runs a function that LlamaRMSNorm got since apply; after revert, apply reads that one"
     monkeypatch.undo()
     assert handed_over() == SIZES["num_hidden_layers"]
     assert not rmsnorm_patch.status(model).notes

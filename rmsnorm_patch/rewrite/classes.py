@@ -55,15 +55,15 @@ def register_factory(role: str, factory: Factory) -> None:
 
 def patched_class(original: type, role: str, key: Hashable) -> type:
     """The one subclass of `original` for (role, key); made on first use, the same object as long as `original` has the
-    forward that it had then."""
+    functions that it had then."""
     if is_patched(original):
         raise TypeError(f"{original.__qualname__} is already a patched class")
     with _LOCK:
         known = _CLASSES.get((original, role, key))
-        if known is not None and vars(known)["_rmsnorm_patch_read"] is patch_state.class_forward(original):
+        if known is not None and patch_state.runs_what_was_read(known):
             return known
         body = _FACTORIES[role](original, key)
-        namespace = dict(body.namespace)
+        namespace = {"_rmsnorm_patch_read": patch_state.read_of(original), **body.namespace}
         namespace.update(
             __module__=original.__module__,
             __qualname__=original.__qualname__,
@@ -71,7 +71,6 @@ def patched_class(original: type, role: str, key: Hashable) -> type:
             _rmsnorm_patch_original=original,
             _rmsnorm_patch_role=role,
             _rmsnorm_patch_key=key,
-            _rmsnorm_patch_read=patch_state.class_forward(original),
         )
         patched = _subclass(original, namespace)
         type.__setattr__(patched, "__reduce_ex__", _reduce_ex_of(patched))

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 
 from ..fused.gated_norm import op
-from ..patch_state import REPLACED, class_forward, outside, run_class_forward, running_now
+from ..patch_state import REPLACED, Read, is_as_read, outside, run_class_forward, running_now
 from . import guards, observe
 from .attributes import NormKey
 from .counts import calls_of
@@ -23,13 +23,15 @@ _Tensor = torch.Tensor
 _is_dynamo_tracing = torch.compiler.is_dynamo_compiling
 
 
-def forward_of(original: type[nn.Module], key: NormKey) -> tuple[FunctionType, Callable[[type], None], op.Bound]:
+def forward_of(
+    original: type[nn.Module], key: NormKey, read: Read
+) -> tuple[FunctionType, Callable[[type], None], op.Bound]:
     """The forward with the original's argument names and defaults, a function that tells it the class that it is made
     for, and what it calls. In one piece for the reason that `norms._forward_of` gives."""
     assert key.gating is not None
     assert key.eps_attribute is not None
     patched: type = original
-    own = class_forward(original)
+    _, own = read[0]
     backend = key.backend
     run = op.bind(key.spec, key.gating, backend)
     attributes = key.attributes
@@ -45,7 +47,7 @@ def forward_of(original: type[nn.Module], key: NormKey) -> tuple[FunctionType, C
             return running_now(self, original, own)(self, hidden_states, gate)
         if _is_dynamo_tracing():
             return traced(self, hidden_states, gate)
-        if original.forward is not own and outside(self):
+        if not is_as_read(original, read) and outside(self):
             calls_of(self).fallen_back.add(REPLACED)
             return run_class_forward(self, original, hidden_states, gate)
         if type(hidden_states) is not _Tensor or type(gate) is not _Tensor:
@@ -83,7 +85,7 @@ def forward_of(original: type[nn.Module], key: NormKey) -> tuple[FunctionType, C
 
     def traced(self, hidden_states, gate):  # type: ignore[no-untyped-def]
         """Inside `torch.compile`: the op where `keeps_op` and a kernel would run, else the original arithmetic."""
-        if original.forward is not own:
+        if not is_as_read(original, read):
             return original.forward(self, hidden_states, gate)
         kind, weight = hidden_states.device.type, weight_of(self)
         if (

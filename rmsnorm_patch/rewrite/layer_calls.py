@@ -21,7 +21,7 @@ from ..fused.norm_add.op import bind_norm_add, bind_norm_add_norm
 from ..numerics.operands import mixes_dtypes
 from ..numerics.spec import SUPPORTED_DTYPES
 from ..pairs.source import RENAMING
-from ..patch_state import STATE, class_forward, original_class, replaced, unhooked
+from ..patch_state import STATE, Read, is_as_read, original_class, replaced, unhooked
 from . import guards, native, observe, traced
 from .attributes import Attributes
 from .counts import CALLS, calls_of
@@ -44,7 +44,7 @@ the decorators that rename arguments around its `forward` in 5.24."""
 class NormKernel:
     """What the pair helpers need to know of one patched norm class.
 
-    cls: that class. unpatched: the class under it. original: the forward that `unpatched` had when this was made.
+    cls: that class. unpatched: the class under it. read: its functions when this was made. original: its forward then.
     fused: the bound op, or None for the reference backend, which is `a + b` and then `original`.
     on_cpu: whether CPU tensors go to `fused` too (a backend that was forced). mixes: whether it adds tensors of two
     dtypes, as Triton does.
@@ -66,6 +66,7 @@ class NormKernel:
         "on_cpu",
         "original",
         "plain",
+        "read",
         "spec",
         "unpatched",
         "weight_of",
@@ -75,7 +76,8 @@ class NormKernel:
         key: Any = cls._rmsnorm_patch_key  # type: ignore[attr-defined]
         self.cls = cls
         self.unpatched = original_class(cls)
-        self.original: Callable[..., torch.Tensor] = class_forward(self.unpatched)
+        self.read: Read = cls._rmsnorm_patch_read  # type: ignore[attr-defined]
+        self.original: Callable[..., torch.Tensor] = self.read[0][1]
         self.spec = key.spec
         self.plain = ops.bind_rms_norm(key.spec, key.backend)
         self.fused = self.norm_add = self.norm_add_norm = None
@@ -119,8 +121,8 @@ class NormKernel:
 
 
 _KERNELS: dict[type, NormKernel] = {}
-_watched: tuple[tuple[Any, Callable[..., Any], type], ...] = ()
-"""(the class under a patched norm class, the forward that it had, the patched class) of all of them."""
+_watched: tuple[tuple[type, Read, type], ...] = ()
+"""(the class under a patched norm class, its functions then, the patched class) of all of them."""
 
 
 def register(cls: type) -> None:
@@ -129,29 +131,29 @@ def register(cls: type) -> None:
     global _watched
     if cls.__call__ is nn.Module.__call__:
         _KERNELS[cls] = NormKernel(cls)
-        _watched = tuple((kernel.unpatched, kernel.original, kernel.cls) for kernel in _KERNELS.values())
+        _watched = tuple((kernel.unpatched, kernel.read, kernel.cls) for kernel in _KERNELS.values())
 
 
 def kernel_of(norm: nn.Module) -> NormKernel | None:
-    """The kernel of a patched norm; None for any other module, and where its class got another forward since."""
+    """The kernel of a patched norm; None for any other module, and where its class got another function since."""
     kernel = _KERNELS.get(norm.__class__)
-    return None if kernel is None or class_forward(kernel.unpatched) is not kernel.original else kernel
+    return None if kernel is None or not is_as_read(kernel.unpatched, kernel.read) else kernel
 
 
 def unpatched_reason(norm: nn.Module) -> str:
     """Why `kernel_of` gives None."""
     if type(norm) in _KERNELS:
-        return f"the norm's own class, {type(norm).__name__}, got another forward since apply"
+        return f"the norm's own class, {type(norm).__name__}, got another function since apply"
     return f"the norm is a {type(norm).__name__} that is not patched"
 
 
 def watch() -> None:
-    """First in a rewritten forward: the C functions, which do not ask, serve no norm whose class got another forward.
+    """First in a rewritten forward: the C functions, which do not ask, serve no norm whose class got another function.
     They serve it again once it has its own back, from the first call on that the guards in Python let through."""
     if _is_tracing():
         return
-    for unpatched, original, cls in _watched:
-        if unpatched.forward is not original:
+    for unpatched, read, cls in _watched:
+        if not is_as_read(unpatched, read):
             native.forget(cls)
 
 

@@ -19,9 +19,11 @@ from ..errors import PatchConflict
 from ..patch_state import (
     REPLACED,
     STATE,
-    class_forward,
+    Read,
+    is_as_read,
     is_patched,
     outside,
+    read_of,
     run_class_forward,
     running_now,
     unpatched_class,
@@ -57,13 +59,16 @@ def body(original: type[nn.Module], key: NormKey) -> Body:
     """Factory of `classes`: the patched subclass of `original`."""
     key = NormKey(*key)
     run: Any
+    named = attributes_named_by(original) - {key.weight_attribute, key.eps_attribute}
+    read = read_of(original, sorted(name for name in named if isinstance(getattr(original, name, None), FunctionType)))
     if key.gating is None:
         run = ops.bind_rms_norm(key.spec, key.backend)
-        forward, belongs_to = _forward_of(original, key)
+        forward, belongs_to = _forward_of(original, key, read)
     else:
-        forward, belongs_to, run = gated.forward_of(original, key)
+        forward, belongs_to, run = gated.forward_of(original, key, read)
     namespace = {
-        **_watching(original, key),
+        **_watching(original, named),
+        "_rmsnorm_patch_read": read,
         "forward": forward,
         # A later `kernelize` would put its kernel over this class, instance by instance.
         "kernel_condition": staticmethod(lambda module: False),
@@ -79,11 +84,10 @@ def body(original: type[nn.Module], key: NormKey) -> Body:
     return Body(namespace, made)
 
 
-def _watching(original: type[nn.Module], key: NormKey) -> dict[str, Any]:
+def _watching(original: type[nn.Module], read: frozenset[str | None]) -> dict[str, Any]:
     """Methods that tell when a module gets another value of what its forward reads beside weight and eps (a flag, a
     helper, a bias that was None): what it computes then was not probed, and it has its own class again. Nothing is
-    asked at a call."""
-    read = attributes_named_by(original) - {key.weight_attribute, key.eps_attribute}
+    asked at a call. read: the names."""
 
     def __setattr__(self, name, value):  # type: ignore[no-untyped-def]
         if name in read and not _is_same(getattr(self, name, _ABSENT), value):
@@ -138,13 +142,14 @@ def install(
     journal.set_state(module, CALLS, Calls())
 
 
-def _forward_of(original: type[nn.Module], key: NormKey) -> tuple[FunctionType, Callable[[type], None]]:
+def _forward_of(original: type[nn.Module], key: NormKey, read: Read) -> tuple[FunctionType, Callable[[type], None]]:
     """The forward, and a function that tells it the class that it is made for.
 
     Longer than a screen: what a call reads are variables around it, which cost no look-up.
     """
     patched: type = original
-    own = class_forward(original)
+    (_, own), *helpers = read
+    more = tuple(helpers)
     run = ops.bind_rms_norm(key.spec, key.backend)
     attributes = key.attributes
     weight_of, eps_of, fits = attributes.weight_of, attributes.eps_of, attributes.fits
@@ -161,7 +166,7 @@ def _forward_of(original: type[nn.Module], key: NormKey) -> tuple[FunctionType, 
             return running_now(self, original, own)(self, hidden_states)
         if _is_dynamo_tracing():
             return traced(self, hidden_states)
-        if original.forward is not own and outside(self):
+        if (original.forward is not own or (more and not is_as_read(original, more))) and outside(self):
             calls_of(self).fallen_back.add(REPLACED)
             return run_class_forward(self, original, hidden_states)
         normed = native.alone(self, hidden_states)
@@ -208,7 +213,7 @@ def _forward_of(original: type[nn.Module], key: NormKey) -> tuple[FunctionType, 
     def traced(self, hidden_states):  # type: ignore[no-untyped-def]
         """Inside `torch.compile`: the op where `keeps_op` and a kernel would run, one that Inductor's pass may join
         where that was asked for, else the original arithmetic."""
-        if original.forward is not own:
+        if not is_as_read(original, read):
             return original.forward(self, hidden_states)
         kind = hidden_states.device.type
         joinable = inductor.joins(compiled, kind)
