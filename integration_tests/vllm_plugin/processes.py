@@ -203,7 +203,7 @@ def _started(words: list[str], env: dict[str, str], folder: Path, starter: Start
         with log.open("w") as told:
             yield subprocess.Popen(command, env=env, stdout=told, stderr=told, cwd=folder, start_new_session=True)
     else:
-        with starter.child(words, {**env, "VLLM_WORKER_MULTIPROC_METHOD": "fork"}, folder, log, log) as child:
+        with starter.child(words, {**env, "FORKED": "1"}, folder, log, log) as child:
             yield child
 
 
@@ -212,7 +212,7 @@ def serve(
     model: Path, folder: Path, env: dict[str, str], *more: str, starter: Starter | None = None
 ) -> Iterator[Server]:
     """A real `vllm serve` of `model` on loopback, ended by a signal; folder: new, for its log and trace. starter: the
-    server is a fork of it, and the engine one of the server."""
+    server is a fork of it, as is the engine of the server, and the worker of the engine."""
     folder.mkdir()
     port = _port()
     arguments = ["serve", str(model), "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "tiny"]
