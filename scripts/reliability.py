@@ -239,7 +239,7 @@ def _mutants() -> Iterator[str]:
     survivors = [(name, run["suite"]) for run in runs for name in (*run["equivalent"], *run["survived"])]
     killed = [entry for run in runs for entry in run.get("killed_since", ())]
     if survivors:
-        yield from ("", "| survivor | why it is none, or no test sees it |", "|---|---|")
+        yield from ("", "| survivor | why it is none, or nothing of its suite sees it |", "|---|---|")
         yield from (f"| {_cell(name)} | {why.get(name, 'not known yet')} |" for name, _ in survivors)
     if killed:
         yield from ("", "| survived that run | what fails on it since |", "|---|---|")

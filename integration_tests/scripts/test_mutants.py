@@ -124,13 +124,18 @@ def test_what_is_called_equivalent_is_a_fault_of_today_with_a_reason(mutants):
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_what_is_called_equivalent_for_every_schedule_is(arch, dtype):
     """Passes over the chunks of a thread by U + K in place of U * K; chunks of a row of parts by T + K * C or T * K + C
-    in place of T * K * C."""
+    in place of T * K * C. Gated, with the weights behind x and gate: the last pass is known by U + K too. With the add
+    behind the norm: no weights a part ahead of their use."""
     lengths = [*range(8, 1024, 8), *range(1024, 66048, 256)]
     for op, n in ((op, n) for op in ("rms_norm", "fused_add_rms_norm", "rms_norm_gated") for n in lengths):
         for config in schedules(op, dtype, n, arch):
             share = -(-n // config.vec // (config.threads_per_row * config.cluster))
             rows, stage = config.rows_per_thread, dict(config.defines).get("STAGE", 1)
             assert -(-(rows + share) // stage) * stage >= rows * share, config
+            if op == "rms_norm_gated" and dict(config.defines)["WEIGHT_AT"] == 1:
+                assert -(-rows * share // stage) * stage >= rows + share, config
+    for n in lengths:
+        assert all(dict(config.defines)["WEIGHT_AT"] != 3 for config in schedules("rms_norm_add", dtype, n, arch))
     for n in range(8, 66048, 8) if dtype == torch.bfloat16 else ():
         for config in schedules("rms_norm_partials", dtype, n, arch)[:1]:
             chunks, threads, cluster = n // config.vec, config.threads_per_row, config.cluster

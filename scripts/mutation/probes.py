@@ -89,7 +89,8 @@ def _norms(streamed: bool) -> Iterator[Probe]:
 
 def _anew(call: Callable[[], Any]) -> Any:
     """The results of a call in memory that holds none: the allocator has them lie where those of a call in front, which
-    are spoiled, lay. What a kernel leaves unwritten would be right without this: the right source has written it."""
+    are spoiled, lay. What a kernel leaves unwritten would be right without this: the right source has written it.
+    Registers keep what a kernel in front has left in them: those of every multiprocessor have had a product of NaN."""
     import torch
 
     results = call()
@@ -98,6 +99,9 @@ def _anew(call: Callable[[], Any]) -> Any:
             result.fill_(float("nan"))
         else:
             result.view(torch.int8).fill_(-1)
+    if result.device.type == "cuda":
+        nan = torch.full((4096, 4096), float("nan"), device="cuda", dtype=torch.bfloat16)
+        torch.mm(nan, nan)
     del results, result
     return call()
 
@@ -113,8 +117,9 @@ def _adds() -> Iterator[Probe]:
     from rmsnorm_patch.numerics.tolerances import SITE
     from rmsnorm_patch.proof.difference import compare
 
-    def call(m: int, n: int, spec: Any, dtype: torch.dtype = torch.bfloat16, levels: int = 1) -> str:
-        """levels: strides of the rows, of which there are three times as many where there are two."""
+    def call(m: int, n: int, spec: Any, dtype: torch.dtype = torch.bfloat16, levels: int = 1, special: str = "") -> str:
+        """levels: strides of the rows, of which there are three times as many where there are two. special: "least
+        numbers" are those of the sum."""
         torch.manual_seed(1)
         shape = (m, n) if levels == 1 else (m, 5, n + 24)
         x, residual = (torch.randn(*shape, device="cuda").to(dtype)[..., :n] for _ in range(2))
@@ -122,16 +127,20 @@ def _adds() -> Iterator[Probe]:
         x[..., :-8] *= 1e-2  # energy in the last columns
         drawn = (torch.rand(n, device="cuda").to(dtype) + 0.5 for _ in range(2))
         weight, following = drawn if spec.has_weight else (None, None)
+        next_eps = 1e-3
+        if special == "least numbers":  # each counts: so would one in a chunk that is not there
+            weight, residual, next_eps = weight * 1e-7, residual * 1e-7, 1e-18
         if dtype == torch.float32:  # nothing rounds before the add: where a sum cancels, its ulps are not the norm's
             residual = residual.abs().copysign(x)
         kept = x.clone(), residual.clone()
-        normed, total = _anew(lambda: bind_norm_add_norm(spec, "cuda")(x, residual, weight, 1e-6, following, 1e-3))
+        both = bind_norm_add_norm(spec, "cuda")
+        normed, total = _anew(lambda: both(x, residual, weight, 1e-6, following, next_eps))
         alone = _anew(lambda: bind_norm_add(spec, "cuda")(x, residual, weight, 1e-6))
         want_total = reference.rms_norm(x, weight, spec, 1e-6) + residual
-        want = reference.rms_norm(total, following, spec, 1e-3)
+        want = reference.rms_norm(total, following, spec, next_eps)
         if spec.sum == "fp32":
             first = ops.bind_rms_norm(spec, "cuda")(x, weight, 1e-6)
-            want = reference.fused_add_rms_norm(first, residual, following, spec, 1e-3)[0]
+            want = reference.fused_add_rms_norm(first, residual, following, spec, next_eps)[0]
         for got, wanted in ((normed, want), (total, want_total)):
             wrong = compare(got, wanted).violations(SITE[dtype], dtype)
             if wrong:
@@ -149,8 +158,10 @@ def _adds() -> Iterator[Probe]:
         (9, 1600, GEMMA, torch.float16),
         (9, 4096, NormSpec(has_weight=False), torch.bfloat16, 2),
         (200, 128, LLAMA, torch.bfloat16, 2),
+        (33, 40, LLAMA, torch.float16, 1, "least numbers"),
+        (9, 520, LLAMA, torch.float16, 1, "least numbers"),
     ):
-        m = given[0] * (3 if given[-1] == 2 else 1)
+        m = given[0] * (3 if given[4:5] == (2,) else 1)
         yield Probe(m, lambda a=given: call(*a), f"norm and add {' '.join(map(str, given))}")
 
 
@@ -164,14 +175,16 @@ def _gated() -> Iterator[Probe]:
     from rmsnorm_patch.numerics.tolerances import GATED
     from rmsnorm_patch.proof.difference import compare
 
-    def call(m: int, n: int, gating: Any, gate_dtype: Any, before: int) -> str:
-        """before: columns of a wider tensor in front of these, and as many behind."""
+    def call(m: int, n: int, gating: Any, gate_dtype: Any, before: int, scale: float = 1.0) -> str:
+        """before: columns of a wider tensor in front of these, and as many behind. scale: of x, in fp16 where it is
+        small."""
         torch.manual_seed(1)
-        wide = [torch.randn(m, n + 2 * before, device="cuda").to(dtype) for dtype in (torch.bfloat16, gate_dtype)]
-        x, gate = (each[:, before : before + n] for each in wide)
-        weight, kept = torch.rand(n, device="cuda").bfloat16() + 0.5, (x.clone(), gate.clone())
-        got = _anew(lambda: op.bind(FP32_WEIGHT_MULTIPLY, gating, "cuda")(x, gate, weight, 1e-6))
-        want = gated_rms_norm(x, gate, weight, FP32_WEIGHT_MULTIPLY, gating, 1e-6)
+        dtype, eps = (torch.bfloat16, 1e-6) if scale == 1.0 else (torch.float16, 1e-18)
+        wide = [torch.randn(m, n + 2 * before, device="cuda") * size for size in (scale, 1.0)]
+        x, gate = (each[:, before : before + n] for each in (wide[0].to(dtype), wide[1].to(gate_dtype)))
+        weight, kept = torch.rand(n, device="cuda").to(dtype) + 0.5, (x.clone(), gate.clone())
+        got = _anew(lambda: op.bind(FP32_WEIGHT_MULTIPLY, gating, "cuda")(x, gate, weight, eps))
+        want = gated_rms_norm(x, gate, weight, FP32_WEIGHT_MULTIPLY, gating, eps)
         wrong = compare(got, want).violations(GATED[x.dtype], x.dtype)
         return wrong[0] if wrong else _differ((x, kept[0]), (gate, kept[1]))
 
@@ -184,6 +197,9 @@ def _gated() -> Iterator[Probe]:
         for dtype in (torch.bfloat16, torch.float32):
             given = 33, 2048, GateSpec("silu", order), dtype, before
             yield Probe(33, lambda a=given: call(*a), f"gated 33 2048 {given[2]} {dtype} behind {before}")
+    for m, n in ((33, 40), (9, 520)):  # the least numbers there are, in rows with chunks that are not there
+        given = m, n, GateSpec("silu", "norm_first"), torch.float16, 0, 1e-7
+        yield Probe(m, lambda a=given: call(*a), f"gated {m} {n} of the least numbers")
 
 
 def _differ(*pairs: tuple[Any, Any]) -> str:

@@ -6,79 +6,25 @@ import re
 
 import pytest
 from machine_code import (
-    ADDING,
     BF16,
     FORMS,
-    FP32,
     FUSED,
-    PARTIALS,
-    compile_source,
-    in_parts,
+    built,
+    every_schedule,
+    faults_seen_by,
     kernel_table,
+    kernels_on,
+    ptx_of,
     read,
 )  # fmt: skip
 
-from rmsnorm_patch.backends.cuda import jit, schedules
-from rmsnorm_patch.fused.gated_norm import kernel as gated_norm_kernel
-from rmsnorm_patch.fused.norm_add import kernel as norm_add_kernel
-from rmsnorm_patch.fused.norm_quantised import kernel as norm_quantised_kernel
-from rmsnorm_patch.fused.silu_quantised import kernel as silu_kernel
-from rmsnorm_patch.numerics.gating import GateSpec
-from rmsnorm_patch.numerics.quantisation import QuantSpec
+from rmsnorm_patch.backends.cuda import schedules
 from rmsnorm_patch.numerics.spec import LLAMA
-
-SILU = {silu_kernel.WHOLE: QuantSpec("fp8_token"), silu_kernel.PARTS: QuantSpec("fp8_static")}
-
-
-def every_schedule(arch):
-    """(configuration, op, columns, dtype) of every rule of the registry, at the shortest row that it serves: also those
-    that another rule is preferred to there."""
-    for kernel in schedules.registered_kernels():
-        for rule in kernel.rules:
-            fits = all(low <= arch <= high for low, high in (kernel.capability, rule.capability))
-            for x in (BF16, FP32) if fits else ():
-                if x.itemsize not in rule.itemsize:
-                    continue
-                step = max(1, rule.row_bytes_multiple_of // x.itemsize)
-                shortest = max(rule.n[0], -(-rule.row_bytes[0] // x.itemsize))
-                n = -(-shortest // step) * step
-                for op in kernel.ops:
-                    writes_fp8 = op in (norm_quantised_kernel.OP, *SILU)
-                    if writes_fp8 and arch < norm_quantised_kernel.FP8_CAPABILITY:
-                        continue
-                    if (
-                        op != "fused_add_rms_norm_" and schedules.DTYPE_NAMES[x] in kernel.x_dtypes
-                    ):  # in place: the same code
-                        config = schedules.configure(kernel, rule, (1, 1), (), op, n, x.itemsize)
-                        if op == norm_quantised_kernel.OP:  # one scheme of them
-                            quant = QuantSpec("fp8_token")
-                            (config,) = norm_quantised_kernel.schedules((config,), (config,), quant, True, True)
-                        if op == norm_add_kernel.OP:
-                            (config,) = norm_add_kernel.with_next((config,), True)
-                        if op == gated_norm_kernel.OP:  # one order of the two
-                            (config,) = gated_norm_kernel.schedules((config,), GateSpec("silu", "norm_first"), x)
-                        if op in SILU:
-                            (config,) = silu_kernel.schedules((config,), "rounded", SILU[op], True)
-                        yield in_parts(config, 4) if op == PARTIALS else config, op, n, x
-
-
-def built(config, op, n, arch, x=BF16):
-    if op in SILU:
-        return kernel_table.build(config, silu_kernel.SPEC, False, n, arch, x, None)
-    return kernel_table.build(config, LLAMA, op in ADDING, n, arch, x, x)
-
-
-def kernels_on(arch):
-    kernels = schedules.registered_kernels()
-    return {kernel.name for kernel in kernels if kernel.capability[0] <= arch <= kernel.capability[1]}
 
 
 def around_the_wait(build):
     """The kernel's PTX above its dependency wait and below it."""
-    text, headers, *_ = jit.source_of(build.config.source)
-    options = (f"--gpu-architecture=compute_{build.arch}", *build.options())
-    ptx = compile_source(build.config.source, text, headers, options).decode()
-    above, *below = ptx.split("griddepcontrol.wait;")
+    above, *below = ptx_of(build).split("griddepcontrol.wait;")
     assert len(below) == 1, "every kernel waits, once"
     return above, below[0]
 
@@ -145,3 +91,15 @@ def test_the_weight_is_asked_for_above_the_wait():
         config = schedules.schedules(FUSED, BF16, 4096, 90)[0]
         build = kernel_table.build(config, LLAMA, True, 4096, 90, align=align)
         assert around_the_wait(build)[0].count("cp.async.bulk.prefetch.L2") == asked
+
+
+def test_a_kernel_that_does_not_wait_is_seen(script):
+    """Faults of which is said that no probe sees them, and that this file does."""
+    first = {config.source: built(config, op, n, 90, x) for config, op, n, x in kinds_of_schedules(90)}
+    assert first.keys() == {kernel.source for kernel in schedules.registered_kernels()}
+    for fault in faults_seen_by(__file__, script):
+        changed = fault.changed(first.values())
+        assert changed, fault
+        for build in changed:
+            with fault.in_force(), pytest.raises(AssertionError, match="every kernel waits"):
+                around_the_wait(build)
