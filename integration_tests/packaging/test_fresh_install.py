@@ -66,9 +66,17 @@ def pip_install(python: Path, *words: object) -> None:
     run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", *words, cwd=python.parent)
 
 
+KINDS = ("wheel", "sdist")
+OTHERS = [
+    pytest.param(version, kind, marks=() if at == number else pytest.mark.long)
+    for number, version in enumerate([v for v in DECLARED if not sys.version.startswith(f"{v}.")][-2:])
+    for at, kind in enumerate(KINDS)
+]
+"""make test: the wheel on one, the archive on the other."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["wheel", "sdist"])
-@pytest.mark.parametrize("version", [v for v in DECLARED if not sys.version.startswith(f"{v}.")][-2:])
+@pytest.mark.parametrize(("version", "kind"), OTHERS)
 def test_it_installs_and_answers(version: str, kind: str, built: dict[str, Path], tmp_path: Path) -> None:
     """What needs no torch, on two other Pythons: every file compiles there, and help and version are shown. The pure
     Python packages, what builds the archive among them, are those of this environment."""
