@@ -17,9 +17,9 @@ from filelock import FileLock
 from rmsnorm_patch import ops
 from rmsnorm_patch.backends.cuda import cache, launcher
 
-sys.path.insert(0, str(Path(__file__).parent))  # modules here: test folders are not packages
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]  # test folders are not packages
 
-pytest.register_assert_rewrite("bad_input", "launches", "vllm_engines")
+pytest.register_assert_rewrite("answers", "bad_input", "launches", "vllm_engines")
 
 KEPT = 1 << 28  # bytes that a process may hold between tests; the allocator would keep what the largest test took
 LARGEST = 24 << 30  # bytes of the tests with more than 2**31 elements, their results and references included

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from answers import first_other
 
 pytestmark = [
     pytest.mark.gpu,
@@ -85,7 +86,7 @@ def test_an_engine_answers_the_same_with_our_kernels(
         ours["logprobs"], stock["logprobs"], ours["tokens"], stock["tokens"], strict=True
     ):
         assert len(got) == len(want) == NEW_TOKENS
-        same = next((i for i, pair in enumerate(zip(got, want, strict=True)) if pair[0] != pair[1]), NEW_TOKENS)
+        same = first_other(got, want)
         assert same > 0
         assert min(theirs[:same]) < -0.5  # a token that is certain says nothing of the norms
         assert mine[:same] == pytest.approx(theirs[:same], abs=LOGPROB)

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from answers import first_other
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 pytest.importorskip("vllm", reason="vLLM is not installed here")
@@ -184,5 +185,5 @@ def _check_logprobs(stock: dict[str, Any], patched: dict[str, Any]) -> None:
     for ours, theirs, got, want in zip(
         patched["logprobs"], stock["logprobs"], patched["tokens"], stock["tokens"], strict=True
     ):
-        last = next((i for i, pair in enumerate(zip(got, want, strict=True)) if pair[0] != pair[1]), len(got))
+        last = first_other(got, want)
         assert ours[: last + 1] == pytest.approx(theirs[: last + 1], abs=LOGPROB_TOLERANCE)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pytest
+from answers import check_near
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 PROMPTS = ("You may", "This program is", "Error: ", "When a")
@@ -81,9 +81,4 @@ def started(
 def check_same(patched: dict[str, Any], stock: dict[str, Any], tokens: bool) -> None:
     if tokens:
         assert patched["tokens"] == stock["tokens"]
-    for ours, theirs, got, want in zip(
-        patched["logprobs"], stock["logprobs"], patched["tokens"], stock["tokens"], strict=True
-    ):
-        same = next((i for i, pair in enumerate(zip(got, want, strict=True)) if pair[0] != pair[1]), len(got))
-        assert same > 0
-        assert ours[:same] == pytest.approx(theirs[:same], abs=LOGPROB_TOLERANCE)
+    check_near(patched, stock, LOGPROB_TOLERANCE)

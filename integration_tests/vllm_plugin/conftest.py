@@ -15,9 +15,9 @@ from uuid import uuid4
 import pytest
 from filelock import FileLock
 
-sys.path.insert(0, str(Path(__file__).parent))  # modules here: test folders are not packages
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]  # test folders are not packages
 
-pytest.register_assert_rewrite("lowered_layers")
+pytest.register_assert_rewrite("answers", "lowered_layers")
 
 
 @pytest.fixture

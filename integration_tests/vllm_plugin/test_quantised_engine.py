@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from answers import first_other
 from filelock import FileLock
 
 pytest.importorskip("vllm", reason="vLLM is not installed in this environment; `make test-vllm` builds one")
@@ -84,7 +85,7 @@ def test_every_norm_in_front_of_a_quantisation_writes_its_rows(
     for got, want, mine, theirs in zip(
         ours["logprobs"], stock["logprobs"], ours["tokens"], stock["tokens"], strict=True
     ):
-        last = next((i for i, pair in enumerate(zip(mine, theirs, strict=True)) if pair[0] != pair[1]), len(mine))
+        last = first_other(mine, theirs)
         assert got[: last + 1] == pytest.approx(want[: last + 1], abs=LOGPROB_TOLERANCE)  # the best ones of a tie too
     assert "norms write quantised rows where the graph reads such" in ours["log"]
     assert (
