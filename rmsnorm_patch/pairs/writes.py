@@ -82,7 +82,6 @@ class Between:
         source = self._sources[cls]
         if source is None:
             return f"{cls.__name__}.forward, whose code cannot be read"
-        self._trees[source.function] = source.tree
         around = self.writer_around(source.wrappers) if decorated else ""
         return around or self._in_function(source.function, module, depth)
 
