@@ -2,12 +2,13 @@
 
 Request: model (folder), enforce_eager, prompts (lists of token ids), max_tokens; and, where wanted, `engine` (further
 LLM arguments), `where_known` (more of them, for releases that have such), `variables` (of the environment),
-`vllm_version` (what vLLM shall say it is), `whole_compiler` (on the CPU, compile as on a GPU), `allreduce_fusion` (then
-fuse norms with all-reduces, by default), `hide_ir` (no providers for vLLM's IR ops), `forked_workers` (several workers
-are forks, where vLLM would start interpreters), `batches` (further lists of prompts, each generated for by itself) and
-`changes` (generate once more after each: "written" norm weights, in their memory, while the engine runs; "replaced"
-ones, by others in another memory; "loaded" ones, by vLLM's loader, as trainers hand them over; "restored", all weights
-from the checkpoint; "slept", the engine put to sleep and woken up).
+`vllm_version` (what vLLM shall say it is), `adapter` (folder of a LoRA adapter, of each prompt), `whole_compiler` (on
+the CPU, compile as on a GPU), `allreduce_fusion` (then fuse norms with all-reduces, by default), `hide_ir` (no
+providers for vLLM's IR ops), `forked_workers` (several workers are forks, where vLLM would start interpreters),
+`batches` (further lists of prompts, each generated for by itself) and `changes` (generate once more after each:
+"written" norm weights, in their memory, while the engine runs; "replaced" ones, by others in another memory; "loaded"
+ones, by vLLM's loader, as trainers hand them over; "restored", all weights from the checkpoint; "slept", the engine put
+to sleep and woken up).
 Answer: tokens and logprobs of every prompt, and of those of each of the `batches`, the number of forwards while they
 were generated, the lines of our call trace that belong to them and those from the start (where a CUDA graph's calls are
 captured), the classes of the model's norms, and whether CUDA was initialised. On a GPU: which of our kernels the device
@@ -61,15 +62,17 @@ def told(outputs: list[Any]) -> dict[str, Any]:
     }
 
 
-def generate(llm: Any, prompts: list[Any], sampling: Any, watched: bool) -> tuple[list[Any], dict[str, int], int]:
+def generate(
+    llm: Any, prompts: list[Any], sampling: Any, watched: bool, **given: Any
+) -> tuple[list[Any], dict[str, int], int]:
     """The outputs, kernel of ours -> launches of it, replays of a CUDA graph included, and all that the device ran; on
     the CPU op -> calls."""
     if not torch.cuda.is_available() and not watched:
-        return llm.generate(prompts, sampling, use_tqdm=False), {}, 0
+        return llm.generate(prompts, sampling, use_tqdm=False, **given), {}, 0
     on_a_gpu = torch.cuda.is_available()
     activity = torch.profiler.ProfilerActivity.CUDA if on_a_gpu else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity]) as profile:
-        outputs = llm.generate(prompts, sampling, use_tqdm=False)
+        outputs = llm.generate(prompts, sampling, use_tqdm=False, **given)
         if on_a_gpu:
             torch.cuda.synchronize()
     rows = profile.key_averages()
@@ -151,6 +154,15 @@ def settings_of(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def adapter_of(request: dict[str, Any]) -> dict[str, Any]:
+    """What `LLM.generate` is given with the prompts."""
+    if "adapter" not in request:
+        return {}
+    from vllm.lora.request import LoRARequest
+
+    return {"lora_request": LoRARequest("adapter", 1, request["adapter"])}
+
+
 def main(request: dict[str, Any]) -> dict[str, Any]:
     stand_in(request)
     from vllm import LLM, SamplingParams
@@ -172,7 +184,8 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
 
     model.compute_logits = counted
     at_start = trace_lines()
-    outputs, kernels, launches = generate(llm, prompts, sampling, watched=request.get("whole_compiler", False))
+    watched, adapter = request.get("whole_compiler", False), adapter_of(request)
+    outputs, kernels, launches = generate(llm, prompts, sampling, watched, **adapter)
     lines, counted_forwards, after = trace_lines()[len(at_start) :], forwards, dict[str, Any]()
     batches = []
     for batch in request.get("batches", ()):

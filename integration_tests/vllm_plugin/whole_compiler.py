@@ -39,6 +39,7 @@ def install() -> None:
     CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
     _name_missing_ops()
     _multiply_as_torch_does()
+    _adapt_by_an_op()
     _pretend_a_gpu()
 
 
@@ -48,6 +49,40 @@ def _multiply_as_torch_does() -> None:
 
     utils.check_cpu_sgl_kernel = lambda *_: False
     utils.ops._supports_onednn = False
+
+
+def _adapt_by_an_op() -> None:
+    """A GPU's LoRA is an op that writes into the product in front of it. A CPU's is Python, and a trace without an
+    adapter has nothing of it."""
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+    add, make = PunicaWrapperCPU.add_lora_linear, PunicaWrapperCPU.__init__
+    wrappers: list[Any] = []
+
+    def numbered(self: Any, *args: Any, **named: Any) -> None:
+        make(self, *args, **named)
+        self.number = len(wrappers)
+        wrappers.append(self)
+
+    @torch.library.custom_op("rmsnorm_patch_tests::add_lora", mutates_args={"y"})
+    def add_lora(
+        y: torch.Tensor,
+        x: torch.Tensor,
+        a: list[torch.Tensor],
+        b: list[torch.Tensor],
+        scale: float,
+        slices: list[int],
+        wrapper: int,
+    ) -> None:
+        add(wrappers[wrapper], y, x, tuple(a), tuple(b), scale, tuple(slices))
+
+    def add_lora_linear(
+        self: Any, y: torch.Tensor, x: torch.Tensor, a: Any, b: Any, scale: float, slices: Any, **_: Any
+    ) -> None:
+        add_lora(y, x, list(a), list(b), scale, list(slices), self.number)
+
+    PunicaWrapperCPU.__init__ = numbered
+    PunicaWrapperCPU.add_lora_linear = add_lora_linear
 
 
 def _name_missing_ops() -> None:

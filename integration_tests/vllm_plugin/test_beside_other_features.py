@@ -1,0 +1,112 @@
+"""Engines that do more than generate from one model: adapters, drafts, chunks of prompts that were seen before.
+
+Compiled ones with vLLM's whole pipeline, where products and norms are joined: what reads a product beside a norm, and
+a second model of the process, must find what it finds in vLLM's own engine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from answers import check_near
+from safetensors.torch import save_file
+
+pytest.importorskip("vllm", reason="vLLM is not installed in this environment; `make test-vllm` builds one")
+pytestmark = pytest.mark.slow
+
+LAYERS, RANK = 2, 4
+FUSED, JOINED = "fused_add_rms_norm", "rmsnorm_patch::linear_fused_add_rms_norm_"
+TARGETS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
+
+
+@pytest.fixture(scope="module")
+def adapter(checkpoints: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA adapter of every projection of the shallow Llama."""
+    config = json.loads((checkpoints("shallow-llama") / "config.json").read_text())
+    hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+    head = config.get("head_dim") or hidden // heads
+    sizes = {"q_proj": heads * head, "o_proj": hidden, "down_proj": hidden, "gate_proj": inner, "up_proj": inner}
+    kv = config["num_key_value_heads"] * head
+    read = {"o_proj": heads * head, "down_proj": inner}
+    generator, weights = torch.Generator().manual_seed(0), {}
+    for layer in range(config["num_hidden_layers"]):
+        for part, names in TARGETS.items():
+            for name in names:
+                place = f"base_model.model.model.layers.{layer}.{part}.{name}"
+                made = (RANK, read.get(name, hidden)), (sizes.get(name, kv), RANK)
+                for letter, size in zip("AB", made, strict=True):
+                    weights[f"{place}.lora_{letter}.weight"] = 0.2 * torch.randn(size, generator=generator)
+    folder = tmp_path_factory.mktemp("adapter")
+    save_file(weights, folder / "adapter_model.safetensors")
+    written = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "bias": "none"}
+    written["target_modules"] = [name for names in TARGETS.values() for name in names]
+    (folder / "adapter_config.json").write_text(json.dumps(written))
+    return folder
+
+
+COMPILED = pytest.param(False, id="compiled", marks=pytest.mark.long)
+EAGER = pytest.param(True, id="eager")
+LOGPROB_TOLERANCE = 0.05
+"""As in test_engine.py, where a compiler reorders sums."""
+
+
+def _norms(answer: dict[str, Any]) -> Counter[str]:
+    return Counter(line["op"] for line in answer["trace"])
+
+
+def _near(eager: bool, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Eager on the CPU the plugin computes what vLLM computes, operation for operation."""
+    if eager:
+        assert (ours["tokens"], ours["logprobs"]) == (theirs["tokens"], theirs["logprobs"])
+    else:
+        check_near(ours, theirs, LOGPROB_TOLERANCE)
+
+
+@pytest.mark.parametrize("eager", [EAGER, COMPILED])
+def test_an_adapter_adds_to_what_a_norm_reads(
+    eager: bool, adapter: Path, run_engine: Callable[..., Any], checkpoints: Callable[[str], Path]
+) -> None:
+    model = checkpoints("shallow-llama")
+    asked = {"engine": {"enable_lora": True, "max_lora_rank": 8}, "op_form": True, "whole_compiler": not eager}
+    plain = run_engine(model, eager, "off", **asked)
+    stock, patched = (run_engine(model, eager, route, adapter=str(adapter), **asked) for route in ("off", "ir"))
+    assert stock["tokens"] != plain["tokens"]
+    _near(eager, patched, stock)
+    assert _norms(patched) == {"rms_norm": patched["forwards"], FUSED: 2 * LAYERS * patched["forwards"]}
+    assert JOINED not in patched["kernels"]  # the adapter writes into each product before its norm reads it
+
+
+@pytest.mark.parametrize("method", ["ngram", "draft_model"])
+@pytest.mark.parametrize("eager", [EAGER, COMPILED])
+def test_drafts_are_judged_as_before(
+    eager: bool, method: str, run_engine: Callable[..., Any], checkpoints: Callable[[str], Path]
+) -> None:
+    """The model drafts for itself: then all of a draft stands, and as many norms run beside its own."""
+    model, found = checkpoints("shallow-llama"), {"prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    drafts = {"method": method, "num_speculative_tokens": 3, **({"model": str(model)} if "model" in method else found)}
+    asked = {"engine": {"speculative_config": drafts}, "max_tokens": 16, "op_form": True, "whole_compiler": not eager}
+    stock, patched = (run_engine(model, eager, route, **asked) for route in ("off", "ir"))
+    _near(eager, patched, stock)
+    assert patched["forwards"] == stock["forwards"] < asked["max_tokens"]
+    passes = patched["forwards"] * (1 + (3 if "model" in method else 0))
+    assert _norms(patched) == {"rms_norm": passes, FUSED: 2 * LAYERS * passes}
+    if not eager:
+        assert patched["kernels"][JOINED] == 2 * LAYERS * passes
+
+
+def test_chunks_of_prompts_that_were_seen_before(
+    run_engine: Callable[..., Any], checkpoints: Callable[[str], Path]
+) -> None:
+    model, prompt = checkpoints("shallow-llama"), [40, 98, 105, 32, 97, 32, 110] * 8
+    chunked = {"enable_prefix_caching": True, "enable_chunked_prefill": True, "max_num_batched_tokens": 16}
+    asked = {"engine": chunked, "prompts": [prompt, prompt[:40]], "batches": [[prompt + prompt[:9]]]}
+    stock, patched = (run_engine(model, True, route, **asked) for route in ("off", "ir"))
+    _near(True, patched, stock)
+    _near(True, patched["batches"][0], stock["batches"][0])
+    assert patched["forwards"] > 8
