@@ -6,48 +6,25 @@ a second model of the process, must find what it finds in vLLM's own engine.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from adapters import write_adapter
 from answers import check_near
-from safetensors.torch import save_file
 
 pytest.importorskip("vllm", reason="vLLM is not installed in this environment; `make test-vllm` builds one")
 pytestmark = pytest.mark.slow
 
-LAYERS, RANK = 2, 4
+LAYERS = 2
 FUSED, JOINED = "fused_add_rms_norm", "rmsnorm_patch::linear_fused_add_rms_norm_"
-TARGETS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
 
 
 @pytest.fixture(scope="module")
 def adapter(checkpoints: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LoRA adapter of every projection of the shallow Llama."""
-    config = json.loads((checkpoints("shallow-llama") / "config.json").read_text())
-    hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
-    head = config.get("head_dim") or hidden // heads
-    sizes = {"q_proj": heads * head, "o_proj": hidden, "down_proj": hidden, "gate_proj": inner, "up_proj": inner}
-    kv = config["num_key_value_heads"] * head
-    read = {"o_proj": heads * head, "down_proj": inner}
-    generator, weights = torch.Generator().manual_seed(0), {}
-    for layer in range(config["num_hidden_layers"]):
-        for part, names in TARGETS.items():
-            for name in names:
-                place = f"base_model.model.model.layers.{layer}.{part}.{name}"
-                made = (RANK, read.get(name, hidden)), (sizes.get(name, kv), RANK)
-                for letter, size in zip("AB", made, strict=True):
-                    weights[f"{place}.lora_{letter}.weight"] = 0.2 * torch.randn(size, generator=generator)
-    folder = tmp_path_factory.mktemp("adapter")
-    save_file(weights, folder / "adapter_model.safetensors")
-    written = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "bias": "none"}
-    written["target_modules"] = [name for names in TARGETS.values() for name in names]
-    (folder / "adapter_config.json").write_text(json.dumps(written))
-    return folder
+    return write_adapter(checkpoints("shallow-llama"), tmp_path_factory.mktemp("adapter"), std=0.2)
 
 
 COMPILED = pytest.param(False, id="compiled", marks=pytest.mark.long)
