@@ -25,7 +25,7 @@ is exact for some tensors or modules only stands behind a question, with the ori
                                  else:                x += right; _n = self.norm(x)
 
 In front of them stand two questions. Somebody may hold the bound forward beyond `revert`, which then runs what the
-layer's class has now. And somebody may have given the model's own class another forward since.
+layer's class has now. And somebody may have given the model's own class another forward since, or that one other code.
 """
 
 from __future__ import annotations
@@ -134,6 +134,7 @@ def compiled(
     called |= {"_rmsnorm_type": types.CellType(type), "_rmsnorm_isinstance": types.CellType(isinstance)}
     called |= {"_rmsnorm_class": patched, "_rmsnorm_now": types.CellType(now)}
     read = {"original": original, "read": class_forward(original), "outside": outside, "replaced": run_class_forward}
+    read |= {"own": source.function, "code": source.function.__code__}
     called |= {f"_rmsnorm_{name}": types.CellType(value) for name, value in read.items()}
     made = _compile(tree, source.function, called)
     namespace = {"forward": _decorate(made, source), "_rmsnorm_patch_forward": made}
@@ -167,7 +168,8 @@ def _ask_class(tree: ast.FunctionDef) -> None:
     questions_asked = ast.parse(
         "if _rmsnorm_type(layer) is not _rmsnorm_class and not _rmsnorm_isinstance(layer, _rmsnorm_class):\n"
         "    return _rmsnorm_now(layer)\n"
-        "if _rmsnorm_original.forward is not _rmsnorm_read and _rmsnorm_outside(layer):\n"
+        "if (_rmsnorm_original.forward is not _rmsnorm_read or _rmsnorm_own.__code__ is not _rmsnorm_code) "
+        "and _rmsnorm_outside(layer):\n"
         "    return _rmsnorm_replaced\n"
         "_rmsnorm_watch()"
     ).body
