@@ -41,7 +41,7 @@ import torch.nn as nn
 
 from ..patch_state import class_forward, outside, run_class_forward, running_now, unhooked
 from . import questions
-from .dataflow import Add, NormCall, analyse, own_name
+from .dataflow import Add, NormCall, analyse, assigned_names, own_name
 from .norm_add import NormAdd, norm_adds
 from .source import FUTURE_FLAGS, ForwardSource, NoSource, read_forward
 
@@ -151,6 +151,8 @@ def _check_names_are_its_own(tree: ast.FunctionDef) -> None:
         of_an_object = name in ("dir", "vars") and (call.args or isinstance(call.func, ast.Attribute))
         if name in _ASKING and not of_an_object:
             raise NoSource(f"it may ask for its own variables by {name}(), line {call.lineno}")
+    if own_name(tree) in assigned_names(tree.body):
+        raise NoSource(f"it gives {own_name(tree)!r}, what it calls its object, another value")
 
 
 def _ask_class(tree: ast.FunctionDef) -> None:
