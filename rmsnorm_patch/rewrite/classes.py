@@ -105,7 +105,7 @@ def _init_of(original: type) -> Callable[..., None]:
     @functools.wraps(own)
     def __init__(self: nn.Module, *args: Any, **named: Any) -> None:
         if is_patched(type(self)):
-            self.__class__ = original
+            patch_state.set_class(self, original)
         own(self, *args, **named)
 
     return __init__
@@ -118,7 +118,13 @@ def _reduce_ex_of(patched: type) -> Callable[[Any, Any], Any]:
             key = vars(patched)
             original, role = key["_rmsnorm_patch_original"], key["_rmsnorm_patch_role"]
             return (_rebuild, (original, role, key["_rmsnorm_patch_key"]), *reduced[2:])
+        if type(self) is patched and isinstance(reduced, tuple):  # the class's own, which may name it: as it is found
+            made, given, *rest = (*reduced[:1], tuple(map(unpatch, reduced[1])), *reduced[2:])
+            return (unpatch(made), given, *rest)
         return reduced
+
+    def unpatch(value: Any) -> Any:
+        return vars(patched)["_rmsnorm_patch_original"] if value is patched else value
 
     return __reduce_ex__
 

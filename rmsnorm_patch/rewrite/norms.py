@@ -26,6 +26,7 @@ from ..patch_state import (
     read_of,
     run_class_forward,
     running_now,
+    set_class,
     unpatched_class,
 )
 from ..scan.plan import NormSite
@@ -124,7 +125,7 @@ def _let_go(module: nn.Module) -> None:
     patched = type(module)
     unpatched = unpatched_class(patched)
     instance_forward.release(module, patched, unpatched)
-    module.__class__ = unpatched
+    set_class(module, unpatched)
     module.__dict__.pop(STATE, None)
 
 
