@@ -119,8 +119,7 @@ def _reduce_ex_of(patched: type) -> Callable[[Any, Any], Any]:
             original, role = key["_rmsnorm_patch_original"], key["_rmsnorm_patch_role"]
             return (_rebuild, (original, role, key["_rmsnorm_patch_key"]), *reduced[2:])
         if type(self) is patched and isinstance(reduced, tuple):  # the class's own, which may name it: as it is found
-            made, given, *rest = (*reduced[:1], tuple(map(unpatch, reduced[1])), *reduced[2:])
-            return (unpatch(made), given, *rest)
+            return (unpatch(reduced[0]), tuple(map(unpatch, reduced[1])), *reduced[2:])
         return reduced
 
     def unpatch(value: Any) -> Any:
