@@ -6,8 +6,8 @@ import functools
 import sys
 import threading
 from collections.abc import Callable, Iterable
-from types import CellType, FunctionType, MethodType
-from typing import Any
+from types import CellType, CodeType, FunctionType, MethodType
+from typing import Any, NamedTuple
 
 import torch.nn as nn
 from torch.nn.modules import module as _module
@@ -26,6 +26,12 @@ OFFLOADED = "_original_forward_func"
 """The entry under which compressed-tensors keeps the function that its own wrapper of a forward calls."""
 
 
+_CALL, _CALL_IMPL = (
+    function if function.__module__ == _module.__name__ else None  # replaced by a tool before this import
+    for function in (nn.Module._wrapped_call_impl, nn.Module._call_impl)
+)
+
+
 def check_module(model: Any) -> None:
     """Raise UnsupportedModel for what is no module."""
     if not issubclass(type(model), nn.Module):  # a proxy calls itself one, and is replaced in no place
@@ -42,23 +48,62 @@ def original_class(cls: type) -> type:
     return vars(cls).get("_rmsnorm_patch_original", cls)
 
 
-Read = tuple[tuple[str, Any], ...]
-"""(name, function) of what a patched class was made for: the forward of the class under it, and what that one calls."""
+class Read(NamedTuple):
+    """What a patched class was made for.
+
+    forward: of the class under it. codes: (function, its code) of that one, of what its decorators wrap, and of what it
+    calls; a reload puts other code into the same function. named: (name, value) of what it reads of its class. around:
+    (globals, name, value) of what it reads of its module.
+    """
+
+    forward: Any
+    codes: tuple[tuple[FunctionType, CodeType], ...]
+    named: tuple[tuple[str, Any], ...] = ()
+    around: tuple[tuple[dict[str, Any], str, Any], ...] = ()
 
 
-def read_of(cls: type, helpers: Iterable[str] = ()) -> Read:
-    return tuple((name, getattr(cls, name)) for name in ("forward", *helpers))
+def read_of(
+    cls: type,
+    functions: Iterable[FunctionType] = (),
+    names: Iterable[str] = (),
+    around: tuple[tuple[dict[str, Any], str, Any], ...] = (),
+) -> Read:
+    """functions: that the forward of `cls` calls. names: of attributes of `cls` that it reads."""
+    forward: Any = getattr(cls, "forward", None)
+    chain, wrapped = [], forward
+    while isinstance(wrapped, FunctionType) and wrapped not in chain:
+        chain.append(wrapped)
+        wrapped = getattr(wrapped, "__wrapped__", None)
+    codes = tuple((function, function.__code__) for function in dict.fromkeys([*chain, *functions]))
+    return Read(forward, codes, tuple((name, getattr(cls, name)) for name in names), around)
 
 
-def is_as_read(cls: type, read: Read) -> bool:
-    for name, function in read:  # noqa: SIM110 - a generator costs a hot call more
-        if getattr(cls, name, None) is not function:
+def is_as_read(cls: Any, read: Read) -> bool:
+    forward, codes, named, around = read
+    if cls.forward is not forward:
+        return False
+    for function, code in codes:
+        if function.__code__ is not code:
+            return False
+    for name, value in named:
+        if getattr(cls, name, _ABSENT) is not value:
+            return False
+    for variables, name, value in around:  # noqa: SIM110 - a generator costs a hot call more
+        if variables.get(name, _ABSENT) is not value:
             return False
     return True
 
 
+_ABSENT = object()
+
+
+def is_called_by_torch(cls: Any) -> bool:
+    """Whether torch's own code calls the forward of modules of `cls`; a tool may replace it for a class or for all."""
+    return cls.__call__ is _CALL and cls._call_impl is _CALL_IMPL
+
+
 def runs_what_was_read(cls: type) -> bool:
-    """Whether the class under a patched one, or under a class derived from it, has the functions that it had then."""
+    """Whether the class under a patched one, or under a class derived from it, runs what it ran then."""
     patched = next(base for base in cls.__mro__ if is_patched(base))
     return is_as_read(original_class(patched), vars(patched)["_rmsnorm_patch_read"])
 
@@ -78,12 +123,12 @@ def running_now(module: nn.Module, original: type, own: Callable[..., Any]) -> C
 _inside = threading.local()
 """Of a thread: `modules`, those whose class's forward `run_class_forward` runs now."""
 
-REPLACED = "its class got another function since apply"
+REPLACED = "its class's code, or what that reads, has changed since apply"
 
 
 def outside(module: nn.Module) -> bool:
     """False within `run_class_forward` of this module: what replaced the forward may call that of the patched class."""
-    return module not in getattr(_inside, "modules", ())
+    return not any(module is each for each in getattr(_inside, "modules", ()))
 
 
 def run_class_forward(module: nn.Module, original: type, *args: Any, **named: Any) -> Any:
@@ -140,6 +185,11 @@ def _for_class(value: Any, cls: type, own: CellType) -> Any:
     return made
 
 
+def set_class(module: nn.Module, cls: type) -> None:
+    """Past a `__setattr__` of the module's own, which may refuse or keep what it is given."""
+    object.__setattr__(module, "__class__", cls)
+
+
 def derives_from_patched(cls: type) -> bool:
     return any(is_patched(base) for base in cls.__mro__)
 
@@ -147,6 +197,8 @@ def derives_from_patched(cls: type) -> bool:
 def foreign(module: nn.Module) -> str | None:
     """Who else replaced this module's forward, in words; None where its class's own code or a known kernel runs."""
     own = class_forward(type(module))
+    if "_call_impl" in module.__dict__:
+        return "an instance-level _call_impl, and what it computes is unknown"
     for slot in SLOTS:
         method = module.__dict__.get(slot)
         if method is None or (slot == "forward" and "_hf_hook" in module.__dict__):

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import inspect
 import io
+import linecache
 import pickle
+import py_compile
 import subprocess
 import sys
 
@@ -120,6 +124,94 @@ def test_a_pickle_is_a_patched_model_in_a_fresh_process(small_model, run, ids, t
     torch.save(model, f"{path}.saved")
     torch.save((ids, expected.logits), f"{path}.expected")
     subprocess.run([sys.executable, "-c", FRESH, str(path)], check=True, timeout=900)
+
+
+MODEL = """
+import torch.nn as nn
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.query, self.key = nn.RMSNorm(16), nn.RMSNorm(16), nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x):
+        query = self.q(self.query(x).view(*x.shape[:-1], 4, 16))
+        key = self.k(self.key(x).view(*x.shape[:-1], 4, 16))
+        return (query + key).flatten(-2)
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.norm2, self.mlp = nn.RMSNorm(64), nn.RMSNorm(64), nn.Linear(64, 64)
+        self.attention = Attention()
+
+    def forward(self, x):
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers, self.norm = nn.ModuleList([Layer(), Layer()]), nn.RMSNorm(64)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm(x)
+"""
+
+
+@pytest.mark.parametrize("source", ["none", "another"])
+def test_a_pickle_read_where_the_source_is_not_what_it_was(tmp_path, monkeypatch, source):
+    """A deployment without sources has the model's code alone: it runs that."""
+    monkeypatch.syspath_prepend(tmp_path)
+    path = tmp_path / "model_without_source.py"
+    path.write_text(MODEL)
+    module, x = importlib.import_module(path.stem), torch.randn(2, 3, 64)
+    model = module.Model().eval()
+    with torch.no_grad():
+        expected = model(x)
+        report = rmsnorm_patch.apply(model)
+        assert report.layers == ("layers.0", "layers.1")
+        assert report.attentions == ("layers.0.attention", "layers.1.attention")
+        written = pickle.dumps(model)
+        if source == "none":
+            py_compile.compile(str(path), cfile=str(path.with_suffix(".pyc")), doraise=True)
+            path.unlink()
+        else:
+            path.write_text(f"{MODEL}\n".replace("x + self.mlp", "self.mlp").replace("query + key", "key"))
+        for forget in (importlib.invalidate_caches, linecache.clearcache):
+            forget()
+        monkeypatch.delitem(sys.modules, path.stem)
+        again = pickle.loads(written)
+        other = type(again)().eval()
+        other.load_state_dict(model.state_dict())
+        assert torch.equal(other(x), expected) == (source == "none")
+        assert torch.equal(again(x), other(x))
+        rmsnorm_patch.revert(again)
+        assert torch.equal(again(x), other(x))
+    assert not any(derives_from_patched(type(each)) for each in again.modules())
+
+
+def test_a_module_made_by_a_patched_ones_class_is_nobodys_patched_module(small_model, run, ids, snapshot):
+    """`type(layer)(config, 0)`, as who adds a block or makes an average of the weights does."""
+    model, plain = small_model("llama"), small_model("llama")
+    rmsnorm_patch.apply(model)
+    norm, layer = model.model.norm, model.model.layers[0]
+    made = [type(norm)(64, eps=1e-3), type(layer)(model.config, 0), type(layer)(config=model.config, layer_idx=0)]
+    assert not any(derives_from_patched(type(each)) for module in made for each in module.modules())
+    assert made[0].variance_epsilon == 1e-3
+    assert inspect.signature(type(layer)) == inspect.signature(type(plain.model.layers[0]))
+    for each in (model, plain):
+        each.model.layers[0] = copy.deepcopy(made[1])
+        each.model.layers[0].load_state_dict(plain.model.layers[1].state_dict())
+    assert run(model, ids).same_as(run(plain, ids))
+    other = small_model("llama")
+    other.model.layers[0] = made[1].eval()
+    before = snapshot(other)
+    rmsnorm_patch.apply(other)
+    rmsnorm_patch.revert(other)
+    assert snapshot(other) == before
 
 
 def test_old_pickle_protocols_work_where_they_did(small_model, run, ids):

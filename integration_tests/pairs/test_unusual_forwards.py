@@ -41,6 +41,83 @@ def test_a_forward_that_asks_for_its_variables_keeps_them(layer: type[nn.Module]
     patched_counts(model, x)
 
 
+class Emptied(Base):
+    def forward(self, x):
+        x = x + self.mixer(self.norm1(x))
+        y = self.mlp(self.norm2(x))
+        self = None
+        return x + y
+
+
+class Deleted(Base):
+    def forward(self, x):
+        x = x + self.mixer(self.norm1(x))
+        y = self.mlp(self.norm2(x))
+        del self
+        return x + y
+
+
+class Looped(Base):
+    def forward(self, x):
+        y = self.mlp(self.norm2(x + self.mixer(self.norm1(x))))
+        for self in (1, 2):
+            y = y * self
+        return x + y
+
+
+class Caught(Base):
+    def forward(self, x):
+        x = x + self.mixer(self.norm1(x))
+        y = self.mlp(self.norm2(x))
+        try:
+            raise ValueError
+        except ValueError as self:
+            pass
+        return x + y
+
+
+class Imported(Base):
+    def forward(self, x):
+        x = x + self.mixer(self.norm1(x))
+        y = self.mlp(self.norm2(x))
+        import math as self
+
+        return x + y * self.pi
+
+
+class Matched(Base):
+    def forward(self, x):
+        x = x + self.mixer(self.norm1(x))
+        y = self.mlp(self.norm2(x))
+        match x.dim():
+            case self:
+                return x + y * self
+
+
+class OfAnotherScope(Base):
+    def forward(self, x):
+        def forget():
+            nonlocal self
+            self = None
+
+        x = x + self.mixer(self.norm1(x))
+        y = self.mlp(self.norm2(x))
+        forget()
+        return x + y
+
+
+FORGETFUL = [Emptied, Deleted, Looped, Caught, Imported, Matched, OfAnotherScope]
+
+
+@pytest.mark.parametrize("layer", FORGETFUL, ids=lambda layer: layer.__name__)
+def test_a_forward_that_forgets_its_object_keeps_it(layer: type[nn.Module], x: torch.Tensor) -> None:
+    model = Model(layer)
+    pairs = [pair for pair in rmsnorm_patch.plan(model).pairs if pair.kind == "cross_layer"]
+    assert pairs
+    assert all("it gives 'self', what it calls its object, another value" in pair.reason for pair in pairs)
+    patched_counts(model, x)
+
+
 class Residual(Base):
     def forward(self, x, residual):
         residual = residual + x

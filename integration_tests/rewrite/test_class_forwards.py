@@ -103,9 +103,9 @@ def test_speed_comes_back_with_the_forward_and_the_status_says_what_runs(
     replaced(original_class(type(model.model.norm)))
     assert handed_over() == 0
     status = rmsnorm_patch.status(model)
-    assert status.why()["its class got another function since apply"]
+    assert status.why()["its class's code, or what that reads, has changed since apply"]
     (note,) = [note for note in status.notes if note.startswith("model.norm ")]
-    assert note == "model.norm runs a function that LlamaRMSNorm got since apply; after revert, apply reads that one"
+    assert note == "model.norm runs what LlamaRMSNorm got since apply; after revert, apply reads that"
     monkeypatch.undo()
     assert handed_over() == SIZES["num_hidden_layers"]
     assert not rmsnorm_patch.status(model).notes

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-LAST = 99
+LAST = 103
 REPORT = """<testsuites><testsuite>
 <testcase classname="integration_tests.test_a" name="test_one[x::y]"/>
 <testcase classname="integration_tests.test_a" name="test_one[z]"><failure/></testcase>

@@ -153,7 +153,18 @@ def assigned_names(statements: list[ast.stmt]) -> set[str]:
         for node in ast.walk(statement):
             if isinstance(node, ast.Name) and isinstance(node.ctx, (ast.Store, ast.Del)):
                 names.add(node.id)
+            elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, *_NAMED_IF_ANY)):
+                names.add(node.name or "")
+            elif isinstance(node, ast.alias):
+                names.add((node.asname or node.name).partition(".")[0])
+            elif isinstance(node, ast.MatchMapping):
+                names.add(node.rest or "")
+            elif isinstance(node, (ast.Nonlocal, ast.Global)):
+                names.update(node.names)
     return names
+
+
+_NAMED_IF_ANY = (ast.ExceptHandler, ast.MatchAs, ast.MatchStar)
 
 
 def _only_argument(call: ast.Call) -> ast.expr | None:

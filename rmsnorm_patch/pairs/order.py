@@ -270,7 +270,7 @@ class Order:
         layer = step.layer
         if layer.reason:
             return layer.reason
-        if modules.count(module) > 1:
+        if sum(module is each for each in modules) > 1:
             return "the loop runs it more than once"
         if layer.flow.tail is not None and layer.flow.tail.shared:
             return layer.flow.tail.shared

@@ -25,7 +25,7 @@ is exact for some tensors or modules only stands behind a question, with the ori
                                  else:                x += right; _n = self.norm(x)
 
 In front of them stand two questions. Somebody may hold the bound forward beyond `revert`, which then runs what the
-layer's class has now. And somebody may have given the model's own class another forward since.
+layer's class has now. And somebody may have given the model's own class another forward since, or that one other code.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ import torch.nn as nn
 
 from ..patch_state import class_forward, outside, run_class_forward, running_now, unhooked
 from . import questions
-from .dataflow import Add, NormCall, analyse, own_name
+from .dataflow import Add, NormCall, analyse, assigned_names, own_name
 from .norm_add import NormAdd, norm_adds
 from .source import FUTURE_FLAGS, ForwardSource, NoSource, read_forward
 
@@ -134,6 +134,7 @@ def compiled(
     called |= {"_rmsnorm_type": types.CellType(type), "_rmsnorm_isinstance": types.CellType(isinstance)}
     called |= {"_rmsnorm_class": patched, "_rmsnorm_now": types.CellType(now)}
     read = {"original": original, "read": class_forward(original), "outside": outside, "replaced": run_class_forward}
+    read |= {"own": source.function, "code": source.function.__code__}
     called |= {f"_rmsnorm_{name}": types.CellType(value) for name, value in read.items()}
     made = _compile(tree, source.function, called)
     namespace = {"forward": _decorate(made, source), "_rmsnorm_patch_forward": made}
@@ -150,6 +151,8 @@ def _check_names_are_its_own(tree: ast.FunctionDef) -> None:
         of_an_object = name in ("dir", "vars") and (call.args or isinstance(call.func, ast.Attribute))
         if name in _ASKING and not of_an_object:
             raise NoSource(f"it may ask for its own variables by {name}(), line {call.lineno}")
+    if own_name(tree) in assigned_names(tree.body):
+        raise NoSource(f"it gives {own_name(tree)!r}, what it calls its object, another value")
 
 
 def _ask_class(tree: ast.FunctionDef) -> None:
@@ -167,7 +170,8 @@ def _ask_class(tree: ast.FunctionDef) -> None:
     questions_asked = ast.parse(
         "if _rmsnorm_type(layer) is not _rmsnorm_class and not _rmsnorm_isinstance(layer, _rmsnorm_class):\n"
         "    return _rmsnorm_now(layer)\n"
-        "if _rmsnorm_original.forward is not _rmsnorm_read and _rmsnorm_outside(layer):\n"
+        "if (_rmsnorm_original.forward is not _rmsnorm_read or _rmsnorm_own.__code__ is not _rmsnorm_code) "
+        "and _rmsnorm_outside(layer):\n"
         "    return _rmsnorm_replaced\n"
         "_rmsnorm_watch()"
     ).body

@@ -70,6 +70,15 @@ def read_forward(cls: type) -> ForwardSource:
     return ForwardSource(function, wrappers, parse(function))
 
 
+def read_again(cls: type, digest: str) -> ForwardSource | None:
+    """The forward of `cls` where its source is that of `digest`; None in a process that has another, or none."""
+    try:
+        source = read_forward(cls)
+    except NoSource:
+        return None
+    return source if source.digest == digest else None
+
+
 def rewrapping_hooks(cls: type) -> list[types.FunctionType]:
     """Each `__init_subclass__` of `cls` that put a wrapper around its forward: a new subclass gets one of its own
     (`GradientCheckpointingLayer`)."""

@@ -145,7 +145,7 @@ def hooked(
 
     try:
         for path, module in paths.items():
-            own[path] = module.forward = wrapped(path, module)
+            own[path] = module.__dict__["forward"] = wrapped(path, module)
         yield
     finally:
         watching.clear()
@@ -155,7 +155,7 @@ def hooked(
             if before[path] is None:
                 module.__dict__.pop("forward", None)
             else:
-                module.forward = before[path]
+                module.__dict__["forward"] = before[path]
 
 
 @contextmanager

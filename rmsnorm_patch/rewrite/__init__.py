@@ -16,7 +16,7 @@ import torch.nn as nn
 from ..errors import RMSNormPatchError, UnsupportedModel
 from ..locks import Lock
 from ..pairs.layout import ModelLayout, layout
-from ..patch_state import STATE, derives_from_patched, foreign, role_of, unpatched_class
+from ..patch_state import STATE, derives_from_patched, foreign, role_of, set_class, unpatched_class
 from ..scan.plan import Plan
 from . import instance_forward
 from .journal import Journal
@@ -79,7 +79,7 @@ def revert_model(model: nn.Module) -> None:
             if derives_from_patched(patched):
                 unpatched = unpatched_class(patched)
                 instance_forward.release(module, patched, unpatched)
-                module.__class__ = unpatched
+                set_class(module, unpatched)
             module.__dict__.pop(STATE, None)
 
 

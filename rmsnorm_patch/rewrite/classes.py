@@ -11,6 +11,7 @@ A class is built by a factory from (original class, key). The key is plain data,
 from __future__ import annotations
 
 import copyreg
+import functools
 from abc import ABCMeta
 from collections.abc import Callable, Hashable, Mapping
 from importlib import import_module
@@ -65,6 +66,7 @@ def patched_class(original: type, role: str, key: Hashable) -> type:
         body = _FACTORIES[role](original, key)
         namespace = {"_rmsnorm_patch_read": patch_state.read_of(original), **body.namespace}
         namespace.update(
+            __init__=_init_of(original),
             __module__=original.__module__,
             __qualname__=original.__qualname__,
             __doc__=original.__doc__,
@@ -96,6 +98,19 @@ def _subclass(original: type, namespace: dict[str, Any]) -> type:
     return made
 
 
+def _init_of(original: type) -> Callable[..., None]:
+    """For who makes another module by `type(module)(...)`: that one is nobody's patched module."""
+    own: Any = original.__init__  # type: ignore[misc]
+
+    @functools.wraps(own)
+    def __init__(self: nn.Module, *args: Any, **named: Any) -> None:
+        if is_patched(type(self)):
+            patch_state.set_class(self, original)
+        own(self, *args, **named)
+
+    return __init__
+
+
 def _reduce_ex_of(patched: type) -> Callable[[Any, Any], Any]:
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
         reduced: Any = super(patched, self).__reduce_ex__(protocol)  # type: ignore[arg-type, misc]
@@ -103,7 +118,12 @@ def _reduce_ex_of(patched: type) -> Callable[[Any, Any], Any]:
             key = vars(patched)
             original, role = key["_rmsnorm_patch_original"], key["_rmsnorm_patch_role"]
             return (_rebuild, (original, role, key["_rmsnorm_patch_key"]), *reduced[2:])
+        if type(self) is patched and isinstance(reduced, tuple):  # the class's own, which may name it: as it is found
+            return (unpatch(reduced[0]), tuple(map(unpatch, reduced[1])), *reduced[2:])
         return reduced
+
+    def unpatch(value: Any) -> Any:
+        return vars(patched)["_rmsnorm_patch_original"] if value is patched else value
 
     return __reduce_ex__
 

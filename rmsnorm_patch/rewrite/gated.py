@@ -31,7 +31,7 @@ def forward_of(
     assert key.gating is not None
     assert key.eps_attribute is not None
     patched: type = original
-    _, own = read[0]
+    own = read.forward
     backend = key.backend
     run = op.bind(key.spec, key.gating, backend)
     attributes = key.attributes

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch.nn as nn
 
-from ..patch_state import STATE
+from ..patch_state import STATE, set_class
 
 
 class Journal:
@@ -20,8 +20,8 @@ class Journal:
 
     def swap_class(self, module: nn.Module, cls: type) -> None:
         before = type(module)
-        self._undo.append(lambda: setattr(module, "__class__", before))
-        module.__class__ = cls
+        self._undo.append(lambda: None if type(module) is before else set_class(module, before))
+        set_class(module, cls)
 
     def set_state(self, module: nn.Module, name: str, value: object) -> None:
         """Put `value` under `module.__dict__[STATE][name]`, past `nn.Module.__setattr__`."""

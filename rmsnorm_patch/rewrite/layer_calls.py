@@ -21,7 +21,7 @@ from ..fused.norm_add.op import bind_norm_add, bind_norm_add_norm
 from ..numerics.operands import mixes_dtypes
 from ..numerics.spec import SUPPORTED_DTYPES
 from ..pairs.source import RENAMING
-from ..patch_state import STATE, Read, is_as_read, original_class, replaced, unhooked
+from ..patch_state import STATE, Read, is_as_read, is_called_by_torch, original_class, replaced, unhooked
 from . import guards, native, observe, traced
 from .attributes import Attributes
 from .counts import CALLS, calls_of
@@ -77,7 +77,7 @@ class NormKernel:
         self.cls = cls
         self.unpatched = original_class(cls)
         self.read: Read = cls._rmsnorm_patch_read  # type: ignore[attr-defined]
-        self.original: Callable[..., torch.Tensor] = self.read[0][1]
+        self.original: Callable[..., torch.Tensor] = self.read.forward
         self.spec = key.spec
         self.plain = ops.bind_rms_norm(key.spec, key.backend)
         self.fused = self.norm_add = self.norm_add_norm = None
@@ -135,25 +135,27 @@ def register(cls: type) -> None:
 
 
 def kernel_of(norm: nn.Module) -> NormKernel | None:
-    """The kernel of a patched norm; None for any other module, and where its class got another function since."""
+    """The kernel of a patched norm; None for any other module, and where its class runs something else since."""
     kernel = _KERNELS.get(norm.__class__)
-    return None if kernel is None or not is_as_read(kernel.unpatched, kernel.read) else kernel
+    if kernel is None or not (is_as_read(kernel.unpatched, kernel.read) and is_called_by_torch(kernel.unpatched)):
+        return None
+    return kernel
 
 
 def unpatched_reason(norm: nn.Module) -> str:
     """Why `kernel_of` gives None."""
     if type(norm) in _KERNELS:
-        return f"the norm's own class, {type(norm).__name__}, got another function since apply"
+        return f"the norm's own class, {type(norm).__name__}, runs or reads something else since apply"
     return f"the norm is a {type(norm).__name__} that is not patched"
 
 
 def watch() -> None:
-    """First in a rewritten forward: the C functions, which do not ask, serve no norm whose class got another function.
-    They serve it again once it has its own back, from the first call on that the guards in Python let through."""
+    """First in a rewritten forward: the C functions, which do not ask, serve no norm whose class runs something else.
+    They serve it again once it runs its own, from the first call on that the guards in Python let through."""
     if _is_tracing():
         return
     for unpatched, read, cls in _watched:
-        if not is_as_read(unpatched, read):
+        if not (is_as_read(unpatched, read) and is_called_by_torch(unpatched)):
             native.forget(cls)
 
 

@@ -10,7 +10,7 @@ import torch.nn as nn
 
 from ..pairs.layout import ModelLayout, PlannedStep
 from ..pairs.recompile import LayerKey, layer_key, rewrite
-from ..pairs.source import read_forward
+from ..pairs.source import read_again
 from ..patch_state import original_class
 from ..scan.plan import Plan
 from . import handover, instance_forward, layer_calls, norm_adds
@@ -34,8 +34,8 @@ _HELPERS: dict[str, Callable[..., Any]] = {
 def layer_factory(original: type, key: LayerKey) -> Body:
     """The patched class has a `forward` of its own, unless the source is not the one that the key was made for."""
     key = LayerKey(*key)
-    source = read_forward(original)
-    if source.digest != key.digest:
+    source = read_again(original, key.digest)
+    if source is None:
         return Body({}, lambda cls: None)
     return Body(*rewrite(source, key, original, _HELPERS))
 

@@ -26,10 +26,11 @@ from ..patch_state import (
     read_of,
     run_class_forward,
     running_now,
+    set_class,
     unpatched_class,
 )
 from ..scan.plan import NormSite
-from ..scan.subject import attributes_named_by, is_plain
+from ..scan.subject import attributes_named_by, is_plain, reached_by
 from . import gated, guards, inductor, instance_forward, layer_calls, native, observe
 from .attributes import NormKey
 from .classes import Body, patched_class, register_factory
@@ -60,14 +61,14 @@ def body(original: type[nn.Module], key: NormKey) -> Body:
     key = NormKey(*key)
     run: Any
     named = attributes_named_by(original) - {key.weight_attribute, key.eps_attribute}
-    read = read_of(original, sorted(name for name in named if isinstance(getattr(original, name, None), FunctionType)))
+    read = read_of(original, *reached_by(original, named))
     if key.gating is None:
         run = ops.bind_rms_norm(key.spec, key.backend)
         forward, belongs_to = _forward_of(original, key, read)
     else:
         forward, belongs_to, run = gated.forward_of(original, key, read)
     namespace = {
-        **_watching(original, named),
+        **_watching(original, named | {"_call_impl"}),
         "_rmsnorm_patch_read": read,
         "forward": forward,
         # A later `kernelize` would put its kernel over this class, instance by instance.
@@ -124,7 +125,7 @@ def _let_go(module: nn.Module) -> None:
     patched = type(module)
     unpatched = unpatched_class(patched)
     instance_forward.release(module, patched, unpatched)
-    module.__class__ = unpatched
+    set_class(module, unpatched)
     module.__dict__.pop(STATE, None)
 
 
@@ -148,8 +149,8 @@ def _forward_of(original: type[nn.Module], key: NormKey, read: Read) -> tuple[Fu
     Longer than a screen: what a call reads are variables around it, which cost no look-up.
     """
     patched: type = original
-    (_, own), *helpers = read
-    more = tuple(helpers)
+    own, more = read.forward, bool(read.named or read.around or len(read.codes) > 1)
+    inner, code = read.codes[0] if read.codes else (is_as_read, is_as_read.__code__)  # no function, no code to change
     run = ops.bind_rms_norm(key.spec, key.backend)
     attributes = key.attributes
     weight_of, eps_of, fits = attributes.weight_of, attributes.eps_of, attributes.fits
@@ -166,7 +167,9 @@ def _forward_of(original: type[nn.Module], key: NormKey, read: Read) -> tuple[Fu
             return running_now(self, original, own)(self, hidden_states)
         if _is_dynamo_tracing():
             return traced(self, hidden_states)
-        if (original.forward is not own or (more and not is_as_read(original, more))) and outside(self):
+        if (
+            original.forward is not own or inner.__code__ is not code or (more and not is_as_read(original, read))
+        ) and outside(self):
             calls_of(self).fallen_back.add(REPLACED)
             return run_class_forward(self, original, hidden_states)
         normed = native.alone(self, hidden_states)

@@ -20,7 +20,7 @@ from ..fused.query_key_norm.rotated import bind_rms_norm_rotated
 from ..pairs.layout import ModelLayout
 from ..pairs.query_key import AttentionKey, rewrite_attention, rotations_of
 from ..pairs.rotation import known, why_other
-from ..pairs.source import read_forward
+from ..pairs.source import read_again
 from ..patch_state import STATE, unhooked
 from ..scan.plan import Plan, QueryKeySite
 from . import guards, instance_forward, native, observe
@@ -40,8 +40,8 @@ _NO_TENSOR = torch.empty(0, device="cpu")
 def attention_factory(original: type, key: AttentionKey) -> Body:
     """The patched class has a `forward` of its own, unless the source is not the one that the key was made for."""
     key = AttentionKey(*key)
-    source = read_forward(original)
-    if source.digest != key.digest:
+    source = read_again(original, key.digest)
+    if source is None:
         return Body({}, lambda cls: None)
     for name in rotations_of(source, key):  # another process may have judged them, which made the key
         why_other(source.function.__globals__.get(name))

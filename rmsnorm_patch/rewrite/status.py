@@ -225,7 +225,7 @@ def _replaced(modules: list[tuple[str, nn.Module]]) -> Iterator[str]:
     for path, module in modules:
         if _is_ours(module) and not runs_what_was_read(type(module)):
             name = original_class(type(module)).__name__
-            yield f"{path or '(root)'} runs a function that {name} got since apply; after revert, apply reads that one"
+            yield f"{path or '(root)'} runs what {name} got since apply; after revert, apply reads that"
 
 
 def _resting(modules: list[tuple[str, nn.Module]]) -> Iterator[str]:

@@ -224,6 +224,57 @@ def attributes_named_by(cls: type[nn.Module]) -> frozenset[str]:
     return frozenset(_names_in(reachable_codes(cls))) - _MODULE_INTERNALS
 
 
+def reached_by(
+    cls: type[nn.Module], named: frozenset[str | None]
+) -> tuple[list[types.FunctionType], list[str], tuple[tuple[dict[str, Any], str, Any], ...]]:
+    """What decides how the forward of `cls` computes, beside the module: the functions that it calls, the attributes of
+    `cls` that it reads, of those `named`, and what it reads of Python modules other than torch's: (variables of a
+    module, name, value)."""
+    attributes: dict[str, Any] = {}
+    for name in sorted(name for name in named if name is not None):
+        attribute = inspect.getattr_static(cls, name, _ABSENT)
+        of_any_module = attribute is inspect.getattr_static(nn.Module, name, _ABSENT)
+        if not of_any_module and (is_plain(attribute) or isinstance(attribute, _METHODS)):
+            attributes[name] = attribute
+    functions: dict[types.FunctionType, None] = {}
+    around: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
+    pending = [cls.forward, *attributes.values()]
+    while pending:
+        function = _function_of(pending.pop(0))
+        if function is None or function in functions or _is_torchs(function.__module__):
+            continue
+        functions[function] = None
+        names, variables = _globals_in(function.__code__), function.__globals__
+        libraries = [vars(each) for name in names if isinstance(each := variables.get(name), types.ModuleType)]
+        for read in (variables, *(each for each in libraries if not _is_torchs(each.get("__name__")))):
+            for name in sorted(names & read.keys()):
+                if not isinstance(read[name], types.ModuleType):
+                    around[id(read), name] = read, name, read[name]
+                    pending.append(read[name])
+    return list(functions), list(attributes), tuple(around.values())
+
+
+_ABSENT = object()
+_METHODS = (types.FunctionType, property, staticmethod)
+
+
+def _function_of(value: Any) -> types.FunctionType | None:
+    """The function under a property or decorators."""
+    value = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+    value = inspect.unwrap(value) if callable(value) else None
+    return value if isinstance(value, types.FunctionType) else None
+
+
+def _is_torchs(module: str | None) -> bool:
+    return module is not None and module.partition(".")[0] == "torch"
+
+
+def _globals_in(code: types.CodeType) -> set[str]:
+    """Names that `code` may read of its Python module, or of another one there."""
+    nested = (const for const in code.co_consts if isinstance(const, types.CodeType))
+    return set(code.co_names).union(*map(_globals_in, nested))
+
+
 def _names_in(codes: tuple[types.CodeType, ...]) -> set[str]:
     names: set[str] = set()
     for code in codes:
