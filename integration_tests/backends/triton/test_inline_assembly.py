@@ -289,6 +289,15 @@ def test_a_sum_of_negative_zeros_is_one(nvidia: bool, said: list[Said], monkeypa
     assert found.signbit().all()
 
 
+def test_a_norm_without_a_weight_asks_for_none(said: list[Said], monkeypatch: pytest.MonkeyPatch) -> None:
+    as_on_sm90(monkeypatch)
+    x, spec = rand(1, 1024), NormSpec(has_weight=False)
+    ops.bind_rms_norm(spec, "triton")(x, None, EPS)
+    ops.bind_fused_add_rms_norm(spec, "triton")(x, x, None, EPS)
+    kinds = [each.kind for each in said]
+    assert (kinds.count("wait"), kinds.count("prefetch")) == (2, 0)
+
+
 @pytest.mark.parametrize("rows", [1023, 1024])
 @pytest.mark.parametrize(
     ("op", "n", "asked"),
