@@ -95,6 +95,14 @@ def test_interpreted(monkeypatch: pytest.MonkeyPatch, n: int, apart: str, spec: 
         assert check_bits(n, FP32, spec, "triton") == ""
 
 
+@pytest.mark.parametrize("width", [1000, 3000, 4500])
+def test_interpreted_norms_over_a_part_of_a_row(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that ends in each of three chunks."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert check_bits(4608, BF16, NormSpec(width=width), "triton") == ""
+
+
 def test_more_dimensions_strides_and_no_rows() -> None:
     x, residual, weight, next_weight = operands()
     wide = torch.randn(2, 6, 512).to(BF16)[:, ::2, :256]

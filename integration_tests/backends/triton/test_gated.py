@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -46,6 +47,31 @@ def test_interpreted_rows(gating: GateSpec, shape: str, monkeypatch: pytest.Monk
     assert got.dtype == want.dtype
     found = compare(got.to(x_dtype), want.to(x_dtype))  # what was rounded as x is compared so
     assert not found.violations(GATED[x_dtype], x_dtype), found
+
+
+@pytest.mark.parametrize("width", [1000, 3000, 5000])
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_part_of_a_row(order: Any, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that ends in each of three chunks, between two numbers that none can miss."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    spec, gating = NormSpec(width=width), GateSpec("silu", order)
+    x, gate, weight = torch.randn(2, 5125), torch.randn(2, 5125).add(4), torch.rand(5125).add(0.5)
+    x[:, width - 1], x[:, width] = 300, 500
+    got, want = op.bind(spec, gating, "triton")(x, gate, weight, 1e-6), gated_rms_norm(x, gate, weight, spec, gating)
+    assert not (found := compare(got, want)).violations(GATED[FP32], FP32), found
+
+
+def test_the_exponential_is_exact_to_its_last_bits(handed: Callable[[str], list[Any]]) -> None:
+    """2 is raised to whole numbers and to one within a half, which has a bit less for each time that it is doubled."""
+    raised = handed("create_exp2")
+    gate = torch.cat((torch.linspace(-88, 20, 3072), torch.linspace(-1, 1, 1024)))[None]
+    ones = torch.ones(1, 4096)
+    got = op.bind(LLAMA, GateSpec("sigmoid", "norm_first"), "triton")(ones, gate, ones[0], 0.0)
+    error = (got.double() / gate.double().sigmoid() - 1).abs()
+    assert error.max() <= 4 * 2.0**-24  # what 2 is raised to, the power, the sum and the quotient round
+    parts = [part for part in raised if (part != part.round()).any()]
+    assert parts
+    assert max(abs(part).max() for part in parts) <= 0.5 + 2.0**-18
 
 
 @pytest.mark.parametrize("gating", GATINGS, ids=str)

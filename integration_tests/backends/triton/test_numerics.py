@@ -136,6 +136,21 @@ def test_weightless_width_and_group(n: int) -> None:
 
 
 @pytest.mark.parametrize(
+    ("dtype", "n", "width"),
+    [
+        *((torch.bfloat16, 5125, width) for width in (1000, 3000, 5000)),  # a chunk of three each
+        *((torch.float32, 33000, width) for width in (3000, 5000, 14000, 20000)),  # four chunks are read twice
+    ],
+    ids=str,
+)
+def test_a_part_of_a_row_of_several_chunks(dtype: torch.dtype, n: int, width: int) -> None:
+    """It ends between two numbers that none can miss."""
+    x, residual, weight = rand(2, n, dtype=dtype, seed=1), rand(2, n, dtype=dtype, seed=2), rand(n, dtype=dtype, seed=3)
+    x[:, width - 1], x[:, width] = 300, 500
+    check_all_ops(x, residual, weight, replace(LLAMA, width=width))
+
+
+@pytest.mark.parametrize(
     "n", [1, 2, 7, 64, 111, 128, 256, 512, 513, 769, 1024, 2880, 3584, 5120, 5125, 7168, 16384, 24449, 32769, 65536]
 )
 def test_lengths(n: int) -> None:

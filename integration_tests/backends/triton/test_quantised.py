@@ -3,6 +3,7 @@ compiled ahead of time for GPUs that are not here."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -38,9 +39,9 @@ QUANTS = {
 }
 
 
-def rows(m: int, n: int, dtype: torch.dtype) -> torch.Tensor:
+def rows(m: int, n: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
     """Zeros, infinities, NaN, tiny and huge numbers among them."""
-    values = torch.randn(m, n, generator=torch.Generator().manual_seed(n))
+    values = torch.randn(m, n, generator=torch.Generator().manual_seed(n + seed))
     values[0] = 0
     values[1, 5], values[2, 7] = float("inf"), float("nan")
     values[3] *= 1e-6
@@ -70,21 +71,83 @@ def test_interpreted_bits_are_those_of_quantising_the_norm(name: str, n: int, mo
         given: torch.Tensor | None = torch.tensor([0.02])
     else:
         given = torch.tensor([1.5]) if name == "token" else None
-    x, residual, weight = rows(7, n, dtype), rows(7, n, dtype).flip(0), torch.randn(n).to(dtype)
+    # Zeros meet zeros; what is no number meets others; the rest has sums that round.
+    x, residual, weight = rows(7, n, dtype), rows(7, n, dtype, 1)[[0, 6, 1, 3, 4, 5, 6]], torch.randn(n).to(dtype)
     for spec in (LLAMA, FP32_SUM) if quant.value == "rounded" else (FP32_WEIGHT_MULTIPLY, FP32_SUM):
-        normed, total = ops.bind_fused_add_rms_norm(spec, "triton")(x, residual, weight, EPS)
-        values = normed
-        if quant.value == "fp32":  # an fp32 weight leaves the product unrounded
-            wide = NormSpec(round_before_weight="none", sum=spec.sum)
-            values, _ = ops.bind_fused_add_rms_norm(wide, "triton")(x, residual, weight.float(), EPS)
-        want, want_scales = quantise(values, quant, given)
-        kept = residual.clone()
-        rest = (weight, given, quant.scheme, EPS, *ops.spec_args(spec, "triton"), *op.quant_args(quant, True))
-        found, scales, second = torch.ops.rmsnorm_patch.fused_add_rms_norm_quantised_(x, kept, *rest)
-        assert torch.equal(kept.view(torch.int16), total.view(torch.int16))
-        assert torch.equal(second.nan_to_num(), normed.nan_to_num())
-        assert torch.equal(found.view(torch.uint8), want.view(torch.uint8))
-        torch.testing.assert_close(scales, want_scales, rtol=0, atol=0, equal_nan=True)
+        check_bits(x, residual, weight, spec, quant, given)
+
+
+def check_bits(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    spec: NormSpec,
+    quant: QuantSpec,
+    given: torch.Tensor | None = None,
+    eps: float = EPS,
+) -> torch.Tensor:
+    """The scales, where all results are what quantising the norm's gives."""
+    normed, total = ops.bind_fused_add_rms_norm(spec, "triton")(x, residual, weight, eps)
+    values = normed
+    if quant.value == "fp32":  # an fp32 weight leaves the product unrounded
+        wide = NormSpec(round_before_weight="none", sum=spec.sum)
+        values, _ = ops.bind_fused_add_rms_norm(wide, "triton")(x, residual, weight.float(), eps)
+    want, want_scales = quantise(values, quant, given)
+    kept = residual.clone()
+    rest = (weight, given, quant.scheme, eps, *ops.spec_args(spec, "triton"), *op.quant_args(quant, True))
+    found, scales, second = torch.ops.rmsnorm_patch.fused_add_rms_norm_quantised_(x, kept, *rest)
+    assert torch.equal(kept.view(torch.int16), total.view(torch.int16))
+    assert torch.equal(second.nan_to_num(), normed.nan_to_num())
+    assert torch.equal(found.view(torch.uint8), want.view(torch.uint8))
+    torch.testing.assert_close(scales, want_scales, rtol=0, atol=0, equal_nan=True)
+    return scales  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("width", [1000, 3000, 5000])
+def test_interpreted_norms_over_a_part_of_a_row(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that ends in each of three chunks, between two numbers that none can miss."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    x, residual, weight = torch.randn(2, 5125).to(BF16), torch.randn(2, 5125).to(BF16), torch.randn(5125).to(BF16)
+    x[:, width - 1], x[:, width] = 300, 500
+    check_bits(x, residual, weight, NormSpec(width=width), QUANTS["token"])
+
+
+def ones(count: int) -> torch.Tensor:
+    """Rows whose norms are the weight, of either sign: their mean squares are 1."""
+    return torch.tensor([[1.0], [-1.0]]).expand(2, count).to(BF16)
+
+
+def test_interpreted_rows_of_every_16_bit_number_near_those_of_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers in the middle of two are among them."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    bits = torch.arange((127 - 12) << 7, (127 + 10) << 7, dtype=torch.int16)
+    weight = torch.cat((bits.view(BF16), torch.tensor([0.0, 1e-38, 3e38, float("inf"), float("nan")]).to(BF16)))
+    x = ones(weight.numel())
+    check_bits(x, torch.zeros_like(x), weight, LLAMA, QUANTS["static"], torch.tensor([1.0]))
+
+
+@pytest.mark.parametrize("largest", [127.0, 1.0, 2.0**-125])
+def test_interpreted_rows_of_int8_at_its_ends(largest: float, handed: Callable[[str], list[Any]]) -> None:
+    """Steps in the middle of two; a scale that is the limit's inverse; one so small that each step is infinite. What
+    becomes a byte is one: of other numbers devices may make what they like."""
+    converted = handed("create_fp_to_si")
+    weight = torch.arange(-127, 127.5, 0.5).mul(largest / 127).to(BF16)
+    x = ones(weight.numel())
+    quant = QuantSpec("int8_token", "rounded", "separate")
+    scales = check_bits(x, torch.zeros_like(x), weight, LLAMA, quant)
+    assert torch.equal(scales, torch.full((2, 1), largest).div(127.0))
+    assert converted
+    assert all(((values >= -128) & (values <= 127)).all() for values in converted)
+
+
+@pytest.mark.parametrize("name", ["token native", "block native", "int8 separate"])
+def test_interpreted_rows_of_an_infinite_reciprocal_rms(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their squares are 0, and no eps is added: they are infinite, and behind their end there is nothing."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    x, weight = torch.full((3, 1003), 1e-30).to(BF16), torch.rand(1003).add(0.5).to(BF16)
+    x[1] = 0
+    scales = check_bits(x, torch.zeros_like(x), weight, FP32_WEIGHT_MULTIPLY, QUANTS[name], eps=0.0)
+    assert scales[0].isinf().all()
 
 
 def test_interpreted_rows_with_strides_and_a_plain_norm(monkeypatch: pytest.MonkeyPatch) -> None:
