@@ -82,6 +82,7 @@ SUITES = {
             for name in ("layer_calls", "guards", "handover", "norms", "attributes", "guise")
         ),
         (
+            "rewrite/test_changed_code.py",
             "rewrite/test_reasons.py",
             "rewrite/test_eps.py",
             "rewrite/test_links.py",

@@ -4,6 +4,7 @@ the unpatched ones do."""
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -102,6 +103,51 @@ def test_what_a_norms_code_reads_counts(change: Callable, interpreter, monkeypat
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         assert torch.equal(model(x), before)
     assert not rmsnorm_patch.status(model).notes
+
+
+def wrapped(forward: Callable) -> Callable:
+    @functools.wraps(forward)
+    def outer(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return forward(self, x)
+
+    return outer
+
+
+class WrappedRMSNorm(nn.Module):
+    """Of what it reads, the code under the wrapper alone can change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.rand(WIDTH) + 0.5), 1e-6
+
+    @wrapped
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class FlaggedRMSNorm(WrappedRMSNorm):
+    """Its forward calls nothing, and reads a flag of its Python module."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, wide = 1 + self.weight if OFFSET else self.weight, x.float()
+        return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+def code_under_the_wrapper(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(WrappedRMSNorm.forward.__wrapped__, "__code__", (lambda self, x: 2 * x).__code__)
+
+
+@pytest.mark.parametrize(("norm", "change"), [(WrappedRMSNorm, code_under_the_wrapper), (FlaggedRMSNorm, module_flag)])
+def test_one_thing_that_it_reads_is_enough(norm: type, change: Callable, interpreter, monkeypatch) -> None:
+    stock, x = nn.Sequential(norm()).eval(), torch.randn(3, WIDTH)
+    model = copy.deepcopy(stock)
+    rmsnorm_patch.apply(model, backend="triton")
+    with torch.no_grad():
+        before = model(x)
+        change(monkeypatch)
+        assert not torch.allclose(stock(x), before, rtol=1e-2)
+        assert torch.equal(model(x), stock(x))
 
 
 def called(patch: pytest.MonkeyPatch, cls: type[nn.Module], name: str) -> None:
