@@ -14,6 +14,14 @@ def first_other(tokens: Sequence[int], others: Sequence[int]) -> int:
     return next((at for at, (token, other) in pairs if token != other), len(tokens))
 
 
+def check_same_or_near(ours: dict[str, Any], theirs: dict[str, Any], exact: bool, tolerance: float) -> None:
+    """exact: the same tokens and logprobs, to the bit; else `check_near`."""
+    if exact:
+        assert (ours["tokens"], ours["logprobs"]) == (theirs["tokens"], theirs["logprobs"])
+    else:
+        check_near(ours, theirs, tolerance)
+
+
 def check_near(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float) -> None:
     """Logprobs up to a token that is another: random weights have ties."""
     for tokens, others, got, want in zip(

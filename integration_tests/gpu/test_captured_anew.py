@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from vllm_engines import WIDE
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 PROGRAM = Path(__file__).with_name("captured_anew.py")
-WIDE = {"hidden_size": 4096, "intermediate_size": 14336, "head_dim": 128, "num_attention_heads": 8}
-"""Of Llama-8B's widths, whose products of few rows are split."""
 
 
 @pytest.fixture

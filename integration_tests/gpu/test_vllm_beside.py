@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from adapters import write_adapter
-from vllm_engines import DATA, Engines, Settings, check_same, started
+from vllm_engines import DATA, WIDE, Engines, Settings, check_same, started
 
 pytestmark = [
     pytest.mark.xdist_group("beside"),  # tests share engines
@@ -19,8 +19,6 @@ pytestmark = [
 ]
 pytest.importorskip("vllm", reason="vLLM is not installed here")
 
-WIDE = {"hidden_size": 4096, "intermediate_size": 14336, "head_dim": 128, "num_attention_heads": 8}
-"""Few rows of such a down projection are split along K: alone, the norm behind it adds up the parts."""
 DRAFTS = {
     "tiny-llama-found": {"method": "ngram", "prompt_lookup_max": 3, "prompt_lookup_min": 1},
     "tiny-llama-drafted": {"method": "draft_model", "model": str(DATA / "tiny-llama")},

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from vllm_engines import TOKENS, Engines, Settings, check_same, started
+from vllm_engines import TOKENS, WIDE, Engines, Settings, check_same, started
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.xdist_group("engine")]  # tests share engines
 pytest.importorskip("vllm", reason="vLLM is not installed here")
@@ -39,8 +39,6 @@ SETTINGS = {
         engine={"tensor_parallel_size": 2}, variables={"VLLM_FLASHINFER_ALLREDUCE_BACKEND": "trtllm"}
     ),
 }
-WIDE = {"hidden_size": 4096, "intermediate_size": 14336, "head_dim": 128, "num_attention_heads": 8}
-"""Of Llama-8B's widths: few rows of its down projection are split along K, on an H100 and on an H200."""
 JOINS = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 """Whether compiled engines join products and norms here."""
 GEMMA = {"num_hidden_layers": 2, "head_dim": 64}

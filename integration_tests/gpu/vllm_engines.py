@@ -19,6 +19,9 @@ LOGPROB_TOLERANCE = 0.05
 """Logprobs of a bf16 model whose norms differ in the order of a row's sum: its logits are of the order 10, where bf16
 steps by 0.06, and the final matrix product averages the differences."""
 
+WIDE = {"hidden_size": 4096, "intermediate_size": 14336, "head_dim": 128, "num_attention_heads": 8}
+"""Of Llama-8B's widths: few rows of its down projection are split along K, on an H100 and on an H200."""
+
 Case = tuple[str, str, bool]
 """Its name, RMSNORM_PATCH_VLLM and enforce_eager. The name begins with that of its checkpoint, of two words."""
 

@@ -34,10 +34,14 @@ class OwnVariables(Base):
 
 @pytest.mark.parametrize("layer", [Locals, Evaluated, OwnVariables], ids=lambda layer: layer.__name__)
 def test_a_forward_that_asks_for_its_variables_keeps_them(layer: type[nn.Module], x: torch.Tensor) -> None:
+    check_left_alone(layer, x, "it may ask for its own variables by")
+
+
+def check_left_alone(layer: type[nn.Module], x: torch.Tensor, why: str) -> None:
     model = Model(layer)
     pairs = [pair for pair in rmsnorm_patch.plan(model).pairs if pair.kind == "cross_layer"]
     assert pairs
-    assert all("it may ask for its own variables by" in pair.reason for pair in pairs)
+    assert all(why in pair.reason for pair in pairs)
     patched_counts(model, x)
 
 
@@ -111,11 +115,7 @@ FORGETFUL = [Emptied, Deleted, Looped, Caught, Imported, Matched, OfAnotherScope
 
 @pytest.mark.parametrize("layer", FORGETFUL, ids=lambda layer: layer.__name__)
 def test_a_forward_that_forgets_its_object_keeps_it(layer: type[nn.Module], x: torch.Tensor) -> None:
-    model = Model(layer)
-    pairs = [pair for pair in rmsnorm_patch.plan(model).pairs if pair.kind == "cross_layer"]
-    assert pairs
-    assert all("it gives 'self', what it calls its object, another value" in pair.reason for pair in pairs)
-    patched_counts(model, x)
+    check_left_alone(layer, x, "it gives 'self', what it calls its object, another value")
 
 
 class Residual(Base):

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from adapters import write_adapter
-from answers import check_near
+from answers import check_same_or_near
 
 pytest.importorskip("vllm", reason="vLLM is not installed in this environment; `make test-vllm` builds one")
 pytestmark = pytest.mark.slow
@@ -30,19 +30,12 @@ def adapter(checkpoints: Callable[[str], Path], tmp_path_factory: pytest.TempPat
 COMPILED = pytest.param(False, id="compiled", marks=pytest.mark.long)
 EAGER = pytest.param(True, id="eager")
 LOGPROB_TOLERANCE = 0.05
-"""As in test_engine.py, where a compiler reorders sums."""
+"""As in test_engine.py, where a compiler reorders sums. Eager, on the CPU, the plugin computes what vLLM computes,
+operation for operation."""
 
 
 def _norms(answer: dict[str, Any]) -> Counter[str]:
     return Counter(line["op"] for line in answer["trace"])
-
-
-def _near(eager: bool, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Eager on the CPU the plugin computes what vLLM computes, operation for operation."""
-    if eager:
-        assert (ours["tokens"], ours["logprobs"]) == (theirs["tokens"], theirs["logprobs"])
-    else:
-        check_near(ours, theirs, LOGPROB_TOLERANCE)
 
 
 @pytest.mark.parametrize("eager", [EAGER, COMPILED])
@@ -54,7 +47,7 @@ def test_an_adapter_adds_to_what_a_norm_reads(
     plain = run_engine(model, eager, "off", **asked)
     stock, patched = (run_engine(model, eager, route, adapter=str(adapter), **asked) for route in ("off", "ir"))
     assert stock["tokens"] != plain["tokens"]
-    _near(eager, patched, stock)
+    check_same_or_near(patched, stock, eager, LOGPROB_TOLERANCE)
     assert _norms(patched) == {"rms_norm": patched["forwards"], FUSED: 2 * LAYERS * patched["forwards"]}
     assert JOINED not in patched["kernels"]  # the adapter writes into each product before its norm reads it
 
@@ -69,7 +62,7 @@ def test_drafts_are_judged_as_before(
     drafts = {"method": method, "num_speculative_tokens": 3, **({"model": str(model)} if "model" in method else found)}
     asked = {"engine": {"speculative_config": drafts}, "max_tokens": 16, "op_form": True, "whole_compiler": not eager}
     stock, patched = (run_engine(model, eager, route, **asked) for route in ("off", "ir"))
-    _near(eager, patched, stock)
+    check_same_or_near(patched, stock, eager, LOGPROB_TOLERANCE)
     assert patched["forwards"] == stock["forwards"] < asked["max_tokens"]
     passes = patched["forwards"] * (1 + (3 if "model" in method else 0))
     assert _norms(patched) == {"rms_norm": passes, FUSED: 2 * LAYERS * passes}
@@ -84,6 +77,6 @@ def test_chunks_of_prompts_that_were_seen_before(
     chunked = {"enable_prefix_caching": True, "enable_chunked_prefill": True, "max_num_batched_tokens": 16}
     asked = {"engine": chunked, "prompts": [prompt, prompt[:40]], "batches": [[prompt + prompt[:9]]]}
     stock, patched = (run_engine(model, True, route, **asked) for route in ("off", "ir"))
-    _near(True, patched, stock)
-    _near(True, patched["batches"][0], stock["batches"][0])
+    for ours, theirs in ((patched, stock), (patched["batches"][0], stock["batches"][0])):
+        assert (ours["tokens"], ours["logprobs"]) == (theirs["tokens"], theirs["logprobs"])
     assert patched["forwards"] > 8
