@@ -22,6 +22,8 @@ CompileForm = Literal["op", "decomposed"]
 COMPILE_VARIABLE = "RMSNORM_PATCH_COMPILE"
 
 _is_compiling = torch.compiler.is_compiling  # first: most calls need to ask no more
+_DECLINED = KernelBuildError, UnsupportedInput
+"""What the CUDA backend says to a call that it does not serve."""
 _mixes_dtypes = operands.mixes_dtypes
 _BOUND: dict[tuple[tuple[str, NormSpec, str, bool, str], bool], Bound] = {}
 forgotten_with(_BOUND.clear)
@@ -98,6 +100,7 @@ class Bound:
         "_adds",
         "_args",
         "_device_call",
+        "_direct",
         "_in_place",
         "_reference",
         "_routes",
@@ -108,6 +111,7 @@ class Bound:
         "spec",
         "table",
     )
+    _tells = False
 
     def __init__(self, op: str, spec: NormSpec, backend: str, dependent: bool, variable: str = "") -> None:
         """variable: what RMSNORM_PATCH_BACKEND says for backend "auto"."""
@@ -125,13 +129,24 @@ class Bound:
         self._device_call: Callable[..., Any] | None = None
         """The CUDA backend's own callable once a call has been routed there: it knows what it serves, and says
         KernelBuildError to the rest, so that the usual call pays for no look-up here."""
+        self._direct: Callable[..., Any] | None = None
+        """The same for `__call__`, which asks nothing of the operands, until others had to serve what it declined."""
         self.table: object | None = None
         """What `dispatch.bind_on` gives with it, from the same moment on."""
 
     def __call__(self, *args: Any) -> Any:
         if _is_compiling() and is_traced():
             return self._traced(*args)
-        return self.run(*args)
+        call = self._direct
+        if call is None or not args[0].is_cuda:
+            return self.run(*args)
+        try:  # here, not in `run`: the time of one Python function shows in a decode step
+            return call(*args)
+        except _DECLINED:
+            pass
+        result = self.run(*args)  # raises again where no other backend serves the call
+        self._direct = None
+        return result
 
     def run(self, *args: Any) -> Any:
         """The call itself, which the op's kernel in the dispatcher runs: a tracer has seen the op there."""
@@ -198,7 +213,9 @@ class Bound:
             )
         call, table = dispatch.bind_on(name, self.op, self.spec, self.dependent)
         if name == "cuda":
-            self._device_call = self._device_call or call
+            if self._device_call is None:
+                self._device_call = call
+                self._direct = None if self._tells else call
             self.table = table
             return name, self._device_call
         return name, call
@@ -227,6 +244,7 @@ class TellingBound(Bound):
     """A Bound that tells `listeners` of its calls. A class of its own: where nobody listens, a call does not ask."""
 
     __slots__ = ()
+    _tells = True
 
     def run(self, *args: Any) -> Any:
         result = super().run(*args)
