@@ -105,18 +105,37 @@ def test_graphs_are_timed_on_a_gpu(tmp_path: Path) -> None:
         assert min(row["us"].values()) > 0
 
 
-@pytest.mark.parametrize("numbers", [("2", "3"), ("2", "2")], ids=["apart", "one path"])
+@pytest.mark.parametrize(
+    ("older", "numbers"),
+    [(True, ("2", "3")), (True, ("2", "2")), (False, ("2", "2"))],
+    ids=["older, apart", "older, one path", "now"],
+)
 def test_each_version_has_its_own_launcher(
-    numbers: tuple[str, str], shared_library: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    older: bool,
+    numbers: tuple[str, str],
+    shared_library: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Older versions open their library by the descriptor's own path."""
     driver = shared_library(ROOT / "integration_tests" / "backends" / "cuda" / "recording_driver.c")
     monkeypatch.setenv("RMSNORM_PATCH_CACHE_DIR", str(tmp_path / "cache"))
-    command = [sys.executable, "-c", LAUNCHERS, str(ROOT), str(driver), *numbers]
+    checkout = ROOT
+    if older:
+        checkout = copied(tmp_path / "older")
+        shutil.copytree(ROOT / "scripts", checkout / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", checkout)
+        loading = checkout / "rmsnorm_patch" / "backends" / "cuda" / "launcher" / "__init__.py"
+        now = loading.read_text()
+        before = now.replace("/proc{spelling}/self/fd/", "/proc/self/fd/")
+        assert before != now
+        loading.write_text(before)
+    command = [sys.executable, "-c", LAUNCHERS, str(checkout), str(driver), *numbers]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    if numbers[0] != numbers[1]:
-        assert (done.returncode, done.stdout.strip()) == (0, "c"), done.stderr
-    else:
+    if older and numbers[0] == numbers[1]:
         assert "2 versions have 1 libraries" in done.stderr
+    else:
+        assert (done.returncode, done.stdout.strip()) == (0, "c"), done.stderr
 
 
 def test_a_round_visits_all_there_and_back(compare: ModuleType) -> None:

@@ -69,8 +69,9 @@ def this() -> Tree:
 def load(name: str, folder: Path, place: Path, number: int) -> Tree:
     """Import a copy of `folder` as `rmsnorm_patch_<name>`, kept in `place` as long as the process needs its sources.
 
-    number: above 1, another one for each tree. The launcher opens its library as /proc/self/fd/N, and N is used again.
-    The dynamic linker takes a path that it knows for the library that it has: a tree would get another's launcher.
+    number: above 1, another one for each tree. Launchers opened their library as /proc/self/fd/N until they spelled the
+    path in a way of their own, and N is used again. The dynamic linker takes a path that it knows for the library that
+    it has: a tree would get another's launcher.
     """
     renamed = f"{PACKAGE}_{name}"
     copy = place / name

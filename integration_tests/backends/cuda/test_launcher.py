@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -25,6 +28,27 @@ def test_launcher_is_compiled_once_and_kept(recorded, compiled):
     launcher.functions.cache_clear()
     assert launcher.functions().kind == "c"
     assert path.stat().st_mtime_ns == before
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs anonymous files")
+def test_no_library_of_the_same_descriptor_is_taken_for_another(recorded, driver_path):
+    """Another package's, and a second copy of the launcher: the linker knows both by the path of the descriptor."""
+    content, before = launcher._shared_object(), launcher_libraries()
+    for count in (1, 2):
+        assert launcher._load(content)[0].__name__ == "new_kernel"
+        assert len(launcher_libraries() - before) == count
+    descriptor = os.memfd_create("another")
+    with open(descriptor, "wb") as file:
+        file.write(driver_path.read_bytes())
+        file.flush()
+        assert not hasattr(ctypes.CDLL(f"/proc/self/fd/{descriptor}"), "rp_functions")
+    assert launcher._load(content)[0].__name__ == "new_kernel"
+
+
+def launcher_libraries() -> set[str]:
+    """The launchers that this process has mapped, by inode."""
+    lines = (line.split() for line in Path("/proc/self/maps").read_text().splitlines())
+    return {words[4] for words in lines if len(words) > 5 and "rmsnorm_patch_launcher" in words[5]}
 
 
 def test_without_a_compiler_ctypes_serves_with_one_warning(recorded, cache_dir, monkeypatch):

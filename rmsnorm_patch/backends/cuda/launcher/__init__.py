@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import secrets
 import shlex
 import shutil
 import subprocess
@@ -143,13 +144,18 @@ def _compile(sources: dict[str, bytes]) -> bytes:
 
 
 def _load(content: bytes) -> tuple[Any, ...]:
-    """Load verified bytes: from an anonymous file, so that nothing can change them between check and load."""
+    """Load verified bytes: from an anonymous file, so that nothing can change them between check and load.
+
+    The dynamic linker takes a path that it has opened before for the library that it opened there. Descriptors are used
+    again, by other packages too, so that each load spells the path in a way of its own.
+    """
     if hasattr(os, "memfd_create"):
         descriptor = os.memfd_create("rmsnorm_patch_launcher")
         try:
             with open(descriptor, "wb", closefd=False) as file:
                 file.write(content)
-            return _open(f"/proc/self/fd/{descriptor}")
+            spelling = f"{secrets.randbits(64):b}".replace("0", "/").replace("1", "/.")
+            return _open(f"/proc{spelling}/self/fd/{descriptor}")
         except OSError:
             pass  # some systems forbid executable anonymous files
         finally:
