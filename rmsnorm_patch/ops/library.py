@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -13,7 +13,7 @@ from ..numerics.spec import NormSpec
 from .bound import Bound, bind, spec_args
 
 NAMESPACE = "rmsnorm_patch"
-
+B = TypeVar("B")
 
 OPTIONS = ("round_before_weight", "weight_offset", "output", "sum", "width", "group", "backend", "enable_pdl")
 """The arguments behind eps of every op here and in `fused`: a spec, then how it is served."""
@@ -60,16 +60,25 @@ def spec_of(
     return NormSpec(0.0, round_before_weight, weight_offset, has_weight, output, sum, width, group)  # type: ignore[arg-type]
 
 
-@kept
-def _bound_of(op: str, has_weight: bool, *options: Any) -> Bound:
-    *spec, backend, enable_pdl = options
-    return bind(op, spec_of(has_weight, *spec), backend, enable_pdl)
+def of_arguments(bind: Callable[..., B]) -> Callable[..., B]:
+    """f(op, has_weight, *options): what `bind` binds for the arguments behind eps (OPTIONS), at their first call, until
+    `ops.forget`. bind: as that of the plain ops."""
+
+    @kept
+    def bound_of(op: str, has_weight: bool, *options: Any) -> B:
+        *spec, backend, enable_pdl = options
+        return bind(op, spec_of(has_weight, *spec), backend, enable_pdl)
+
+    return bound_of
+
+
+_bound_of = of_arguments(bind)
 
 
 def bound_for(
     op: str, weight: torch.Tensor | None, given: tuple[Any, ...], named: dict[str, Any] | None = None
 ) -> Bound:
-    """What a plain op runs for such arguments behind eps: bound at their first call, until `ops.forget`."""
+    """What a plain op runs for such arguments behind eps."""
     return _bound_of(op, weight is not None, *positional(given, named))
 
 

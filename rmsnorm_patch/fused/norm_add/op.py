@@ -30,7 +30,7 @@ from ...numerics import operands, reference
 from ...numerics.contract import IMPLIED_EPS, SPEC_ARGUMENTS
 from ...numerics.spec import NormSpec
 from ...ops import dispatch, listeners
-from ...ops.library import positional, register, spec_of
+from ...ops.library import of_arguments, positional, register
 
 NORM_ADD, NORM_ADD_NORM = "rms_norm_add", "rms_norm_add_rms_norm"
 _REST = SPEC_ARGUMENTS.removeprefix("float? eps, ")
@@ -209,14 +209,11 @@ def _module(backend: str) -> Any:
     return portable
 
 
-@kept
-def _of_arguments(op: str, has_weight: bool, *options: Any) -> BoundNormAdd:
-    *spec, backend, enable_pdl = options
-    return bind(op, spec_of(has_weight, *spec), backend, enable_pdl)
+_bound_of = of_arguments(bind)
 
 
 def _bound_for(op: str, weight: object, rest: tuple[Any, ...], named: dict[str, Any]) -> BoundNormAdd:
-    return _of_arguments(op, weight is not None, *positional(rest, named))
+    return _bound_of(op, weight is not None, *positional(rest, named))
 
 
 def _norm_add(x, residual, weight, eps, *spec, **named):  # type: ignore[no-untyped-def]
