@@ -5,6 +5,7 @@ CPU tensors stand for a GPU's, with a driver that writes launches down.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from recording_driver import BF16, CONTEXT, DLPACK_CPU, FUNCTION, Driver, rows, weight
+from recording_driver import BF16, CONTEXT, DLPACK_CPU, FUNCTION, PAIR, Driver, rows, weight
 
 import rmsnorm_patch
 from rmsnorm_patch import ops
 from rmsnorm_patch.backends.cuda import backend as cuda_backend
 from rmsnorm_patch.backends.cuda import driver, kernel_set, launcher, schedules
 from rmsnorm_patch.errors import KernelBuildError, UnsupportedInput
+from rmsnorm_patch.fused.query_key_norm import kernel as query_key_norm_kernel
 from rmsnorm_patch.numerics import operands
 from rmsnorm_patch.numerics.contract import PLAIN_OPS
 from rmsnorm_patch.numerics.spec import LLAMA
@@ -74,6 +76,20 @@ def test_a_usual_call_runs_one_python_function(on_gpu: Driver, op: str) -> None:
     before = on_gpu.last["launches"]
     written = [operands.count_write.__code__] if PLAIN_OPS[op].in_place else []
     assert functions_run(lambda: bound(*given, 1e-6)) == [ops.Bound.__call__.__code__, *written]
+    assert on_gpu.last["launches"] == before + 1
+
+
+def test_a_launch_of_two_norms_runs_no_generators(on_gpu: Driver, monkeypatch) -> None:
+    """Python makes this launch in each call."""
+    monkeypatch.setattr(query_key_norm_kernel, "configs_for", kernel_set.configs_for)
+    on_gpu.expect(PAIR)
+    bound, (q, k) = query_key_norm_kernel.bind_rms_norm_pair(LLAMA), torch.randn(2, 3, 128).to(BF16)
+    weights = torch.ones(2, 128, dtype=BF16)
+    bound(q, k, *weights, 1e-6)
+    before = on_gpu.last["launches"]
+    run = functions_run(lambda: bound(q, k, *weights, 1e-6))
+    assert query_key_norm_kernel.BoundPair._launch_pair.__code__ in run
+    assert not [code for code in run if code.co_flags & inspect.CO_GENERATOR]
     assert on_gpu.last["launches"] == before + 1
 
 

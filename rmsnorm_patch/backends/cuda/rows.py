@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -10,8 +9,7 @@ import torch
 MAX_ALIGN = 32
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """A tensor [..., N] as rows: row r starts at (r // inner) * outer + (r % inner) * stride elements (one level: inner
     is the number of rows)."""
 

@@ -107,25 +107,24 @@ class BoundPair(BoundQueryKey):
     def _launch_pair(self, q: torch.Tensor, k: torch.Tensor, q_weight: Any, k_weight: Any, eps: float) -> Pair:
         n = q.shape[-1]
         dtype = self.spec.output_dtype(q.dtype, None if q_weight is None else q_weight.dtype)
-        normed = tuple(torch.empty(x.shape, dtype=dtype, device=x.device) for x in (q, k))
-        sets = (rows_of(q), rows_of(k))
+        normed = torch.empty(q.shape, dtype=dtype, device=q.device), torch.empty(k.shape, dtype=dtype, device=k.device)
+        rows, other = rows_of(q), rows_of(k)
         weights = [weight.contiguous() if weight is not None else None for weight in (q_weight, k_weight)]
-        two_level = any(rows.two_level for rows in sets)
+        two_level = rows.two_level or other.two_level
         size = q.element_size()
-        align = power_of_two(n * size, *(offset for rows in sets for offset in rows.offsets(size)))
+        align = power_of_two(n * size, *rows.offsets(size), *other.offsets(size))
         addresses = [address_of(weight) for weight in weights]
         chain, plain = self.kernels.chain(q, q_weight, align, power_of_two(*addresses), two_level)
         if plain:
             self._register(q, q_weight, chain, two_level)
         m, m2 = q.numel() // n, k.numel() // n
-        (first, inner, outer), (second, inner2, outer2) = (
-            _levels(rows, count) for rows, count in zip(sets, (m, m2), strict=True)
-        )
+        first, inner, outer = _levels(rows, m)
+        second, inner2, outer2 = _levels(other, m2)
         self.kernels.launch(
             chain,
             (m, m2),
             q,
-            x=sets[0].tensor.data_ptr(),
+            x=rows.tensor.data_ptr(),
             weight=addresses[0],
             normed=normed[0].data_ptr(),
             m=m,
@@ -133,7 +132,7 @@ class BoundPair(BoundQueryKey):
             normed_row_stride=n,
             inner_rows=inner,
             x_outer_stride=outer,
-            x2=sets[1].tensor.data_ptr(),
+            x2=other.tensor.data_ptr(),
             weight2=addresses[1],
             normed2=normed[1].data_ptr(),
             m2=m2,
