@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -18,13 +18,9 @@ from ...numerics.contract import RMS_NORM
 from ...numerics.spec import NormSpec
 
 Pair = tuple[torch.Tensor, torch.Tensor]
+K = TypeVar("K", bound="BoundQueryKey")
 TWO_NORMS = 5
 """Of this op, as launcher.c numbers them."""
-
-
-@by_variant
-def _bound(spec: NormSpec, dependent: bool) -> BoundPair:
-    return started(TWO_NORMS, spec, lambda functions: BoundPair(spec, dependent, functions))[0]
 
 
 def bind_rms_norm_pair(spec: NormSpec, enable_pdl: bool | None = None) -> BoundPair:
@@ -34,18 +30,31 @@ def bind_rms_norm_pair(spec: NormSpec, enable_pdl: bool | None = None) -> BoundP
     Operands that do not share N, dtypes or device, and rows longer than 2 KiB, are normed by a launch each.
     enable_pdl: as `launch_mode.dependent` takes it.
     """
-    return _bound(spec, dependent=launch_mode.dependent(enable_pdl))
+    return bind_query_key(BoundPair, spec, enable_pdl)
+
+
+@by_variant
+def _bound(kind: type[K], spec: NormSpec, dependent: bool) -> K:
+    return started(kind.code, spec, lambda functions: kind(spec, dependent, functions))[0]
+
+
+def bind_query_key(kind: type[K], spec: NormSpec, enable_pdl: bool | None) -> K:
+    """One object of the class for each variant and mode."""
+    return _bound(kind, spec, dependent=launch_mode.dependent(enable_pdl))
 
 
 class BoundQueryKey:
-    """An op over the rows of q and k, of one numerics variant. table: what the launcher knows of it (`started`). in_c:
-    the same for `rewrite.native`, once launcher.c can serve a call; None before, and where it is not in use."""
+    """An op over the rows of q and k, of one numerics variant. code: its number in launcher.c. table: what the launcher
+    knows of it (`started`). in_c: the same for `rewrite.native`, once launcher.c can serve a call; None before, and
+    where it is not in use."""
 
-    def __init__(self, op: str, spec: NormSpec, dependent: bool, functions: launcher.Functions) -> None:
-        self.op = op
+    op: ClassVar[str]
+    code: ClassVar[int]
+
+    def __init__(self, spec: NormSpec, dependent: bool, functions: launcher.Functions) -> None:
         self.spec = spec
         self.dependent = dependent
-        self.kernels = KernelSet(op, spec, dependent, False, functions)
+        self.kernels = KernelSet(self.op, spec, dependent, False, functions)
         self.functions = functions
         self.table: object | None = None
         self.in_c: object | None = None
@@ -69,8 +78,10 @@ class BoundQueryKey:
 class BoundPair(BoundQueryKey):
     """The two norms, which take a launch each where one cannot serve both."""
 
+    op, code = "rms_norm_pair", TWO_NORMS
+
     def __init__(self, spec: NormSpec, dependent: bool, functions: launcher.Functions) -> None:
-        super().__init__("rms_norm_pair", spec, dependent, functions)
+        super().__init__(spec, dependent, functions)
         self.single = bind(RMS_NORM.name, spec, dependent)
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, *rest: Any) -> Pair:

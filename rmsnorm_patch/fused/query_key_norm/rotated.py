@@ -6,16 +6,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...backends import launch_mode
-from ...backends.bindings import by_variant
-from ...backends.cuda import launcher
-from ...backends.cuda.backend import default_eps, started
+from ...backends.cuda.backend import default_eps
 from ...backends.cuda.kernel_set import configs_for
 from ...backends.cuda.rows import address_of, power_of_two
 from ...errors import UnsupportedInput
 from ...numerics import operands
 from ...numerics.spec import NormSpec
-from .kernel import BoundQueryKey, Pair
+from .kernel import BoundQueryKey, Pair, bind_query_key
 
 OP = "rms_norm_rotated"
 ROTATED = 6
@@ -61,11 +58,6 @@ def heads_of(x: torch.Tensor, head_axis: int) -> Heads | None:
     return Heads(batch, length, heads, token_stride, head_stride)
 
 
-@by_variant
-def _bound(spec: NormSpec, dependent: bool) -> BoundRotated:
-    return started(ROTATED, spec, lambda functions: BoundRotated(spec, dependent, functions))[0]
-
-
 def bind_rms_norm_rotated(spec: NormSpec, enable_pdl: bool | None = None) -> BoundRotated:
     """f(q, k, q_weight, k_weight, eps, cos, sin, head_axis) -> (rotated norm of q, of k), [batch, heads, length, N].
 
@@ -75,14 +67,13 @@ def bind_rms_norm_rotated(spec: NormSpec, enable_pdl: bool | None = None) -> Bou
     leaves rows that lie so. Raises UnsupportedInput for what `why_apart` names.
     enable_pdl: as `launch_mode.dependent` takes it.
     """
-    return _bound(spec, dependent=launch_mode.dependent(enable_pdl))
+    return bind_query_key(BoundRotated, spec, enable_pdl)
 
 
 class BoundRotated(BoundQueryKey):
     """The norms with their rotation."""
 
-    def __init__(self, spec: NormSpec, dependent: bool, functions: launcher.Functions) -> None:
-        super().__init__(OP, spec, dependent, functions)
+    op, code = OP, ROTATED
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, *rest: Any) -> Pair:
         q_weight, k_weight, eps, cos, sin, head_axis = rest
