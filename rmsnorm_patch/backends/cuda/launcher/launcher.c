@@ -76,9 +76,14 @@ static PyObject *allocate(const Table *table, PyObject *size, PyObject *strides,
     return tensor;
 }
 
+/* Whether `shape` has the sizes of `x`, from now on at least; 0 with an error set. */
+static int has_sizes_of(Shape *shape, const Tensor *x) {
+    return (shape->size && same_sizes(x, shape->sizes, shape->dims)) || remember_shape(shape, x->sizes, x->dims);
+}
+
 /* A contiguous tensor of the sizes of `x`; `shape` remembers them. */
 static PyObject *allocate_like(const Table *table, Shape *shape, const Tensor *x, PyObject *dtype, uint64_t *address) {
-    if (!(shape->size && same_sizes(x, shape->sizes, shape->dims)) && !remember_shape(shape, x->sizes, x->dims))
+    if (!has_sizes_of(shape, x))
         return 0;
     PyObject *size = own(shape->size), *strides = own(shape->strides); /* allocating may run other threads' calls */
     PyObject *made = allocate(table, size, strides, dtype, address);
@@ -233,10 +238,16 @@ static PyObject *fast(Table *table, PyObject *const *a, int *sure) {
         values.normed = values.x;
         values.total = values.residual;
     } else {
+        Shape *shape = &row_kind->shape;
+        if (!has_sizes_of(shape, &x))
+            return 0;
+        PyObject *size = own(shape->size), *strides = own(shape->strides); /* as in allocate_like, for both results */
         if (normed_wanted)
-            normed = allocate_like(table, &row_kind->shape, &x, row_kind->out_dtype, &values.normed);
+            normed = allocate(table, size, strides, row_kind->out_dtype, &values.normed);
         if (fused && (normed || !normed_wanted))
-            total = allocate_like(table, &row_kind->shape, &x, row_kind->dtype, &values.total);
+            total = allocate(table, size, strides, row_kind->dtype, &values.total);
+        Py_DecRef(size);
+        Py_DecRef(strides);
         if ((normed_wanted && !normed) || (fused && !total)) {
             if (normed)
                 Py_DecRef(normed);
