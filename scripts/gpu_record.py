@@ -102,9 +102,9 @@ def kernel_tests(workers: int) -> dict[str, object]:
 def engine_tests(workers: int) -> dict[str, object]:
     """Counts of vLLM's GPU tests, and the plugin's files, of which they speak and which `files` does not hold.
 
-    Those that share engines are of one group, which a worker takes whole.
+    Those that share engines stand in one file, which a worker takes whole.
     """
-    return {**_beside([str(path) for path in _engine_tests()], workers, "loadgroup"), "files": plugin_files()}
+    return {**_beside([str(path) for path in _engine_tests()], workers, "loadfile"), "files": plugin_files()}
 
 
 def _beside(words: list[str], workers: int, spread: str) -> dict[str, object]:

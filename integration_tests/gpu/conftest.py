@@ -28,7 +28,6 @@ PATIENCE = 240.0  # seconds that such a test waits for other processes to releas
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "case(*numbers): the bad-input cases that a test covers")
-    config.addinivalue_line("markers", "xdist_group(name): of one process, where several share the tests")
     config.addinivalue_line("markers", "sanitized: small and direct, so that compute-sanitizer can watch it")
 
 

@@ -41,7 +41,6 @@ def test_a_graph_reads_nothing_that_is_given_back(what: str, how: str, last_line
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("engine")
 @pytest.mark.parametrize("route", ["off", "ir"])
 def test_an_engine_whose_full_graphs_are_captured_anew(
     route: str, tmp_path: Path, random_checkpoint: Callable[..., Path], last_line: Callable[..., str]

@@ -12,7 +12,6 @@ from adapters import write_adapter
 from vllm_engines import DATA, WIDE, Engines, Settings, check_same, started
 
 pytestmark = [
-    pytest.mark.xdist_group("beside"),  # tests share engines
     pytest.mark.gpu,
     pytest.mark.slow,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),

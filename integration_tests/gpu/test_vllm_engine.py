@@ -14,7 +14,7 @@ import pytest
 import torch
 from vllm_engines import TOKENS, WIDE, Engines, Settings, check_same, started
 
-pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.xdist_group("engine")]  # tests share engines
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 pytest.importorskip("vllm", reason="vLLM is not installed here")
 
 LAYERS = {"tiny-llama": 4, "tiny-mistral": 4, "qwen3": 2, "wide-llama": 1}

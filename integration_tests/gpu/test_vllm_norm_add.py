@@ -14,7 +14,6 @@ import pytest
 import torch
 
 pytestmark = [
-    pytest.mark.xdist_group("norm_add"),  # tests share engines
     pytest.mark.gpu,
     pytest.mark.slow,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),

@@ -135,7 +135,7 @@ def test_tests_that_want_the_device_run_last_and_those_of_engines_apart(gpu_reco
     assert "rmsnorm_patch/vllm_plugin/hooks.py" in found["files"]
     assert all(set(words) >= {str(path) for path in gpu_record._engine_tests()} for words in runs)
     assert [words[-2:] for words in runs] == (last if workers else [runs[0][-2:]])
-    assert ["loadgroup" in words for words in runs] == ([True, False] if workers else [False])
+    assert ["loadfile" in words for words in runs] == ([True, False] if workers else [False])
 
 
 def test_a_failure_of_engines_with_this_plugin_is_a_problem(gpu_record, record):
