@@ -25,7 +25,7 @@ READ_THROUGH = {
 GENERATED = {
     ROOT / "docs" / name
     for name in (
-        *("results.md", "results_quantised.md", "results_h200.md", "results_h200_quantised.md"),
+        *("results.md", "results_quantised.md", "results_h100.md", "results_h100_quantised.md"),
         *("support_matrix.md", "support_diffusion.md", "kernels.md", "reliability.md", "reliability_faults.md"),
     )
 }

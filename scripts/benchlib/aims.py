@@ -242,7 +242,13 @@ def _end_to_end(record: Row) -> Iterator[Aim]:
         yield Aim(PATCHED_AHEAD, "ahead", "not measured", None)
         return
     ratio, row, name = found
-    yield Aim(PATCHED_AHEAD, "ahead", f"{ratio:.3f}x at worst ({row['work']}, {name})", ratio > 1, ratio, 1.0)
+    measured, spans = f"{ratio:.3f}x at worst ({row['work']}, {name})", overlap(row, name)
+    yield Aim(
+        PATCHED_AHEAD,
+        "ahead",
+        f"{measured}; rounds overlap: {spans}" if spans else measured,
+        met=None if spans else ratio > 1,
+    )
 
 
 def overlap(row: Row, name: str) -> str | None:
@@ -256,7 +262,10 @@ def overlap(row: Row, name: str) -> str | None:
 
 
 def nearest_column(record: Row) -> tuple[float, Row, str] | None:
-    """(patched over it, row, column) of the column that is worst for the patched model; `removed` is none."""
+    """(patched over it, row, column) of the column that is worst for the patched model; `removed` is none.
+
+    One that is ahead in every round goes before those whose rounds overlap with the patched model's.
+    """
     others = [
         (row["tokens_per_s"]["patched"] / rate, row, name)
         for row in record["hf"]
@@ -264,27 +273,45 @@ def nearest_column(record: Row) -> tuple[float, Row, str] | None:
         for name, rate in row["tokens_per_s"].items()
         if name not in ("patched", "removed")
     ]
-    return min(others, key=lambda other: other[0], default=None)
+    return min(others, key=lambda other: (other[0] > 1 or overlap(*other[1:]) is not None, other[0]), default=None)
 
 
 def _jit(record: Row) -> Iterator[Aim]:
     rows = record.get("jit", ())
     for what, key, wanted in (("cold", "cold_ms", 500), ("from the disk", "disk_ms", 30)):
         kernels = [
-            (max(row[key]), f"{row['op']}, N = {row['n']}") for row in rows if row["what"] in ("kernel", "first call")
+            (max(row[key]), min(row[key]), f"{row['op']}, N = {row['n']}")
+            for row in rows
+            if row["what"] in ("kernel", "first call")
         ]
         work = f"JIT, kernels of a first call {what}"
         if not kernels:
             yield Aim(work, f"under {wanted} ms", "not measured", None)
             continue
-        slowest, where = max(kernels)
-        yield Aim(work, f"under {wanted} ms", f"{slowest:.1f} ms at worst ({where})", slowest < wanted)
+        slowest, least, where = max(kernels, key=lambda kernel: (kernel[1] >= wanted, kernel[0]))
+        measured, met = f"{slowest:.1f} ms at worst ({where})", slowest < wanted
+        if least < wanted <= slowest:  # the host was busy in one of them
+            measured, met = f"{measured}; repeats overlap: {least:.1f} to {slowest:.1f} ms", None
+        yield Aim(work, f"under {wanted} ms", measured, met)
 
 
 def engines(record: Row) -> dict[tuple[str, str, str], Row]:
     """By shape, variant and case. Of engines with a process each and engines that share weights the latter count."""
     ordered = sorted(record["vllm"], key=lambda row: row["process"] == "shared")
     return {(row["shape"], row["variant"], row["case"]): row for row in ordered}
+
+
+def overlapping(rows: dict[tuple[str, str, str], Row], case: str) -> str | None:
+    """What the rounds of the 8B engine span in tokens a second, and stock's, where they overlap: nobody is ahead then.
+
+    They have the host's time too; shares are of the device's.
+    """
+    spans = [rows.get(("llama-8b", variant, case), {}).get("tokens_per_s_range") for variant in ("ir", "stock")]
+    if None in spans:
+        return None
+    (low, high), (its_low, its_high) = spans  # type: ignore[misc]
+    text = f"{low:.0f} to {high:.0f} tokens/s, stock {its_low:.0f} to {its_high:.0f}"
+    return text if low <= its_high and its_low <= high else None
 
 
 def _engines(record: Row) -> Iterator[Aim]:
@@ -299,7 +326,12 @@ def _engines(record: Row) -> Iterator[Aim]:
         (TOKENS_8B, FEW, 1.01),
         (TOKENS_8B.replace(", ".join(FEW), ", ".join(many)), many, 0.997),
     ):
-        yield Aim.least(work, wanted, least("llama-8b", "ir", cases, "speedup"))
+        clear = tuple(case for case in cases if not overlapping(rows, case))
+        found = least("llama-8b", "ir", clear, "speedup") if clear else None
+        if not (found and found[0] < wanted):  # a case that misses it in every round goes before the others
+            found = least("llama-8b", "ir", cases, "speedup")
+        aim, spans = Aim.least(work, wanted, found), found and overlapping(rows, found[1])
+        yield replace(aim, measured=f"{aim.measured}; rounds overlap: {spans}", met=None) if spans else aim
     reordered = SHARE_1B.replace(":", " with `reorder`:")
     shares = ((SHARE_8B, "llama-8b", "ir"), (SHARE_1B, "llama-1b", "ir"))
     for work, model, variant in (*shares, (reordered, "llama-1b", "ir-reorder")):

@@ -31,11 +31,7 @@ def _tables(record: Row, found: Iterable[Aim], said: dict[bool | None, str]) -> 
     judged = [(aim, retired.of(aim, record)) for aim in found]
     body = [[aim.work, aim.wanted, aim.measured, known.word if known else said[aim.met]] for aim, known in judged]
     parts = [table(["work", "aim", "measured", "met"], body)]
-    mended = [[aim.work, known.because] for aim, known in judged if known and known.word == "mended"]
-    if mended:
-        parts.append("Mended since; this GPU has not measured it.\n")
-        parts.append(table(["work", "what is otherwise"], mended))
-    limited = [(aim, known) for aim, known in judged if known and known.limit is not None]
+    limited = [(aim, known) for aim, known in judged if known]
     held = any(known.held is not None for _, known in limited)
     rows: list[list[object]] = [
         [aim.work, *([f"{known.held:g}"] if held else []), known.limit, known.because] for aim, known in limited
@@ -54,7 +50,7 @@ def _tables(record: Row, found: Iterable[Aim], said: dict[bool | None, str]) -> 
 def quantised_aims(record: Row) -> str:
     if not any(select(record, op, mode) for op in QUANTISED for mode in ("cold", "chain")):
         return MISSING
-    said, note = _said_of(record, "results_h200_quantised.md")
+    said, note = _said_of(record, "results_quantised.md")
     text = (
         f"{note}Figures are computed from the record. The worst shape counts, against the peers that have a figure "
         "there. Open: not measured, or no peer has a figure."
@@ -63,7 +59,7 @@ def quantised_aims(record: Row) -> str:
 
 
 def aims_table(record: Row) -> str:
-    said, note = _said_of(record, "results_h200.md")
+    said, note = _said_of(record, "results.md")
     text = (
         f"{note}Figures are computed from the record. `ours` is the better of the functional and the in-place form, "
         "since peers have one or the other. The best peer is the best at that shape. Open: not measured, not against "

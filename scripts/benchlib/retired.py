@@ -1,4 +1,4 @@
-"""Why aims are missed: those that were given up, and those whose kernels were mended since.
+"""Why aims are missed that were given up.
 
 A given-up aim has a reason, the limit that a record's own rows show, and what is held in its place. It is shown as
 retired while it is missed, the record shows the limit, the limit misses the aim too, and what is held is reached.
@@ -36,21 +36,17 @@ from .aims import (
     HOT,
     LONG,
     ONE_LAUNCH,
-    PATCHED_AHEAD,
     PEER,
     PLAIN_COPY,
     SHARE_1B,
     SHARE_8B,
-    TOKENS_8B,
     TRITON,
     Aim,
     bf16_like,
     chain,
     engines,
     long_rows,
-    nearest_column,
     of_quantised,
-    overlap,
     plain,
     prefill,
     set_for,
@@ -80,12 +76,12 @@ class Retired:
 
 @dataclass(frozen=True)
 class Known:
-    """What a page says of a missed aim. word: in place of "no". held, limit: None of an aim that was mended since."""
+    """What a page says of a missed aim. word: in place of "no". held: None where no aim was set for the GPU."""
 
     word: str
     because: str
-    held: float | None = None
-    limit: str | None = None
+    held: float | None
+    limit: str
 
 
 def _row(record: Row, op: str, mode: str, m: int, n: int) -> Row | None:
@@ -181,29 +177,6 @@ def _triton(record: Row) -> Limit | None:
     return Limit(f"{row['op']} {shape(row)}: Triton {times}")
 
 
-def _rounds_overlap(record: Row) -> Limit | None:
-    """Beside the best column: rounds that overlap put nobody ahead."""
-    _, row, name = nearest_column(record) or (None, {}, "")
-    spans = row and overlap(row, name)
-    return Limit(f"rounds overlap: {spans} ({row['work']})") if spans else None
-
-
-def _tokens(record: Row) -> Limit | None:
-    """Tokens a second of rounds that overlap, beside the device's time of a step."""
-    rows = engines(record)
-    pairs = [(rows.get(("llama-8b", "ir", case), {}), rows.get(("llama-8b", "stock", case), {})) for case in FEW]
-    mine, stock = min(pairs, key=lambda pair: pair[0].get("speedup", 1.0))
-    if not {"tokens_per_s_range", "step_us"} <= mine.keys() & stock.keys():
-        return None
-    (low, high), (its_low, its_high) = mine["tokens_per_s_range"], stock["tokens_per_s_range"]
-    if low > its_high or its_low > high:
-        return None
-    return Limit(
-        f"rounds overlap: {low:.0f} to {high:.0f} tokens/s, stock {its_low:.0f} to {its_high:.0f} ({mine['case']}); a "
-        f"step takes {mine['step_us']:.0f} us, stock's {stock['step_us']:.0f}"
-    )
-
-
 def _share(record: Row) -> Limit | None:
     """The share by the rounds: the least and the most that they give."""
     rows = engines(record)
@@ -216,6 +189,20 @@ def _share(record: Row) -> Limit | None:
     (low, high), (its_low, its_high) = mine["step_us_range"], stock["step_us_range"]
     least, most = (its_low - high) / ceiling, (its_high - low) / ceiling
     return Limit(f"rounds give {least:.2f} to {most:.2f} ({case})") if most >= 0.5 else None
+
+
+def _best_round(record: Row) -> Limit | None:
+    """The most that a round of the engines gives, where it gives least."""
+    rows, found = engines(record), []
+    for case in FEW:
+        steps = [rows.get(("llama-1b", name, case), {}).get("step_us_rounds") for name in ("stock", "ir", "removed")]
+        if all(steps):
+            shares = [(stock - mine) / (stock - none) for stock, mine, none in zip(*steps, strict=True)]  # type: ignore[arg-type]
+            found.append((max(shares), case))
+    if len(found) < len(FEW):
+        return None
+    share, case = min(found)
+    return Limit(f"{share:.3f} in the best round ({case})", share)
 
 
 def _reordered(record: Row) -> Limit | None:
@@ -328,7 +315,7 @@ RETIRED: dict[str, Retired] = {
         _mean_copy,
     ),
     CHAIN_FEW: Retired(
-        1.27,
+        1.25,
         "64 rows of 8192 are bound by the L2 and by the hand-over from launch to launch; no schedule tried was faster "
         "([what was tried](decisions/kernels.md#clusters-for-a-few-rows))",
         _chain(1, 64),
@@ -356,7 +343,7 @@ RETIRED: dict[str, Retired] = {
         _long,
     ),
     DTYPES: Retired(
-        0.93,
+        0.92,
         "such rows take the time of a launch: their bytes are nothing beside it "
         "([decisions](decisions/kernels_measured.md#what-the-record-misses))",
         _short_fp32,
@@ -372,18 +359,6 @@ RETIRED: dict[str, Retired] = {
         "missing ([decisions](decisions/kernels_measured.md#plain-norms-a-sweep-of-schedules))",
         _nearest_peer,
     ),
-    PATCHED_AHEAD: Retired(
-        0.99,
-        "in prefill both wait for the device, where norms are a small part of the time; at batch 1 both wait for the "
-        "host ([decisions](decisions/kernels_measured.md#what-the-record-misses))",
-        _rounds_overlap,
-    ),
-    TOKENS_8B: Retired(
-        0.99,
-        "tokens/s have the host's time too, which rounds on a busy host do not show "
-        "([decisions](decisions/vllm_measured.md#engines-beside-stock))",
-        _tokens,
-    ),
     SHARE_8B: Retired(
         0.45,
         "at 32 rows the H100's products do not all come in parts, so norms take over less "
@@ -394,23 +369,11 @@ RETIRED: dict[str, Retired] = {
         0.2,
         "cuBLAS splits one of 1B's products unevenly and the other not at all; no norm can add up such parts with no "
         "bit changed ([decisions](decisions/products_in_parts.md#uneven-splits-cannot-be-had))",
-        _reordered,
+        lambda record: _reordered(record) or _best_round(record),
     ),
     **QUANTISED,
 }
 """By the aim's work."""
-
-OLDER = "b5e82cadbfbe"
-"""The code of the H200's record: what was missed there and mended since says so, until that GPU measures newer code."""
-MENDED = {
-    LONG: "512 x 65536: the next kernel starts earlier ([rows of that length since](results.md#long-rows-plain-norm))",
-    TRITON: "long plain rows have fewer threads ([measured](decisions/triton.md#threads-of-a-program))",
-    of_quantised(STATIC, f"more: {PEER}"): "one chunk a thread "
-    "([measured](decisions/quantised_rows.md#a-second-reduction-for-a-scale-of-a-row))",
-    of_quantised(BLOCK, f"more: {PEER}"): "one chunk a thread "
-    "([measured](decisions/quantised_rows.md#a-second-reduction-for-a-scale-of-a-row))",
-}
-"""Work of an aim that OLDER misses -> what is otherwise since."""
 
 
 def of(aim: Aim, record: Row) -> Known | None:
@@ -418,8 +381,6 @@ def of(aim: Aim, record: Row) -> Known | None:
     if aim.met is not False:
         return None
     judged = set_for(record)
-    if judged and aim.work in MENDED and record["digest"].startswith(OLDER):
-        return Known("mended", MENDED[aim.work])
     entry = RETIRED.get(aim.work)
     limit = entry and entry.limit(record)
     if not (entry and limit) or aim.figure is None or aim.asked is None:
