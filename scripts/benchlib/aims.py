@@ -264,7 +264,7 @@ def overlap(row: Row, name: str) -> str | None:
 def nearest_column(record: Row) -> tuple[float, Row, str] | None:
     """(patched over it, row, column) of the column that is worst for the patched model; `removed` is none.
 
-    One that is ahead in every round goes before those whose rounds overlap with the patched model's.
+    One that is ahead in every round goes first, then those whose rounds overlap with the patched model's.
     """
     others = [
         (row["tokens_per_s"]["patched"] / rate, row, name)
@@ -273,7 +273,13 @@ def nearest_column(record: Row) -> tuple[float, Row, str] | None:
         for name, rate in row["tokens_per_s"].items()
         if name not in ("patched", "removed")
     ]
-    return min(others, key=lambda other: (other[0] > 1 or overlap(*other[1:]) is not None, other[0]), default=None)
+
+    def order(other: tuple[float, Row, str]) -> tuple[bool, bool, float]:
+        ratio, *where = other
+        apart = overlap(*where) is None
+        return not (apart and ratio <= 1), apart, ratio
+
+    return min(others, key=order, default=None)
 
 
 def _jit(record: Row) -> Iterator[Aim]:
