@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,11 +25,26 @@ pytest.register_assert_rewrite("answers", "bad_input", "launches", "vllm_engines
 KEPT = 1 << 28  # bytes that a process may hold between tests; the allocator would keep what the largest test took
 LARGEST = 24 << 30  # bytes of the tests with more than 2**31 elements, their results and references included
 PATIENCE = 240.0  # seconds that such a test waits for other processes to release theirs
+ENGINES_OF_ITS_OWN = "test_vllm_quantised.py"  # each of its tests starts two; the tests of other files share theirs
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "case(*numbers): the bad-input cases that a test covers")
     config.addinivalue_line("markers", "sanitized: small and direct, so that compute-sanitizer can watch it")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object | None:
+    """`--dist loadfile`: a worker takes a file whole, but for the tests that share no engine."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByEngines(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid if ENGINES_OF_ITS_OWN in nodeid else super()._split_scope(nodeid)
+
+    return ByEngines(config, log)
 
 
 @pytest.fixture(params=["cuda", "triton"])

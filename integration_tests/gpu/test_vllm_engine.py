@@ -27,17 +27,12 @@ CASES = [
     *[("wide-llama", "ir", False), ("wide-llama-apart", "ir", False), ("wide-llama-noir", "oot", False)],
     *[("gemma3", route, False) for route in ("off", "ir")],
 ]
-TWO_DEVICES = [("tiny-llama-tp2", route, False) for route in ("off", "auto", "ir")]
 SETTINGS = {
     "tiny-llama": Settings(request={"changes": ["written"]}),
     "tiny-llama-transformers": Settings(engine={"model_impl": "transformers"}),
     "tiny-llama-fp8": Settings(engine={"quantization": "fp8"}, variables={"RMSNORM_PATCH_VLLM_QUANTISED": "off"}),
     "wide-llama-apart": Settings(variables={"RMSNORM_PATCH_VLLM_LINEAR": "off"}),
     "wide-llama-noir": Settings(request={"hide_ir": True}),
-    # FlashInfer reduces in these engines. Its other backend needs NVLink multicast, which not every host has.
-    "tiny-llama-tp2": Settings(
-        engine={"tensor_parallel_size": 2}, variables={"VLLM_FLASHINFER_ALLREDUCE_BACKEND": "trtllm"}
-    ),
 }
 JOINS = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 """Whether compiled engines join products and norms here."""
@@ -55,12 +50,6 @@ def engines(
     random_checkpoint(work / "gemma3", "gemma3_text", std=0.08, **GEMMA)
     random_checkpoint(work / "wide-llama", "llama", std=0.02, num_hidden_layers=LAYERS["wide-llama"], **WIDE)
     with started(work, CASES, SETTINGS, vllm_processes) as engines:
-        yield engines
-
-
-@pytest.fixture(scope="module")
-def parallel_engines(tmp_path_factory: pytest.TempPathFactory, vllm_processes: Any) -> Iterator[Engines]:
-    with started(tmp_path_factory.mktemp("parallel"), TWO_DEVICES, SETTINGS, vllm_processes) as engines:
         yield engines
 
 
@@ -161,21 +150,6 @@ def test_a_quantised_model_turned_off_keeps_the_compilers_norms(engines: Engines
     assert patched["tokens"] == stock["tokens"]
     assert patched["logprobs"] == stock["logprobs"]
     assert "RMSNORM_PATCH_VLLM_QUANTISED=off leaves its norms to vLLM" in patched["log"]
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_every_worker_of_a_parallel_engine_runs_our_kernels(parallel_engines: Engines) -> None:
-    stock, left_alone, patched = (parallel_engines(*case) for case in TWO_DEVICES)
-    assert patched["tokens"] == left_alone["tokens"] == stock["tokens"]
-    assert len(patched["workers"]) == 2, patched["log"]
-    for lines in patched["workers"].values():
-        calls = Counter(line["op"] for line in lines)
-        assert calls["fused_add_rms_norm"] == 2 * LAYERS["tiny-llama"] * calls["rms_norm"] > 0
-    assert stock["workers"] == left_alone["workers"] == {}
-    for answer in (left_alone, patched):
-        assert answer["log"].count("rmsnorm_patch: worker") == 2
-    assert left_alone["log"].count("off, vLLM's own norms: tensor parallel") == 2
-    assert patched["log"].count("fuse_allreduce_rms is off for them") == 2
 
 
 def test_the_transformers_backend_is_reached(engines: Engines) -> None:
