@@ -54,11 +54,13 @@ def program(words: list[str]) -> None:
 
 def recorded() -> str:
     """What the record that the results page is made of says of models on its GPU, beside the CPU's ratios."""
+    from benchlib.aims import overlap
+
     page = (ROOT / "docs" / "results.md").read_text()
     name = re.search(r"`(records/[\w./-]+\.json)`", page)
     record = json.loads((ROOT / name[1]).read_text()) if name else {"hf": []}
     found = [
-        f"{row['ratio_to_stock']['patched']:.2f}x ({row['work']})"
+        f"{row['ratio_to_stock']['patched']:.2f}x ({row['work']}{', rounds overlap' if overlap(row, 'stock') else ''})"
         for row in record["hf"]
         if (row["model"], row["mode"]) == ("llama-8b", "eager") and "patched" in row["ratio_to_stock"]
     ]

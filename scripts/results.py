@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchlib import aims
@@ -139,32 +139,68 @@ def variants_table(record: Row) -> str:
     )
 
 
+OVERLAP = "~"
+"""Behind a ratio of tokens a second: rounds of both span times that overlap."""
+
+
+def marked(ratio: str, spans: Sequence[Sequence[float] | None]) -> str:
+    """A ratio, with what its two least and most tell of it."""
+    if None in spans:
+        return ratio
+    (low, high), (its_low, its_high) = spans  # type: ignore[misc]
+    return f"{ratio}{OVERLAP}" if low <= its_high and its_low <= high else ratio
+
+
 def hf_table(record: Row) -> str:
     if not record["hf"]:
         return MISSING
     names = list(dict.fromkeys(name for row in record["hf"] for name in row["tokens_per_s"]))
     body = []
     for row in record["hf"]:
-        rates, ratios = row["tokens_per_s"], row["ratio_to_stock"]
-        cells = [f"{rates[n]:.0f} ({ratios[n]:.3f}x)" if n in rates else None for n in names]
+        rates, ratios, spread = row["tokens_per_s"], row["ratio_to_stock"], row.get("spread", {})
+
+        def ratio(name: str, ratios: dict = ratios, spread: dict = spread) -> str:
+            if name == "stock":
+                return "1x"
+            return marked(f"{ratios[name]:.3f}x", [spread.get(one) for one in (name, "stock")])
+
+        cells = [f"{rates[n]:.0f} ({ratio(n)})" if n in rates else None for n in names]
         body.append([f"{row['model']}, {row['layers']} layers", row["mode"], row["work"], *cells])
     return (
         "Tokens per second, medians of alternating rounds over one set of random weights, and the ratio to stock. "
+        f"With {OVERLAP} rounds overlap with stock's: nobody is ahead. "
         "`removed` has no norms at all (adds stay) and is a ceiling, not a model. Compiled: `torch.compile` with "
         "default settings, decoding into a static cache.\n\n" + table(["model", "mode", "work", *names], body)
     )
 
 
 def vllm_table(record: Row) -> str:
-    body = [
-        [
-            *(row["shape"], row["process"], row["case"], row["variant"], f"{row['tokens_per_s']:.0f}"),
-            *(figure(row.get("speedup"), ".4f"), figure(row.get("step_us") or None, ".1f")),
-            figure(row.get("share_recovered"), ".2f"),
-        ]
-        for row in sorted(record["vllm"], key=lambda row: [row[k] for k in ("shape", "process", "case", "variant")])
+    where = ("shape", "process", "case")
+    stock = {tuple(row[k] for k in where): row for row in record["vllm"] if row["variant"] == "stock"}
+    body: list[list[object]] = []
+    for row in sorted(record["vllm"], key=lambda row: [row[k] for k in (*where, "variant")]):
+        its = stock.get(tuple(row[k] for k in where), {})
+        over = None
+        if row.get("speedup"):
+            over = marked(f"{row['speedup']:.4f}", [one.get("tokens_per_s_range") for one in (row, its)])
+        shorter = None
+        if row.get("step_us") and its.get("step_us") and its is not row:
+            shorter = f"{(row['step_us'] / its['step_us'] - 1) * 100:+.1f} %"
+        named = (row["shape"], row["process"], row["case"], row["variant"])
+        times = (f"{row['tokens_per_s']:.0f}", over, figure(row.get("step_us") or None, ".1f"), shorter)
+        body.append([*named, *times, figure(row.get("share_recovered"), ".2f")])
+    head = [
+        "shape",
+        "process",
+        "work",
+        "engine",
+        "tokens/s",
+        "tokens/s over stock",
+        "step us",
+        "step over stock",
+        "recovered",
     ]
-    return table(["shape", "process", "work", "engine", "tokens/s", "over stock", "step us", "recovered"], body)
+    return table(head, body)
 
 
 def with_engines(records: Records) -> Records:
@@ -189,7 +225,8 @@ def engines_text(records: Records) -> str:
     return (
         "Compiled engines with CUDA graphs and dummy weights, medians of alternating rounds. Step: device time of one "
         "decode step. Recovered: the share of the time between stock and an engine without norms and adds. Process: "
-        "each engine in its own, or all in one with one set of weights, so that they lie at one place in memory.\n\n"
+        "each engine in its own, or all in one with one set of weights, so that they lie at one place in memory. "
+        f"With {OVERLAP} rounds overlap with stock's: their tokens/s do not tell which is ahead.\n\n"
         + (f"{before}\n\n" if before else "")
         + "\n".join(f"{_source(name, record)}:\n\n{vllm_table(record)}" for name, record in shown.items())
         + "".join(starts_text(record) for record in shown.values())

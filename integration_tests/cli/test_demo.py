@@ -43,8 +43,14 @@ def test_demo_shows_the_whole_story(repository: Path) -> None:
         told = " ".join(after[1].split())
         assert "backend triton: proved" in told
         assert "captured in bfloat16 by triton" in told
-        assert re.search(r"kernels ran, and patched over stock was [\d.]+x \(decode 1\), .*\(prefill ", told)
-        assert re.search(r"Llama-8B shapes, records/\S*\.json\.$", told)
+        assert re.search(r"kernels ran, and patched over stock was [\d.]+x \(decode 1\b.*\), .*\(prefill ", told)
+        (file,) = re.findall(r"Llama-8B shapes, (records/\S*\.json)\.$", told)
+        models = json.loads((repository / file).read_text())["hf"]
+        (row,) = [
+            row for row in models if (row["model"], row["mode"], row["work"]) == ("llama-8b", "eager", "decode 1")
+        ]
+        (low, high), (its_low, its_high) = (row["spread"][name] for name in ("patched", "stock"))
+        assert ("(decode 1, rounds overlap)" in told) == (low <= its_high and its_low <= high)
     assert "torchao" not in ended.stderr
 
 

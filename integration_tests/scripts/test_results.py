@@ -306,6 +306,28 @@ def test_engines_that_were_started_twice_are_judged_over_their_starts(script, re
     assert "| llama-8b-block | ir | prefill | -3.8 | +0.0 | +2.0 | +0.0 |" in text
 
 
+def test_a_ratio_says_where_rounds_overlap(script, record):
+    """Tokens a second of engines and of models; a step's ratio is of the device's time alone."""
+    rates = {"stock": (100.0, [98.0, 102.0]), "ir": (103.0, [101.0, 105.0]), "removed": (110.0, [108.0, 112.0])}
+    record["vllm"] = [
+        {
+            **engine("llama-8b", name, "decode-1"),
+            "speedup": rate / 100,
+            "tokens_per_s_range": span,
+            "step_us": 700 / rate,
+        }
+        for name, (rate, span) in rates.items()
+    ]
+    lines = script("results").engines_page({"a.json": record})
+    shown = {cells[3]: cells[5:8] for line in lines.splitlines() if len(cells := line.strip("| ").split(" | ")) == 9}
+    assert shown["ir"] == ["1.0300~", "6.8", "-2.9 %"]
+    assert shown["removed"] == ["1.1000", "6.4", "-9.1 %"]
+    assert shown["stock"][2] == "-"
+    record["hf"][0]["spread"] = {"stock": [9.0, 13.0], "F.rms_norm": [12.5, 13.5], "patched": [13.5, 14.5]}
+    text = script("results").hf_table(record)
+    assert "| 10 (1x) | 13 (1.300x~) | 14 (1.400x) |" in text
+
+
 def test_engines_of_before_are_told_what_they_are_now(script, repository):
     """A record names them by the defaults of its day."""
     record = json.loads((repository / "records" / "superseded" / "nvidia-h100-80gb-hbm3-a5ca851e6155.json").read_text())
