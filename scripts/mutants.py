@@ -119,6 +119,7 @@ SUITES = {
             "attributes.py": ("rewrite/test_eps.py", "rewrite/test_reasons.py"),
             "guise.py": ("rewrite/test_norm_forwards.py", "rewrite/test_gated_norms.py"),
             "guards.py": ("adversarial/test_patching_guards.py",),
+            "layer_calls.py": ("pairs/test_unusual_forwards.py",),
             "handover.py": ("rewrite/test_carries.py", "rewrite/test_links.py", "rewrite/test_handover.py"),
             "norms.py": (
                 "rewrite/test_norm_forwards.py",

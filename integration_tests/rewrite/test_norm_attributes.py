@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from types import MethodType
 
 import pytest
 import torch
@@ -119,6 +120,55 @@ def test_what_its_code_does_not_read_leaves_it_patched() -> None:
     assert type(again.norm1) is patched
     with torch.no_grad():
         assert torch.equal(again(x), model(x))
+
+
+class Mode:
+    """A value that is no number, flag or word: the same object is the same value, another is not."""
+
+
+MODE = Mode()
+
+
+@pytest.mark.parametrize(
+    ("value", "again"), [(MODE, MODE), ((1, 2.5), tuple([1, 2.5]))], ids=["itself", "an equal one"]
+)
+def test_a_value_that_it_has_already_leaves_it_patched(value: object, again: object) -> None:
+    model = Layer()
+    model.norm2.zero_centered = value
+    rmsnorm_patch.apply(model)
+    patched = type(model.norm2)
+    model.norm2.zero_centered = again
+    model.norm2.register_buffer("another", torch.ones(1))
+    model.norm2.register_parameter("third", nn.Parameter(torch.ones(1)))
+    assert type(model.norm2) is patched is not FlaggedRMSNorm
+    model.norm2.zero_centered = Mode()
+    assert type(model.norm2) is FlaggedRMSNorm
+
+
+def put_a_forward(norm: nn.Module) -> None:
+    norm.forward = MethodType(FlaggedRMSNorm.forward, norm)
+
+
+def hook(norm: nn.Module) -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+    hooks.add_hook_to_module(norm, hooks.ModelHook())
+
+
+@pytest.mark.parametrize("change", [put_a_forward, hook], ids=lambda change: change.__name__)
+def test_a_norm_with_a_forward_of_its_own_has_it_again(interpreter, change: Callable) -> None:
+    model, x = Layer(), torch.randn(3, WIDTH)
+    norm, changed = model.norm1, copy.deepcopy(model)
+    changed.norm1.zero_centered = True
+    change(norm)
+    held = {name: norm.__dict__.get(name) for name in ("forward", "_old_forward")}
+    rmsnorm_patch.apply(model, backend="triton", include=["norm1"])
+    assert type(norm) is not FlaggedRMSNorm
+    assert {name: norm.__dict__.get(name) for name in held} != held
+    norm.zero_centered = True
+    assert type(norm) is FlaggedRMSNorm
+    assert {name: norm.__dict__.get(name) for name in held} == held
+    with torch.no_grad():
+        assert torch.equal(model(x), changed(x))
 
 
 def test_a_flag_whose_classs_value_shows_again(interpreter, monkeypatch: pytest.MonkeyPatch) -> None:
