@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 
 import rmsnorm_patch
+from rmsnorm_patch.patch_state import REPLACED
 
 WIDTH = 64
 OFFSET = False
@@ -134,11 +135,30 @@ class FlaggedRMSNorm(WrappedRMSNorm):
         return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
+class OneFunctionRMSNorm(WrappedRMSNorm):
+    """Its forward is the only function, and reads nothing but the module."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+def code_of_one_function(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(OneFunctionRMSNorm.forward, "__code__", (lambda self, x: 2 * x).__code__)
+
+
 def code_under_the_wrapper(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(WrappedRMSNorm.forward.__wrapped__, "__code__", (lambda self, x: 2 * x).__code__)
 
 
-@pytest.mark.parametrize(("norm", "change"), [(WrappedRMSNorm, code_under_the_wrapper), (FlaggedRMSNorm, module_flag)])
+ONE_THING = [
+    (WrappedRMSNorm, code_under_the_wrapper),
+    (FlaggedRMSNorm, module_flag),
+    (OneFunctionRMSNorm, code_of_one_function),
+]
+
+
+@pytest.mark.parametrize(("norm", "change"), ONE_THING, ids=lambda each: each.__name__)
 def test_one_thing_that_it_reads_is_enough(norm: type, change: Callable, interpreter, monkeypatch) -> None:
     stock, x = nn.Sequential(norm()).eval(), torch.randn(3, WIDTH)
     model = copy.deepcopy(stock)
@@ -148,6 +168,7 @@ def test_one_thing_that_it_reads_is_enough(norm: type, change: Callable, interpr
         change(monkeypatch)
         assert not torch.allclose(stock(x), before, rtol=1e-2)
         assert torch.equal(model(x), stock(x))
+    assert rmsnorm_patch.status(model).why() == {REPLACED: 1}
 
 
 def called(patch: pytest.MonkeyPatch, cls: type[nn.Module], name: str) -> None:

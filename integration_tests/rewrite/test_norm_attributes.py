@@ -160,13 +160,14 @@ def test_a_norm_with_a_forward_of_its_own_has_it_again(interpreter, change: Call
     norm, changed = model.norm1, copy.deepcopy(model)
     changed.norm1.zero_centered = True
     change(norm)
-    held = {name: norm.__dict__.get(name) for name in ("forward", "_old_forward")}
+    held, keys = {name: norm.__dict__.get(name) for name in ("forward", "_old_forward")}, set(norm.__dict__)
     rmsnorm_patch.apply(model, backend="triton", include=["norm1"])
     assert type(norm) is not FlaggedRMSNorm
     assert {name: norm.__dict__.get(name) for name in held} != held
     norm.zero_centered = True
     assert type(norm) is FlaggedRMSNorm
     assert {name: norm.__dict__.get(name) for name in held} == held
+    assert norm.__dict__.keys() == keys
     with torch.no_grad():
         assert torch.equal(model(x), changed(x))
 
